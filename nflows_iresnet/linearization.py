@@ -1,0 +1,182 @@
+"""A residual branch g, and g at a point as a linear operator.
+
+Estimators and solvers speak to these two interfaces, never to a kind of network:
+
+* `ResidualFunction`: x -> g(x) for ONE setting of the weights and ONE context. Whatever a network
+  computes once per call (normalised weights, context features) is computed when it is bound.
+* `Linearization`: the value g(x) and products with its Jacobian J = dg/dx at one point.
+
+A network that knows its own structure offers `bind(context) -> ResidualFunction`, whose
+`linearize` answers with cheap exact products. Any other module is served by automatic
+differentiation: correct, but each product costs one backward pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Linearization(ABC):
+    """The value g(x) and the Jacobian J = dg/dx at a batch of points x, row by row.
+
+    Every answer is differentiable with respect to whatever x, the weights and the context depend
+    on, unless it is asked for under `torch.no_grad()`. Rows never see each other.
+
+    Attributes:
+        value: g(x), shape (B, *).
+        has_cheap_trace: whether `trace` costs less than a few products with J.
+    """
+
+    value: Tensor
+    has_cheap_trace: bool = False
+
+    @abstractmethod
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Return J^T v for a cotangent v of shape (B, *)."""
+
+    @abstractmethod
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """Return J v for a tangent v of shape (B, *)."""
+
+    def jacobian(self) -> Tensor:
+        """Return J as matrices of shape (B, D, D), D the number of values per row.
+
+        Cost: D vjps unless a subclass knows better.
+        """
+        rows = [self.vjp(basis) for basis in _basis_like(self.value)]
+        return torch.stack([row.flatten(start_dim=1) for row in rows], dim=1)
+
+    def trace(self) -> Tensor:
+        """Return tr J, shape (B,)."""
+        return self.jacobian().diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _basis_like(value: Tensor) -> list[Tensor]:
+    dimension = value[0].numel() if len(value) else value.shape[1:].numel()
+    identity = torch.eye(dimension, dtype=value.dtype, device=value.device)
+    return [row.reshape(value.shape[1:]).expand_as(value) for row in identity]
+
+
+class AutogradLinearization(Linearization):
+    """Linearization of any function by reverse-mode automatic differentiation.
+
+    Built on `torch.func.vjp`, so that it works under `no_grad`, `inference_mode` and inside other
+    function transforms, leaves the caller's tensors untouched and triggers none of their hooks.
+
+    Cost: one evaluation of the function; one backward pass per `vjp`, two per `jvp` (the transpose
+    of a transpose, which in eager mode is several times faster than forward mode).
+
+    Args:
+        function: maps (B, *) to (B, *), row by row.
+        inputs: the points, shape (B, *).
+    """
+
+    def __init__(self, function: Function, inputs: Tensor) -> None:
+        self._function = function
+        self._inputs = inputs
+        self.value, self._pullback = _vjp(function, inputs)
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Return J^T v by one backward pass."""
+        return self._pullback(cotangent)
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """Return J v as the transpose of v -> J^T v."""
+
+        def pullback(cotangent: Tensor) -> Tensor:
+            return _vjp(self._function, self._inputs)[1](cotangent)
+
+        return _vjp(pullback, torch.zeros_like(self.value))[1](tangent)
+
+
+def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
+    value, pullback = torch.func.vjp(function, inputs)[:2]
+    return value, lambda cotangent: pullback(cotangent)[0]
+
+
+class ResidualFunction(ABC):
+    """x -> g(x) with its weights and its context fixed for the duration of one call.
+
+    Attributes:
+        lipschitz: a constant < 1 that is GUARANTEED to bound Lip(g), known without looking at the
+            weights; None where nothing is guaranteed.
+    """
+
+    lipschitz: float | None = None
+
+    @abstractmethod
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return g(inputs), shape (B, *)."""
+
+    def linearize(self, inputs: Tensor) -> Linearization:
+        """Return g at `inputs` as a linear operator."""
+        return AutogradLinearization(self, inputs)
+
+    def select(self, rows: Tensor | slice) -> ResidualFunction:
+        """Return the same function for some rows of the batch: its context is indexed by `rows`."""
+        return self
+
+
+class OpaqueFunction(ResidualFunction):
+    """Any callable `net(inputs)` or `net(inputs, context)` as a `ResidualFunction`."""
+
+    def __init__(self, net: Callable[..., Tensor], context: Tensor | None = None) -> None:
+        self._net = net
+        self._context = context
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return net(inputs), with the context where there is one."""
+        return self._net(inputs) if self._context is None else self._net(inputs, self._context)
+
+    def select(self, rows: Tensor | slice) -> OpaqueFunction:
+        """Return the same function with the context of `rows` only."""
+        return self if self._context is None else OpaqueFunction(self._net, self._context[rows])
+
+
+def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualFunction:
+    """Fix the weights and the context of a network for one call.
+
+    Args:
+        net: a `ResidualFunction` (returned as it is), a module with a method
+            `bind(context) -> ResidualFunction`, or any callable of (inputs) or (inputs, context).
+        context: shape (B, C), or None.
+
+    Returns:
+        The function x -> g(x; context).
+
+    Example:
+        >>> import torch
+        >>> function = bind(torch.nn.Linear(3, 3))
+        >>> function.linearize(torch.zeros(5, 3)).jacobian().shape
+        torch.Size([5, 3, 3])
+    """
+    if isinstance(net, ResidualFunction):
+        return net
+    if isinstance(net, nn.Module) and callable(getattr(net, "bind", None)):
+        return net.bind(context)  # type: ignore[operator]
+    return OpaqueFunction(net, context)
+
+
+def linearize(
+    net: Callable[..., Tensor], inputs: Tensor, context: Tensor | None = None
+) -> Linearization:
+    """Return g at `inputs` as a linear operator; short for `bind(net, context).linearize(inputs)`.
+
+    Args:
+        net: see `bind`.
+        inputs: the points, shape (B, *).
+        context: shape (B, C), or None.
+
+    Example:
+        >>> import torch
+        >>> at = linearize(torch.tanh, torch.zeros(2, 3))
+        >>> at.trace()
+        tensor([3., 3.])
+    """
+    return bind(net, context).linearize(inputs)

@@ -1,0 +1,196 @@
+r"""The unbiased estimator: the power series stopped at a random term (Russian roulette).
+
+With N drawn from a law with survival function p_k = P(N >= k) > 0,
+
+    E[ sum_{k <= N} t_k / p_k ] = sum_k t_k P(N >= k) / p_k = sum_k t_k,
+
+for the terms t_k of the value and of the derivative alike. What the law decides is the variance.
+The worst case allowed by \|J\| <= L is t_k ~ L^k / k for the value, L^{k-1} for the derivative:
+
+    E[estimate^2] = sum_{j,k} t_j t_k / p_min(j,k) <= 2 sum_j (|t_j| / p_j) sum_{k >= j} |t_k|.
+
+* `GeometricTail(q)`, p_k = q^{k - n} beyond n exact terms: with t_k = L^k the sum behaves like
+  sum_j (L^2 / q)^j, finite if and only if q > L^2. The customary q = 1/2 needs L < 0.707.
+* `MatchedTail()`, p_k = L^{k - n} n / k: the derivative's sum behaves like
+  sum_j j L^j / (1 - L), finite for EVERY L < 1, and the expected number of terms grows only like
+  log(1 / (1 - L)) (a geometric law of finite variance needs more than 1 / (1 - L^2)).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nflows_iresnet.logdet.series import SeriesEstimator, validated_lipschitz
+
+
+class InfiniteVarianceWarning(UserWarning):
+    """The law of the truncation does not guarantee a finite variance for the certified bound."""
+
+
+class Truncation(Protocol):
+    """A law of the number of terms N beyond `num_exact` terms that are always kept."""
+
+    def survival(self, term: int, num_exact: int, lipschitz: float) -> float:
+        """Return P(N >= term) for term > num_exact."""
+
+    def has_finite_variance(self, lipschitz: float) -> bool:
+        r"""Whether value and derivative have finite variance for every J with \|J\| <= L."""
+
+
+@dataclass(frozen=True)
+class MatchedTail:
+    """P(N >= k) = L^{k - n} n / k for k > n: finite variance for every certified L < 1."""
+
+    def survival(self, term: int, num_exact: int, lipschitz: float) -> float:
+        """Return L^{k - n} n / k."""
+        return lipschitz ** (term - num_exact) * num_exact / term
+
+    def has_finite_variance(self, lipschitz: float) -> bool:
+        """Return True."""
+        return True
+
+
+@dataclass(frozen=True)
+class GeometricTail:
+    """P(N >= k) = q^{k - n} for k > n; Residual Flows use q = 1/2.
+
+    Args:
+        continuation: q, the probability of one more term.
+
+    References:
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+    """
+
+    continuation: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.continuation < 1:
+            raise ValueError(f"continuation must be in (0, 1), got {self.continuation}")
+
+    def survival(self, term: int, num_exact: int, lipschitz: float) -> float:
+        """Return q^{k - n}."""
+        return self.continuation ** (term - num_exact)
+
+    def has_finite_variance(self, lipschitz: float) -> bool:
+        """Return whether q > L^2."""
+        return self.continuation > lipschitz**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RussianRoulette(SeriesEstimator):
+    r"""Unbiased estimate of log\|det(I + J)\| and of its derivative, with finite variance.
+
+    Cost: E[N] vjps per probe (`expected_terms`), and one more where a gradient is recorded.
+    Memory O(1) in the number of terms. The truncation is drawn from torch's generator.
+
+    Args:
+        num_exact_terms: n, the number of terms that are always kept, at least 1.
+        truncation: the law of N. The default is matched to the Lipschitz bound, so that the
+            variance is finite; a law for which it is not warns with `InfiniteVarianceWarning`.
+        lipschitz: upper bound L of Lip(g) for the law; by default the one that the network
+            guarantees.
+        num_probes: independent draws of probe and truncation, averaged.
+        probe: the law of the probe vectors.
+        exact_trace: use the exact trace as control variate; by default where it is cheap.
+
+    Raises:
+        ValueError: when called with a network that guarantees no bound, and `lipschitz` is None.
+
+    References:
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+        Beatson, Adams. Efficient optimization of loops and limits with randomized telescoping
+        sums, 2019 (how the law should follow the size of the terms).
+
+    Example:
+        >>> estimator = RussianRoulette(num_exact_terms=2)
+        >>> round(estimator.expected_terms(lipschitz=0.9), 1)
+        4.8
+        >>> RussianRoulette(truncation=GeometricTail(0.5)).variance_bound(0.9, features=2)
+        inf
+    """
+
+    num_exact_terms: int = 2
+    truncation: Truncation = MatchedTail()
+    lipschitz: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_exact_terms < 1:
+            raise ValueError(f"num_exact_terms must be at least 1, got {self.num_exact_terms}")
+        if self.lipschitz is not None:
+            validated_lipschitz(self.lipschitz)
+
+    def survival(self, term: int, lipschitz: float) -> float:
+        """Return P(N >= term)."""
+        if term <= self.num_exact_terms:
+            return 1.0
+        return self.truncation.survival(term, self.num_exact_terms, lipschitz)
+
+    def term_weights(
+        self, lipschitz: float | None, generator: torch.Generator | None = None
+    ) -> list[float]:
+        """Draw N and return 1 / P(N >= k) for k = 1, ..., N."""
+        bound = self._bound(lipschitz)
+        uniform = 1 - float(torch.rand((), dtype=torch.float64, generator=_on_cpu(generator)))
+        weights: list[float] = []
+        while (probability := self.survival(len(weights) + 1, bound)) >= uniform:
+            weights.append(1 / probability)
+        return weights
+
+    def _bound(self, guaranteed: float | None) -> float:
+        bound = guaranteed if self.lipschitz is None else self.lipschitz
+        if bound is None:
+            raise ValueError(
+                "the network guarantees no Lipschitz bound, so the roulette cannot match its law "
+                "to it; pass RussianRoulette(lipschitz=...) with a bound below 1 that you can "
+                "vouch for, or use logdet.Exact(), or a network of nflows_iresnet.nn"
+            )
+        if not self.truncation.has_finite_variance(bound):
+            warnings.warn(
+                f"{self.truncation} does not guarantee a finite variance for Lip(g) <= {bound}; "
+                "use MatchedTail() or a continuation probability above its square",
+                InfiniteVarianceWarning,
+                stacklevel=3,
+            )
+        return bound
+
+    def expected_terms(self, lipschitz: float) -> float:
+        """Return E[N] = sum_k P(N >= k), the expected number of vjps per probe."""
+        total, term = 0.0, 1
+        while (probability := self.survival(term, validated_lipschitz(lipschitz))) > 1e-9:
+            total, term = total + probability, term + 1
+        return total
+
+    def variance_bound(self, lipschitz: float, features: int) -> float:
+        r"""Return a bound of the variance of one draw, in nats^2, for any J with \|J\| <= L.
+
+        E[estimate^2] <= D^2 sum_{j,k} a_j a_k / p_min(j,k) with a_k = L^k / k, because
+        \|v^T J^k v\| <= \|v\|^2 L^k and \|v\|^2 = D for Rademacher probes.
+
+        Args:
+            lipschitz: L in [0, 1).
+            features: D, the number of dimensions.
+
+        Returns:
+            The bound, `math.inf` where the law does not guarantee a finite variance.
+        """
+        bound = validated_lipschitz(lipschitz)
+        if not self.truncation.has_finite_variance(bound):
+            return math.inf
+        remaining = -math.log1p(-bound)
+        total, term, size = 0.0, 1, bound
+        while size > 1e-12:
+            pairs = size * (2 * remaining - size) / self.survival(term, bound)
+            total, remaining, term = total + pairs, remaining - size, term + 1
+            size = bound**term / term
+        return features**2 * total
+
+
+def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
+    """The truncation is drawn on the CPU, so that a GPU never waits for it."""
+    return generator if generator is not None and generator.device.type == "cpu" else None

@@ -1,0 +1,204 @@
+"""Activation functions with a known Lipschitz constant.
+
+An activation a is applied unit by unit. Its module states a constant `lipschitz` >= sup |a'| (for
+activations that widen or mix units: the Lipschitz constant of the whole map), and returns the
+slopes a' beside the values, from which a network assembles its Jacobian.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Activation(nn.Module, ABC):
+    """A unit-wise activation: values and slopes.
+
+    Attributes:
+        lipschitz: certified Lipschitz constant of the map with respect to the 2-norm.
+        widening: the number of output units per input unit. Output unit `j + i * n` of n inputs
+            depends on input unit `j` alone.
+    """
+
+    lipschitz: float = 1.0
+    widening: int = 1
+
+    @abstractmethod
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (a(x), a'(x)), both of shape (*, widening * units)."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return a(x), shape (*, widening * units)."""
+        return self.value_and_slope(inputs)[0]
+
+
+class SmoothAbs(Activation):
+    r"""Smooth absolute value, a(x) = sqrt(1 + x^2) - 1.
+
+    The slope x / sqrt(1 + x^2) covers (-1, 1): unlike a monotone activation, it spends the whole
+    Lipschitz budget on both sides, and it has no flat tail where the Jacobian would vanish.
+
+    Example:
+        >>> SmoothAbs().value_and_slope(torch.tensor([0.0, 1e6]))[1]
+        tensor([0., 1.])
+    """
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (sqrt(1 + x^2) - 1, x / sqrt(1 + x^2)), without overflow for large |x|."""
+        root = torch.hypot(inputs, torch.ones((), dtype=inputs.dtype, device=inputs.device))
+        return root - 1, inputs / root
+
+
+class Sine(Activation):
+    """a(x) = sin(x), slope cos(x) in [-1, 1]."""
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (sin x, cos x)."""
+        return inputs.sin(), inputs.cos()
+
+
+class Tanh(Activation):
+    """a(x) = tanh(x), slope 1 - tanh(x)^2 in (0, 1]."""
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (tanh x, 1 - tanh(x)^2)."""
+        value = inputs.tanh()
+        return value, 1 - value.square()
+
+
+class ELU(Activation):
+    """a(x) = x for x > 0, exp(x) - 1 otherwise; slope in (0, 1].
+
+    References:
+        Clevert, Unterthiner, Hochreiter. Fast and accurate deep network learning by exponential
+        linear units, 2016. Used by Behrmann et al., Invertible residual networks, 2019.
+    """
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (elu x, min(1, exp x))."""
+        return F.elu(inputs), inputs.clamp(max=0).exp()
+
+
+class Softplus(Activation):
+    """a(x) = log(1 + exp(x)), slope sigmoid(x) in (0, 1)."""
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (softplus x, sigmoid x)."""
+        return F.softplus(inputs), inputs.sigmoid()
+
+
+LIPSWISH_DIVISOR = 1.1
+"""sup of d/dx [x sigmoid(b x)] is 1.09984 for every b > 0; Chen et al. divide by 1.1."""
+
+
+def _lipswish(inputs: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(beta * inputs)
+    value = inputs * gate
+    slope = gate + beta * value * (1 - gate)
+    return value / LIPSWISH_DIVISOR, slope / LIPSWISH_DIVISOR
+
+
+def _inverse_softplus(value: float) -> float:
+    return math.log(math.expm1(value))
+
+
+class LipSwish(Activation):
+    """a(x) = x sigmoid(b x) / 1.1 with a learnable b > 0; slope in (-0.091, 0.99986).
+
+    References:
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unconstrained_beta = nn.Parameter(torch.tensor(_inverse_softplus(1.0)))
+
+    @property
+    def beta(self) -> Tensor:
+        """The steepness b > 0."""
+        return F.softplus(self.unconstrained_beta)
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (a(x), a'(x))."""
+        return _lipswish(inputs, self.beta)
+
+
+class CLipSwish(LipSwish):
+    """Concatenated LipSwish, a(x) = [l(x), l(-x)] / c: twice as many outputs as inputs.
+
+    With l = LipSwish the map x -> [l(x), l(-x)] has slope vector [l'(x), -l'(-x)] and, since
+    l'(x) + l'(-x) = 1 / 1.1 for every x and b, its norm sqrt(l'(x)^2 + l'(-x)^2) is largest where
+    l' is: sqrt(0.99986^2 + 0.09076^2) = 1.00397. Dividing by c = 1.004 makes it 1-Lipschitz.
+
+    References:
+        Perugachi-Diaz, Tomczak, Bhulai. Invertible DenseNets with concatenated LipSwish, 2021.
+    """
+
+    widening = 2
+    _divisor = 1.004
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (a(x), a'(x)), each of shape (*, 2 * units)."""
+        value, slope = _lipswish(torch.cat([inputs, -inputs], dim=-1), self.beta)
+        sign = torch.ones_like(slope)
+        sign[..., inputs.shape[-1] :] = -1
+        return value / self._divisor, slope * sign / self._divisor
+
+
+class MaxMin(nn.Module):
+    """Sorts units in pairs: (x1, x2) -> (max, min). Gradient-norm preserving, 1-Lipschitz.
+
+    Piecewise linear: the log-determinant of a residual block with it is piecewise constant in x.
+
+    References:
+        Anil, Lucas, Grosse. Sorting out Lipschitz function approximation, 2019.
+    """
+
+    lipschitz = 1.0
+    widening = 1
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the sorted pairs, shape (*, units); the number of units must be even."""
+        if inputs.shape[-1] % 2:
+            raise ValueError(
+                f"MaxMin sorts pairs, so it needs an even number of units, got {inputs.shape[-1]}; "
+                "use an even hidden width"
+            )
+        first, second = inputs.chunk(2, dim=-1)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=-1)
+
+
+class Scaled(Activation):
+    r"""a_t(x) = t a(x / t) with a learnable t > 0 for each unit: the same slopes, another scale.
+
+    Since a_t'(x) = a'(x / t), the Lipschitz constant does not depend on t. In a network
+    W_2 a_t(W_1 x) = (W_2 T) a(T^{-1} W_1 x) with T = diag(t), so that learning t is learning the
+    diagonal that balances the norms of neighbouring layers: a network may have unbalanced weights
+    T^{-1} W_1 and W_2 T of large norms and still be bounded by \|W_1\| \|W_2\|.
+
+    Args:
+        activation: any unit-wise activation.
+        units: the number of units that it is applied to.
+
+    The scale is kept between exp(-7) and exp(7), so that no step of an optimiser, however large,
+    makes it zero or infinite.
+    """
+
+    _max_log_scale = 7.0
+
+    def __init__(self, activation: Activation, units: int) -> None:
+        super().__init__()
+        self.activation = activation
+        self.lipschitz = activation.lipschitz
+        self.widening = activation.widening
+        self.log_scale = nn.Parameter(torch.zeros(units))
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (t a(x / t), a'(x / t))."""
+        scale = self.log_scale.clamp(-self._max_log_scale, self._max_log_scale).exp()
+        value, slope = self.activation.value_and_slope(inputs / scale)
+        return value * torch.cat([scale] * self.widening, dim=-1), slope

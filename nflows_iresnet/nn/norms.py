@@ -1,0 +1,203 @@
+r"""Upper bounds of the operator norm \|W\|_2 = max \|W x\| / \|x\| that can be differentiated.
+
+A network divides its weights by such a norm, so the norm must be an UPPER bound for the weights to
+be certified. `SpectralNorm` (the norm itself), `SchattenNorm` and `FrobeniusNorm` are;
+`PowerIteration`, the method of the papers, is a lower bound and is named for what it is.
+
+All are computed in float64 from the weights as they are stored, and allow for the rounding of
+their own arithmetic.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class MatrixNorm(ABC):
+    r"""A strategy for \|W\|_2.
+
+    Attributes:
+        is_upper_bound: whether the value is guaranteed to be at least \|W\|_2.
+    """
+
+    is_upper_bound: bool = True
+
+    @abstractmethod
+    def __call__(self, weight: Tensor, state: State) -> Tensor:
+        """Return the norm of a weight (out, in) as a float64 scalar, differentiable in it.
+
+        Args:
+            weight: finite values, any floating dtype.
+            state: the buffers made by `initial_state`.
+        """
+
+    def initial_state(self, weight: Tensor) -> State:
+        """Return the buffers that the strategy keeps for one weight; none by default."""
+        return {}
+
+    def advance(self, weight: Tensor, state: State) -> None:  # noqa: B027
+        """Improve the buffers in place, once per training step; does nothing by default."""
+
+
+def _rounding_allowance(weight: Tensor) -> float:
+    """Relative error allowed for a float64 norm: twice what `spectral_norm_bound` adds."""
+    return 1 + 64 * max(weight.shape) * torch.finfo(torch.float64).eps
+
+
+def _magnitude(weight: Tensor) -> Tensor:
+    """The largest entry: divided by it, a matrix has squares that neither over- nor underflow."""
+    tiny = torch.finfo(torch.float64).tiny
+    return weight.abs().amax().clamp_min(tiny) if weight.numel() else weight.new_ones(())
+
+
+def _pair_with(weight: Tensor, gradient: Tensor) -> Tensor:
+    r"""Return <gradient, W>: by Euler's theorem the norm itself, if `gradient` is its gradient.
+
+    Norms are homogeneous of degree one, \|W\| = <grad \|W\|, W>. With the gradient held constant,
+    the product therefore has both the value and the derivative of the norm, and nothing of how the
+    gradient was computed needs to be recorded.
+    """
+    return (gradient.detach() * weight).sum()
+
+
+@dataclass(frozen=True)
+class SpectralNorm(MatrixNorm):
+    r"""\|W\|_2 itself, from the eigenvalues of the smaller Gram matrix. The tightest bound.
+
+    With u the top eigenvector of W W^T and v = W^T u / \|W^T u\|, the gradient is u v^T.
+
+    Cost: one symmetric eigendecomposition of size min(out, in).
+    """
+
+    def __call__(self, weight: Tensor, state: State) -> Tensor:
+        """Return the largest singular value."""
+        double = weight.double()
+        with torch.no_grad():
+            scaled = double / _magnitude(double)
+            tall = scaled if scaled.shape[0] >= scaled.shape[1] else scaled.mT
+            vectors = torch.linalg.eigh(tall.mT @ tall).eigenvectors
+            right = vectors[:, -1]
+            left = tall @ right
+            left = left / left.norm().clamp_min(torch.finfo(torch.float64).tiny)
+            outer = torch.outer(left, right)
+            outer = outer if tall is scaled else outer.mT
+        return _pair_with(double, outer) * _rounding_allowance(weight)
+
+
+@dataclass(frozen=True)
+class SchattenNorm(MatrixNorm):
+    r"""The Schatten norm \|W\|_p = (sum_i sigma_i^p)^{1/p} >= \|W\|_2, from matrix products alone.
+
+    With G = W W^T, p = 2^{s+1} + 2 and H = G^{2^s} from s squarings, \|W\|_p^p = tr(H G), and the
+    gradient is H W / \|W\|_p^{p-1}. Smooth where singular values cross, no decomposition, no wait
+    for a GPU. At most min(out, in)^{1/p} above \|W\|_2: 1.6 % for 64 equal singular values at
+    s = 7, and usually far less.
+
+    Cost: s + 2 products of size min(out, in), without a graph.
+
+    Args:
+        num_squarings: s.
+
+    References:
+        Delattre, Barthelemy, Araujo, Allauzen. Efficient bound of Lipschitz constant for
+        convolutional layers by Gram iteration, 2023 (the iteration; the gradient here is exact).
+    """
+
+    num_squarings: int = 7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_squarings <= 20:
+            raise ValueError(f"num_squarings must be between 0 and 20, got {self.num_squarings}")
+
+    def __call__(self, weight: Tensor, state: State) -> Tensor:
+        """Return the Schatten norm of order 2^{s+1} + 2."""
+        double = weight.double()
+        order = 2 ** (self.num_squarings + 1) + 2
+        with torch.no_grad():
+            magnitude = _magnitude(double)
+            scaled = double / magnitude
+            tall = scaled if scaled.shape[0] >= scaled.shape[1] else scaled.mT
+            gram = tall.mT @ tall
+            power, log_scale = gram, torch.zeros_like(magnitude)
+            for _ in range(self.num_squarings):
+                size = _magnitude(power)
+                power, log_scale = (power / size) @ (power / size), 2 * (log_scale + size.log())
+            log_trace = (power * gram).sum().log() + log_scale
+            log_norm = log_trace / order
+            gradient = tall @ power * (log_scale - (order - 1) * log_norm).exp()
+            gradient = gradient if tall is scaled else gradient.mT
+            gradient = torch.where(log_norm.isfinite(), gradient, torch.zeros_like(gradient))
+        return _pair_with(double, gradient) * _rounding_allowance(weight)
+
+
+@dataclass(frozen=True)
+class FrobeniusNorm(MatrixNorm):
+    r"""\|W\|_F = sqrt(sum W_ij^2) >= \|W\|_2. The cheapest bound, up to sqrt(rank) too large."""
+
+    def __call__(self, weight: Tensor, state: State) -> Tensor:
+        """Return the Frobenius norm."""
+        double = weight.double()
+        magnitude = _magnitude(double.detach())
+        with torch.no_grad():
+            scaled = double / magnitude
+            gradient = scaled / scaled.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        return _pair_with(double, gradient) * _rounding_allowance(weight)
+
+
+@dataclass(frozen=True)
+class PowerIteration(MatrixNorm):
+    r"""u^T W v after power iteration, as in the papers: a LOWER bound, so nothing is guaranteed.
+
+    v <- W^T u / \|W^T u\|, u <- W v / \|W v\|. The vectors are kept as buffers, start from ones
+    and are improved in each training step. A network normalised with it may exceed its coefficient;
+    `lipschitz_bound` reports by how much, because it never relies on this estimate.
+
+    Cost: two matrix-vector products per step.
+
+    Args:
+        num_steps: iterations per training step.
+        num_initial_steps: iterations when the buffers are made.
+
+    References:
+        Miyato, Kataoka, Koyama, Yoshida. Spectral normalization for generative adversarial
+        networks, 2018. Behrmann et al. Invertible residual networks, 2019.
+    """
+
+    num_steps: int = 1
+    num_initial_steps: int = 50
+    is_upper_bound = False
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.num_initial_steps < 0:
+            raise ValueError(
+                f"num_steps must be at least 1 and num_initial_steps at least 0, got "
+                f"{self.num_steps} and {self.num_initial_steps}"
+            )
+
+    def initial_state(self, weight: Tensor) -> State:
+        """Return u and v, started from ones."""
+        rows, columns = weight.shape
+        state = {"u": weight.new_ones(rows).detach(), "v": weight.new_ones(columns).detach()}
+        self._iterate(weight, state, self.num_initial_steps)
+        return state
+
+    def advance(self, weight: Tensor, state: State) -> None:
+        """Improve u and v in place by `num_steps` iterations."""
+        self._iterate(weight, state, self.num_steps)
+
+    @torch.no_grad()
+    def _iterate(self, weight: Tensor, state: State, steps: int) -> None:
+        for _ in range(steps):
+            state["v"].copy_(torch.nn.functional.normalize(weight.mT @ state["u"], dim=0))
+            state["u"].copy_(torch.nn.functional.normalize(weight @ state["v"], dim=0))
+
+    def __call__(self, weight: Tensor, state: State) -> Tensor:
+        """Return u^T W v."""
+        left, right = state["u"].double(), state["v"].double()
+        return torch.dot(left.clone(), weight.double() @ right.clone())

@@ -1,0 +1,211 @@
+"""The loop that all solvers share: verified residuals, the best points, and errors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+_STALL_STEPS = 100
+"""A row is given up when its best residual has not improved for this many steps."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    r"""What a solver returns.
+
+    Attributes:
+        value: x, shape (B, *).
+        residual: \|f(x) - x\| in the 2-norm, evaluated at `value` itself, shape (B,).
+        tolerance: what the residual was asked to be at most, shape (B,).
+        num_steps: evaluations of f until the row was accepted, integers of shape (B,).
+    """
+
+    value: Tensor
+    residual: Tensor
+    tolerance: Tensor
+    num_steps: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether the residual is at most the tolerance, shape (B,); False for NaN."""
+        return self.residual <= self.tolerance
+
+    def error_bound(self, lipschitz: float) -> Tensor:
+        r"""Return a bound of \|x - x*\|, shape (B,): residual / (1 - L), plus rounding.
+
+        The residual itself is only known up to rounding of x and f(x), for which 4 eps \|x\| is
+        added. (What f loses internally to cancellation is not visible here: use float64 where the
+        last digits matter.)
+
+        Args:
+            lipschitz: L, an upper bound of Lip(f), in [0, 1).
+        """
+        if not 0 <= lipschitz < 1:
+            raise ValueError(f"the Lipschitz bound must be in [0, 1), got {lipschitz}")
+        rounding = 4 * torch.finfo(self.value.dtype).eps * _row_norm(self.value)
+        return (self.residual + rounding) / (1 - lipschitz)
+
+
+class FixedPointNotConverged(RuntimeError):  # noqa: N818
+    """Raised when a residual is above its tolerance, or not a number.
+
+    Attributes:
+        solution: the best point found, with its residual, for those who want to look at it.
+    """
+
+    def __init__(self, message: str, solution: Solution) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    r"""A strategy for x = f(x), row by row.
+
+    A row is accepted when \|f(x) - x\| <= atol + rtol (\|x\| + \|f(x)\|): the residual of the very
+    point that is returned. Accepted rows no longer move. Implementing one: subclass as a frozen
+    dataclass and implement `propose`; the best point of each row, the stopping test and the errors
+    are handled here.
+
+    Args:
+        atol: absolute tolerance of the residual; by default 1e-6, in float64 1e-12.
+        rtol: relative tolerance of the residual; by default 5e-7, in float64 1e-14: a few units
+            of rounding, below which no residual can be told from zero.
+        max_steps: the number of evaluations of f after which an exception is raised.
+    """
+
+    atol: float | None = None
+    rtol: float | None = None
+    max_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        for name, value in (("atol", self.atol), ("rtol", self.rtol)):
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.atol == 0 and self.rtol == 0:
+            raise ValueError("atol and rtol must not both be zero: no residual would be accepted")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+
+    @abstractmethod
+    def start(self, init: Tensor) -> Accelerator:
+        """Return a fresh accelerator for one solve."""
+
+    def __call__(self, fn: Map, init: Tensor) -> Solution:
+        """Solve x = fn(x) from `init`; no gradient is recorded.
+
+        Args:
+            fn: maps (B, *) to (B, *), row by row, contracting.
+            init: the first guess, shape (B, *).
+
+        Returns:
+            The solution, every row of which is within its tolerance.
+
+        Raises:
+            FixedPointNotConverged: if a residual is not finite, stops decreasing above its
+                tolerance, or is above it after `max_steps` evaluations.
+        """
+        with torch.no_grad():
+            return self._solve(fn, init.detach().flatten(start_dim=1), init.shape)
+
+    def _solve(self, fn: Map, init: Tensor, shape: torch.Size) -> Solution:
+        accelerator = self.start(init)
+        point, best = init, Progress(init)
+        for step in range(1, self.max_steps + 1):
+            image = fn(point.reshape(shape)).flatten(start_dim=1)
+            best.update(point, image - point, self._tolerance(point, image), step)
+            solution = best.solution(shape)
+            if not best.residual_norm.isfinite().all():
+                raise FixedPointNotConverged(_not_finite(solution), solution)
+            if best.accepted.all():
+                return solution
+            if best.stalled(step):
+                break
+            point = accelerator.propose(point, image, best)
+        raise FixedPointNotConverged(_not_converged(solution, step, init.dtype), solution)
+
+    def _tolerance(self, point: Tensor, image: Tensor) -> Tensor:
+        is_double = point.dtype == torch.float64
+        atol = (1e-12 if is_double else 1e-6) if self.atol is None else self.atol
+        rtol = (1e-14 if is_double else 5e-7) if self.rtol is None else self.rtol
+        return atol + rtol * (_row_norm(point) + _row_norm(image))
+
+
+class Progress:
+    """The best point of each row so far, and which rows are accepted."""
+
+    def __init__(self, init: Tensor) -> None:
+        rows = init[:, 0] if init.shape[1] else init.sum(1)
+        self.value, self.residual = init, torch.zeros_like(init)
+        self.residual_norm = torch.full_like(rows, torch.inf)
+        self.tolerance = torch.zeros_like(rows)
+        self.accepted = torch.zeros_like(rows, dtype=torch.bool)
+        self.improved = torch.ones_like(rows, dtype=torch.bool)
+        self.num_steps = torch.zeros_like(rows, dtype=torch.int64)
+        self.last_improvement = torch.zeros_like(rows, dtype=torch.int64)
+
+    def update(self, point: Tensor, residual: Tensor, tolerance: Tensor, step: int) -> None:
+        """Take a new point into account; rows that are accepted stay as they are."""
+        norm = _row_norm(residual)
+        is_open = ~self.accepted
+        self.improved = is_open & (norm < self.residual_norm)
+        column = self.improved[:, None]
+        self.value = torch.where(column, point, self.value)
+        self.residual = torch.where(column, residual, self.residual)
+        self.tolerance = torch.where(self.improved, tolerance, self.tolerance)
+        self.residual_norm = torch.where(self.improved, norm, self.residual_norm)
+        self.num_steps = torch.where(is_open, step, self.num_steps)
+        self.last_improvement = torch.where(self.improved, step, self.last_improvement)
+        self.accepted = self.accepted | (self.residual_norm <= self.tolerance)
+
+    def stalled(self, step: int) -> bool:
+        """Whether an open row has not improved for many steps: rounding, or no contraction."""
+        return bool((~self.accepted & (step - self.last_improvement >= _STALL_STEPS)).any())
+
+    def solution(self, shape: torch.Size) -> Solution:
+        """Return the best points in the shape of the caller."""
+        return Solution(
+            self.value.reshape(shape), self.residual_norm, self.tolerance, self.num_steps
+        )
+
+
+class Accelerator(ABC):
+    """Proposes the next point of one solve from what has been seen."""
+
+    @abstractmethod
+    def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
+        """Return the next point, shape (B, D); rows in `best.accepted` are ignored."""
+
+
+def _row_norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows.flatten(start_dim=1), dim=1)
+
+
+def _not_finite(solution: Solution) -> str:
+    bad = ~solution.residual.isfinite()
+    return (
+        f"{int(bad.sum())} of {len(bad)} rows have a residual that is not finite; check the "
+        "inputs, the context and the weights for NaN and infinite values"
+    )
+
+
+def _not_converged(solution: Solution, step: int, dtype: torch.dtype) -> str:
+    bad = ~solution.converged
+    worst = int(torch.where(bad, solution.residual, -torch.inf).argmax())
+    remedy = (
+        "the map may not be a contraction (is Lip(g) < 1?), or the tolerance is below what "
+        f"{dtype} can resolve: use .double(), or a larger atol / rtol"
+    )
+    if step >= 2000:
+        remedy = "more max_steps, solvers.Anderson, or a smaller Lipschitz bound; or " + remedy
+    return (
+        f"no fixed point within the tolerance after {step} steps: {int(bad.sum())} of {len(bad)} "
+        f"rows have a residual above it, the worst {solution.residual[worst]:.3g} > "
+        f"{solution.tolerance[worst]:.3g} (row {worst}). Try: {remedy}"
+    )

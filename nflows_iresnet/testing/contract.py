@@ -1,0 +1,84 @@
+"""All clauses in one dictionary, and the check that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from nflows_iresnet.testing import behaviour, gradients, values
+from nflows_iresnet.testing.subject import Subject
+
+Clause = Callable[[Subject], None]
+
+CLAUSES: dict[str, Clause] = {
+    clause.__name__: clause
+    for clause in (
+        values.shapes_and_dtype,
+        values.round_trip,
+        values.logabsdet_is_exact_or_unbiased,
+        values.same_seed_negates,
+        values.rows_are_independent,
+        values.context_matters,
+        values.few_rows,
+        gradients.weighted_gradient,
+        gradients.every_parameter_learns,
+        gradients.frozen_parameters,
+        gradients.inverse_gradients,
+        gradients.vmap_and_jacrev,
+        behaviour.no_graph_without_gradients,
+        behaviour.tensors_of_the_caller,
+        behaviour.survives_serialisation,
+        behaviour.autocast,
+    )
+}
+
+
+def check_transform(
+    transform: nn.Module,
+    inputs: Tensor,
+    context: Tensor | None = None,
+    *,
+    clauses: tuple[str, ...] | None = None,
+    atol: float = 1e-6,
+    num_draws: int = 200,
+    bias: float = 0.0,
+) -> None:
+    """Check that a transform keeps the contract, in float64, on a copy.
+
+    Args:
+        transform: a module with forward and inverse, (inputs, context) -> (outputs, logabsdet).
+        inputs: rows to check at, shape (B, *), B at least 2; a handful of rows is enough.
+        context: shape (B, C), or None.
+        clauses: names from `CLAUSES`; all by default.
+        atol: how far exact numbers may be off.
+        num_draws: draws that a random log-determinant is averaged over.
+        bias: nats by which its mean may be off, for estimators that are biased by design.
+
+    Raises:
+        AssertionError: naming the clause, and what broke by how much.
+        ValueError: if a clause is unknown or there are fewer than two rows.
+
+    Example:
+        >>> from nflows.transforms import LULinear
+        >>> check_transform(LULinear(3), torch.randn(4, 3), clauses=("round_trip",))
+    """
+    if len(inputs) < 2:
+        raise ValueError(f"at least 2 rows are needed to check a transform, got {len(inputs)}")
+    for name in CLAUSES if clauses is None else clauses:
+        if name not in CLAUSES:
+            raise ValueError(f"unknown clause {name!r}; known are {', '.join(CLAUSES)}")
+        double = deepcopy(transform).double()
+        torch.manual_seed(0)
+        rows = inputs.detach().double()
+        row_context = None if context is None else context.detach().double()
+        double.forward(rows, row_context)
+        subject = Subject(double, rows, row_context, atol, num_draws, bias)
+        try:
+            CLAUSES[name](subject)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+        except Exception as error:
+            raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error

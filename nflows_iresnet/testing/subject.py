@@ -1,0 +1,97 @@
+"""What every clause of the contract is given, and how it judges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIGMAS = 6.0
+"""How many standard errors the mean of random numbers may be off."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A transform under test, with inputs (B, *) and context (B, C) or None.
+
+    Attributes:
+        atol: how far an exact number may be off, in the units of the outputs or in nats.
+        num_draws: how many draws a random log-determinant is averaged over.
+        bias: nats by which the mean of a log-determinant may be off, for truncated estimators.
+    """
+
+    transform: Any
+    inputs: Tensor
+    context: Tensor | None = None
+    atol: float = 1e-6
+    num_draws: int = 200
+    bias: float = 0.0
+
+    def forward(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Run the transform with a seed."""
+        torch.manual_seed(seed)
+        outputs, logabsdet = self.transform.forward(self.inputs, self.context)
+        return outputs, logabsdet
+
+    def inverse(self, outputs: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Run the inverse with a seed."""
+        torch.manual_seed(seed)
+        inputs, logabsdet = self.transform.inverse(outputs, self.context)
+        return inputs, logabsdet
+
+    def rows(self, rows: slice) -> Subject:
+        """Return the subject with some rows of its inputs and context."""
+        context = None if self.context is None else self.context[rows]
+        return replace(self, inputs=self.inputs[rows], context=context)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [each for each in self.transform.parameters() if each.requires_grad]
+
+    def is_random(self) -> bool:
+        """Whether the log-determinant depends on the seed."""
+        with torch.no_grad():
+            return not torch.equal(self.forward(0)[1], self.forward(1)[1])
+
+
+def require(condition: bool | Tensor, message: str) -> None:
+    """Raise an `AssertionError` with a message unless the condition holds."""
+    if not bool(condition):
+        raise AssertionError(message)
+
+
+def require_close(actual: Tensor, expected: Tensor, atol: float, what: str) -> None:
+    """Require equal shapes and values within `atol`."""
+    require(actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}")
+    error = float((actual - expected).abs().max()) if actual.numel() else 0.0
+    require(error <= atol, f"{what}: off by {error:.3g}, more than {atol:.3g}")
+
+
+def require_mean(draws: Tensor, expected: Tensor, subject: Subject, what: str) -> None:
+    """Require the mean of draws (N, *) to be as expected within its standard error."""
+    allowed = subject.atol + subject.bias
+    if len(draws) > 1:
+        allowed = allowed + SIGMAS * draws.std(0) / len(draws) ** 0.5
+    error = (draws.mean(0) - expected).abs()
+    worst = float((error - allowed).max()) if error.numel() else 0.0
+    require(worst <= 0, f"{what}: mean off by {float(error.max()):.3g}, beyond its standard error")
+
+
+def exact_logabsdet(subject: Subject) -> Tensor:
+    r"""Return log\|det\| of the full Jacobian, row by row, from automatic differentiation: (B,)."""
+    rows = [_row_jacobian(subject.rows(slice(i, i + 1))) for i in range(len(subject.inputs))]
+    return torch.linalg.slogdet(torch.stack(rows)).logabsdet
+
+
+def _row_jacobian(row: Subject) -> Tensor:
+    def outputs(flat: Tensor) -> Tensor:
+        values, _ = row.transform.forward(flat.reshape(row.inputs.shape), row.context)
+        return values.flatten()
+
+    jacobian = torch.autograd.functional.jacobian(
+        outputs, row.inputs.flatten(), create_graph=torch.is_grad_enabled()
+    )
+    return torch.as_tensor(jacobian)
