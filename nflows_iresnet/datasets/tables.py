@@ -1,0 +1,269 @@
+"""Tables of numbers from .npy and delimited text files, or a clear reason why not."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data")
+SUFFIXES = (".npy", *TEXT_SUFFIXES)
+
+_LARGEST = 1e100
+_FEW_VALUES = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Named columns of finite float64 numbers.
+
+    Args:
+        name: What the data are called.
+        columns: One name per column.
+        values: The numbers [rows, columns].
+        source: Where they come from.
+        notes: What deserves care, a sentence each.
+        levels: How many values a quantised entry took, where that is known.
+
+    Example:
+        >>> Table("ones", ("a",), np.ones((10, 1)), "doctest").values.shape
+        (10, 1)
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    values: npt.NDArray[np.float64]
+    source: str
+    notes: tuple[str, ...] = ()
+    levels: int | None = None
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One line of a delimited text file.
+
+    Args:
+        number: Line number in the file, from one.
+        cells: Its cells, stripped.
+
+    Example:
+        >>> TextRow(1, ["1.5", "2"]).cells
+        ['1.5', '2']
+    """
+
+    number: int
+    cells: list[str]
+
+
+def read_table(path: Path) -> Table:
+    """Read the numbers of a ``.npy`` or delimited text file.
+
+    Text may be separated by commas, semicolons, tabs or spaces. A first row without any number
+    is taken for the column names, whether or not it begins with numpy's ``#``; columns without
+    names are called ``0, 1, ...``.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        The table; its notes say which rows repeat and which columns are quantised.
+
+    Raises:
+        ValueError: If the file does not hold a table of finite numbers; the message names the
+            place and the remedy.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "table.csv"
+        >>> _ = path.write_text("a;b" + chr(10) + "1;2" + chr(10) + "3;4")
+        >>> read_table(path).columns
+        ('a', 'b')
+    """
+    if path.suffix.lower() == ".npy":
+        values = _read_array(path)
+        columns = tuple(str(index) for index in range(values.shape[1]))
+    elif path.suffix.lower() in TEXT_SUFFIXES:
+        columns, values = to_numbers(path, read_text(path))
+    else:
+        raise ValueError(f"{path}: file type {path.suffix!r} is unknown; save it as .npy or .csv")
+    refuse_nonfinite(path, columns, values)
+    notes = (*_repeat_notes(values), *quantised_notes(columns, values))
+    return Table(path.stem, columns, values, str(path), notes)
+
+
+def read_text(path: Path, comment: str | None = None) -> list[TextRow]:
+    """Split a delimited text file into cells.
+
+    Args:
+        path: An existing file.
+        comment: Skip the lines that begin with this.
+
+    Returns:
+        The rows that are not blank.
+
+    Raises:
+        ValueError: If no row is left, or the file is not text.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "table.txt"
+        >>> _ = path.write_text("1 2" + chr(10) + "3 4")
+        >>> read_text(path)[1]
+        TextRow(number=2, cells=['3', '4'])
+    """
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 text: save it as .csv in UTF-8, or as .npy")
+    kept = [
+        (number, line)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not (comment and line.startswith(comment))
+    ]
+    if not kept:
+        raise ValueError(f"{path} is empty: give a file with at least ten rows of numbers")
+    separator = _separator(kept[0][1])
+    return [TextRow(number, _cells(line, separator)) for number, line in kept]
+
+
+def to_numbers(path: Path, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
+    """Parse the cells of a text table.
+
+    Args:
+        path: The file, for the messages.
+        rows: Its rows, the first of which may hold the column names.
+
+    Returns:
+        The column names, and the numbers [rows, columns].
+
+    Raises:
+        ValueError: If a row has another length than the first, or a cell is not a number.
+
+    Example:
+        >>> to_numbers(Path("table.csv"), [TextRow(1, ["1", "2"])])
+        (('0', '1'), array([[1., 2.]]))
+    """
+    width = len(rows[0].cells)
+    columns, rows = _split_header(rows)
+    for row in rows:
+        if len(row.cells) != width:
+            raise ValueError(
+                f"{path}, line {row.number}: {len(row.cells)} cells where the first row has"
+                f" {width}; give every row the same number"
+            )
+    try:
+        values = np.array([[float(cell) for cell in row.cells] for row in rows])
+    except ValueError:
+        raise ValueError(_first_bad_cell(path, columns, rows)) from None
+    return columns, values.reshape(len(rows), width)
+
+
+def refuse_nonfinite(path: Path, columns: tuple[str, ...], values: npt.NDArray[np.float64]) -> None:
+    """Refuse NaN, infinite and absurdly large values.
+
+    Args:
+        path: The file, for the message.
+        columns: One name per column.
+        values: The numbers [rows, columns].
+
+    Raises:
+        ValueError: Naming each column that holds some, and how many.
+
+    Example:
+        >>> refuse_nonfinite(Path("table.csv"), ("a", "b"), np.array([[1.0, np.nan]]))
+        Traceback (most recent call last):
+        ValueError: table.csv: NaN, infinite or beyond 1e+100: 1 in column b (index 1); ...
+    """
+    counts = (~(np.abs(values) <= _LARGEST)).sum(axis=0)
+    bad = [
+        f"{count} in column {name} (index {index})"
+        for index, (name, count) in enumerate(zip(columns, counts, strict=True))
+        if count
+    ]
+    if bad:
+        raise ValueError(
+            f"{path}: NaN, infinite or beyond {_LARGEST:g}: {', '.join(bad)};"
+            " remove or fill those rows"
+        )
+
+
+def quantised_notes(columns: tuple[str, ...], values: npt.NDArray[np.float64]) -> tuple[str, ...]:
+    """Name the columns with few distinct values, where a density has no upper bound.
+
+    Args:
+        columns: One name per column.
+        values: The numbers [rows, columns].
+
+    Returns:
+        A sentence for each such column.
+
+    Example:
+        >>> quantised_notes(("a",), np.repeat([[0.0], [1.0]], 50, axis=0))
+        ('column a has only 2 distinct values: its density is unbounded; add noise to it',)
+    """
+    counts = [len(np.unique(column)) for column in values.T]
+    return tuple(
+        f"column {name} has only {count} distinct values: its density is unbounded; add noise to it"
+        for name, count in zip(columns, counts, strict=True)
+        if count < _FEW_VALUES * len(values)
+    )
+
+
+def _read_array(path: Path) -> npt.NDArray[np.float64]:
+    try:
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is empty, damaged or of object dtype ({error}); save a plain numeric array"
+        ) from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} has dtype {array.dtype}: save an array of real numbers")
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(
+            f"{path} has shape {array.shape} and must have (rows, columns);"
+            " for one column use array.reshape(-1, 1)"
+        )
+    return array.astype(np.float64)
+
+
+def _separator(line: str) -> str | None:
+    return next((separator for separator in ";,\t" if separator in line), None)
+
+
+def _cells(line: str, separator: str | None) -> list[str]:
+    line = line.lstrip("#")
+    cells = line.split() if separator is None else next(csv.reader([line], delimiter=separator))
+    return [cell.strip() for cell in cells]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _split_header(rows: list[TextRow]) -> tuple[tuple[str, ...], list[TextRow]]:
+    first = rows[0].cells
+    if any(_is_number(cell) for cell in first):
+        return tuple(str(index) for index in range(len(first))), rows
+    return tuple(first), rows[1:]
+
+
+def _first_bad_cell(path: Path, columns: tuple[str, ...], rows: list[TextRow]) -> str:
+    row, index = next(
+        (row, index) for row in rows for index, cell in enumerate(row.cells) if not _is_number(cell)
+    )
+    return (
+        f"{path}, line {row.number}, column {columns[index]} (index {index}):"
+        f" {row.cells[index]!r} is not a number; keep numeric columns, with a decimal point"
+    )
+
+
+def _repeat_notes(values: npt.NDArray[np.float64]) -> tuple[str, ...]:
+    count = len(values) - len(np.unique(values, axis=0))
+    return (f"{count} rows repeat an earlier row: splits may share them",) if count else ()

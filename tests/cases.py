@@ -1,0 +1,170 @@
+"""Every transform that keeps the contract: adding one is adding one line to CASES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from nflows import transforms as nflows_transforms
+from nflows.nn.nets import ResidualNet
+from torch import Tensor, nn
+
+from nflows_iresnet import flows, logdet, solvers, transforms
+from nflows_iresnet import nn as lipschitz_nn
+
+NONE: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transform, the sizes of its inputs, and the clauses that it cannot keep, with reasons."""
+
+    factory: Callable[[], nn.Module]
+    features: int = 3
+    context_features: int | None = None
+    bias: float = 0.0
+    num_draws: int = 200
+    excluded: Mapping[str, str] = field(default_factory=lambda: NONE)
+
+    def inputs(self) -> Tensor:
+        torch.manual_seed(11)
+        return torch.randn(4, self.features, dtype=torch.float64)
+
+    def context(self) -> Tensor | None:
+        if self.context_features is None:
+            return None
+        torch.manual_seed(12)
+        return torch.randn(4, self.context_features, dtype=torch.float64)
+
+
+class FixedLinear(nn.Module):
+    """g(x) = A x with a matrix of a given norm: its Jacobian is large, and known."""
+
+    def __init__(self, features: int = 3, norm: float = 0.8) -> None:
+        super().__init__()
+        matrix = torch.randn(features, features, generator=torch.Generator().manual_seed(1))
+        self.weight = nn.Parameter(norm * matrix / torch.linalg.matrix_norm(matrix, ord=2))
+        self.lipschitz = norm
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weight.mT
+
+    def lipschitz_bound(self) -> float:
+        return lipschitz_nn.spectral_norm_bound(self.weight)
+
+
+class ConditionalByAutograd(nn.Module):
+    """A net of a user: no structure to exploit, with context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = lipschitz_nn.LipschitzLinear(3, 8)
+        self.second = lipschitz_nn.LipschitzLinear(8, 3)
+        self.context = nn.Linear(2, 8)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        shift = 0 if context is None else self.context(context)
+        outputs: Tensor = self.second(torch.tanh(self.first(inputs) + shift))
+        return outputs
+
+
+def _mlp(
+    *hidden: int,
+    features: int = 3,
+    context: int | None = None,
+    activation: nn.Module | None = None,
+    norm: lipschitz_nn.MatrixNorm | None = None,
+) -> lipschitz_nn.LipschitzMLP:
+    torch.manual_seed(2)
+    return lipschitz_nn.LipschitzMLP(features, hidden, context, activation=activation, norm=norm)
+
+
+def _block(
+    net: nn.Module,
+    estimator: logdet.LogDetEstimator | None = None,
+    solver: solvers.Solver | None = None,
+) -> transforms.ResidualTransform:
+    return transforms.ResidualTransform(net, estimator=estimator, solver=solver)
+
+
+def _roulette(continuation: float | None = None, **options: float) -> logdet.RussianRoulette:
+    law = logdet.MatchedTail() if continuation is None else logdet.GeometricTail(continuation)
+    return logdet.RussianRoulette(truncation=law, **options)  # type: ignore[arg-type]
+
+
+def _preset(flow: nn.Module) -> nn.Module:
+    transform: nn.Module = flow._transform  # type: ignore[assignment]
+    return transform
+
+
+def _coupling() -> nn.Module:
+    return nflows_transforms.AffineCouplingTransform(
+        torch.tensor([1, -1, 1]), lambda i, o: ResidualNet(i, o, 8, context_features=2)
+    )
+
+
+def _maf() -> nn.Module:
+    return nflows_transforms.MaskedAffineAutoregressiveTransform(3, 8, num_blocks=1)
+
+
+_NEEDS_CONTEXT = {"context_matters": "nflows' ResidualNet with context cannot do without"}
+_INCOMPATIBLE_WITH_VMAP = {"vmap_and_jacrev": "nflows' autoregressive inverse is not batched"}
+_AUTOCAST = {"autocast": "nflows computes in bfloat16 inside autocast: errors of 1e-2"}
+
+CASES: dict[str, Case] = {
+    "mlp-linear": Case(lambda: _block(_mlp())),
+    "mlp-1": Case(lambda: _block(_mlp(16))),
+    "mlp-2": Case(lambda: _block(_mlp(16, 12))),
+    "mlp-3": Case(lambda: _block(_mlp(8, 8, 8))),
+    "mlp-context": Case(lambda: _block(_mlp(8, 8, context=2)), context_features=2),
+    "mlp-1d": Case(lambda: _block(_mlp(8, features=1)), features=1),
+    "mlp-5d-lu": Case(lambda: _block(_mlp(8, features=5)), features=5),
+    "mlp-sine": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.Sine()))),
+    "mlp-lipswish": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.LipSwish()))),
+    "mlp-clipswish": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.CLipSwish()))),
+    "mlp-softplus": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.Softplus()))),
+    "mlp-elu": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.ELU()))),
+    "mlp-tanh-of-torch": Case(lambda: _block(_mlp(8, 8, activation=nn.Tanh()))),
+    "mlp-maxmin": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.MaxMin()))),
+    "mlp-schatten": Case(lambda: _block(_mlp(8, 8, norm=lipschitz_nn.SchattenNorm()))),
+    "mlp-frobenius": Case(lambda: _block(_mlp(8, 8, norm=lipschitz_nn.FrobeniusNorm()))),
+    "module-of-a-user": Case(lambda: _block(ConditionalByAutograd()), context_features=2),
+    "picard": Case(lambda: _block(_mlp(8, 8), solver=solvers.FixedPointIteration())),
+    "anderson-1": Case(lambda: _block(_mlp(8, 8), solver=solvers.Anderson(history=1))),
+    "exact-in-chunks": Case(lambda: _block(_mlp(8, 8), logdet.Exact(chunk_size=2))),
+    "series": Case(
+        lambda: _block(FixedLinear(norm=0.6), logdet.PowerSeries(num_terms=12)),
+        bias=logdet.PowerSeries(num_terms=12).bias_bound(0.6, 3),
+    ),
+    "series-gaussian": Case(
+        lambda: _block(
+            FixedLinear(norm=0.6), logdet.PowerSeries(num_terms=12, probe=logdet.Gaussian())
+        ),
+        bias=logdet.PowerSeries(num_terms=12).bias_bound(0.6, 3),
+    ),
+    "roulette-linear-0.8": Case(lambda: _block(FixedLinear(norm=0.8), _roulette())),
+    "roulette-geometric": Case(lambda: _block(FixedLinear(norm=0.6), _roulette(0.7))),
+    "roulette-mlp": Case(lambda: _block(_mlp(8, 8), _roulette())),
+    "roulette-no-trace": Case(lambda: _block(_mlp(8, 8), _roulette(exact_trace=False))),
+    "roulette-probes": Case(lambda: _block(_mlp(8, 8), _roulette(num_probes=3)), num_draws=100),
+    "roulette-of-a-user": Case(
+        lambda: _block(ConditionalByAutograd(), _roulette(lipschitz=0.95)), context_features=2
+    ),
+    "act-norm": Case(lambda: transforms.ActNorm(3)),
+    "residual-flow": Case(
+        lambda: _preset(flows.ResidualFlow(3, 8, 2, context_features=2)), context_features=2
+    ),
+    "invertible-resnet": Case(
+        lambda: _preset(flows.InvertibleResNet(3, 8, 2, coeff=0.5)),
+        bias=2 * logdet.PowerSeries(num_terms=10).bias_bound(0.5, 3),
+    ),
+    "nflows-lu": Case(
+        lambda: nflows_transforms.LULinear(3, identity_init=False), excluded=_AUTOCAST
+    ),
+    "nflows-coupling": Case(
+        _coupling, context_features=2, excluded={**_NEEDS_CONTEXT, **_AUTOCAST}
+    ),
+    "nflows-maf": Case(_maf, excluded=_AUTOCAST),
+}
