@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import ResidualFunction, bind
+from nflows_iresnet.linearization import Linearization, ResidualFunction, bind
 
 
 class LogDetEstimate(NamedTuple):
@@ -115,8 +115,19 @@ class Exact(LogDetEstimator):
         return [slice(start, start + size) for start in range(0, max(1, len(inputs)), size)]
 
 
-def _exact(function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def linearize_endomap(function: ResidualFunction, inputs: Tensor) -> Linearization:
+    """Return g at `inputs`, or say that its values have another shape than its inputs."""
     linearization = function.linearize(inputs)
+    if linearization.value.shape != inputs.shape:
+        raise ValueError(
+            f"the network maps shape {tuple(inputs.shape)} to {tuple(linearization.value.shape)}; "
+            "a residual block needs a network that keeps the shape of its inputs"
+        )
+    return linearization
+
+
+def _exact(function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    linearization = linearize_endomap(function, inputs)
     identity = torch.eye(inputs.shape[1:].numel(), dtype=inputs.dtype, device=inputs.device)
     return linearization.value, log_abs_det(linearization.jacobian() + identity)
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import Linearization, bind
-from nflows_iresnet.logdet.base import LogDetEstimate, LogDetEstimator
+from nflows_iresnet.logdet.base import LogDetEstimate, LogDetEstimator, linearize_endomap
 from nflows_iresnet.logdet.probes import Probe, Rademacher
 
 
@@ -114,7 +114,7 @@ class SeriesEstimator(LogDetEstimator):
         shared by the batch: rows of one call are not independent draws.
         """
         function = bind(net, context)
-        at_inputs = function.linearize(inputs)
+        at_inputs = linearize_endomap(function, inputs)
         exact_trace = at_inputs.has_cheap_trace if self.exact_trace is None else self.exact_trace
         draws = [
             weighted_series(

@@ -4,8 +4,8 @@ A network divides its weights by such a norm, so the norm must be an UPPER bound
 be certified. `SpectralNorm` (the norm itself), `SchattenNorm` and `FrobeniusNorm` are;
 `PowerIteration`, the method of the papers, is a lower bound and is named for what it is.
 
-All are computed in float64 from the weights as they are stored, and allow for the rounding of
-their own arithmetic.
+All are computed in float64 from the weights as they are stored (whose squares, for float32
+weights, can neither over- nor underflow there), and allow for the rounding of their arithmetic.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+_TINY = torch.finfo(torch.float64).tiny
 
 
 class MatrixNorm(ABC):
@@ -50,12 +51,6 @@ def _rounding_allowance(weight: Tensor) -> float:
     return 1 + 64 * max(weight.shape) * torch.finfo(torch.float64).eps
 
 
-def _magnitude(weight: Tensor) -> Tensor:
-    """The largest entry: divided by it, a matrix has squares that neither over- nor underflow."""
-    tiny = torch.finfo(torch.float64).tiny
-    return weight.abs().amax().clamp_min(tiny) if weight.numel() else weight.new_ones(())
-
-
 def _pair_with(weight: Tensor, gradient: Tensor) -> Tensor:
     r"""Return <gradient, W>: by Euler's theorem the norm itself, if `gradient` is its gradient.
 
@@ -79,14 +74,11 @@ class SpectralNorm(MatrixNorm):
         """Return the largest singular value."""
         double = weight.double()
         with torch.no_grad():
-            scaled = double / _magnitude(double)
-            tall = scaled if scaled.shape[0] >= scaled.shape[1] else scaled.mT
-            vectors = torch.linalg.eigh(tall.mT @ tall).eigenvectors
-            right = vectors[:, -1]
-            left = tall @ right
-            left = left / left.norm().clamp_min(torch.finfo(torch.float64).tiny)
-            outer = torch.outer(left, right)
-            outer = outer if tall is scaled else outer.mT
+            is_tall = double.shape[0] >= double.shape[1]
+            tall = double if is_tall else double.mT
+            right = torch.linalg.eigh(tall.mT @ tall).eigenvectors[:, -1]
+            left = torch.nn.functional.normalize(tall @ right, dim=0, eps=_TINY)
+            outer = torch.outer(left, right) if is_tall else torch.outer(right, left)
         return _pair_with(double, outer) * _rounding_allowance(weight)
 
 
@@ -118,22 +110,28 @@ class SchattenNorm(MatrixNorm):
     def __call__(self, weight: Tensor, state: State) -> Tensor:
         """Return the Schatten norm of order 2^{s+1} + 2."""
         double = weight.double()
-        order = 2 ** (self.num_squarings + 1) + 2
         with torch.no_grad():
-            magnitude = _magnitude(double)
-            scaled = double / magnitude
-            tall = scaled if scaled.shape[0] >= scaled.shape[1] else scaled.mT
+            is_tall = double.shape[0] >= double.shape[1]
+            tall = double if is_tall else double.mT
             gram = tall.mT @ tall
-            power, log_scale = gram, torch.zeros_like(magnitude)
-            for _ in range(self.num_squarings):
-                size = _magnitude(power)
-                power, log_scale = (power / size) @ (power / size), 2 * (log_scale + size.log())
-            log_trace = (power * gram).sum().log() + log_scale
-            log_norm = log_trace / order
-            gradient = tall @ power * (log_scale - (order - 1) * log_norm).exp()
-            gradient = gradient if tall is scaled else gradient.mT
-            gradient = torch.where(log_norm.isfinite(), gradient, torch.zeros_like(gradient))
-        return _pair_with(double, gradient) * _rounding_allowance(weight)
+            size = gram.diagonal().amax().clamp_min(_TINY)
+            gradient = tall @ self._gradient_factor(gram / size) / size.sqrt()
+            gradient = gradient if is_tall else gradient.mT
+        return _pair_with(double, gradient) * (_rounding_allowance(weight) + self._order * 1e-15)
+
+    @property
+    def _order(self) -> int:
+        return 2 ** (self.num_squarings + 1) + 2
+
+    def _gradient_factor(self, gram: Tensor) -> Tensor:
+        r"""Return H / \|W\|_p^{p-1} for a Gram matrix with entries of at most 1, 0 for W = 0."""
+        power, log_scale = gram, torch.zeros_like(gram[0, 0])
+        for _ in range(self.num_squarings):
+            size = power.diagonal().amax().clamp_min(_TINY)
+            power, log_scale = (power / size) @ (power / size), 2 * (log_scale + size.log())
+        log_norm = ((power * gram).sum().log() + log_scale) / self._order
+        factor = (log_scale - (self._order - 1) * log_norm).exp()
+        return power * torch.where(log_norm.isfinite(), factor, torch.zeros_like(factor))
 
 
 @dataclass(frozen=True)
@@ -143,10 +141,7 @@ class FrobeniusNorm(MatrixNorm):
     def __call__(self, weight: Tensor, state: State) -> Tensor:
         """Return the Frobenius norm."""
         double = weight.double()
-        magnitude = _magnitude(double.detach())
-        with torch.no_grad():
-            scaled = double / magnitude
-            gradient = scaled / scaled.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        gradient = double.detach() / double.detach().norm().clamp_min(_TINY)
         return _pair_with(double, gradient) * _rounding_allowance(weight)
 
 

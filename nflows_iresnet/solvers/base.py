@@ -70,19 +70,23 @@ class Solver(ABC):
 
     A row is accepted when \|f(x) - x\| <= atol + rtol (\|x\| + \|f(x)\|): the residual of the very
     point that is returned. Accepted rows no longer move. Implementing one: subclass as a frozen
-    dataclass and implement `propose`; the best point of each row, the stopping test and the errors
+    dataclass and implement `start`; the best point of each row, the stopping test and the errors
     are handled here.
+
+    With the default rtol the request is "as far as rounding permits". Rounding of relative size
+    eps in each step leaves plain iteration with residuals around eps \|x\| / (1 - L), so a row that
+    has stopped improving is then accepted at 8 eps (\|x\| + \|f(x)\|) / (1 - L) if L is known;
+    `Solution.tolerance` says which tolerance held. An rtol that is given is never exceeded.
 
     Args:
         atol: absolute tolerance of the residual; by default 1e-6, in float64 1e-12.
-        rtol: relative tolerance of the residual; by default 5e-7, in float64 1e-14: a few units
-            of rounding, below which no residual can be told from zero.
+        rtol: relative tolerance of the residual; by default 5e-7, in float64 1e-14.
         max_steps: the number of evaluations of f after which an exception is raised.
     """
 
     atol: float | None = None
     rtol: float | None = None
-    max_steps: int = 2000
+    max_steps: int = 10_000
 
     def __post_init__(self) -> None:
         for name, value in (("atol", self.atol), ("rtol", self.rtol)):
@@ -97,12 +101,13 @@ class Solver(ABC):
     def start(self, init: Tensor) -> Accelerator:
         """Return a fresh accelerator for one solve."""
 
-    def __call__(self, fn: Map, init: Tensor) -> Solution:
+    def __call__(self, fn: Map, init: Tensor, lipschitz: float | None = None) -> Solution:
         """Solve x = fn(x) from `init`; no gradient is recorded.
 
         Args:
             fn: maps (B, *) to (B, *), row by row, contracting.
             init: the first guess, shape (B, *).
+            lipschitz: a bound L < 1 of Lip(fn), if one is known.
 
         Returns:
             The solution, every row of which is within its tolerance.
@@ -112,29 +117,38 @@ class Solver(ABC):
                 tolerance, or is above it after `max_steps` evaluations.
         """
         with torch.no_grad():
-            return self._solve(fn, init.detach().flatten(start_dim=1), init.shape)
+            return self._solve(fn, init.detach().flatten(start_dim=1), init.shape, lipschitz)
 
-    def _solve(self, fn: Map, init: Tensor, shape: torch.Size) -> Solution:
-        accelerator = self.start(init)
-        point, best = init, Progress(init)
+    def _solve(self, fn: Map, init: Tensor, shape: torch.Size, lipschitz: float | None) -> Solution:
+        accelerator, point, best = self.start(init), init, Progress(init)
         for step in range(1, self.max_steps + 1):
             image = fn(point.reshape(shape)).flatten(start_dim=1)
-            best.update(point, image - point, self._tolerance(point, image), step)
-            solution = best.solution(shape)
+            scale = _row_norm(point) + _row_norm(image)
+            best.update(point, image - point, self._tolerance(scale), step)
             if not best.residual_norm.isfinite().all():
+                solution = best.solution(shape)
                 raise FixedPointNotConverged(_not_finite(solution), solution)
             if best.accepted.all():
-                return solution
+                return best.solution(shape)
             if best.stalled(step):
+                best.accept_rounding(self._rounding(scale, lipschitz))
                 break
             point = accelerator.propose(point, image, best)
-        raise FixedPointNotConverged(_not_converged(solution, step, init.dtype), solution)
+        solution = best.solution(shape)
+        if not bool(solution.converged.all()):
+            raise FixedPointNotConverged(_not_converged(solution, step), solution)
+        return solution
 
-    def _tolerance(self, point: Tensor, image: Tensor) -> Tensor:
-        is_double = point.dtype == torch.float64
+    def _tolerance(self, scale: Tensor) -> Tensor:
+        is_double = scale.dtype == torch.float64
         atol = (1e-12 if is_double else 1e-6) if self.atol is None else self.atol
         rtol = (1e-14 if is_double else 5e-7) if self.rtol is None else self.rtol
-        return atol + rtol * (_row_norm(point) + _row_norm(image))
+        return atol + rtol * scale
+
+    def _rounding(self, scale: Tensor, lipschitz: float | None) -> Tensor:
+        if self.rtol is not None or lipschitz is None:
+            return torch.zeros_like(scale)
+        return 8 * torch.finfo(scale.dtype).eps * scale / (1 - lipschitz)
 
 
 class Progress:
@@ -168,6 +182,12 @@ class Progress:
         """Whether an open row has not improved for many steps: rounding, or no contraction."""
         return bool((~self.accepted & (step - self.last_improvement >= _STALL_STEPS)).any())
 
+    def accept_rounding(self, tolerance: Tensor) -> None:
+        """Loosen the tolerance of the rows that are still open, where that is more."""
+        self.tolerance = torch.where(
+            self.accepted, self.tolerance, self.tolerance.maximum(tolerance)
+        )
+
     def solution(self, shape: torch.Size) -> Solution:
         """Return the best points in the shape of the caller."""
         return Solution(
@@ -195,17 +215,13 @@ def _not_finite(solution: Solution) -> str:
     )
 
 
-def _not_converged(solution: Solution, step: int, dtype: torch.dtype) -> str:
+def _not_converged(solution: Solution, step: int) -> str:
     bad = ~solution.converged
     worst = int(torch.where(bad, solution.residual, -torch.inf).argmax())
-    remedy = (
-        "the map may not be a contraction (is Lip(g) < 1?), or the tolerance is below what "
-        f"{dtype} can resolve: use .double(), or a larger atol / rtol"
-    )
-    if step >= 2000:
-        remedy = "more max_steps, solvers.Anderson, or a smaller Lipschitz bound; or " + remedy
     return (
         f"no fixed point within the tolerance after {step} steps: {int(bad.sum())} of {len(bad)} "
         f"rows have a residual above it, the worst {solution.residual[worst]:.3g} > "
-        f"{solution.tolerance[worst]:.3g} (row {worst}). Try: {remedy}"
+        f"{solution.tolerance[worst]:.3g} (row {worst}). Either the map is no contraction (check "
+        "that Lip(g) < 1), or it needs more max_steps or solvers.Anderson, or the tolerance is "
+        f"below what {solution.value.dtype} resolves: use .double(), or larger atol and rtol"
     )

@@ -66,7 +66,7 @@ def require(condition: bool | Tensor, message: str) -> None:
 def require_close(actual: Tensor, expected: Tensor, atol: float, what: str) -> None:
     """Require equal shapes and values within `atol`."""
     require(actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}")
-    error = float((actual - expected).abs().max()) if actual.numel() else 0.0
+    error = float((actual - expected).detach().abs().max()) if actual.numel() else 0.0
     require(error <= atol, f"{what}: off by {error:.3g}, more than {atol:.3g}")
 
 

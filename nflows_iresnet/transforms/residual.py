@@ -10,7 +10,7 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from nflows_iresnet.linearization import Linearization, ResidualFunction, bind
+from nflows_iresnet.linearization import ResidualFunction, bind
 from nflows_iresnet.logdet import Adaptive, LogDetEstimator
 from nflows_iresnet.solvers import Anderson, Solver
 
@@ -74,7 +74,6 @@ class ResidualTransform(Transform):
         with _full_precision(inputs.device):
             inputs, context = self._match(inputs), self._match(context)
             residual, logabsdet = self.estimator(bind(self.net, context), inputs)
-            _check_shape(residual, inputs)
             return inputs + residual, logabsdet
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -120,21 +119,15 @@ def _full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _check_shape(residual: Tensor, inputs: Tensor) -> None:
-    if residual.shape != inputs.shape:
-        raise ValueError(
-            f"the network maps shape {tuple(inputs.shape)} to {tuple(residual.shape)}; a residual "
-            "block needs a network that keeps the shape of its inputs"
-        )
-
-
 class _ImplicitInverse(torch.autograd.Function):
     """The identity on a solution, whose backward solves the adjoint equation."""
 
     @staticmethod
     def solve(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
         targets = inputs.detach()
-        solution = solver(lambda point: targets - function(point), targets).value
+        solution = solver(
+            lambda point: targets - function(point), targets, function.lipschitz
+        ).value
         if not torch.is_grad_enabled():
             return solution
         attached = inputs - function(solution)
@@ -160,11 +153,13 @@ class _ImplicitInverse(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
         (solution,) = ctx.saved_tensors
         with _full_precision(cotangent.device):
-            adjoint = solve_adjoint(ctx.function.linearize(solution), cotangent, ctx.solver)
+            adjoint = solve_adjoint(ctx.function, solution, cotangent, ctx.solver)
         return adjoint, None, None, None
 
 
-def solve_adjoint(linearization: Linearization, cotangent: Tensor, solver: Solver) -> Tensor:
+def solve_adjoint(
+    function: ResidualFunction, solution: Tensor, cotangent: Tensor, solver: Solver
+) -> Tensor:
     """Return lambda with (I + J)^T lambda = cotangent, to the solver's verified tolerance.
 
     The equation is homogeneous, so each row is solved for its own scale: gradients of 1e-9 are
@@ -173,8 +168,11 @@ def solve_adjoint(linearization: Linearization, cotangent: Tensor, solver: Solve
     flat = torch.linalg.vector_norm(cotangent.flatten(start_dim=1), dim=1)
     scale = torch.where(flat > 0, flat, torch.ones_like(flat))
     scale = scale.reshape(-1, *[1] * (cotangent.dim() - 1))
-    target = cotangent / scale
-    return solver(lambda point: target - linearization.vjp(point), target).value * scale
+    target, at_solution = cotangent / scale, function.linearize(solution)
+    adjoint = solver(
+        lambda point: target - at_solution.vjp(point), target, function.lipschitz
+    ).value
+    return adjoint * scale
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""Who may import whom, how long a file may be, and that the checkers are content."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nflows_iresnet
+
+PACKAGE = Path(nflows_iresnet.__file__).parent
+ROOT = PACKAGE.parent
+BASE = {"torch", "numpy"}
+ALLOWED: dict[str, set[str]] = {
+    "linearization": BASE,
+    "datasets": BASE | {"sklearn"},
+    "testing": BASE,
+    "logdet": BASE | {"linearization"},
+    "solvers": BASE | {"linearization"},
+    "nn": BASE | {"linearization"},
+    "transforms": BASE | {"nflows", "linearization", "logdet", "solvers"},
+    "flows": BASE | {"nflows", "linearization", "logdet", "solvers", "nn", "transforms"},
+    "interop": BASE
+    | {"nflows", "normflows", "transforms", "flows", "nn", "logdet", "solvers", "sbi"},
+}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {_room(name) for name in names} - set(sys.stdlib_module_names) - {room_of(path)}
+
+
+def _room(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "nflows_iresnet" and len(parts) > 1 else parts[0]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    allowed = ALLOWED.get(room_of(path))
+    if allowed is not None:
+        assert imported_rooms(path) <= allowed
+
+
+def test_only_one_file_imports_normflows() -> None:
+    rooms = {path.name for path in sources() if "normflows" in imported_rooms(path)}
+    compare = {path.name for path in (PACKAGE / "compare").glob("*.py")}
+    assert rooms - compare <= {"normflows.py"}
+
+
+def test_files_are_short() -> None:
+    paths = [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    lengths = {str(path): len(path.read_text().splitlines()) for path in paths}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}
+
+
+def test_import_is_light() -> None:
+    script = (
+        "import sys, nflows.flows; before = set(sys.modules)\n"
+        "import nflows_iresnet\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'normflows', 'matplotlib', 'rich', 'sklearn', 'sbi'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        pytest.param(["mypy"], marks=pytest.mark.slow),
+    ],
+    ids=["ruff-check", "ruff-format", "mypy"],
+)
+def test_checkers_are_content(command: list[str]) -> None:
+    if importlib.util.find_spec(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed; pip install 'nflows-iresnet[dev]'")
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

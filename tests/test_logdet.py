@@ -1,0 +1,275 @@
+"""Estimators: exact, or unbiased with finite variance, or biased within a bound."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from nflows_iresnet import logdet, nn
+from nflows_iresnet.linearization import linearize
+from nflows_iresnet.logdet.series import weighted_series
+from nflows_iresnet.testing import Subject, exact_logabsdet
+from nflows_iresnet.transforms import ResidualTransform
+from tests.cases import FixedLinear
+
+
+def exact_linear(net: FixedLinear) -> float:
+    matrix = torch.eye(len(net.weight), dtype=net.weight.dtype) + net.weight.detach()
+    return float(torch.linalg.slogdet(matrix).logabsdet)
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 4, 7, 20])
+def test_exact_equals_slogdet_of_the_full_jacobian(features: int) -> None:
+    torch.manual_seed(features)
+    net = nn.LipschitzMLP(features, [16, 16]).double()
+    inputs = torch.randn(3, features, dtype=torch.float64)
+    _, logabsdet = logdet.Exact()(net, inputs)
+    expected = exact_logabsdet(Subject(ResidualTransform(net), inputs))
+    torch.testing.assert_close(logabsdet, expected, rtol=0, atol=1e-12)
+
+
+def test_exact_in_chunks_is_the_same_with_context() -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(4, [8], 2).double()
+    inputs, context = torch.randn(7, 4).double(), torch.randn(7, 2).double()
+    whole = logdet.Exact().estimate(net, inputs, context)
+    for size in (1, 3, 7, 100):
+        parts = logdet.Exact(chunk_size=size).estimate(net, inputs, context)
+        torch.testing.assert_close(parts.logabsdet, whole.logabsdet, rtol=0, atol=1e-13)
+        torch.testing.assert_close(parts.outputs, whole.outputs, rtol=0, atol=1e-13)
+    assert bool((whole.standard_error == 0).all())  # type: ignore[union-attr]
+
+
+class AllSigns:
+    """Every vector of signs, once: the mean over them is exact, without randomness."""
+
+    def __init__(self, features: int) -> None:
+        self._vectors = iter(itertools.product((-1.0, 1.0), repeat=features))
+
+    def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.tensor(next(self._vectors), dtype=inputs.dtype).expand_as(inputs)
+
+
+def test_the_mean_over_all_signs_is_exact_in_value_and_weighted_gradient() -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(3, [6], coeff=0.6).double()
+    inputs = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([0.0, 2.0, -1.0, 0.5], dtype=torch.float64)
+    targets = [inputs, *net.parameters()]
+    series = logdet.PowerSeries(num_terms=60, num_probes=8, probe=AllSigns(3), exact_trace=False)
+    values, gradients = [], []
+    for estimator in (logdet.Exact(), series):
+        _, logabsdet = estimator(net, inputs)
+        values.append(logabsdet)
+        loss = weights @ logabsdet
+        gradient = torch.autograd.grad(loss, targets, allow_unused=True, materialize_grads=True)
+        gradients.append(torch.cat([each.flatten() for each in gradient]))
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+
+
+def test_the_control_variate_changes_no_mean_and_lowers_the_variance() -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(8, [16, 16]).double()
+    inputs = torch.randn(1, 8, dtype=torch.float64)
+    expected = float(logdet.Exact()(net, inputs)[1].detach())
+    spread = {}
+    for exact_trace in (True, False):
+        estimator = logdet.RussianRoulette(num_probes=2000, exact_trace=exact_trace)
+        estimate = estimator.estimate(net, inputs)
+        error = abs(float(estimate.logabsdet.detach()) - expected)
+        assert estimate.standard_error is not None
+        assert error < 5 * float(estimate.standard_error)
+        spread[exact_trace] = float(estimate.standard_error)
+    assert spread[True] < spread[False] / 2
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 5, 20])
+@pytest.mark.parametrize("lipschitz", [0.5, 0.9])
+def test_the_bias_of_the_series_is_within_its_bound(num_terms: int, lipschitz: float) -> None:
+    """The truncation error of the series is O(L^{N+1}), and the bound is attained by -L I."""
+    series = logdet.PowerSeries(num_terms=num_terms, exact_trace=False)
+    inputs = torch.zeros(1, 4, dtype=torch.float64)
+    for sign in (-1.0, 1.0):
+        _, logabsdet = series(lambda x, s=sign: s * lipschitz * x, inputs)
+        bias = abs(float(logabsdet) - 4 * math.log1p(sign * lipschitz))
+        assert bias <= series.bias_bound(lipschitz, 4)
+        if sign < 0:
+            assert bias > 0.5 * series.bias_bound(lipschitz, 4) * (1 - lipschitz) ** 0.5
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        logdet.RussianRoulette(num_probes=3000, lipschitz=0.9),
+        logdet.RussianRoulette(num_probes=3000, lipschitz=0.9, num_exact_terms=1),
+        logdet.RussianRoulette(num_probes=3000, lipschitz=0.9, probe=logdet.Gaussian()),
+        logdet.RussianRoulette(
+            num_probes=3000, lipschitz=0.9, truncation=logdet.GeometricTail(0.85)
+        ),
+    ],
+    ids=["matched", "one-exact-term", "gaussian", "geometric"],
+)
+def test_the_roulette_is_unbiased(estimator: logdet.RussianRoulette, grad: bool) -> None:
+    torch.manual_seed(3)
+    net = FixedLinear(4, norm=0.9).double()
+    with torch.set_grad_enabled(grad):
+        estimate = estimator.estimate(net, torch.zeros(1, 4, dtype=torch.float64))
+    assert estimate.standard_error is not None
+    error = abs(float(estimate.logabsdet.detach()) - exact_linear(net))
+    assert error < 5 * float(estimate.standard_error)
+
+
+def test_the_variance_at_the_worst_jacobian_is_within_its_bound() -> None:
+    torch.manual_seed(0)
+    estimator = logdet.RussianRoulette(lipschitz=0.97)
+    inputs = torch.zeros(1, 6, dtype=torch.float64)
+    draws = torch.stack([estimator(lambda x: -0.97 * x, inputs)[1] for _ in range(3000)])
+    assert float(draws.var()) <= estimator.variance_bound(0.97, 6)
+    error = abs(float(draws.mean()) - 6 * math.log(0.03))
+    assert error < 5 * float(draws.std()) / len(draws) ** 0.5
+
+
+def test_the_law_of_the_truncation() -> None:
+    torch.manual_seed(0)
+    estimator = logdet.RussianRoulette(num_exact_terms=2)
+    lengths = torch.tensor([len(estimator.term_weights(0.9)) for _ in range(20_000)]).double()
+    standard_error = float(lengths.std()) / len(lengths) ** 0.5
+    assert abs(float(lengths.mean()) - estimator.expected_terms(0.9)) < 5 * standard_error
+    for term in (2, 3, 5, 10):
+        share = float((lengths >= term).double().mean())
+        assert share == pytest.approx(estimator.survival(term, 0.9), abs=0.02)
+
+
+def test_infinite_variance_is_said() -> None:
+    estimator = logdet.RussianRoulette(truncation=logdet.GeometricTail(0.5), lipschitz=0.9)
+    assert estimator.variance_bound(0.9, 2) == math.inf
+    assert math.isfinite(estimator.variance_bound(0.7, 2))
+    with pytest.warns(logdet.InfiniteVarianceWarning, match=r"0\.9"):
+        estimator(lambda x: 0.9 * x, torch.zeros(1, 2))
+
+
+def test_the_roulette_refuses_nets_without_a_guarantee() -> None:
+    with pytest.raises(ValueError, match="lipschitz="):
+        logdet.RussianRoulette()(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_the_graph_does_not_grow_with_the_number_of_terms() -> None:
+    net = nn.LipschitzMLP(6, [16, 16], coeff=0.9)
+    inputs = torch.randn(32, 6)
+
+    def saved_elements(num_terms: int) -> int:
+        elements = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            logdet.PowerSeries(num_terms=num_terms)(net, inputs)
+        return elements
+
+    assert saved_elements(3) == saved_elements(100) > 0
+
+
+def test_only_torch_decides_and_a_generator_too() -> None:
+    net, inputs = FixedLinear(3).double(), torch.zeros(2, 3, dtype=torch.float64)
+    estimator = logdet.RussianRoulette(num_probes=2)
+    torch.manual_seed(1)
+    first = estimator(net, inputs)[1]
+    torch.manual_seed(1)
+    assert torch.equal(estimator(net, inputs)[1], first)
+    draws = [
+        estimator.estimate(net, inputs, generator=torch.Generator().manual_seed(7)).logabsdet
+        for _ in range(2)
+    ]
+    assert torch.equal(*draws)
+
+
+def test_standard_errors_are_right() -> None:
+    torch.manual_seed(0)
+    net, inputs = FixedLinear(5, norm=0.7).double(), torch.zeros(1, 5, dtype=torch.float64)
+    estimator = logdet.PowerSeries(num_terms=4, num_probes=20)
+    with torch.no_grad():
+        estimates = [estimator.estimate(net, inputs) for _ in range(150)]
+    values = torch.stack([estimate.logabsdet for estimate in estimates])
+    errors = torch.stack([_known(estimate.standard_error) for estimate in estimates])
+    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)
+    assert logdet.PowerSeries().estimate(net, inputs).standard_error is None
+
+
+def _known(error: Tensor | None) -> Tensor:
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize("probe", [logdet.Rademacher(), logdet.Gaussian()])
+def test_probes_have_identity_covariance_and_estimate_the_trace(probe: logdet.Probe) -> None:
+    """Hutchinson's identity, E[v^T A v] = tr A."""
+    torch.manual_seed(0)
+    vectors = probe.sample_like(torch.zeros(200_000, 3, dtype=torch.float64))
+    covariance = vectors.mT @ vectors / len(vectors)
+    torch.testing.assert_close(covariance, torch.eye(3).double(), rtol=0, atol=0.02)
+    matrix = torch.tensor([[1.0, 2.0, 0.0], [0.5, -3.0, 1.0], [1.0, 1.0, 0.25]]).double()
+    draws = (vectors @ matrix * vectors).sum(1)
+    standard_error = float(draws.std()) / len(draws) ** 0.5
+    assert abs(float(draws.mean()) + 1.75) < 5 * standard_error
+
+
+def test_log_det_is_the_trace_of_the_log() -> None:
+    """ln det(I + J) = tr ln(I + J) as the series of traces of powers, and the sign is positive."""
+    matrix = FixedLinear(4, norm=0.8).double().weight.detach()
+    power, total = torch.eye(4, dtype=torch.float64), 0.0
+    for term in range(1, 200):
+        power = power @ matrix
+        total += (-1) ** (term + 1) * float(power.trace()) / term
+    sign, logabsdet = torch.linalg.slogdet(torch.eye(4).double() + matrix)
+    assert total == pytest.approx(float(logabsdet), abs=1e-12)
+    assert float(sign) == 1.0
+
+
+def test_weighted_series_without_terms_beyond_the_trace() -> None:
+    net = nn.LipschitzMLP(3, [4]).double()
+    at_inputs = linearize(net, torch.randn(2, 3, dtype=torch.float64))
+    probe = torch.ones(2, 3, dtype=torch.float64)
+    value = weighted_series(at_inputs, probe, [1.0], exact_trace=True)
+    torch.testing.assert_close(value, at_inputs.trace())
+
+
+@dataclass(frozen=True)
+class Bad:
+    factory: type
+    arguments: dict[str, float]
+    message: str
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Bad(logdet.Exact, {"chunk_size": 0}, "chunk_size"),
+        Bad(logdet.PowerSeries, {"num_terms": 0}, "num_terms"),
+        Bad(logdet.PowerSeries, {"num_probes": 0}, "num_probes"),
+        Bad(logdet.RussianRoulette, {"num_exact_terms": 0}, "num_exact_terms"),
+        Bad(logdet.RussianRoulette, {"lipschitz": 1.0}, "less than 1"),
+        Bad(logdet.GeometricTail, {"continuation": 1.0}, "continuation"),
+    ],
+    ids=lambda bad: f"{bad.factory.__name__}-{bad.message}",
+)
+def test_bad_arguments_are_named(bad: Bad) -> None:
+    with pytest.raises(ValueError, match=bad.message):
+        bad.factory(**bad.arguments)
+
+
+def test_the_default_says_what_it_chooses() -> None:
+    default = logdet.Adaptive()
+    assert isinstance(default.choose(2), logdet.Exact)
+    assert isinstance(default.choose(64), logdet.RussianRoulette)
+    assert "RussianRoulette" in repr(default)
+    assert f"max_exact_features={default.max_exact_features}" in repr(default)

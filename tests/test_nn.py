@@ -1,0 +1,264 @@
+"""Certificates: the bound is above the truth, for any weights, at any time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nflows_iresnet import nn, testing
+from nflows_iresnet.nn.activations import LIPSWISH_DIVISOR
+
+UPPER_NORMS: dict[str, nn.MatrixNorm] = {
+    "spectral": nn.SpectralNorm(),
+    "schatten": nn.SchattenNorm(),
+    "schatten-0": nn.SchattenNorm(num_squarings=0),
+    "frobenius": nn.FrobeniusNorm(),
+}
+UNIT_WISE: dict[str, nn.Activation] = {
+    "smooth-abs": nn.SmoothAbs(),
+    "sine": nn.Sine(),
+    "tanh": nn.Tanh(),
+    "elu": nn.ELU(),
+    "softplus": nn.Softplus(),
+    "lipswish": nn.LipSwish(),
+    "clipswish": nn.CLipSwish(),
+    "scaled": nn.Scaled(nn.SmoothAbs(), 1),
+}
+
+
+def true_norm(weight: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(weight.detach().double(), ord=2))
+
+
+def true_product(net: nn.LipschitzMLP) -> float:
+    return math.prod(true_norm(weight) for weight in net.effective_weights())
+
+
+@pytest.mark.parametrize("norm", UPPER_NORMS.values(), ids=UPPER_NORMS)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 64), (64, 2), (33, 33)])
+def test_norms_are_upper_bounds(norm: nn.MatrixNorm, scale: float, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape) * scale
+    assert float(norm(weight, {})) >= true_norm(weight)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+@pytest.mark.parametrize("norm", UPPER_NORMS.values(), ids=UPPER_NORMS)
+def test_norm_gradients(norm: nn.MatrixNorm, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda matrix: norm(matrix, {}), (weight,))
+
+
+def test_norms_of_a_zero_matrix_have_finite_gradients() -> None:
+    for norm in UPPER_NORMS.values():
+        weight = torch.zeros(3, 3, requires_grad=True)
+        norm(weight, {}).backward()
+        assert weight.grad is not None
+        assert bool(weight.grad.isfinite().all())
+
+
+def test_spectral_is_tightest_and_schatten_close() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    spectral, schatten, frobenius = (
+        float(norm(weight, {}))
+        for norm in (nn.SpectralNorm(), nn.SchattenNorm(), nn.FrobeniusNorm())
+    )
+    assert spectral <= schatten <= 1.001 * spectral < frobenius
+
+
+def test_power_iteration_is_a_lower_bound_that_converges_from_ones() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(20, 10, dtype=torch.float64)
+    method = nn.PowerIteration(num_steps=1, num_initial_steps=1)
+    state = method.initial_state(weight)
+    estimates = []
+    for _ in range(200):
+        estimates.append(float(method(weight, state)))
+        method.advance(weight, state)
+    assert all(estimate <= true_norm(weight) * (1 + 1e-12) for estimate in estimates)
+    assert estimates[0] < 0.99 * true_norm(weight)
+    assert estimates[-1] == pytest.approx(true_norm(weight), rel=1e-9)
+
+
+def test_power_iteration_is_reported_by_its_true_bound() -> None:
+    torch.manual_seed(0)
+    norm = nn.PowerIteration(num_initial_steps=0)
+    net = nn.LipschitzMLP(4, [16, 16], coeff=0.9, norm=norm)
+    assert net.bind().lipschitz is None
+    assert net.lipschitz_bound() == pytest.approx(true_product(net), rel=1e-9)
+    assert net.lipschitz_bound() > 0.9
+
+
+def test_power_iteration_improves_in_training_only() -> None:
+    net = nn.LipschitzMLP(4, [16], norm=nn.PowerIteration(num_initial_steps=1))
+    inputs = torch.randn(3, 4)
+    net.eval()
+    assert torch.equal(net(inputs), net(inputs))
+    net.train()
+    for _ in range(100):
+        net(inputs)
+    assert net.lipschitz_bound() <= 0.97 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", UPPER_NORMS.values(), ids=UPPER_NORMS)
+def test_bound_holds_for_hostile_weights(norm: nn.MatrixNorm, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(5, [32, 32], coeff=0.9, norm=norm).to(dtype)
+    for factor in (1e6, 1e6, 1e-18, 1e-3):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(factor)
+        for mode in (True, False):
+            net.train(mode)
+            assert true_product(net) <= net.lipschitz_bound() <= 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bound_holds_after_violent_steps_and_reloading(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(3, [16, 16], coeff=0.8).to(dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=100.0)
+    for _ in range(200):
+        loss = -net(torch.randn(8, 3, dtype=dtype)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert true_product(net) <= net.lipschitz_bound() <= 0.8
+    fresh = nn.LipschitzMLP(3, [16, 16], coeff=0.8).to(dtype)
+    fresh.load_state_dict(net.state_dict())
+    assert fresh.lipschitz_bound() == net.lipschitz_bound()
+    testing.check_lipschitz(fresh.double(), 10 * torch.randn(16, 3), 0.8, num_steps=20)
+
+
+def test_bound_holds_for_every_context() -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(3, [16, 16], 2, coeff=0.9).double()
+    for magnitude in (1.0, 1e6):
+        context = magnitude * torch.randn(8, 2, dtype=torch.float64)
+        testing.check_lipschitz(net.bind(context), torch.randn(8, 3), 0.9, num_steps=10)
+
+
+def test_bound_of_bfloat16_weights() -> None:
+    net = nn.LipschitzMLP(4, [64, 64], coeff=0.9).bfloat16()
+    with torch.no_grad():
+        net.layers[0].weight.mul_(100)  # type: ignore[operator]
+    assert true_product(net) <= net.lipschitz_bound() <= 0.9
+
+
+def test_check_lipschitz_finds_what_a_wrong_bound_hides() -> None:
+    with pytest.raises(AssertionError, match="stretch"):
+        testing.check_lipschitz(lambda x: 0.95 * torch.sin(x), torch.randn(4, 2), bound=0.9)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    net = nn.LipschitzMLP(2, [4])
+    with torch.no_grad():
+        net.layers[0].weight.fill_(math.nan)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="not finite"):
+        net.lipschitz_bound()
+
+
+@pytest.mark.parametrize("activation", UNIT_WISE.values(), ids=UNIT_WISE)
+def test_slopes_are_derivatives_below_the_constant(activation: nn.Activation) -> None:
+    inputs = torch.linspace(-12, 12, 4001, dtype=torch.float64)[:, None].requires_grad_()
+    activation = activation.double()
+    values, slopes = activation.value_and_slope(inputs)
+    columns = [
+        torch.autograd.grad(values[:, i].sum(), inputs, retain_graph=True)[0][:, 0]
+        for i in range(activation.widening)
+    ]
+    torch.testing.assert_close(torch.stack(columns, dim=1), slopes)
+    stretch = torch.linalg.vector_norm(slopes, dim=1)
+    assert float(stretch.max()) <= activation.lipschitz
+    assert float(stretch.max()) > 0.98 * activation.lipschitz
+
+
+def test_lipswish_divisor_bounds_the_slope_of_swish() -> None:
+    inputs = torch.linspace(0, 5, 100_001, dtype=torch.float64)
+    gate = torch.sigmoid(inputs)
+    steepest = float((gate + inputs * gate * (1 - gate)).max())
+    assert steepest == pytest.approx(1.09984, abs=1e-5)
+    assert steepest < LIPSWISH_DIVISOR
+
+
+def test_scaled_activation_survives_any_scale() -> None:
+    activation = nn.Scaled(nn.SmoothAbs(), 3)
+    for log_scale in (-1e6, 1e6):
+        activation.log_scale.data.fill_(log_scale)
+        value, slope = activation.value_and_slope(torch.randn(4, 3))
+        assert bool(value.isfinite().all())
+        assert float(slope.abs().max()) <= 1
+
+
+def test_maxmin_sorts_pairs_and_needs_an_even_width() -> None:
+    inputs = torch.tensor([[3.0, 1.0, 2.0, 5.0]])
+    assert nn.MaxMin()(inputs).tolist() == [[3.0, 5.0, 2.0, 1.0]]
+    with pytest.raises(ValueError, match="even"):
+        nn.MaxMin()(torch.zeros(1, 3))
+
+
+def test_lipschitz_linear() -> None:
+    torch.manual_seed(0)
+    layer = nn.LipschitzLinear(3, 4, coeff=0.5)
+    layer.weight.data.mul_(1e3)
+    assert layer.lipschitz_bound() <= 0.5
+    assert layer.lipschitz_bound() == pytest.approx(0.5, rel=1e-5)
+    layer.weight.data.mul_(1e-6)
+    torch.testing.assert_close(layer.effective_weight(), layer.weight)
+
+
+def test_lipschitz_bound_of_torch_modules() -> None:
+    linear = torch.nn.Linear(3, 3)
+    net = torch.nn.Sequential(linear, torch.nn.ELU(), nn.LipschitzLinear(3, 3, coeff=0.5))
+    assert nn.lipschitz_bound(linear) >= true_norm(linear.weight)
+    assert nn.lipschitz_bound(net) <= nn.lipschitz_bound(linear) * 0.5
+    assert nn.lipschitz_bound(nn.MaxMin()) == 1.0
+    with pytest.raises(ValueError, match="BatchNorm1d"):
+        nn.lipschitz_bound(torch.nn.BatchNorm1d(3))
+
+
+def test_spectral_penalty_is_the_sum_of_squared_norms() -> None:
+    first, second = torch.nn.Linear(3, 5), torch.nn.Linear(5, 2)
+    net = torch.nn.Sequential(first, torch.nn.Tanh(), second)
+    penalty = nn.spectral_penalty(net, weight=0.1)
+    expected = 0.1 * (true_norm(first.weight) ** 2 + true_norm(second.weight) ** 2)
+    assert float(penalty.detach()) == pytest.approx(expected, rel=1e-5)
+    penalty.backward()
+    assert first.weight.grad is not None
+    with pytest.raises(ValueError, match="negative"):
+        nn.spectral_penalty(net, weight=-1.0)
+    with pytest.raises(ValueError, match="no matrix"):
+        nn.spectral_penalty(torch.nn.ReLU())
+
+
+@pytest.mark.parametrize("coeff", [1.0, 1.5, 0.0, -0.5, math.nan])
+def test_coeff_outside_of_the_open_unit_interval_is_refused(coeff: float) -> None:
+    for build in (lambda: nn.LipschitzMLP(2, [4], coeff=coeff), lambda: _linear(coeff)):
+        with pytest.raises(ValueError, match="coeff"):
+            build()
+
+
+def _linear(coeff: float) -> nn.LipschitzLinear:
+    return nn.LipschitzLinear(2, 2, coeff=coeff)
+
+
+def test_bad_sizes_and_contexts_are_refused() -> None:
+    with pytest.raises(ValueError, match="features"):
+        nn.LipschitzMLP(0, [4])
+    with pytest.raises(ValueError, match="hidden_features"):
+        nn.LipschitzMLP(2, [4, 0])
+    with pytest.raises(ValueError, match="context_features"):
+        nn.LipschitzMLP(2, [4])(torch.zeros(3, 2), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="batch, 2"):
+        nn.LipschitzMLP(2, [4], 2)(torch.zeros(3, 2), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="num_squarings"):
+        nn.SchattenNorm(num_squarings=-1)
+    with pytest.raises(ValueError, match="num_steps"):
+        nn.PowerIteration(num_steps=0)
