@@ -145,6 +145,7 @@ def _small_determinant(matrix: Tensor) -> Tensor:
     if dimension == 1:
         return matrix[..., 0, 0]
     if dimension == 2:
-        return matrix[..., 0, 0] * matrix[..., 1, 1] - matrix[..., 0, 1] * matrix[..., 1, 0]
-    normal = torch.linalg.cross(matrix[..., 1, :], matrix[..., 2, :], dim=-1)
-    return (matrix[..., 0, :] * normal).sum(-1)
+        a, b, c, d = matrix.flatten(start_dim=-2).unbind(-1)
+        return a * d - b * c
+    first, second, third = matrix.unbind(-2)
+    return (first * torch.linalg.cross(second, third, dim=-1)).sum(-1)

@@ -35,8 +35,8 @@ class DenseFunction(ResidualFunction):
         for weight, shift, activation in zip(
             self.weights[:-1], self.shifts[:-1], self.activations, strict=True
         ):
-            hidden = activation(F.linear(hidden, weight) + shift)
-        return F.linear(hidden, self.weights[-1]) + self.shifts[-1]
+            hidden = activation(_affine(hidden, weight, shift))
+        return _affine(hidden, self.weights[-1], self.shifts[-1])
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""
@@ -49,16 +49,22 @@ class DenseFunction(ResidualFunction):
         for weight, shift, activation in zip(
             self.weights[:-1], self.shifts[:-1], unit_wise, strict=True
         ):
-            hidden, slope = activation.value_and_slope(F.linear(hidden, weight) + shift)
+            hidden, slope = activation.value_and_slope(_affine(hidden, weight, shift))
             slopes.append(slope)
             weights.append(_widen(weight, activation.widening))
-        value = F.linear(hidden, self.weights[-1]) + self.shifts[-1]
+        value = _affine(hidden, self.weights[-1], self.shifts[-1])
         return DenseLinearization(value, [*weights, self.weights[-1]], slopes)
 
     def select(self, rows: Tensor | slice) -> DenseFunction:
         """Return the same function with the shifts of `rows` only."""
         shifts = [shift if shift.dim() == 1 else shift[rows] for shift in self.shifts]
         return replace(self, shifts=shifts)
+
+
+def _affine(inputs: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    if shift.dim() == 1:
+        return F.linear(inputs, weight, shift)
+    return F.linear(inputs, weight) + shift
 
 
 def _widen(weight: Tensor, widening: int) -> Tensor:

@@ -24,9 +24,9 @@ def rounding_margin(weight: Tensor) -> float:
     r"""Return by how much a target norm is lowered so that rounded weights still respect it.
 
     Rounding moves each entry by at most eps / 2 relatively, hence the 2-norm by at most
-    eps \|W\|_F / 2 <= eps sqrt(rank) \|W\|_2 / 2. Twice that is allowed.
+    eps \|W\|_F / 2 <= eps sqrt(rank) \|W\|_2 / 2. Three roundings and a reserve are allowed.
     """
-    return 1 - torch.finfo(weight.dtype).eps * min(weight.shape) ** 0.5
+    return 1 - 2 * torch.finfo(weight.dtype).eps * min(weight.shape) ** 0.5
 
 
 class NormedLinear(nn.Linear):

@@ -9,22 +9,34 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.nn.activations import Activation, Scaled, Sine
+from nflows_iresnet.nn.activations import Activation, Sine
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
 from nflows_iresnet.nn.dense import DenseFunction
 from nflows_iresnet.nn.layers import NormedLinear, rounding_margin, validated_coeff
 from nflows_iresnet.nn.norms import MatrixNorm, SpectralNorm
+
+INITIAL_SCALE = 0.2
+"""Start of the balancing scales t. Weights that respect a Lipschitz budget are small: with t = 1 a
+network starts almost linear and learns slowly (checkerboard after 300 steps: 4.12 nats with t = 1,
+3.81 with 0.3, 3.75 with 0.1; insensitive between 0.05 and 0.2)."""
+
+_MAX_LOG_SCALE = 7.0
+"""Keeps t between exp(-7) and exp(7), so that no step of an optimiser makes it zero or infinite."""
 
 
 class LipschitzMLP(nn.Module):
     r"""A multilayer perceptron g with Lip(g) <= coeff in its inputs, for ANY stored weights.
 
     g(x; c) = W_n a(W_{n-1} ... a(W_1 x + b_1 + C_1 c) ...) + b_n + C_n c, starting and ending with
-    a linear map. With s = prod_i norm(V_i) of the stored weights V_i, the weights used are
-    W_i = V_i min(1, coeff / s)^{1/n}: only the PRODUCT is constrained, so that layers share the
-    budget as training likes. With activations of Lipschitz constant 1 it follows that
-    Lip(g) <= prod \|W_i\|_2 <= coeff. Each activation has a learnable scale per unit (`Scaled`),
-    which balances neighbouring layers without entering the bound.
+    a linear map, with W_i = T_i^{-1} V_i T_{i-1}, and V_i the stored weights divided by one number:
+
+    * Only the PRODUCT of norms is constrained. With s = prod_i norm(V_i) of the stored weights,
+      each is multiplied by min(1, coeff / s)^{1/n}, so that layers share the budget as training
+      likes.
+    * Learned positive diagonals T_i (T_0 = T_n = I) balance neighbouring layers. The slopes D_i of
+      unit-wise activations are diagonal and commute with them, J = W_n D_{n-1} ... D_1 W_1
+      = V_n D_{n-1} ... D_1 V_1, hence Lip(g) <= prod \|V_i\|_2 <= coeff for slopes of at most 1,
+      whatever the norms of the W_i.
 
     The context enters as a shift of every layer: g is Lipschitz in x for every context of any
     magnitude, and unconstrained in the context.
@@ -78,7 +90,12 @@ class LipschitzMLP(nn.Module):
             NormedLinear(width_in, width_out, norm=norm)
             for width_in, width_out in zip(inputs, outputs, strict=True)
         )
-        self.activations = nn.ModuleList(_scaled_copy(activation, width) for width in hidden)
+        self.activations = nn.ModuleList(deepcopy(activation) for _ in hidden)
+        self.log_scales = nn.ParameterList(
+            torch.full((width,), math.log(INITIAL_SCALE))
+            for width in hidden
+            if isinstance(activation, Activation)
+        )
         self.context_layer = (
             None
             if context_features is None
@@ -93,6 +110,10 @@ class LipschitzMLP(nn.Module):
 
     def effective_weights(self) -> list[Tensor]:
         """Return the weights W_i that are used, each of shape (out, in)."""
+        return self._balance(self._normalised_weights(), self._scales())
+
+    def _normalised_weights(self) -> list[Tensor]:
+        """Return the V_i, the product of whose norms is at most the coefficient."""
         weights = [layer.weight for layer in self._linears]
         norms = torch.stack([layer.weight_norm() for layer in self._linears])
         margin = math.prod(rounding_margin(weight) for weight in weights)
@@ -101,6 +122,19 @@ class LipschitzMLP(nn.Module):
         excess = (norms.clamp_min(tiny).log().sum() - log_budget).clamp_min(0)
         factor = (-excess / len(weights)).exp()
         return [weight * factor.to(weight.dtype) for weight in weights]
+
+    def _scales(self) -> list[Tensor]:
+        """Return the diagonals T_1, ..., T_{n-1}, or nothing for activations that mix units."""
+        return [each.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE).exp() for each in self.log_scales]
+
+    def _balance(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
+        """Return T_i^{-1} V_i T_{i-1}; with inverted scales, the way back."""
+        balanced = list(weights)
+        for index, scale in enumerate(scales):
+            balanced[index] = balanced[index] / scale[:, None]
+            widening = balanced[index + 1].shape[1] // len(scale)
+            balanced[index + 1] = balanced[index + 1] * torch.cat([scale] * widening)
+        return balanced
 
     def _activation_constant(self) -> float:
         return math.prod([max(1.0, lipschitz_bound(each)) for each in self.activations])
@@ -115,9 +149,12 @@ class LipschitzMLP(nn.Module):
             ValueError: if a context is given to a network that was built without, or has another
                 number of features.
         """
+        scales = self._scales()
+        shifts = self._shifts(context)
+        hidden_shifts = [shift / scale for shift, scale in zip(shifts, scales, strict=False)]
         return DenseFunction(
-            weights=self.effective_weights(),
-            shifts=self._shifts(context),
+            weights=self._balance(self._normalised_weights(), scales),
+            shifts=[*hidden_shifts, *shifts[len(hidden_shifts) :]],
             activations=list(self.activations),
             lipschitz=self.coeff if self._is_guaranteed() else None,
         )
@@ -143,9 +180,16 @@ class LipschitzMLP(nn.Module):
         """Return g(x; context), shape (B, features)."""
         return self.bind(context)(inputs)
 
+    @torch.no_grad()
     def lipschitz_bound(self) -> float:
-        """Return a certified upper bound of Lip(g) from the weights as they are used now."""
-        norms = [spectral_norm_bound(weight) for weight in self.effective_weights()]
+        """Return a certified upper bound of Lip(g) from the weights W_i as they are used now.
+
+        The W_i are brought back to V_i = T_i W_i T_{i-1}^{-1} in float64, so that their rounding
+        is part of the bound.
+        """
+        used = [weight.double() for weight in self.effective_weights()]
+        inverse_scales = [1 / scale.double() for scale in self._scales()]
+        norms = [spectral_norm_bound(weight) for weight in self._balance(used, inverse_scales)]
         return math.prod(norms) * self._activation_constant()
 
     def extra_repr(self) -> str:
@@ -161,8 +205,3 @@ def _positive(name: str, value: int) -> int:
 
 def _widened(hidden: Sequence[int], activation: nn.Module) -> list[int]:
     return [width * int(getattr(activation, "widening", 1)) for width in hidden]
-
-
-def _scaled_copy(activation: nn.Module, width: int) -> nn.Module:
-    copy = deepcopy(activation)
-    return Scaled(copy, width) if isinstance(copy, Activation) else copy

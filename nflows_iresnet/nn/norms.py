@@ -61,6 +61,17 @@ def _pair_with(weight: Tensor, gradient: Tensor) -> Tensor:
     return (gradient.detach() * weight).sum()
 
 
+def _eigenvectors(gram: Tensor) -> Tensor:
+    try:
+        return torch.linalg.eigh(gram).eigenvectors
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"the norm of a weight of size {len(gram)} cannot be computed: it has entries that are "
+            "not finite or overflow when squared; training has diverged: lower the learning rate "
+            "or clip gradients"
+        ) from error
+
+
 @dataclass(frozen=True)
 class SpectralNorm(MatrixNorm):
     r"""\|W\|_2 itself, from the eigenvalues of the smaller Gram matrix. The tightest bound.
@@ -76,7 +87,7 @@ class SpectralNorm(MatrixNorm):
         with torch.no_grad():
             is_tall = double.shape[0] >= double.shape[1]
             tall = double if is_tall else double.mT
-            right = torch.linalg.eigh(tall.mT @ tall).eigenvectors[:, -1]
+            right = _eigenvectors(tall.mT @ tall)[:, -1]
             left = torch.nn.functional.normalize(tall @ right, dim=0, eps=_TINY)
             outer = torch.outer(left, right) if is_tall else torch.outer(right, left)
         return _pair_with(double, outer) * _rounding_allowance(weight)
