@@ -41,7 +41,7 @@ def balanced_product(net: nn.LipschitzMLP) -> float:
     """The product of norms of T_i W_i T_{i-1}^-1 of the weights that are used."""
     scales = [
         torch.ones(1),
-        *(each.detach().double().clamp(-7, 7).exp() for each in net.log_scales),
+        *(each.detach().clamp(-7, 7).exp().double() for each in net.log_scales),
     ]
     weights = [weight.detach().double() for weight in net.effective_weights()]
     left = [*scales[1:], torch.ones(1)]
