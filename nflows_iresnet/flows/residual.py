@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from nflows.flows import Flow
 from nflows.transforms import CompositeTransform, Transform
 from torch import nn
 
-from nflows_iresnet.flows.base import StandardNormal
+from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.logdet import Gaussian, LogDetEstimator, PowerSeries
 from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm
 from nflows_iresnet.solvers import FixedPointIteration, Solver

@@ -106,7 +106,8 @@ class Exact(LogDetEstimator):
         """Return the exact value with a standard error of zero; `generator` is not used."""
         function = bind(net, context)
         chunks = [_exact(function.select(rows), inputs[rows]) for rows in self._chunks(inputs)]
-        outputs, logabsdet = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        outputs = torch.cat([chunk[0] for chunk in chunks])
+        logabsdet = torch.cat([chunk[1] for chunk in chunks])
         return LogDetEstimate(outputs, logabsdet, torch.zeros_like(logabsdet))
 
     def _chunks(self, inputs: Tensor) -> list[slice]:
@@ -134,6 +135,8 @@ def _exact(function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_abs_det(matrix: Tensor) -> Tensor:
     r"""Return log\|det A\| of matrices A of shape (*, D, D): closed form for D <= 3, else by LU."""
+    if matrix.dtype in (torch.float16, torch.bfloat16):
+        return log_abs_det(matrix.float()).to(matrix.dtype)
     if matrix.shape[-1] > 3:
         return torch.linalg.slogdet(matrix).logabsdet
     return _small_determinant(matrix).abs().log()

@@ -14,7 +14,9 @@ sum_k (-1)^{k+1} c_k u_k . v / k: an estimate of the log-determinant itself, in 
 sum_k (-1)^{k-1} c_k tr(J^{k-1} dJ) = E[w^T dJ v] with w = sum_{j >= 0} (-1)^j c_{j+1} (J^T)^j v.
 The u_j are computed without a graph, w is a constant, and the surrogate w^T J v is differentiated
 through ONE product with J: memory does not grow with the number of terms, and the derivative is
-right for any upstream gradient because the surrogate is a value per row.
+right for any upstream gradient because the surrogate is a value per row. This is for first
+derivatives: a second derivative would treat w as the constant that it is not. Where second
+derivatives are needed (Hessians, score matching), use `Exact`.
 
 **Control variate.** Where the network knows tr J exactly and cheaply, the term k = 1 is that exact
 trace instead of v^T J v (and c_1 v is left out of w): the same expectation, less variance.

@@ -116,10 +116,8 @@ class LipschitzMLP(nn.Module):
         """Return the V_i, the product of whose norms is at most the coefficient."""
         weights = [layer.weight for layer in self._linears]
         norms = torch.stack([layer.weight_norm() for layer in self._linears])
-        margin = math.prod(rounding_margin(weight) for weight in weights)
-        log_budget = math.log(self.coeff * margin / self._activation_constant())
         tiny = torch.finfo(norms.dtype).tiny
-        excess = (norms.clamp_min(tiny).log().sum() - log_budget).clamp_min(0)
+        excess = (norms.clamp_min(tiny).log().sum() - self._log_budget()).clamp_min(0)
         factor = (-excess / len(weights)).exp()
         return [weight * factor.to(weight.dtype) for weight in weights]
 
@@ -135,6 +133,11 @@ class LipschitzMLP(nn.Module):
             widening = balanced[index + 1].shape[1] // len(scale)
             balanced[index + 1] = balanced[index + 1] * torch.cat([scale] * widening)
         return balanced
+
+    def _log_budget(self) -> float:
+        """Return log of the coefficient, less what activations and rounding may use of it."""
+        log_margin = sum([math.log(rounding_margin(layer.weight)) for layer in self._linears])
+        return math.log(self.coeff / self._activation_constant()) + log_margin
 
     def _activation_constant(self) -> float:
         return math.prod([max(1.0, lipschitz_bound(each)) for each in self.activations])

@@ -64,7 +64,7 @@ def _pair_with(weight: Tensor, gradient: Tensor) -> Tensor:
 def _eigenvectors(gram: Tensor) -> Tensor:
     try:
         return torch.linalg.eigh(gram).eigenvectors
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         raise ValueError(
             f"the norm of a weight of size {len(gram)} cannot be computed: it has entries that are "
             "not finite or overflow when squared; training has diverged: lower the learning rate "

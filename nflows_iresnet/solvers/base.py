@@ -79,8 +79,10 @@ class Solver(ABC):
     `Solution.tolerance` says which tolerance held. An rtol that is given is never exceeded.
 
     Args:
-        atol: absolute tolerance of the residual; by default 1e-6, in float64 1e-12.
-        rtol: relative tolerance of the residual; by default 5e-7, in float64 1e-14.
+        atol: absolute tolerance of the residual; by default 8 eps, 1e-6 in float32, and 1e-12 in
+            float64.
+        rtol: relative tolerance of the residual; by default 4 eps, 5e-7 in float32, and 1e-14 in
+            float64.
         max_steps: the number of evaluations of f after which an exception is raised.
     """
 
@@ -124,7 +126,10 @@ class Solver(ABC):
         for step in range(1, self.max_steps + 1):
             image = fn(point.reshape(shape)).flatten(start_dim=1)
             scale = _row_norm(point) + _row_norm(image)
-            best.update(point, image - point, self._tolerance(scale), step)
+            if step == 1:
+                farthest = scale * _farthest(lipschitz)
+            residual_norm = torch.where(scale <= farthest, _row_norm(image - point), torch.inf)
+            best.update(point, image - point, residual_norm, self._tolerance(scale), step)
             if not best.residual_norm.isfinite().all():
                 solution = best.solution(shape)
                 raise FixedPointNotConverged(_not_finite(solution), solution)
@@ -141,8 +146,9 @@ class Solver(ABC):
 
     def _tolerance(self, scale: Tensor) -> Tensor:
         is_double = scale.dtype == torch.float64
-        atol = (1e-12 if is_double else 1e-6) if self.atol is None else self.atol
-        rtol = (1e-14 if is_double else 5e-7) if self.rtol is None else self.rtol
+        eps = torch.finfo(scale.dtype).eps
+        atol = (1e-12 if is_double else 8 * eps) if self.atol is None else self.atol
+        rtol = (1e-14 if is_double else 4 * eps) if self.rtol is None else self.rtol
         return atol + rtol * scale
 
     def _rounding(self, scale: Tensor, lipschitz: float | None) -> Tensor:
@@ -164,9 +170,10 @@ class Progress:
         self.num_steps = torch.zeros_like(rows, dtype=torch.int64)
         self.last_improvement = torch.zeros_like(rows, dtype=torch.int64)
 
-    def update(self, point: Tensor, residual: Tensor, tolerance: Tensor, step: int) -> None:
+    def update(
+        self, point: Tensor, residual: Tensor, norm: Tensor, tolerance: Tensor, step: int
+    ) -> None:
         """Take a new point into account; rows that are accepted stay as they are."""
-        norm = _row_norm(residual)
         is_open = ~self.accepted
         self.improved = is_open & (norm < self.residual_norm)
         column = self.improved[:, None]
@@ -201,6 +208,15 @@ class Accelerator(ABC):
     @abstractmethod
     def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
         """Return the next point, shape (B, D); rows in `best.accepted` are ignored."""
+
+
+def _farthest(lipschitz: float | None) -> float:
+    r"""How many times farther than the first step a point may be and still count as a solution.
+
+    A fixed point is within \|f(x_0) - x_0\| / (1 - L) of the guess. Points beyond are escapes to
+    where rounding hides any residual.
+    """
+    return 1e3 if lipschitz is None else 1 + 2 / (1 - lipschitz)
 
 
 def _row_norm(rows: Tensor) -> Tensor:

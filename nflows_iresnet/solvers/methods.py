@@ -38,6 +38,13 @@ class FixedPointIteration(Solver):
         return _Plain()
 
 
+def solve_small(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve systems (B, m, m) without raising on singular ones, half precisions in float32."""
+    if matrix.dtype in (torch.float32, torch.float64):
+        return torch.linalg.solve_ex(matrix, right).result
+    return torch.linalg.solve_ex(matrix.float(), right.float()).result.to(matrix.dtype)
+
+
 _GROWTH = 2.0
 """A residual this many times the best one makes Anderson return to the best point."""
 
@@ -68,7 +75,7 @@ class _AndersonMemory(Accelerator):
         tiny = torch.finfo(gram.dtype).tiny
         gram = gram + torch.diag_embed((ridge + tiny)[:, None].expand(gram.shape[:2]))
         right = residual_steps @ residual[:, :, None]
-        coefficients = torch.linalg.solve_ex(gram, right).result
+        coefficients = solve_small(gram, right)
         accelerated = image - (image_steps.mT @ coefficients).squeeze(-1)
         return torch.where(accelerated.isfinite().all(1, keepdim=True), accelerated, image)
 

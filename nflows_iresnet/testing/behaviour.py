@@ -30,13 +30,22 @@ def no_graph_without_gradients(subject: Subject) -> None:
 
 
 def tensors_of_the_caller(subject: Subject) -> None:
-    """Inputs and context keep their values, their version and their requires_grad."""
-    given = [subject.inputs, *([] if subject.context is None else [subject.context])]
-    before = [(each.clone(), each._version, each.requires_grad) for each in given]
-    subject.inverse(subject.forward()[0].detach())
-    for each, (value, version, requires_grad) in zip(given, before, strict=True):
-        unchanged = torch.equal(each, value) and each._version == version
-        require(unchanged and each.requires_grad == requires_grad, "the caller's tensor changed")
+    """Inputs, outputs and context keep their values, their version and their requires_grad."""
+    inputs = subject.inputs.clone()
+    context = None if subject.context is None else subject.context.clone()
+    fresh = replace(subject, inputs=inputs, context=context)
+    outputs = subject.forward()[0].detach().clone()
+    given = {"inputs": inputs, "outputs": outputs}
+    if context is not None:
+        given["context"] = context
+    values = {name: each.clone() for name, each in given.items()}
+    versions = {name: each._version for name, each in given.items()}
+    fresh.forward()
+    fresh.inverse(outputs)
+    for name, value in values.items():
+        unchanged = torch.equal(given[name], value) and given[name]._version == versions[name]
+        require(unchanged, f"the caller's {name} changed")
+        require(not given[name].requires_grad, f"the caller's {name} got requires_grad")
 
 
 def survives_serialisation(subject: Subject) -> None:

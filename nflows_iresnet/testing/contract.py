@@ -70,15 +70,27 @@ def check_transform(
     for name in CLAUSES if clauses is None else clauses:
         if name not in CLAUSES:
             raise ValueError(f"unknown clause {name!r}; known are {', '.join(CLAUSES)}")
-        double = deepcopy(transform).double()
-        torch.manual_seed(0)
-        rows = inputs.detach().double()
-        row_context = None if context is None else context.detach().double()
-        double.forward(rows, row_context)
-        subject = Subject(double, rows, row_context, atol, num_draws, bias)
         try:
+            subject = _prepared(transform, inputs, context, atol, num_draws, bias)
             CLAUSES[name](subject)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
         except Exception as error:
             raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _prepared(
+    transform: nn.Module,
+    inputs: Tensor,
+    context: Tensor | None,
+    atol: float,
+    num_draws: int,
+    bias: float,
+) -> Subject:
+    """Return copies in float64, after one forward for what starts from its first batch."""
+    copy = deepcopy(transform).double()
+    rows = inputs.detach().double().clone()
+    conditions = None if context is None else context.detach().double().clone()
+    torch.manual_seed(0)
+    copy.forward(rows.clone(), None if conditions is None else conditions.clone())
+    return Subject(copy, rows, conditions, atol, num_draws, bias)

@@ -21,8 +21,10 @@ def weighted_gradient(subject: Subject) -> None:
     """The gradient of sum_i w_i logabsdet_i is right for unequal, negative and zero weights."""
     weights = torch.linspace(-1, 2, len(subject.inputs), dtype=subject.inputs.dtype)
     weights[0] = 0
-    moving = replace(subject, inputs=subject.inputs.detach().requires_grad_())
-    targets = [moving.inputs, *subject.parameters]
+    context = None if subject.context is None else subject.context.clone().requires_grad_()
+    inputs = subject.inputs.clone().requires_grad_()
+    moving = replace(subject, inputs=inputs, context=context)
+    targets = [inputs, *subject.parameters, *([] if context is None else [context])]
     expected = _flat_gradient(weights @ exact_logabsdet(moving), targets)
     count = subject.num_draws if subject.is_random() else 1
     draws = [_flat_gradient(weights @ moving.forward(s)[1], targets) for s in range(count)]
@@ -78,24 +80,30 @@ class _Inverse(nn.Module):
 def inverse_gradients(subject: Subject) -> None:
     """Gradients through the inverse, and its logabsdet where exact, pass gradcheck.
 
-    With respect to the outputs, and to every parameter along a random direction.
+    With respect to the outputs, the context, and every parameter along a random direction.
     """
     few = subject.rows(slice(0, 2))
     outputs = few.forward()[0].detach().requires_grad_()
+    context = None if few.context is None else few.context.clone().requires_grad_()
     module, is_random = _Inverse(subject.transform), subject.is_random()
     parameters = dict(module.named_parameters())
     directions = {name: _direction(parameter) for name, parameter in parameters.items()}
     offsets = [outputs.new_zeros((), requires_grad=True) for _ in parameters]
 
-    def inverse(targets: Tensor, *steps: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def inverse(
+        targets: Tensor, conditions: Tensor | None, *steps: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
         moved = {
             name: parameters[name].detach() + step * directions[name]
             for name, step in zip(parameters, steps, strict=True)
         }
-        found = torch.func.functional_call(module, moved, (targets, few.context))
+        found = torch.func.functional_call(module, moved, (targets, conditions))
+        for name, value in zip(("outputs", "logabsdet"), found, strict=True):
+            require(value.requires_grad, f"{name} of the inverse are cut off from the gradient")
         return found[0] if is_random else found
 
-    torch.autograd.gradcheck(inverse, (outputs, *offsets), eps=1e-5, atol=1e-4, rtol=1e-3)
+    arguments: Any = (outputs, context, *offsets)
+    torch.autograd.gradcheck(inverse, arguments, eps=1e-5, atol=1e-4, rtol=1e-3)
 
 
 def _direction(parameter: Tensor) -> Tensor:

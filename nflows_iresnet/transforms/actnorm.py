@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from nflows.transforms.normalization import ActNorm as _NflowsActNorm
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 class ActNorm(_NflowsActNorm):
     r"""y = exp(s) x + t per feature or channel, started so that the first batch has mean 0, std 1.
 
-    Differs from `nflows.transforms.ActNorm` in the start alone, which there gives values that are
-    not finite for a constant feature or a batch of one: here the standard deviation is bounded
-    below, and a batch of fewer than two values only centres. An empty batch starts nothing. The
-    start is in place, so that optimisers, compiled graphs and `state_dict` see the same tensors.
+    Differs from `nflows.transforms.ActNorm` in the start alone:
+
+    * nflows gives values that are not finite for a constant feature or a batch of one: here the
+      standard deviation is bounded below, and a single value only centres. An empty batch starts
+      nothing.
+    * Where several processes train one model, they start from the statistics of the joined batch
+      (one `all_reduce`, in which every process takes part): replicas that started from their own
+      batches would differ ever after.
+    * Once started, a forward pass neither waits for the device nor breaks a compiled graph.
 
     Args:
         features: number of features (B, F), or of channels (B, C, H, W).
 
     References:
         Kingma, Dhariwal. Glow: Generative flow with invertible 1x1 convolutions, 2018.
+
+    Example:
+        >>> norm = ActNorm(2)
+        >>> outputs, _ = norm(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        >>> outputs.mean(0)
+        tensor([0., 0.])
     """
 
     _min_std = 1e-3
 
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self._has_started = False
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (y, sum of s over what was scaled), shapes (B, *) and (B,)."""
+        if self.training and not self._has_started:
+            self._start(inputs)
+        scale, shift = self._broadcastable_scale_shift(inputs)
+        positions = inputs.shape[2:].numel()
+        logabsdet = positions * self.log_scale.sum().expand(len(inputs))
+        return scale * inputs + shift, logabsdet
+
+    def _start(self, inputs: Tensor) -> None:
+        if not self.initialized:
+            self._initialize(inputs)
+        self._has_started = bool(self.initialized)
+
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
-        rows = inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
-        if not len(rows):
+        rows = inputs.movedim(1, -1).reshape(-1, inputs.shape[1]).double()
+        ones = rows.new_ones(1)
+        moments = torch.cat([len(rows) * ones, rows.sum(0), rows.square().sum(0)])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(moments)
+        count, total, squares = moments.split([1, rows.shape[1], rows.shape[1]])
+        if count == 0:
             return
-        std = rows.std(dim=0) if len(rows) > 1 else torch.ones_like(rows[0])
+        mean = total / count
+        variance = (squares / count - mean.square()) * count / (count - 1).clamp_min(1)
+        std = variance.clamp_min(0).sqrt() if count > 1 else torch.ones_like(mean)
         std = std.clamp_min(self._min_std)
         self.log_scale.copy_(-std.log())
-        self.shift.copy_(-(rows / std).mean(dim=0))
+        self.shift.copy_(-mean / std)
         self.initialized.fill_(True)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._has_started = False

@@ -1,0 +1,240 @@
+"""Transforms with one bug each, as met in other libraries.
+
+At initialisation the Jacobian of a network is tiny and hides wrong weights; so the branches here
+are linear or a sine with norms of 0.7 to 0.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nflows_iresnet import solvers
+from nflows_iresnet.transforms import ResidualTransform
+from tests.peers import Linear, Wave, scaled_identity
+
+FEATURES = 3
+Result = tuple[Tensor, Tensor]
+
+
+def steep() -> Linear:
+    """g(x) = -0.8 x: all terms of the power series have one sign, so no error cancels."""
+    return scaled_identity(-0.8, FEATURES)
+
+
+class Conditional(nn.Module):
+    """g(x; c) = 0.7 sin(x + C c)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = nn.Linear(2, FEATURES, bias=False)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        shift = 0 if context is None else self.context(context)
+        return 0.7 * (inputs + shift).sin()
+
+
+@dataclass(frozen=True)
+class TwelveSteps(solvers.FixedPointIteration):
+    """Stops after 12 steps and calls it a solution."""
+
+    def __call__(
+        self, fn: Callable[[Tensor], Tensor], init: Tensor, lipschitz: float | None = None
+    ) -> solvers.Solution:
+        point = init.detach()
+        with torch.no_grad():
+            for _ in range(12):
+                point = fn(point)
+        zeros = torch.zeros_like(point[:, 0])
+        return solvers.Solution(point, zeros, zeros, zeros.long())
+
+
+class InverseHasForwardsSign(ResidualTransform):
+    """Both directions report the same log-determinant."""
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().inverse(inputs, context)
+        return outputs, -logabsdet
+
+
+class LogDetAtTheWrongPoint(ResidualTransform):
+    """The inverse's log-determinant is evaluated at its inputs."""
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, _ = super().inverse(inputs, context)
+        return outputs, -super().forward(inputs, context)[1]
+
+
+class SeededByNumpy(ResidualTransform):
+    """Something random that torch's seed does not decide."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().forward(inputs, context)
+        return outputs, logabsdet + float(np.random.standard_normal())
+
+
+class RowsSeeEachOther(ResidualTransform):
+    """Subtracts the mean over the batch."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().forward(inputs, context)
+        return outputs - outputs.mean(0), logabsdet
+
+
+class ContextIgnored(ResidualTransform):
+    """Accepts a context and does not use it."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        return super().forward(inputs)
+
+
+class ContextOfTheFirstRow(ResidualTransform):
+    """Uses the first row's context for all rows."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        shared = None if context is None else context[:1].expand_as(context)
+        return super().forward(inputs, shared)
+
+
+class NeedsTwoRows(ResidualTransform):
+    """Fails where a statistic over the batch does not exist."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        if len(inputs) < 2:
+            raise ValueError("expected more than 1 value per channel when training")
+        return super().forward(inputs, context)
+
+
+class MovesWhileTraining(nn.Module):
+    """A branch whose norm is re-estimated in each training call."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.7))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.scale = self.scale * 0.999
+        return self.scale * inputs.sin()
+
+
+class UnusedParameter(Wave):
+    """Has a parameter that does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+
+class DifferentiatesItsParameters(ResidualTransform):
+    """Takes gradients with respect to the parameters in forward, as if all were trained."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().forward(inputs, context)
+        if torch.is_grad_enabled():
+            torch.autograd.grad(outputs.sum(), list(self.parameters()), retain_graph=True)
+        return outputs, logabsdet
+
+
+class InverseWithoutGradient(ResidualTransform):
+    """The iteration is detached, and nothing takes its place."""
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().inverse(inputs, context)
+        return outputs.detach(), logabsdet
+
+
+class InverseLogDetWithoutGradient(ResidualTransform):
+    """The inverse's log-determinant is a constant for autograd."""
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().inverse(inputs, context)
+        return outputs, logabsdet.detach()
+
+
+class ContextWithoutGradient(ResidualTransform):
+    """An embedding of the context would not learn."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        return super().forward(inputs, None if context is None else context.detach())
+
+
+class LastStepDifferentiated(ResidualTransform):
+    """x = y - g(x*) with x* constant: the gradient lacks (I + J)^-1."""
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().inverse(inputs, context)
+        return inputs - self.net(outputs.detach()), logabsdet
+
+
+class BranchesOnValues(ResidualTransform):
+    """Asks for a number in forward, which function transforms cannot give."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        if len(inputs) and inputs.abs().max().item() > 1e6:
+            raise ValueError("too large")
+        return super().forward(inputs, context)
+
+
+class AlwaysRecords(ResidualTransform):
+    """Computes under enable_grad, whatever the caller asked for."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        with torch.enable_grad():
+            return super().forward(inputs, context)
+
+
+class WantsGradientsOfInputs(ResidualTransform):
+    """Switches requires_grad on in the caller's tensor."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        if torch.is_grad_enabled() and inputs.is_leaf:
+            inputs.requires_grad_(True)
+        return super().forward(inputs, context)
+
+
+class WritesIntoInputs(ResidualTransform):
+    """Adds the branch in place."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().forward(inputs, context)
+        inputs.data.copy_(outputs)
+        return outputs, logabsdet
+
+
+class WritesIntoOutputs(ResidualTransform):
+    """Iterates in the tensor that the caller gave to the inverse."""
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        outputs, logabsdet = super().inverse(inputs, context)
+        inputs.data.copy_(outputs)
+        return outputs, logabsdet
+
+
+class CannotBePickled(ResidualTransform):
+    """Keeps a function without a name."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.scale = lambda inputs: inputs
+
+
+class LosesState(Wave):
+    """Leaves its parameter out of the state_dict."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        return None
+
+
+class HalfPrecision(ResidualTransform):
+    """Lets autocast choose the precision of the branch."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        return inputs + self.net(inputs), super().forward(inputs, context)[1]

@@ -1,0 +1,236 @@
+"""The command's manners: bad input, interruption, resumption, help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nflows_iresnet
+from nflows_iresnet.compare import environment, models, runner
+from nflows_iresnet.compare.cli import main
+from nflows_iresnet.compare.config import RunConfig
+from nflows_iresnet.compare.results import Folder, Result
+from nflows_iresnet.compare.runner import Run
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+TINY = ["--steps", "2", "--num-layers", "2", "--hidden-features", "16", "--batch-size", "32"]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    np.save(tmp_path / "table.npy", np.random.default_rng(0).normal(size=(60, 3)))
+    return str(tmp_path / "table.npy")
+
+
+def test_help_version_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in (
+        (["--version"], nflows_iresnet.__version__),
+        (["--help"], "compare"),
+        (["compare", "--help"], "normflows-residual"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert expected in capsys.readouterr().out
+    assert main(["compare", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("checkerboard", "digits", *models.MODELS))
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["compar"], "'compar'"),
+        (["compare", "--steps", "0"], "'0' is not a positive integer"),
+        (["compare", "--steps", "-3"], "'-3' is not a positive integer"),
+        (["compare", "--steps", "many"], "'many' is not a positive integer"),
+        (["compare", "--budget", "0"], "'0' is not a positive number"),
+        (["compare", "--budget", "nan"], "'nan' is not a positive number"),
+        (["compare", "--repeats", "0"], "--repeats"),
+        (["compare", "--seed", "-1"], "'-1' is not an integer from 0"),
+        (["compare", "--learning-rate", "-1"], "--learning-rate"),
+        (["compare", "--steps", "3", "--budget", "3"], "not allowed with"),
+        (["compare", "--device", "tpu"], "'tpu'"),
+        (["compare", "--unknown"], "--unknown"),
+        (["compare", "moon"], "did you mean 'moons'"),
+        (["compare", "absent.npy"], "absent.npy"),
+        (["compare", "moons", "--models", "realnpv"], "did you mean 'realnvp'"),
+        (["compare", "moons", "--models", "zzz"], "choose from"),
+        (["compare", "moons", "--resume"], "--resume needs the --out folder"),
+        (["compare", "moons", "--hidden-features", "1", "--models", "maf"], "cannot match"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(main(arguments), message, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def assert_refused(status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    assert len(printed.err.strip().splitlines()) == 1
+    assert message in printed.err
+
+
+def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(values: np.ndarray) -> np.ndarray:
+        values[5, 1] = value
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_value(float("nan")),
+        with_value(float("inf")),
+        lambda values: values * [1, 0, 1],
+        lambda values: values[:1],
+        lambda values: values[:0],
+        lambda values: values[:, :1],
+        lambda values: values[0],
+        lambda values: values[None],
+        lambda values: values.astype(str),
+    ],
+    ids=["nan", "inf", "constant", "one-row", "empty", "one-column", "1-D", "3-D", "text"],
+)
+def test_bad_data(
+    change: Callable[[np.ndarray], np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    np.save(tmp_path / "bad.npy", change(np.random.default_rng(0).normal(size=(60, 3))))
+    out = tmp_path / "out"
+    status = main(["compare", str(tmp_path / "bad.npy"), *TINY, "--out", str(out)])
+    assert_refused(status, "bad", capsys)
+    assert not out.exists()
+
+
+def test_cuda_without_cuda(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(main(["compare", "moons", "--device", "cuda"]), "--device cpu", capsys)
+
+
+def test_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    assert_refused(main(["compare"]), "pip install 'nflows-iresnet[compare]'", capsys)
+
+
+def test_unwritable_out(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", table, "--models", "nice", *TINY, "--out", f"{table}/out"]
+    assert_refused(main(arguments), "choose another one with --out", capsys)
+
+
+# --- interruption ---------------------------------------------------------------------------------
+
+
+def test_interrupt_keeps_and_resume_goes_on(
+    table: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(Path(table).parent / "out")
+    arguments = ["compare", table, "--models", "nice", "realnvp", "maf", *TINY, "--out"]
+    executed: list[str] = []
+    execute = runner.execute
+
+    def interrupted(run: Run, *rest: object) -> tuple[Result, dict[str, np.ndarray]]:
+        executed.append(run.model)
+        if len(executed) == 2:
+            raise KeyboardInterrupt
+        return execute(run, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "execute", interrupted)
+    assert main([*arguments, str(folder.path)]) == 130
+    message = capsys.readouterr().err
+    assert "1 of 3 runs are kept" in message
+    assert "--resume" in message
+    kept = folder.load_record().results
+    assert [result.model for result in kept] == ["nice"]
+
+    assert_refused(main([*arguments, str(folder.path)]), "already holds results", capsys)
+    assert main([*arguments, str(folder.path), "--resume", "--quiet"]) == 0
+    assert executed == ["nice", "realnvp", "realnvp", "maf"]
+    assert folder.load_record().results[0] == kept[0]
+    assert (folder.path / "report.html").exists()
+
+
+def test_resume_refuses_other_arguments_and_other_data(
+    table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", table, "--models", "nice", *TINY]
+    out = ["--out", str(Path(table).parent / "out")]
+    assert main([*arguments, *out, "--quiet"]) == 0
+    capsys.readouterr()
+    other = [*arguments, "--seed", "7", *out, "--resume"]
+    assert_refused(main(other), "--seed was 0 there and is 7 now", capsys)
+    np.save(table, np.random.default_rng(1).normal(size=(90, 3)))
+    assert_refused(main([*arguments, *out, "--resume"]), "the data have changed", capsys)
+
+
+def test_resume_without_results(
+    table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", table, "--models", "nice", *TINY, "--resume"]
+    assert_refused(main([*arguments, "--out", str(tmp_path / "new")]), "cannot resume", capsys)
+    (tmp_path / "results.json").write_text("[1, 2]")
+    assert_refused(main([*arguments, "--out", str(tmp_path)]), "cannot resume", capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_interrupt_while_preparing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: RunConfig) -> list[Run]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "prepare", interrupted)
+    assert main(["compare", "moons"]) == 130
+    assert "before anything was trained" in capsys.readouterr().err
+
+
+# --- whole ----------------------------------------------------------------------------------------
+
+
+def test_module_is_the_command(table: str) -> None:
+    command = [sys.executable, "-m", "nflows_iresnet.compare", table, "--steps", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'0' is not a positive integer" in done.stderr
+
+
+@pytest.mark.slow
+def test_default_run_takes_less_than_four_minutes_and_ours_wins(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    assert main(["compare", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert time.perf_counter() - started < 240
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    nll = {(r["dataset"], r["model"]): r["metrics"]["test_nll"] for r in data["results"]}
+    assert len(nll) == 15
+    for dataset in ("moons", "8-gaussians", "checkerboard"):
+        assert nll[dataset, "residual-flow"] <= nll[dataset, "i-resnet"]
+        assert nll[dataset, "residual-flow"] <= nll[dataset, "realnvp"]
