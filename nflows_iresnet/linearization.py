@@ -124,11 +124,15 @@ class ResidualFunction(ABC):
 
 
 class OpaqueFunction(ResidualFunction):
-    """Any callable `net(inputs)` or `net(inputs, context)` as a `ResidualFunction`."""
+    """Any callable `net(inputs)` or `net(inputs, context)` as a `ResidualFunction`.
+
+    Its `lipschitz` is the attribute `lipschitz` of the callable, where it has one.
+    """
 
     def __init__(self, net: Callable[..., Tensor], context: Tensor | None = None) -> None:
         self._net = net
         self._context = context
+        self.lipschitz = getattr(net, "lipschitz", None)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return net(inputs), with the context where there is one."""
@@ -144,7 +148,8 @@ def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualF
 
     Args:
         net: a `ResidualFunction` (returned as it is), a module with a method
-            `bind(context) -> ResidualFunction`, or any callable of (inputs) or (inputs, context).
+            `bind(context) -> ResidualFunction`, or any callable of (inputs) or (inputs, context);
+            an attribute `lipschitz` of the last is taken as a guaranteed bound of Lip(g).
         context: shape (B, C), or None.
 
     Returns:

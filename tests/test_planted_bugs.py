@@ -63,6 +63,7 @@ PLANTED: dict[str, dict[str, Factory]] = {
         ),
     },
     "context_matters": {
+        "context without gradient": _conditional(planted.ContextWithoutGradient),
         "context ignored": _conditional(planted.ContextIgnored),
         "context of the first row": _conditional(planted.ContextOfTheFirstRow),
     },
@@ -72,7 +73,6 @@ PLANTED: dict[str, dict[str, Factory]] = {
             planted_logdet.gradient_of_the_first_sample
         ),
         "log-det without gradient": lambda: planted_logdet.changed(Tensor.detach),
-        "context without gradient": _conditional(planted.ContextWithoutGradient),
         "gradient of the trace": lambda: ResidualTransform(
             Wave(), estimator=planted_logdet.Surrogate(as_value=False)
         ),

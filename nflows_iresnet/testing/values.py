@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from nflows_iresnet.testing.subject import (
     Subject,
@@ -73,15 +74,24 @@ def rows_are_independent(subject: Subject) -> None:
 
 
 def context_matters(subject: Subject) -> None:
-    """Another context gives other outputs, row by row, and no context works too."""
+    """Another context gives other outputs, row by row, with its gradient; none works too."""
     if subject.context is None:
         return
+    _check_context_gradient(subject, subject.context.clone().requires_grad_())
     changed = subject.context.clone()
     changed[0] += 1
     difference = replace(subject, context=changed).forward()[0] - subject.forward()[0]
     require(difference[0].abs().max() > 0, "the context is not used")
     require(difference[1:].abs().max() <= subject.atol, "the context of one row changes others")
     shapes_and_dtype(replace(subject, context=None))
+
+
+def _check_context_gradient(subject: Subject, context: Tensor) -> None:
+    def outputs(conditions: Tensor) -> Tensor:
+        return replace(subject, context=conditions).forward()[0]
+
+    require(outputs(context).requires_grad, "the context gets no gradient")
+    torch.autograd.gradcheck(outputs, (context,), eps=1e-5, atol=1e-4, rtol=1e-3)
 
 
 def few_rows(subject: Subject) -> None:
