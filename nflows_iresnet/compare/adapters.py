@@ -1,0 +1,220 @@
+"""One face for the flows of every library: what training and evaluation ask of a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nflows.flows import Flow
+
+
+@dataclass(frozen=True)
+class LipschitzBound:
+    """The largest Lipschitz constant over the residual blocks of a model.
+
+    Args:
+        value: the constant, dimensionless.
+        certified: whether the library guarantees it, rather than having estimated it.
+    """
+
+    value: float
+    certified: bool
+
+
+class DensityModel(nn.Module, ABC):
+    """A density that can be trained, evaluated exactly, inverted and sampled."""
+
+    @abstractmethod
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Log-density in nats that training maximises; (B, d) -> (B,). May be an estimate."""
+
+    @abstractmethod
+    def exact_log_prob(self, inputs: Tensor) -> Tensor:
+        """Log-density in nats with the exact log-determinant, without a graph; (B, d) -> (B,)."""
+
+    @abstractmethod
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Data to noise; (B, d) -> (B, d)."""
+
+    @abstractmethod
+    def decode(self, noise: Tensor) -> Tensor:
+        """Noise to data, with the solver that the library uses by default; (B, d) -> (B, d)."""
+
+    @abstractmethod
+    def sample(self, num_samples: int) -> Tensor:
+        """Draw samples as a user of the library would; returns (num_samples, d)."""
+
+    def after_step(self) -> None:
+        """Do what the library asks for after each optimiser step."""
+
+    def lipschitz(self) -> LipschitzBound | None:
+        """Return the bound over all residual blocks, or None without residual blocks."""
+        return None
+
+
+class NflowsModel(DensityModel):
+    """Any `nflows.flows.Flow`."""
+
+    def __init__(self, flow: Flow) -> None:
+        """Wrap a flow."""
+        super().__init__()
+        self.flow = flow
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the flow's own log-density."""
+        return self.flow.log_prob(inputs)
+
+    @torch.no_grad()
+    def exact_log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the flow's own log-density, which is exact for these transforms."""
+        return self.flow.log_prob(inputs)
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Data to noise."""
+        return self.flow.transform_to_noise(inputs)
+
+    def decode(self, noise: Tensor) -> Tensor:
+        """Noise to data."""
+        return self.flow._transform.inverse(noise)[0]
+
+    def sample(self, num_samples: int) -> Tensor:
+        """Draw samples with `Flow.sample`."""
+        return self.flow.sample(num_samples)
+
+
+class ResidualModel(NflowsModel):
+    """A flow of this library, whose residual blocks certify their Lipschitz bound."""
+
+    @torch.no_grad()
+    def exact_log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the log-density with the exact estimator in place of the trained one."""
+        from nflows_iresnet import logdet, transforms
+
+        with transforms.using(self.flow, estimator=logdet.Exact()):
+            return self.flow.log_prob(inputs)
+
+    def lipschitz(self) -> LipschitzBound:
+        """Return the largest certified bound."""
+        from nflows_iresnet.transforms import ResidualTransform
+
+        blocks = [block for block in self.flow.modules() if isinstance(block, ResidualTransform)]
+        return LipschitzBound(max(block.lipschitz_bound() for block in blocks), certified=True)
+
+
+class _NormflowsFlow(Protocol):
+    """A `normflows.flows.Flow`, whose inverse maps data to noise."""
+
+    def inverse(self, z: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Return the noise and the log-determinant."""
+
+
+class NormflowsResidualModel(DensityModel):
+    """A `normflows.NormalizingFlow` of `Residual` blocks, run as its documentation runs it."""
+
+    flow: Any
+
+    def __init__(self, flow: nn.Module) -> None:
+        """Wrap a flow."""
+        super().__init__()
+        self.flow = flow
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Return normflows' stochastic estimate, on a copy because it marks its input."""
+        return self.flow.log_prob(inputs.clone())
+
+    @torch.no_grad()
+    def exact_log_prob(self, inputs: Tensor) -> Tensor:
+        """Replace each block's random log-determinant by that of its full Jacobian."""
+        values, total = inputs, inputs.new_zeros(len(inputs))
+        for flow in reversed(self.flow.flows):
+            values, logabsdet = _exact_inverse(flow, values)
+            total = total + logabsdet
+        return total + self.flow.q0.log_prob(values)
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Data to noise."""
+        values = inputs
+        for flow in reversed(self.flow.flows):
+            block = getattr(flow, "iresblock", None)
+            values = flow.inverse(values)[0] if block is None else block(values)
+        return values
+
+    def decode(self, noise: Tensor) -> Tensor:
+        """Noise to data, with normflows' fixed-point iteration and its default tolerance."""
+        values = noise
+        for flow in self.flow.flows:
+            block = getattr(flow, "iresblock", None)
+            values = flow.forward(values)[0] if block is None else block.inverse(values)
+        return values
+
+    def sample(self, num_samples: int) -> Tensor:
+        """Draw samples with `NormalizingFlow.sample`."""
+        return self.flow.sample(num_samples)[0]
+
+    def after_step(self) -> None:
+        """Run five power iterations per layer, the call that normflows leaves to its users."""
+        from normflows.utils import update_lipschitz
+
+        update_lipschitz(self.flow, 5)
+
+    @torch.no_grad()
+    def lipschitz(self) -> LipschitzBound:
+        """Return the largest product of the layers' true spectral norms, in float64."""
+        blocks = [flow.iresblock.nnet for flow in self.flow.flows if hasattr(flow, "iresblock")]
+        return LipschitzBound(max(_spectral_product(block) for block in blocks), certified=False)
+
+
+def _exact_inverse(flow: _NormflowsFlow, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    block: nn.Module | None = getattr(flow, "iresblock", None)
+    if block is None:
+        return flow.inverse(inputs)
+    outputs, jacobian = value_and_jacobian(block, inputs)
+    logabsdet = torch.linalg.slogdet(jacobian.double()).logabsdet
+    return outputs, logabsdet.to(inputs.dtype)
+
+
+def value_and_jacobian(
+    fn: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Evaluate a map that treats rows independently, with its Jacobians.
+
+    Costs one evaluation and d vector-Jacobian products for each chunk of rows.
+
+    Args:
+        fn: maps (B, d) to (B, d), row by row.
+        inputs: (B, d).
+        chunk_size: rows that are differentiated at a time.
+
+    Returns:
+        The values (B, d) and the Jacobians (B, d, d), both without a graph.
+    """
+    chunks = [_chunk_jacobian(fn, chunk) for chunk in inputs.split(chunk_size)]
+    values, jacobians = zip(*chunks, strict=True)
+    return torch.cat(values), torch.cat(jacobians)
+
+
+def _chunk_jacobian(fn: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        inputs = inputs.detach().requires_grad_()
+        outputs = fn(inputs)
+        rows = [
+            torch.autograd.grad(outputs[:, i].sum(), inputs, retain_graph=True)[0]
+            for i in range(outputs.shape[1])
+        ]
+    return outputs.detach(), torch.stack(rows, dim=1)
+
+
+def _spectral_product(net: nn.Module) -> float:
+    product = 1.0
+    for layer in net.modules():
+        compute_weight: Callable[..., Tensor] | None = getattr(layer, "compute_weight", None)
+        if compute_weight is not None:
+            weight = compute_weight(update=False).double()
+            product *= float(torch.linalg.matrix_norm(weight, 2))
+    return product

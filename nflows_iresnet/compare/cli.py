@@ -1,0 +1,83 @@
+"""The command `nflows-iresnet`: its subcommands and its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from nflows_iresnet import __version__
+from nflows_iresnet.compare import arguments, command
+from nflows_iresnet.compare.config import UsageError
+
+PROGRAM = "nflows-iresnet"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Args:
+        help: one line.
+        epilog: what `--help` shows after the arguments.
+        add_arguments: declares its arguments.
+        run: does the work and returns the exit status; UsageError is for what the user can mend.
+    """
+
+    help: str
+    epilog: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS: dict[str, Command] = {
+    "compare": Command(command.HELP, arguments.EPILOG, arguments.add_arguments, command.run),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        0 if the command did its work, 2 for arguments or data that cannot work, 130 after Ctrl-C.
+    """
+    try:
+        parsed = build_parser().parse_args(argv)
+        return parsed.run(parsed)
+    except UsageError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted before anything was trained", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser with all subcommands."""
+    parser = _Parser(prog=PROGRAM, description="Invertible residual networks for nflows.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, entry in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=entry.help,
+            description=entry.help,
+            epilog=entry.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        entry.add_arguments(subparser)
+        subparser.set_defaults(run=entry.run)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving the process."""
+        raise UsageError(f"{message} (see {self.prog} --help)")

@@ -1,0 +1,206 @@
+"""`nflows-iresnet compare`: check everything, then run, save after each model, and report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nflows_iresnet.compare import runner
+from nflows_iresnet.compare.arguments import to_config
+from nflows_iresnet.compare.config import RunConfig, UsageError
+from nflows_iresnet.compare.environment import check_extra, describe_environment
+from nflows_iresnet.compare.models import MODELS
+from nflows_iresnet.compare.results import Folder, Record, write_atomically
+
+if TYPE_CHECKING:
+    from nflows_iresnet.compare.progress import LiveProgress
+
+HELP = "Train flows on the same data and report which wins, at what cost."
+
+
+@dataclass
+class Session:
+    """A comparison under way."""
+
+    config: RunConfig
+    runs: list[runner.Run]
+    folder: Folder
+    record: Record
+    quiet: bool
+
+    @property
+    def pending(self) -> list[runner.Run]:
+        """The runs without a result yet."""
+        finished = {result.key for result in self.record.results}
+        return [run for run in self.runs if run.key not in finished]
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Run the subcommand and return the exit status.
+
+    Raises:
+        UsageError: arguments or data cannot work; nothing was written.
+    """
+    if parsed.list:
+        print(catalogue())
+        return 0
+    with _value_errors_are_the_users():
+        session = open_session(parsed)
+    torch.set_num_threads(session.config.threads)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(nflows|normflows)\.")
+            _work(session)
+    except KeyboardInterrupt:
+        _say_what_was_kept(session)
+        return 130
+    return 0
+
+
+def catalogue() -> str:
+    """List data sets and models with one line each."""
+    from nflows_iresnet import datasets
+
+    described = {name: spec.description for name, spec in MODELS.items()}
+    return "\n".join(
+        ["datasets:", *_lines(datasets.available()), "", "models:", *_lines(described)]
+    )
+
+
+def _lines(described: dict[str, str]) -> Iterator[str]:
+    return (f"  {name:20}{description}" for name, description in described.items())
+
+
+@contextmanager
+def _value_errors_are_the_users() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def open_session(parsed: argparse.Namespace) -> Session:
+    """Check everything that can be checked, then create the output folder.
+
+    Raises:
+        ValueError: something cannot work; the message names it and nothing was written.
+    """
+    check_extra()
+    if parsed.resume and parsed.out is None:
+        raise ValueError("--resume needs the --out folder of the run to go on with")
+    config = to_config(parsed)
+    runs = runner.prepare(config)
+    record = _fresh_record(config, runs)
+    folder = Folder(Path(parsed.out or f"results/compare-{datetime.now():%Y%m%d-%H%M%S}"))
+    if parsed.resume:
+        record = _resumed(folder, record)
+    elif folder.results.exists():
+        raise ValueError(
+            f"{str(folder.path)!r} already holds results: add --resume to go on with them, "
+            "or choose another --out"
+        )
+    folder.create()
+    folder.save_record(record)
+    return Session(config, runs, folder, record, parsed.quiet)
+
+
+def _fresh_record(config: RunConfig, runs: list[runner.Run]) -> Record:
+    data = {run.data.name: run.data for run in runs}
+    return Record(
+        arguments=config.as_arguments(),
+        environment=describe_environment(config.device),
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        datasets=tuple(runner.summarise_dataset(item) for item in data.values()),
+    )
+
+
+def _resumed(folder: Folder, now: Record) -> Record:
+    then = folder.load_record()
+    _check_same(folder, _flags(then), _flags(now))
+    _check_same(folder, then.environment["versions"], now.environment["versions"])
+    if then.datasets != now.datasets:
+        raise ValueError(f"cannot resume {str(folder.path)!r}: the data have changed since")
+    return then
+
+
+def _flags(record: Record) -> dict[str, Any]:
+    return {f"--{name.replace('_', '-')}": value for name, value in record.arguments.items()}
+
+
+def _check_same(folder: Folder, then: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            raise ValueError(
+                f"cannot resume {str(folder.path)!r}: {name} was {_shown(then.get(name))} "
+                f"there and is {_shown(now.get(name))} now; use the same, or another --out"
+            )
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _work(session: Session) -> None:
+    from nflows_iresnet.compare.progress import LiveProgress
+
+    pending = session.pending
+    total = len(session.runs)
+    with LiveProgress(total, total - len(pending), quiet=session.quiet) as progress:
+        for dataset in session.record.datasets:
+            for item in (run for run in pending if run.data.name == dataset.name):
+                _finish(session, item, progress)
+            with progress.paused():
+                _show(session, dataset.name)
+    _write_report(session)
+
+
+def _finish(session: Session, item: runner.Run, progress: LiveProgress) -> None:
+    progress.begin(item.key)
+    result, arrays = runner.execute(item, session.config, progress.step)
+    session.folder.save_arrays(item.key, arrays)
+    session.record = replace(session.record, results=(*session.record.results, result))
+    session.folder.save_record(session.record)
+    progress.finish(result)
+
+
+def _show(session: Session, name: str) -> None:
+    from nflows_iresnet.compare import plots, tables
+
+    data = next(run.data for run in session.runs if run.data.name == name)
+    summary = next(item for item in session.record.datasets if item.name == name)
+    session.folder.save_arrays((name,), runner.dataset_arrays(data))
+    picture = plots.draw(session.record, session.folder, summary)
+    write_atomically(session.folder.picture(name), picture)
+    if not session.quiet:
+        tables.print_table(tables.make_console(), session.record, session.folder, summary)
+
+
+def _write_report(session: Session) -> None:
+    from nflows_iresnet.compare.report import render
+
+    path = session.folder.path / "report.html"
+    write_atomically(path, render(session.record, session.folder).encode())
+    print(path if session.quiet else f"\nreport: {path}")
+
+
+def _say_what_was_kept(session: Session) -> None:
+    from nflows_iresnet.compare.report import command_line
+
+    resume = (
+        f"{command_line(session.record)} --out {shlex.quote(str(session.folder.path))} --resume"
+    )
+    print(
+        f"interrupted: {len(session.record.results)} of {len(session.runs)} runs are kept in "
+        f"{session.folder.path}\ngo on with: {resume}",
+        file=sys.stderr,
+    )

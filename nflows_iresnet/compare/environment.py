@@ -1,0 +1,57 @@
+"""What a result depends on beside its arguments: versions and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nflows_iresnet import __version__
+
+_PACKAGES = ("torch", "nflows", "normflows", "numpy", "scikit-learn", "matplotlib", "rich")
+_EXTRA = ("matplotlib", "rich")
+
+
+def check_extra() -> None:
+    """Check that the `compare` extra is installed.
+
+    Raises:
+        ValueError: a package is missing; the message says how to install it.
+    """
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} not installed: pip install 'nflows-iresnet[compare]'"
+        )
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return versions, device and machine as plain JSON data."""
+    return {
+        "versions": {"nflows-iresnet": __version__, **{name: _version(name) for name in _PACKAGES}},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "cpu_count": os.cpu_count(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

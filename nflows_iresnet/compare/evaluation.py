@@ -1,0 +1,203 @@
+"""What is measured on a trained model: likelihood, inverse, sampling, memory, Lipschitz bound."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nflows_iresnet.compare.adapters import DensityModel
+from nflows_iresnet.compare.memory import peak_megabytes
+from nflows_iresnet.compare.training import synchronize
+
+T = TypeVar("T")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+NUM_TIMED_SAMPLES = 10_000
+NUM_KEPT_SAMPLES = 4_000
+NUM_VALIDATION_ROWS = 1_000
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Everything measured on one trained model; None where it failed or does not apply.
+
+    Args:
+        test_nll: mean negative log-likelihood of the test rows, exact, in nats.
+        test_nll_se: its standard error over the rows.
+        above_optimum: mean of true minus model log-density over the same rows, nats.
+        above_optimum_se: standard error of that paired difference.
+        sample_seconds: time to draw 10,000 samples.
+        round_trip_max: largest coordinate of `|decode(encode(x)) - x|` over the test rows.
+        round_trip_median: median over the rows of their largest coordinate.
+        peak_memory_mb: peak of tensor memory in forward and backward of one batch, MB.
+        lipschitz: largest Lipschitz constant over the residual blocks.
+        lipschitz_certified: whether that number is a guarantee.
+    """
+
+    test_nll: float | None = None
+    test_nll_se: float | None = None
+    above_optimum: float | None = None
+    above_optimum_se: float | None = None
+    sample_seconds: float | None = None
+    round_trip_max: float | None = None
+    round_trip_median: float | None = None
+    peak_memory_mb: float | None = None
+    lipschitz: float | None = None
+    lipschitz_certified: bool | None = None
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The data that every model is examined on.
+
+    Args:
+        test: test rows (N, d).
+        batch: one training batch (B, d), for the memory measurement.
+        true_log_prob: true log-density of the test rows (N,), or None where it is not known.
+        grid: points of the density picture (M, 2), or None unless d = 2.
+    """
+
+    test: Tensor
+    batch: Tensor
+    true_log_prob: Tensor | None
+    grid: Tensor | None
+
+
+@dataclass
+class Evaluation:
+    """Metrics, the arrays that pictures and paired comparisons need, and what went wrong."""
+
+    metrics: Metrics = field(default_factory=Metrics)
+    arrays: dict[str, Array] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+def evaluate(model: DensityModel, exam: Exam, seed: int) -> Evaluation:
+    """Measure everything; a measurement that fails is reported and the others go on.
+
+    Args:
+        model: a trained model.
+        exam: what to measure it on.
+        seed: seed of the samples.
+    """
+    found: dict[str, Any] = {}
+    result = Evaluation()
+    torch.manual_seed(seed)
+    model.eval()
+    for name, measure in _MEASUREMENTS.items():
+        try:
+            found.update(measure(model, exam, result.arrays))
+        except Exception as error:
+            result.failures.append(f"{name}: {describe(error)}")
+    result.metrics = Metrics(**found)
+    return result
+
+
+def describe(error: Exception) -> str:
+    """Say in one short line what went wrong."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    text = lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
+    return f"{type(error).__name__}: {text}"
+
+
+def exact_log_prob(model: DensityModel, inputs: Tensor) -> Tensor:
+    """Return the exact log-density of many rows, (N, d) -> (N,), a chunk of rows at a time."""
+    rows = 4096 if inputs.shape[1] <= 16 else 256
+    return torch.cat([model.exact_log_prob(chunk) for chunk in inputs.split(rows)])
+
+
+def exact_nll(model: DensityModel, inputs: Tensor) -> float:
+    """Return the exact mean negative log-likelihood in nats."""
+    return -float(exact_log_prob(model, inputs).double().mean())
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float | None]:
+    """Return the mean and its standard error; None for fewer than two values."""
+    values = values.double()
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(values.mean()), error
+
+
+def _likelihood(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+    log_prob = exact_log_prob(model, exam.test)
+    _check_finite(log_prob, "log-densities")
+    arrays["test_log_prob"] = log_prob.cpu().numpy()
+    nll, error = mean_and_error(-log_prob)
+    found = {"test_nll": nll, "test_nll_se": error}
+    if exam.true_log_prob is not None:
+        above, above_error = mean_and_error(exam.true_log_prob - log_prob)
+        found |= {"above_optimum": above, "above_optimum_se": above_error}
+    return found
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ArithmeticError(f"{bad} of {len(values)} {what} are not finite")
+
+
+@torch.no_grad()
+def _sampling(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+    model.sample(100)
+    samples, seconds = _timed(lambda: model.sample(NUM_TIMED_SAMPLES), exam.test.device)
+    _check_finite(samples.sum(dim=1), "samples")
+    arrays["samples"] = samples[:NUM_KEPT_SAMPLES].detach().cpu().numpy()
+    return {"sample_seconds": seconds}
+
+
+def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    synchronize(device)
+    started = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return result, time.perf_counter() - started
+
+
+@torch.no_grad()
+def _round_trip(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+    decoded = model.decode(model.encode(exam.test))
+    errors = (decoded - exam.test).abs().amax(dim=1)
+    _check_finite(errors, "decoded rows")
+    return {"round_trip_max": float(errors.max()), "round_trip_median": float(errors.median())}
+
+
+def _lipschitz(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+    bound = model.lipschitz()
+    if bound is None:
+        return {}
+    return {"lipschitz": bound.value, "lipschitz_certified": bound.certified}
+
+
+def _density_grid(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+    if exam.grid is not None:
+        arrays["grid_log_prob"] = exact_log_prob(model, exam.grid).cpu().numpy()
+    return {}
+
+
+def _memory(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+    def step() -> None:
+        (-model.log_prob(exam.batch).mean()).backward()
+
+    model.train()
+    model.zero_grad(set_to_none=True)
+    peak = peak_megabytes(step, exam.batch.device)
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return {"peak_memory_mb": peak}
+
+
+_MEASUREMENTS: dict[str, Callable[[DensityModel, Exam, dict[str, Array]], dict[str, Any]]] = {
+    "test NLL": _likelihood,
+    "sampling": _sampling,
+    "round trip": _round_trip,
+    "Lipschitz bound": _lipschitz,
+    "density picture": _density_grid,
+    "memory": _memory,
+}

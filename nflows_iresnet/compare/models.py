@@ -1,0 +1,233 @@
+"""The models of the comparison, and the search that gives them equally many parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from nflows_iresnet.compare.adapters import (
+    DensityModel,
+    NflowsModel,
+    NormflowsResidualModel,
+    ResidualModel,
+)
+from nflows_iresnet.compare.config import suggest
+
+if TYPE_CHECKING:
+    from nflows.transforms import Transform
+
+REFERENCE = "residual-flow"
+TOLERANCE = 0.1
+_WIDEST = 2**14
+_SAME = 0.01
+"""Counts this close keep the width of the reference, which saves the search."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The size of a model.
+
+    Args:
+        features: dimensions of the data.
+        hidden_features: width of the hidden layers.
+        num_layers: transforms in the flow.
+        num_blocks_per_layer: depth of the network in each transform.
+    """
+
+    features: int
+    hidden_features: int
+    num_layers: int
+    num_blocks_per_layer: int
+
+    def as_tuple(self) -> tuple[int, int, int, int]:
+        """Return the four arguments in the order that nflows' flows take them."""
+        return (
+            self.features,
+            self.hidden_features,
+            self.num_layers,
+            self.num_blocks_per_layer,
+        )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model of the comparison.
+
+    Args:
+        description: one line for `--list`.
+        build: makes a fresh model of a given size.
+    """
+
+    description: str
+    build: Callable[[Architecture], DensityModel]
+
+
+def _residual_flow(size: Architecture) -> DensityModel:
+    from nflows_iresnet.flows import ResidualFlow
+
+    return ResidualModel(ResidualFlow(*size.as_tuple()))
+
+
+def _i_resnet(size: Architecture) -> DensityModel:
+    from nflows_iresnet.flows import InvertibleResNet
+
+    return ResidualModel(InvertibleResNet(*size.as_tuple()))
+
+
+def _realnvp(size: Architecture) -> DensityModel:
+    from nflows.flows import SimpleRealNVP
+
+    return NflowsModel(SimpleRealNVP(*size.as_tuple()))
+
+
+def _nice(size: Architecture) -> DensityModel:
+    from nflows.flows import SimpleRealNVP
+
+    return NflowsModel(SimpleRealNVP(*size.as_tuple(), use_volume_preserving=True))
+
+
+def _maf(size: Architecture) -> DensityModel:
+    from nflows.flows import MaskedAutoregressiveFlow
+
+    return NflowsModel(MaskedAutoregressiveFlow(*size.as_tuple()))
+
+
+def _glow(size: Architecture) -> DensityModel:
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import CompositeTransform
+
+    steps = [glow_step(size, parity=layer % 2) for layer in range(size.num_layers)]
+    return NflowsModel(Flow(CompositeTransform(steps), StandardNormal([size.features])))
+
+
+def glow_step(size: Architecture, parity: int) -> Transform:
+    """Build Glow's step for vectors: ActNorm, LU-parametrised linear map, affine coupling.
+
+    References:
+        Kingma and Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, 2018.
+
+    Args:
+        size: the size of the model; `num_layers` is not used.
+        parity: 0 or 1, which half of the features the coupling transforms.
+
+    Returns:
+        An nflows transform from data to noise.
+    """
+    from nflows.nn.nets import ResidualNet
+    from nflows.transforms import (
+        ActNorm,
+        AffineCouplingTransform,
+        CompositeTransform,
+        LULinear,
+    )
+
+    def coupling_net(in_features: int, out_features: int) -> nn.Module:
+        return ResidualNet(
+            in_features, out_features, size.hidden_features, num_blocks=size.num_blocks_per_layer
+        )
+
+    mask = torch.arange(size.features) % 2 == parity
+    coupling = AffineCouplingTransform(mask.long(), coupling_net)
+    return CompositeTransform([ActNorm(size.features), LULinear(size.features), coupling])
+
+
+def _normflows_residual(size: Architecture) -> DensityModel:
+    import normflows
+
+    widths = [size.features, *[size.hidden_features] * size.num_blocks_per_layer, size.features]
+    flows: list[nn.Module] = []
+    for _ in range(size.num_layers):
+        flows.append(normflows.flows.Residual(normflows.nets.LipschitzMLP(widths)))
+        flows.append(normflows.flows.ActNorm(size.features))
+    base = normflows.distributions.DiagGaussian(size.features, trainable=False)
+    return NormflowsResidualModel(normflows.NormalizingFlow(base, flows))
+
+
+MODELS: dict[str, ModelSpec] = {
+    "residual-flow": ModelSpec("ResidualFlow of this library", _residual_flow),
+    "i-resnet": ModelSpec("InvertibleResNet of this library", _i_resnet),
+    "realnvp": ModelSpec("SimpleRealNVP of nflows: affine couplings", _realnvp),
+    "maf": ModelSpec("MaskedAutoregressiveFlow of nflows", _maf),
+    "glow": ModelSpec("Glow's step for vectors, from nflows' parts", _glow),
+    "nice": ModelSpec("SimpleRealNVP of nflows, additive couplings", _nice),
+    "normflows-residual": ModelSpec(
+        "Residual of normflows, as its users run it", _normflows_residual
+    ),
+}
+
+DEFAULT_MODELS = ("residual-flow", "i-resnet", "realnvp", "maf", "glow")
+
+
+def find_model(name: str) -> ModelSpec:
+    """Look a model up by name.
+
+    Raises:
+        ValueError: there is no such model; the message names the nearest one.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: {suggest(name, MODELS)}")
+    return MODELS[name]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the numbers that the optimiser trains."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def match_parameters(name: str, reference: Architecture) -> Architecture:
+    """Find the width at which a model has as many parameters as ResidualFlow of a given size.
+
+    Args:
+        name: a name in `MODELS`.
+        reference: the size of the ResidualFlow.
+
+    Returns:
+        The same size with another `hidden_features`.
+
+    Raises:
+        ValueError: no width comes within 10% of the count.
+    """
+    target = _count(REFERENCE, reference)
+    if abs(_count(name, reference) - target) <= _SAME * target:
+        return reference
+    widths = _bracket(name, reference, target)
+    best = min(widths, key=lambda width: abs(_count_at(name, reference, width) - target))
+    count = _count_at(name, reference, best)
+    if abs(count - target) > TOLERANCE * target:
+        raise ValueError(
+            f"model {name!r} cannot match the {target} parameters of {REFERENCE}: "
+            f"the nearest is {count} with {best} hidden features; change --hidden-features "
+            f"(now {reference.hidden_features}) or --num-layers (now {reference.num_layers})"
+        )
+    return replace(reference, hidden_features=best)
+
+
+def _bracket(name: str, reference: Architecture, target: int) -> tuple[int, int]:
+    """Return two neighbouring widths, the first with too few and the second with enough."""
+    high = 2
+    while _count_at(name, reference, high) < target and high < _WIDEST:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _count_at(name, reference, middle) < target:
+            low = middle
+        else:
+            high = middle
+    return low, high
+
+
+def _count_at(name: str, reference: Architecture, width: int) -> int:
+    return _count(name, replace(reference, hidden_features=width))
+
+
+@lru_cache(maxsize=1024)
+def _count(name: str, size: Architecture) -> int:
+    with torch.random.fork_rng(devices=[]):
+        return count_parameters(find_model(name).build(size))

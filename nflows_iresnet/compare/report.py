@@ -1,0 +1,178 @@
+"""report.html: tables and pictures in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from html import escape
+
+from nflows_iresnet.compare.memory import MEASURE
+from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
+from nflows_iresnet.compare.summary import best, caption, columns_for, rows_of, verdict
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>nflows-iresnet compare: {names}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>Flows compared on {names}</h1>
+<p class="meta">{started} · {device} · nflows-iresnet {version} · torch {torch} · {length} ·
+seed {seed}</p>
+{sections}
+<h2>How to read it</h2>
+<dl>{glossary}</dl>
+<p>{fairness}</p>
+<h2>Reproduce it</h2>
+<pre>{command}</pre>
+<p>The learning curves and every number of this page are in <code>results.json</code>.</p>
+<div class="columns"><table>{arguments}</table><table>{environment}</table></div>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1b1b3a; --soft: #6b7085; --line: #e3e5ec; --best: #0b7a4b; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 74rem;
+       margin: 2.5rem auto; padding: 0 1.25rem; background: #fff; }
+h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { margin-top: 2.6rem; font-size: 1.25rem; }
+.meta, figcaption, .caption { color: var(--soft); }
+.scroll { overflow-x: auto; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
+         vertical-align: bottom; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+.best { font-weight: 700; color: var(--best); } .failed { color: #b3261e; }
+dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; }
+pre { background: #f5f6f9; padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; }
+.columns { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; }
+.columns td { white-space: normal; text-align: left; }
+"""
+
+_FAIRNESS = (
+    "Every model sees the same splits and the same batches in the same order, has the parameter "
+    "count of ResidualFlow within 10% (its width is chosen for that; masked weights count), and is "
+    "trained by Adam with the same learning rate, cosine schedule and gradient clipping. The state "
+    "with the best exact validation NLL is kept. The best value of a column is bold. "
+)
+
+
+def render(record: Record, folder: Folder) -> str:
+    """Render the page from the record, the arrays and the pictures of a folder."""
+    versions = record.environment["versions"]
+    return _PAGE.format(
+        names=escape(", ".join(dataset.name for dataset in record.datasets)),
+        style=_STYLE,
+        started=escape(record.started),
+        device=escape(str(record.environment["device_name"])),
+        version=versions["nflows-iresnet"],
+        torch=versions["torch"],
+        length=_length(record),
+        seed=record.arguments["seed"],
+        sections="\n".join(_section(record, folder, dataset) for dataset in record.datasets),
+        glossary=_glossary(record),
+        fairness=_FAIRNESS + f"Memory counts {MEASURE[record.environment['device']]}.",
+        command=escape(command_line(record)),
+        arguments=_pairs(record.arguments),
+        environment=_pairs({**versions, **_rest(record.environment)}),
+    )
+
+
+def command_line(record: Record) -> str:
+    """Return the command that repeats the run."""
+    words = ["nflows-iresnet compare", *map(shlex.quote, record.arguments["datasets"])]
+    for name, value in record.arguments.items():
+        if name != "datasets" and value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)]
+    return " ".join(words)
+
+
+def _length(record: Record) -> str:
+    steps, budget = record.arguments["steps"], record.arguments["budget"]
+    return f"{steps} steps per model" if budget is None else f"{budget:g} s of training per model"
+
+
+def _rest(environment: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in environment.items() if name != "versions"}
+
+
+def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> str:
+    parts = [
+        f"<h2>{escape(dataset.name)}</h2>",
+        f'<p class="caption">{escape(caption(dataset))}. Source: {escape(dataset.source)}. '
+        f"{escape(' '.join(dataset.notes))}</p>",
+        f"<p><strong>{escape(verdict(record, folder, dataset.name))}</strong></p>",
+        _table(record, dataset),
+        _failures(record, dataset),
+        _picture(folder, dataset),
+    ]
+    return "\n".join(parts)
+
+
+def _table(record: Record, dataset: DatasetSummary) -> str:
+    columns, rows = columns_for(record, dataset), rows_of(record, dataset.name)
+    head = "".join(f"<th>{_lines(c.title)}</th>" for c in columns)
+    winners = [best(rows, column) for column in columns]
+    body = "".join(
+        "<tr>"
+        + "".join(
+            _cell(column.text(row), row.model in models)
+            for column, models in zip(columns, winners, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(text: str, is_best: bool) -> str:
+    return f"<td{' class=best' if is_best else ''}>{_lines(text)}</td>"
+
+
+def _lines(text: str) -> str:
+    return escape(text).replace("\n", "<br>")
+
+
+def _failures(record: Record, dataset: DatasetSummary) -> str:
+    return "".join(
+        f'<p class="failed">{escape(row.model)} failed: {escape(failure)}</p>'
+        for row in rows_of(record, dataset.name)
+        for failure in row.failures
+    )
+
+
+def _picture(folder: Folder, dataset: DatasetSummary) -> str:
+    path = folder.picture(dataset.name)
+    if not path.exists():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode()
+    name = escape(dataset.name)
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{content}"></figure>'
+
+
+def _glossary(record: Record) -> str:
+    columns = {c.title: c for dataset in record.datasets for c in columns_for(record, dataset)}
+    return "".join(
+        f"<dt>{escape(_one_line(column.title))}</dt><dd>{escape(column.help)}</dd>"
+        for column in columns.values()
+    )
+
+
+def _one_line(title: str) -> str:
+    return title.replace("-\n", "").replace("\n", " ")
+
+
+def _pairs(values: dict[str, object]) -> str:
+    return "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(_plain(value))}</td></tr>"
+        for name, value in values.items()
+        if value is not None
+    )
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

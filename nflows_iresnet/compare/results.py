@@ -1,0 +1,227 @@
+"""Results as plain data, and the folder that keeps them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nflows_iresnet.compare.config import slug
+from nflows_iresnet.compare.evaluation import Array, Metrics
+from nflows_iresnet.compare.training import CurvePoint, TrainingLog
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What a reader of the results needs to know about a data set.
+
+    Args:
+        name: unique within a run.
+        source: where the rows come from.
+        features: dimensions.
+        num_train: training rows.
+        num_validation: validation rows.
+        num_test: test rows.
+        optimum: mean negative true log-density of the test rows in nats, None if not known.
+        optimum_se: its standard error.
+        log_scale: what to add to an NLL for nats in the data's original units.
+        levels: how many values a quantised feature took before its noise, None if not quantised.
+        notes: what was changed or deserves care.
+    """
+
+    name: str
+    source: str
+    features: int
+    num_train: int
+    num_validation: int
+    num_test: int
+    optimum: float | None
+    optimum_se: float | None
+    log_scale: float
+    levels: int | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model trained once on one data set.
+
+    Args:
+        dataset: name of the data set.
+        model: name of the model.
+        repeat: 0, 1, ...
+        seed: seed of the weights, the batches and the samples.
+        hyperparameters: the size of the model.
+        num_parameters: trained parameters.
+        failures: what went wrong, in words; empty if nothing did.
+        training: the log, or None if training failed.
+        metrics: the measurements.
+    """
+
+    dataset: str
+    model: str
+    repeat: int
+    seed: int
+    hyperparameters: dict[str, int]
+    num_parameters: int
+    failures: tuple[str, ...]
+    training: TrainingLog | None
+    metrics: Metrics
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Data set, model and repeat."""
+        return self.dataset, self.model, self.repeat
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Result:
+        """Rebuild a result from `as_json`."""
+        log = data["training"]
+        if log is not None:
+            log = TrainingLog(**{**log, "curve": tuple(CurvePoint(**p) for p in log["curve"])})
+        rebuilt = {
+            "failures": tuple(data["failures"]),
+            "training": log,
+            "metrics": Metrics(**data["metrics"]),
+        }
+        return cls(**{**data, **rebuilt})
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of results.json.
+
+    Args:
+        arguments: the arguments of the run.
+        environment: versions, device and machine.
+        started: ISO date and time.
+        datasets: the data sets, in the order of the arguments.
+        results: what is finished, in the order of its end.
+    """
+
+    arguments: dict[str, Any]
+    environment: dict[str, Any]
+    started: str
+    datasets: tuple[DatasetSummary, ...]
+    results: tuple[Result, ...] = ()
+
+    def of(self, dataset: str) -> list[Result]:
+        """Return the results on one data set."""
+        return [result for result in self.results if result.dataset == dataset]
+
+    def as_json(self) -> str:
+        """Serialise; numbers that are not finite become null."""
+        return json.dumps(_finite({"format": FORMAT, **asdict(self)}), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Rebuild a record from `as_json`.
+
+        Raises:
+            ValueError: not a record of this format.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise ValueError(f"not results of format {FORMAT}")
+        data["datasets"] = tuple(
+            DatasetSummary(**{**item, "notes": tuple(item["notes"])}) for item in data["datasets"]
+        )
+        data["results"] = tuple(Result.from_json(item) for item in data["results"])
+        return cls(**data)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The output folder: results.json, runs/*.npz, *.png and report.html."""
+
+    path: Path
+
+    @property
+    def results(self) -> Path:
+        """The file that everything else can be rendered from."""
+        return self.path / "results.json"
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        try:
+            (self.path / "runs").mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "runs" / ".probe", b"")
+            (self.path / "runs" / ".probe").unlink()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to the output folder {str(self.path)!r} ({error.strerror}): "
+                "choose another one with --out"
+            ) from error
+
+    def save_record(self, record: Record) -> None:
+        """Write results.json."""
+        write_atomically(self.results, record.as_json().encode())
+
+    def load_record(self) -> Record:
+        """Read results.json.
+
+        Raises:
+            ValueError: it is not there or not readable.
+        """
+        try:
+            return Record.from_json(self.results.read_text())
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"cannot resume from {str(self.results)!r}: {error}; start anew without --resume"
+            ) from error
+
+    def save_arrays(self, key: tuple[str | int, ...], arrays: dict[str, Array]) -> None:
+        """Write the arrays of one run, or of one data set."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        write_atomically(self._arrays(key), buffer.getvalue())
+
+    def load_arrays(self, key: tuple[str | int, ...]) -> dict[str, Array]:
+        """Read what `save_arrays` wrote; empty if there is nothing."""
+        if not self._arrays(key).exists():
+            return {}
+        with np.load(self._arrays(key), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def picture(self, dataset: str) -> Path:
+        """Return the path of a data set's picture."""
+        return self.path / f"{slug(dataset)}.png"
+
+    def _arrays(self, key: tuple[str | int, ...]) -> Path:
+        return self.path / "runs" / ("--".join(slug(str(part)) for part in key) + ".npz")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
