@@ -11,7 +11,7 @@ from nflows.flows import Flow
 from nflows.transforms import CompositeTransform, InverseTransform, LULinear
 from torch import Tensor
 
-from nflows_iresnet import logdet, nn, solvers, transforms
+from nflows_iresnet import ResidualFlow, logdet, nn, solvers, transforms
 from nflows_iresnet.testing import exact_logabsdet
 from nflows_iresnet.testing.subject import Subject
 from tests.cases import FixedLinear
@@ -181,3 +181,15 @@ def test_actnorm_standardises_vectors_and_channels() -> None:
         channels = outputs.movedim(1, -1).reshape(-1, 2)
         torch.testing.assert_close(channels.mean(0), torch.zeros(2), rtol=0, atol=1e-5)
         torch.testing.assert_close(channels.std(0), torch.ones(2), rtol=1e-4, atol=0)
+
+
+def test_actnorm_keeps_what_was_learned_through_the_inverse() -> None:
+    flow = ResidualFlow(2, 8, 1)
+    samples, log_prob = flow.sample_and_log_prob(6)
+    torch.testing.assert_close(flow.log_prob(samples), log_prob, rtol=0, atol=1e-4)
+    waiting = ResidualFlow(2, 8, 1)
+    with torch.no_grad():
+        waiting.sample(3)
+    waiting.log_prob(5 + torch.randn(100, 2))
+    start = waiting.transform_to_noise(5 + torch.randn(100, 2))
+    assert float(start.mean().detach().abs()) < 1

@@ -40,6 +40,8 @@ def _flat_gradient(loss: Tensor, targets: list[Any]) -> Tensor:
 
 def every_parameter_learns(subject: Subject) -> None:
     """Every parameter gets a finite gradient from a likelihood."""
+    if not subject.parameters:
+        return
     outputs, logabsdet = subject.forward()
     loss = outputs.square().sum() / 2 - logabsdet.sum()
     subject.transform.zero_grad()
@@ -99,7 +101,8 @@ def inverse_gradients(subject: Subject) -> None:
         }
         found = torch.func.functional_call(module, moved, (targets, conditions))
         for name, value in zip(("outputs", "logabsdet"), found, strict=True):
-            require(value.requires_grad, f"{name} of the inverse are cut off from the gradient")
+            is_attached = value.requires_grad or (name == "logabsdet" and not parameters)
+            require(is_attached, f"{name} of the inverse are cut off from the gradient")
         return found[0] if is_random else found
 
     arguments: Any = (outputs, context, *offsets)
@@ -121,6 +124,8 @@ def vmap_and_jacrev(subject: Subject) -> None:
         return outputs
 
     in_dims = (0, None if subject.context is None else 0)
-    jacobian = torch.func.vmap(torch.func.jacrev(row), in_dims, randomness="same")
-    actual = torch.linalg.slogdet(jacobian(subject.inputs, subject.context)).logabsdet
+    jacobian_of = torch.func.vmap(torch.func.jacrev(row), in_dims, randomness="same")
+    size = subject.inputs.shape[1:].numel()
+    jacobian = jacobian_of(subject.inputs, subject.context).reshape(-1, size, size)
+    actual = torch.linalg.slogdet(jacobian).logabsdet
     require_close(actual, exact_logabsdet(subject), subject.atol, "vmap(jacrev)")

@@ -20,6 +20,9 @@ class ActNorm(_NflowsActNorm):
     * Where several processes train one model, they start from the statistics of the joined batch
       (one `all_reduce`, in which every process takes part): replicas that started from their own
       batches would differ ever after.
+    * A model that is trained through its inverse (variational inference) keeps what it learns: the
+      first inverse with gradients ends the waiting for a batch, which would otherwise overwrite
+      scale and shift later.
     * Once started, a forward pass neither waits for the device nor breaks a compiled graph.
 
     Args:
@@ -46,9 +49,18 @@ class ActNorm(_NflowsActNorm):
         if self.training and not self._has_started:
             self._start(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
-        positions = inputs.shape[2:].numel()
-        logabsdet = positions * self.log_scale.sum().expand(len(inputs))
-        return scale * inputs + shift, logabsdet
+        return scale * inputs + shift, self._logabsdet(inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (x, minus the sum of s over what was scaled), shapes (B, *) and (B,)."""
+        if self.training and not self._has_started and torch.is_grad_enabled():
+            self.initialized.fill_(True)
+            self._has_started = True
+        scale, shift = self._broadcastable_scale_shift(inputs)
+        return (inputs - shift) / scale, -self._logabsdet(inputs)
+
+    def _logabsdet(self, inputs: Tensor) -> Tensor:
+        return inputs.shape[2:].numel() * self.log_scale.sum().expand(len(inputs))
 
     def _start(self, inputs: Tensor) -> None:
         if not self.initialized:

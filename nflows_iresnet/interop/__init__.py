@@ -1,0 +1,1 @@
+"""Bridges to other libraries, each imported by its name: `nflows_iresnet.interop.normflows`."""
