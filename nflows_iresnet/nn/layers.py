@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,12 +54,18 @@ class NormedLinear(nn.Linear):
         for name, buffer in state.items():
             self.register_buffer(name, buffer)
 
-    def weight_norm(self) -> Tensor:
-        """Return the norm of the stored weight, a float64 scalar."""
+    @torch.no_grad()
+    def norm_and_gradient(self, advance: bool) -> tuple[Tensor, Tensor]:
+        """Return the norm of the stored weight, float64, and its gradient in the weight's dtype.
+
+        Args:
+            advance: whether a strategy that keeps buffers improves them first.
+        """
         state = {name: getattr(self, name) for name in self._state_names}
-        if self.training and torch.is_grad_enabled():
+        if advance and self.training:
             self.norm.advance(self.weight, state)
-        return self.norm(self.weight, state)
+        value, gradient = self.norm.value_and_gradient(self.weight.double(), state)
+        return value, gradient.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Show the sizes and the norm."""
@@ -103,8 +112,8 @@ class LipschitzLinear(NormedLinear):
 
     def effective_weight(self) -> Tensor:
         """Return W, the weight that is used, shape (out, in)."""
-        target = self.coeff * rounding_margin(self.weight)
-        return self.weight * budget_factor(self.weight_norm(), target).to(self.weight.dtype)
+        log_target = math.log(self.coeff * rounding_margin(self.weight))
+        return normalised([self], log_target)[0]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return W x + b, shape (*, out)."""
@@ -119,6 +128,36 @@ class LipschitzLinear(NormedLinear):
         return f"{super().extra_repr()}, coeff={self.coeff}"
 
 
-def budget_factor(norm: Tensor, target: float) -> Tensor:
-    """Return min(1, target / norm), 1 for a norm of zero."""
-    return (target / norm.clamp_min(target)).clamp(max=1.0)
+def normalised(layers: Sequence[NormedLinear], log_budget: float) -> list[Tensor]:
+    r"""Return the stored weights V_i times min(1, exp(log_budget) / s)^{1/n}, s = prod norm(V_i).
+
+    All norms are computed without a graph. By Euler's theorem (see `MatrixNorm`) the derivative of
+    log s = sum_i log norm(V_i) is that of t = sum_i <N_i, V_i>, N_i = grad norm(V_i) / norm(V_i)
+    held constant, so the factor f has the value computed in float64 and the derivative
+    -f / n dt where the budget is exceeded: one product for all layers.
+
+    Args:
+        layers: those that share the budget.
+        log_budget: logarithm of what the product of the norms of the results may be.
+
+    Returns:
+        Weights of shape (out, in), differentiable in the stored ones.
+    """
+    weights = [layer.weight for layer in layers]
+    advance = torch.is_grad_enabled()
+    with torch.no_grad():
+        values, gradients = zip(
+            *[layer.norm_and_gradient(advance) for layer in layers], strict=True
+        )
+        norms = torch.stack(values).clamp_min(torch.finfo(torch.float64).tiny)
+        excess = (norms.log().sum() - log_budget).clamp_min(0)
+        factor = (-excess / len(layers)).exp().to(weights[0].dtype)
+        slope = factor * (excess > 0) / len(layers)
+        inverses = (1 / norms).to(weights[0].dtype).unbind()
+        constant = torch.cat(
+            [(g * inverse).flatten() for g, inverse in zip(gradients, inverses, strict=True)]
+        )
+    if torch.is_grad_enabled():
+        paired = torch.dot(constant, torch.cat([weight.flatten() for weight in weights]))
+        factor = factor - slope * (paired - paired.detach())
+    return [weight * factor for weight in weights]

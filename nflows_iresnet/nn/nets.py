@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nflows_iresnet.nn.activations import Activation, Sine
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
 from nflows_iresnet.nn.dense import DenseFunction
-from nflows_iresnet.nn.layers import NormedLinear, rounding_margin, validated_coeff
+from nflows_iresnet.nn.layers import NormedLinear, normalised, rounding_margin, validated_coeff
 from nflows_iresnet.nn.norms import MatrixNorm, SpectralNorm
 
 INITIAL_SCALE = 0.2
@@ -110,16 +110,7 @@ class LipschitzMLP(nn.Module):
 
     def effective_weights(self) -> list[Tensor]:
         """Return the weights W_i that are used, each of shape (out, in)."""
-        return self._balance(self._normalised_weights(), self._scales())
-
-    def _normalised_weights(self) -> list[Tensor]:
-        """Return the V_i, the product of whose norms is at most the coefficient."""
-        weights = [layer.weight for layer in self._linears]
-        norms = torch.stack([layer.weight_norm() for layer in self._linears])
-        tiny = torch.finfo(norms.dtype).tiny
-        excess = (norms.clamp_min(tiny).log().sum() - self._log_budget()).clamp_min(0)
-        factor = (-excess / len(weights)).exp()
-        return [weight * factor.to(weight.dtype) for weight in weights]
+        return self._balance(normalised(self._linears, self._log_budget()), self._scales())
 
     def _scales(self) -> list[Tensor]:
         """Return the diagonals T_1, ..., T_{n-1}, or nothing for activations that mix units."""
@@ -156,7 +147,7 @@ class LipschitzMLP(nn.Module):
         shifts = self._shifts(context)
         hidden_shifts = [shift / scale for shift, scale in zip(shifts, scales, strict=False)]
         return DenseFunction(
-            weights=self._balance(self._normalised_weights(), scales),
+            weights=self._balance(normalised(self._linears, self._log_budget()), scales),
             shifts=[*hidden_shifts, *shifts[len(hidden_shifts) :]],
             activations=list(self.activations),
             lipschitz=self.coeff if self._is_guaranteed() else None,

@@ -30,13 +30,28 @@ class MatrixNorm(ABC):
     is_upper_bound: bool = True
 
     @abstractmethod
-    def __call__(self, weight: Tensor, state: State) -> Tensor:
-        """Return the norm of a weight (out, in) as a float64 scalar, differentiable in it.
+    def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Return the norm and its gradient, without a graph.
 
         Args:
-            weight: finite values, any floating dtype.
+            weight: float64, shape (out, in), without a graph.
             state: the buffers made by `initial_state`.
+
+        Returns:
+            A scalar, and a matrix of the shape of the weight, both float64.
         """
+
+    def __call__(self, weight: Tensor, state: State | None = None) -> Tensor:
+        r"""Return the norm of a weight (out, in) as a float64 scalar, differentiable in it.
+
+        Norms are homogeneous of degree one: \|W\| = <grad \|W\|, W> by Euler's theorem. With the
+        gradient held constant the product has the derivative of the norm, and nothing of how the
+        gradient was computed needs to be recorded.
+        """
+        with torch.no_grad():
+            value, gradient = self.value_and_gradient(weight.detach().double(), state or {})
+        paired = (gradient * weight.double()).sum()
+        return value + paired - paired.detach()
 
     def initial_state(self, weight: Tensor) -> State:
         """Return the buffers that the strategy keeps for one weight; none by default."""
@@ -49,16 +64,6 @@ class MatrixNorm(ABC):
 def _rounding_allowance(weight: Tensor) -> float:
     """Relative error allowed for a float64 norm: twice what `spectral_norm_bound` adds."""
     return 1 + 64 * max(weight.shape) * torch.finfo(torch.float64).eps
-
-
-def _pair_with(weight: Tensor, gradient: Tensor) -> Tensor:
-    r"""Return <gradient, W>: by Euler's theorem the norm itself, if `gradient` is its gradient.
-
-    Norms are homogeneous of degree one, \|W\| = <grad \|W\|, W>. With the gradient held constant,
-    the product therefore has both the value and the derivative of the norm, and nothing of how the
-    gradient was computed needs to be recorded.
-    """
-    return (gradient.detach() * weight).sum()
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
@@ -81,16 +86,16 @@ class SpectralNorm(MatrixNorm):
     Cost: one symmetric eigendecomposition of size min(out, in).
     """
 
-    def __call__(self, weight: Tensor, state: State) -> Tensor:
-        """Return the largest singular value."""
-        double = weight.double()
-        with torch.no_grad():
-            is_tall = double.shape[0] >= double.shape[1]
-            tall = double if is_tall else double.mT
-            right = _eigenvectors(tall.mT @ tall)[:, -1]
-            left = torch.nn.functional.normalize(tall @ right, dim=0, eps=_TINY)
-            outer = torch.outer(left, right) if is_tall else torch.outer(right, left)
-        return _pair_with(double, outer) * _rounding_allowance(weight)
+    def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Return the largest singular value and u v^T."""
+        is_tall = weight.shape[0] >= weight.shape[1]
+        tall = weight if is_tall else weight.mT
+        right = _eigenvectors(tall.mT @ tall)[:, -1]
+        left = tall @ right
+        value = torch.linalg.vector_norm(left)
+        left = left / value.clamp_min(_TINY)
+        outer = torch.outer(left, right) if is_tall else torch.outer(right, left)
+        return value * _rounding_allowance(weight), outer
 
 
 @dataclass(frozen=True)
@@ -118,17 +123,16 @@ class SchattenNorm(MatrixNorm):
         if not 0 <= self.num_squarings <= 20:
             raise ValueError(f"num_squarings must be between 0 and 20, got {self.num_squarings}")
 
-    def __call__(self, weight: Tensor, state: State) -> Tensor:
-        """Return the Schatten norm of order 2^{s+1} + 2."""
-        double = weight.double()
-        with torch.no_grad():
-            is_tall = double.shape[0] >= double.shape[1]
-            tall = double if is_tall else double.mT
-            gram = tall.mT @ tall
-            size = gram.diagonal().amax().clamp_min(_TINY)
-            gradient = tall @ self._gradient_factor(gram / size) / size.sqrt()
-            gradient = gradient if is_tall else gradient.mT
-        return _pair_with(double, gradient) * (_rounding_allowance(weight) + self._order * 1e-15)
+    def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Return the Schatten norm of order 2^{s+1} + 2 and its gradient."""
+        is_tall = weight.shape[0] >= weight.shape[1]
+        tall = weight if is_tall else weight.mT
+        gram = tall.mT @ tall
+        size = gram.diagonal().amax().clamp_min(_TINY)
+        gradient = tall @ self._gradient_factor(gram / size) / size.sqrt()
+        value = (gradient * tall).sum()
+        allowance = _rounding_allowance(weight) + self._order * 1e-15
+        return value * allowance, gradient if is_tall else gradient.mT
 
     @property
     def _order(self) -> int:
@@ -149,11 +153,10 @@ class SchattenNorm(MatrixNorm):
 class FrobeniusNorm(MatrixNorm):
     r"""\|W\|_F = sqrt(sum W_ij^2) >= \|W\|_2. The cheapest bound, up to sqrt(rank) too large."""
 
-    def __call__(self, weight: Tensor, state: State) -> Tensor:
-        """Return the Frobenius norm."""
-        double = weight.double()
-        gradient = double.detach() / double.detach().norm().clamp_min(_TINY)
-        return _pair_with(double, gradient) * _rounding_allowance(weight)
+    def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Return the Frobenius norm and W divided by it."""
+        value = torch.linalg.matrix_norm(weight)
+        return value * _rounding_allowance(weight), weight / value.clamp_min(_TINY)
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class PowerIteration(MatrixNorm):
             state["v"].copy_(torch.nn.functional.normalize(weight.mT @ state["u"], dim=0))
             state["u"].copy_(torch.nn.functional.normalize(weight @ state["v"], dim=0))
 
-    def __call__(self, weight: Tensor, state: State) -> Tensor:
-        """Return u^T W v."""
+    def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Return u^T W v and u v^T."""
         left, right = state["u"].double(), state["v"].double()
-        return torch.dot(left.clone(), weight.double() @ right.clone())
+        return left @ (weight @ right), torch.outer(left, right)
