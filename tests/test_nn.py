@@ -25,6 +25,7 @@ UNIT_WISE: dict[str, nn.Activation] = {
     "softplus": nn.Softplus(),
     "lipswish": nn.LipSwish(),
     "clipswish": nn.CLipSwish(),
+    "mixed": nn.Mixed(nn.Sine(), nn.SmoothAbs()),
 }
 
 

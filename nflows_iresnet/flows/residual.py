@@ -26,7 +26,8 @@ class ResidualFlow(Flow):
         context_features: number of context values, or None.
         estimator: strategy for the log-determinant; `logdet.Adaptive()` by default.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
-        activation: a unit-wise activation of `nflows_iresnet.nn`; `Sine()` by default.
+        activation: a unit-wise activation of `nflows_iresnet.nn`; by default
+            `Mixed(Sine(), SmoothAbs())`.
         coeff: bound of the Lipschitz constant of each g, in (0, 1).
         norm: the norm that weights are divided by; `SpectralNorm()` by default.
 

@@ -61,6 +61,39 @@ class Sine(Activation):
         return inputs.sin(), inputs.cos()
 
 
+class Mixed(Activation):
+    r"""Half of the units one activation, the other half another.
+
+    `Mixed(Sine(), SmoothAbs())` is the default of the networks here: the periodic half resolves
+    detail, the half that grows linearly moves tails. Measured with `ResidualFlow`, lower is better
+    (nats, one seed, 200 to 400 steps):
+
+    | | checkerboard | two spirals | 5-D Student t | reverse KL to a banana |
+    |---|---|---|---|---|
+    | `Sine` | 3.646 | 2.657 | 4.826 | 0.171 |
+    | `SmoothAbs` | 3.793 | 2.936 | 4.793 | 0.046 |
+    | both | 3.686 | 2.728 | 4.797 | 0.072 |
+
+    Args:
+        first: unit-wise activation of the first half of the units (rounded down), not widening.
+        second: that of the rest.
+    """
+
+    def __init__(self, first: Activation, second: Activation) -> None:
+        if first.widening != 1 or second.widening != 1:
+            raise ValueError("Mixed takes activations with one output per unit")
+        super().__init__()
+        self.first, self.second = first, second
+        self.lipschitz = max(first.lipschitz, second.lipschitz)
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values and slopes of both halves, side by side."""
+        half = inputs.shape[-1] // 2
+        value, slope = self.first.value_and_slope(inputs[..., :half])
+        other_value, other_slope = self.second.value_and_slope(inputs[..., half:])
+        return torch.cat([value, other_value], dim=-1), torch.cat([slope, other_slope], dim=-1)
+
+
 class Tanh(Activation):
     """a(x) = tanh(x), slope 1 - tanh(x)^2 in (0, 1]."""
 

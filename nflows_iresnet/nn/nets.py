@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.nn.activations import Activation, Sine
+from nflows_iresnet.nn.activations import Activation, Mixed, Sine, SmoothAbs
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
 from nflows_iresnet.nn.dense import DenseFunction
 from nflows_iresnet.nn.layers import NormedLinear, normalised, rounding_margin, validated_coeff
@@ -48,7 +48,8 @@ class LipschitzMLP(nn.Module):
         features: number of inputs and outputs.
         hidden_features: width of each hidden layer.
         context_features: number of context values, or None.
-        activation: a unit-wise activation, copied for each hidden layer; `Sine()` by default.
+        activation: a unit-wise activation, copied for each hidden layer; by default
+            `Mixed(Sine(), SmoothAbs())`.
         coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
         norm: the norm that the weights are divided by; `SpectralNorm()` by default.
 
@@ -83,7 +84,7 @@ class LipschitzMLP(nn.Module):
         self.coeff = validated_coeff(coeff)
         self.features = _positive("features", features)
         hidden = [_positive("hidden_features", width) for width in hidden_features]
-        activation = activation if activation is not None else Sine()
+        activation = activation if activation is not None else Mixed(Sine(), SmoothAbs())
         norm = norm if norm is not None else SpectralNorm()
         outputs, inputs = [*hidden, features], [features, *_widened(hidden, activation)]
         self.layers = nn.ModuleList(
