@@ -50,8 +50,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- fair -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("features", [2, 10, 64])
-@pytest.mark.parametrize("name", MODELS)
+SIZES = [
+    pytest.param(name, features, marks=[pytest.mark.slow] if "normflows" in name else [])
+    for name in MODELS
+    for features in (2, 10, 64)
+]
+
+
+@pytest.mark.parametrize(("name", "features"), SIZES)
 def test_parameter_counts_are_within_ten_percent(name: str, features: int) -> None:
     reference = Architecture(features, 64, 3, 2)
     target = count_parameters(MODELS["residual-flow"].build(reference))

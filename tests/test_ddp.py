@@ -63,6 +63,7 @@ def worker(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_gradients_and_buffers_equal_those_of_the_joined_batch(tmp_path: Path) -> None:
     start_processes(worker, (str(tmp_path),), nprocs=2, start_method="spawn")
     expected = step(build(), *data())

@@ -49,7 +49,7 @@ def test_training_keeps_the_certificate_and_the_round_trip(preset: type[Residual
         assert block.lipschitz_bound() < 1
     samples = flow.sample(100)
     again, _ = flow._transform.inverse(flow.transform_to_noise(samples))
-    assert float((again - samples).abs().max()) < 1e-3
+    assert float((again - samples).detach().abs().max()) < 1e-3
 
 
 def test_the_density_integrates_to_one() -> None:
@@ -130,7 +130,7 @@ def test_the_bias_of_the_truncated_series_is_within_its_bound() -> None:
     flow.log_prob(rows)
     with transforms.using(flow, estimator=logdet.Exact()):
         exact = float(flow.log_prob(rows).detach())
-    estimator = logdet.PowerSeries(num_terms=4, num_probes=2000)
+    estimator = logdet.PowerSeries(num_terms=4, num_probes=500)
     with transforms.using(flow, estimator=estimator), torch.no_grad():
         draws = torch.stack([flow.log_prob(rows) for _ in range(5)])
     bound = 2 * estimator.bias_bound(0.7, 2)

@@ -109,7 +109,7 @@ class RussianRoulette(SeriesEstimator):
     Example:
         >>> estimator = RussianRoulette(num_exact_terms=2)
         >>> round(estimator.expected_terms(lipschitz=0.9), 1)
-        4.8
+        4.5
         >>> RussianRoulette(truncation=GeometricTail(0.5)).variance_bound(0.9, features=2)
         inf
     """

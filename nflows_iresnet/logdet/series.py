@@ -134,7 +134,9 @@ def _summarise(outputs: Tensor, draws: Tensor) -> LogDetEstimate:
     count = len(draws)
     if count == 1:
         return LogDetEstimate(outputs, draws[0], None)
-    return LogDetEstimate(outputs, draws.mean(0), draws.detach().std(0) / count**0.5)
+    mean = draws.mean(0)
+    squares = (draws - mean).detach().square().sum(0)
+    return LogDetEstimate(outputs, mean, (squares / (count * (count - 1))).sqrt())
 
 
 def validated_lipschitz(lipschitz: float) -> float:

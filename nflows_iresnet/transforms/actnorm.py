@@ -34,7 +34,7 @@ class ActNorm(_NflowsActNorm):
     Example:
         >>> norm = ActNorm(2)
         >>> outputs, _ = norm(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
-        >>> outputs.mean(0)
+        >>> outputs.detach().mean(0)
         tensor([0., 0.])
     """
 
