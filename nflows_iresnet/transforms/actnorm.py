@@ -33,7 +33,7 @@ class ActNorm(_NflowsActNorm):
 
     Example:
         >>> norm = ActNorm(2)
-        >>> outputs, _ = norm(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        >>> outputs, _ = norm(torch.tensor([[1.0, 5.0], [3.0, 9.0]]))
         >>> torch.allclose(outputs.mean(0), torch.zeros(2), atol=1e-6)
         True
     """
