@@ -152,6 +152,14 @@ CASES: dict[str, Case] = {
     "roulette-of-a-user": Case(
         lambda: _block(ConditionalByAutograd(), _roulette(lipschitz=0.95)), context_features=2
     ),
+    "mlp-context-clipswish": Case(
+        lambda: _block(_mlp(4, 4, context=2, activation=lipschitz_nn.CLipSwish())),
+        context_features=2,
+    ),
+    "conditional-affine": Case(
+        lambda: transforms.ConditionalAffine(lipschitz_nn.context_mlp(2, [4], 6), 3),
+        context_features=2,
+    ),
     "act-norm": Case(lambda: transforms.ActNorm(3)),
     "residual-flow": Case(
         lambda: _preset(flows.ResidualFlow(3, 8, 2, context_features=2)), context_features=2

@@ -220,7 +220,7 @@ COLUMNS = (
         lambda row: row.ms_per_step,
     ),
     Column(
-        "10,000\nsamples",
+        "sample\n10,000 (s)",
         "Seconds to draw 10,000 samples.",
         lambda row: _number(row.metrics.sample_seconds, ".2f"),
         lambda row: row.metrics.sample_seconds,

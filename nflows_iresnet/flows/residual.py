@@ -7,13 +7,15 @@ from torch import nn
 
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.logdet import Gaussian, LogDetEstimator, PowerSeries
-from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm
+from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm, context_mlp
 from nflows_iresnet.solvers import FixedPointIteration, Solver
-from nflows_iresnet.transforms import ActNorm, ResidualTransform
+from nflows_iresnet.transforms import ActNorm, ConditionalAffine, ResidualTransform
 
 
 class ResidualFlow(Flow):
     r"""A residual flow for vectors: `num_layers` times ActNorm and y = x + g(x), then ActNorm.
+
+    With a context, a `ConditionalAffine` map stands before each ActNorm.
 
     Takes the arguments of nflows' `SimpleRealNVP` and `MaskedAutoregressiveFlow` in their order,
     so that one line swaps the model.
@@ -55,6 +57,7 @@ class ResidualFlow(Flow):
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
     ) -> None:
+        features = int(features)
         layers: list[Transform] = []
         for _ in range(_at_least_one("num_layers", num_layers)):
             net = LipschitzMLP(
@@ -66,9 +69,16 @@ class ResidualFlow(Flow):
                 norm=norm,
             )
             block = ResidualTransform(net, estimator=estimator, solver=solver)
-            layers += [ActNorm(int(features)), block]
-        layers.append(ActNorm(int(features)))
-        super().__init__(CompositeTransform(layers), StandardNormal([int(features)]))
+            layers += [*_normalisation(features, context_features), block]
+        layers += _normalisation(features, context_features)
+        super().__init__(CompositeTransform(layers), StandardNormal([features]))
+
+
+def _normalisation(features: int, context_features: int | None) -> list[Transform]:
+    if context_features is None:
+        return [ActNorm(features)]
+    net = context_mlp(int(context_features), (64, 64), 2 * features)
+    return [ConditionalAffine(net, features), ActNorm(features)]
 
 
 class InvertibleResNet(ResidualFlow):

@@ -13,6 +13,7 @@ from nflows_iresnet.nn.activations import (
     Tanh,
 )
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound, spectral_penalty
+from nflows_iresnet.nn.conditioning import context_mlp
 from nflows_iresnet.nn.layers import LipschitzLinear
 from nflows_iresnet.nn.nets import LipschitzMLP
 from nflows_iresnet.nn.norms import (
@@ -41,6 +42,7 @@ __all__ = [
     "Softplus",
     "SpectralNorm",
     "Tanh",
+    "context_mlp",
     "lipschitz_bound",
     "spectral_norm_bound",
     "spectral_penalty",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,8 @@ class DenseFunction(ResidualFunction):
         weights: W_i, shapes (out, in).
         shifts: b_i, shapes (out,), or (B, out) where they depend on a context.
         activations: one per hidden layer.
+        stretches: e_i > 0, shapes (B, hidden), one per hidden layer where the context stretches
+            its units, a(z) -> e a(z / e), which changes no slope's bound; none by default.
         lipschitz: a bound of Lip(g) that is guaranteed, or None.
     """
 
@@ -28,9 +30,12 @@ class DenseFunction(ResidualFunction):
     shifts: Sequence[Tensor]
     activations: Sequence[nn.Module]
     lipschitz: float | None = None
+    stretches: Sequence[Tensor] = ()
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return g(inputs), shape (B, features)."""
+        if self._is_unit_wise():
+            return self._values_and_slopes(inputs)[0]
         hidden = inputs
         for weight, shift, activation in zip(
             self.weights[:-1], self.shifts[:-1], self.activations, strict=True
@@ -40,25 +45,42 @@ class DenseFunction(ResidualFunction):
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""
-        unit_wise = [each for each in self.activations if isinstance(each, Activation)]
-        if len(unit_wise) < len(self.activations):
+        if not self._is_unit_wise():
             return AutogradLinearization(self, inputs)
-        hidden = inputs
-        slopes: list[Tensor] = []
-        weights: list[Tensor] = []
-        for weight, shift, activation in zip(
-            self.weights[:-1], self.shifts[:-1], unit_wise, strict=True
-        ):
-            hidden, slope = activation.value_and_slope(_affine(hidden, weight, shift))
-            slopes.append(slope)
-            weights.append(_widen(weight, activation.widening))
-        value = _affine(hidden, self.weights[-1], self.shifts[-1])
+        value, slopes = self._values_and_slopes(inputs)
+        weights = [
+            _widen(weight, slope.shape[-1] // len(weight))
+            for weight, slope in zip(self.weights[:-1], slopes, strict=True)
+        ]
         return DenseLinearization(value, [*weights, self.weights[-1]], slopes)
 
+    def _is_unit_wise(self) -> bool:
+        return all(isinstance(activation, Activation) for activation in self.activations)
+
+    def _values_and_slopes(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        hidden, slopes = inputs, []
+        for index, activation in enumerate(self.activations):
+            units = _affine(hidden, self.weights[index], self.shifts[index])
+            stretch = self.stretches[index] if self.stretches else None
+            hidden, slope = _stretched(activation, units, stretch)
+            slopes.append(slope)
+        return _affine(hidden, self.weights[-1], self.shifts[-1]), slopes
+
     def select(self, rows: Tensor | slice) -> DenseFunction:
-        """Return the same function with the shifts of `rows` only."""
+        """Return the same function with the shifts and stretches of `rows` only."""
         shifts = [shift if shift.dim() == 1 else shift[rows] for shift in self.shifts]
-        return replace(self, shifts=shifts)
+        return replace(self, shifts=shifts, stretches=[each[rows] for each in self.stretches])
+
+
+def _stretched(
+    activation: nn.Module, units: Tensor, stretch: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return e a(z / e) and its slope a'(z / e)."""
+    value_and_slope: Callable[[Tensor], tuple[Tensor, Tensor]] = activation.value_and_slope  # type: ignore[assignment]
+    if stretch is None:
+        return value_and_slope(units)
+    value, slope = value_and_slope(units / stretch)
+    return value * torch.cat([stretch] * (value.shape[-1] // units.shape[-1]), dim=-1), slope
 
 
 def _affine(inputs: Tensor, weight: Tensor, shift: Tensor) -> Tensor:

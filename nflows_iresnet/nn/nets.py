@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet.nn.activations import Activation, Mixed, Sine, SmoothAbs
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
+from nflows_iresnet.nn.conditioning import bounded_exp, context_mlp
 from nflows_iresnet.nn.dense import DenseFunction
 from nflows_iresnet.nn.layers import NormedLinear, normalised, rounding_margin, validated_coeff
 from nflows_iresnet.nn.norms import MatrixNorm, SpectralNorm
@@ -19,9 +20,6 @@ INITIAL_SCALE = 0.2
 """Start of the balancing scales t. Weights that respect a Lipschitz budget are small: with t = 1 a
 network starts almost linear and learns slowly (checkerboard after 300 steps: 4.12 nats with t = 1,
 3.81 with 0.3, 3.75 with 0.1; insensitive between 0.05 and 0.2)."""
-
-_MAX_LOG_SCALE = 7.0
-"""Keeps t between exp(-7) and exp(7), so that no step of an optimiser makes it zero or infinite."""
 
 
 class LipschitzMLP(nn.Module):
@@ -38,8 +36,10 @@ class LipschitzMLP(nn.Module):
       = V_n D_{n-1} ... D_1 V_1, hence Lip(g) <= prod \|V_i\|_2 <= coeff for slopes of at most 1,
       whatever the norms of the W_i.
 
-    The context enters as a shift of every layer: g is Lipschitz in x for every context of any
-    magnitude, and unconstrained in the context.
+    The context enters through a network of its own, as a shift of every layer and as a stretch
+    e(c) > 0 of every hidden unit, a(z) -> e a(z / e): neither changes a bound of a slope, so g is
+    Lipschitz in x with the same certificate for every context of any magnitude, and unconstrained
+    in the context.
 
     Stateless (unless `norm` is a `PowerIteration`): no buffer to update, the same function in
     training and evaluation, before and after loading a state_dict.
@@ -50,6 +50,7 @@ class LipschitzMLP(nn.Module):
         context_features: number of context values, or None.
         activation: a unit-wise activation, copied for each hidden layer; by default
             `Mixed(Sine(), SmoothAbs())`.
+        context_hidden_features: widths of the hidden layers of the context's network.
         coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
         norm: the norm that the weights are divided by; `SpectralNorm()` by default.
 
@@ -77,6 +78,7 @@ class LipschitzMLP(nn.Module):
         context_features: int | None = None,
         *,
         activation: nn.Module | None = None,
+        context_hidden_features: Sequence[int] = (64, 64),
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
     ) -> None:
@@ -97,11 +99,15 @@ class LipschitzMLP(nn.Module):
             for width in hidden
             if isinstance(activation, Activation)
         )
-        self.context_layer = (
+        self.context_features = context_features
+        self._context_sizes = [*outputs, *hidden[: len(self.log_scales)]]
+        self.context_net = (
             None
             if context_features is None
-            else nn.Linear(
-                _positive("context_features", context_features), sum(outputs), bias=False
+            else context_mlp(
+                _positive("context_features", context_features),
+                context_hidden_features,
+                sum(self._context_sizes),
             )
         )
 
@@ -115,7 +121,7 @@ class LipschitzMLP(nn.Module):
 
     def _scales(self) -> list[Tensor]:
         """Return the diagonals T_1, ..., T_{n-1}, or nothing for activations that mix units."""
-        return [each.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE).exp() for each in self.log_scales]
+        return [bounded_exp(log_scale) for log_scale in self.log_scales]
 
     def _balance(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
         """Return T_i^{-1} V_i T_{i-1}; with inverted scales, the way back."""
@@ -145,31 +151,34 @@ class LipschitzMLP(nn.Module):
                 number of features.
         """
         scales = self._scales()
-        shifts = self._shifts(context)
+        shifts, stretches = self._conditions(context)
         hidden_shifts = [shift / scale for shift, scale in zip(shifts, scales, strict=False)]
         return DenseFunction(
             weights=self._balance(normalised(self._linears, self._log_budget()), scales),
             shifts=[*hidden_shifts, *shifts[len(hidden_shifts) :]],
             activations=list(self.activations),
             lipschitz=self.coeff if self._is_guaranteed() else None,
+            stretches=stretches,
         )
 
     def _is_guaranteed(self) -> bool:
         return all(layer.norm.is_upper_bound for layer in self._linears)
 
-    def _shifts(self, context: Tensor | None) -> list[Tensor]:
+    def _conditions(self, context: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the shift of each layer and the stretch of each hidden one."""
         biases: list[Tensor] = [layer.bias for layer in self._linears]
         if context is None:
-            return biases
-        if self.context_layer is None:
+            return biases, []
+        if self.context_net is None:
             raise ValueError("a context was given, but context_features is None; set it")
-        if context.dim() != 2 or context.shape[1] != self.context_layer.in_features:
+        if context.dim() != 2 or context.shape[1] != self.context_features:
             raise ValueError(
-                f"the context must have shape (batch, {self.context_layer.in_features}), got "
+                f"the context must have shape (batch, {self.context_features}), got "
                 f"{tuple(context.shape)}"
             )
-        shifts = self.context_layer(context).split([len(bias) for bias in biases], dim=1)
-        return [bias + shift for bias, shift in zip(biases, shifts, strict=True)]
+        parts = self.context_net(context).split(self._context_sizes, dim=1)
+        shifts = [bias + shift for bias, shift in zip(biases, parts, strict=False)]
+        return shifts, [bounded_exp(log_stretch) for log_stretch in parts[len(biases) :]]
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """Return g(x; context), shape (B, features)."""

@@ -1,6 +1,7 @@
 """Invertible maps in the convention of nflows: forward is data -> noise."""
 
 from nflows_iresnet.transforms.actnorm import ActNorm
+from nflows_iresnet.transforms.conditional import ConditionalAffine
 from nflows_iresnet.transforms.residual import ResidualTransform, using
 
-__all__ = ["ActNorm", "ResidualTransform", "using"]
+__all__ = ["ActNorm", "ConditionalAffine", "ResidualTransform", "using"]
