@@ -1,6 +1,6 @@
 """The two-moons example of nflows with one line changed: residual blocks instead of MAF layers.
 
-Run with `python examples/moons.py [--steps N] [--out FOLDER]`; it writes moons.png.
+Run with `python examples/moons.py [--steps N] [--out PICTURE]`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def nats_above_the_optimum(flow: Flow, rows: Tensor) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="training steps (default 1000)")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder of moons.png (default .)")
+    parser.add_argument("--out", type=Path, default=Path("moons.png"), help="picture to save")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -76,12 +76,11 @@ def main() -> None:
     flow.eval()
     with torch.no_grad():
         excess, error = nats_above_the_optimum(flow, Moons().sample(5000))
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        draw(flow, arguments.out / "moons.png")
+        draw(flow, arguments.out)
     print(f"{excess:.4f} ± {error:.4f} nats above the optimum on 5000 new points")
     bounds = [block.lipschitz_bound() for block in flow._transform._transforms[1::2]]
     print(f"certified Lipschitz bounds of the blocks: {', '.join(f'{b:.4f}' for b in bounds)}")
-    print(f"picture: {arguments.out / 'moons.png'}")
+    print(f"picture: {arguments.out}")
 
 
 if __name__ == "__main__":

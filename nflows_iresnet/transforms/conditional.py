@@ -5,6 +5,8 @@ from __future__ import annotations
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
+from nflows_iresnet.transforms.precision import full_precision, like_weights
+
 
 class ConditionalAffine(Transform):
     r"""y = exp(s(c)) x + t(c): what of location and scale the context explains, exactly invertible.
@@ -32,7 +34,9 @@ class ConditionalAffine(Transform):
         if context is None:
             zeros = inputs.new_zeros(inputs.shape)
             return zeros, zeros
-        raw, shift = self.net(context).to(inputs.dtype).split(self.features, dim=1)
+        with full_precision(inputs.device):
+            values = self.net(like_weights(context, self.net))
+        raw, shift = values.split(self.features, dim=1)
         return self._max_log_scale * (raw / self._max_log_scale).tanh(), shift
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

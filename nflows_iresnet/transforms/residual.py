@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nflows_iresnet.linearization import ResidualFunction, bind
 from nflows_iresnet.logdet import Adaptive, LogDetEstimator
 from nflows_iresnet.solvers import Anderson, Solver
+from nflows_iresnet.transforms.precision import full_precision, like_weights
 
 
 class ResidualTransform(Transform):
@@ -71,8 +72,8 @@ class ResidualTransform(Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x + g(x), log|det|), shapes (B, *) and (B,)."""
-        with _full_precision(inputs.device):
-            inputs, context = self._match(inputs), self._match(context)
+        with full_precision(inputs.device):
+            inputs, context = like_weights(inputs, self.net), like_weights(context, self.net)
             residual, logabsdet = self.estimator(bind(self.net, context), inputs)
             return inputs + residual, logabsdet
 
@@ -82,8 +83,8 @@ class ResidualTransform(Transform):
         Raises:
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
-        with _full_precision(inputs.device):
-            inputs, context = self._match(inputs), self._match(context)
+        with full_precision(inputs.device):
+            inputs, context = like_weights(inputs, self.net), like_weights(context, self.net)
             function = bind(self.net, context)
             outputs = _ImplicitInverse.solve(function, inputs, self.solver)
             _, logabsdet = self.estimator(function, outputs)
@@ -106,17 +107,6 @@ class ResidualTransform(Transform):
     def extra_repr(self) -> str:
         """Show the strategies in `print(flow)`."""
         return f"estimator={self.estimator}, solver={self.solver}"
-
-    def _match(self, values: Any) -> Any:
-        """Bring half-precision results of an autocast region to the precision of the weights."""
-        if values is None or values.dtype not in (torch.bfloat16, torch.float16):
-            return values
-        parameter = next(self.net.parameters(), None)
-        return values if parameter is None else values.to(parameter.dtype)
-
-
-def _full_precision(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
 
 
 class _ImplicitInverse(torch.autograd.Function):
@@ -152,7 +142,7 @@ class _ImplicitInverse(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
         (solution,) = ctx.saved_tensors
-        with _full_precision(cotangent.device):
+        with full_precision(cotangent.device):
             adjoint = solve_adjoint(ctx.function, solution, cotangent, ctx.solver)
         return adjoint, None, None, None
 
