@@ -155,3 +155,13 @@ def test_bad_sizes_are_named(arguments: tuple[int, ...], message: str) -> None:
 
 def test_numpy_integers_are_accepted() -> None:
     ResidualFlow(np.int64(2), np.int64(8), np.int64(1), np.int64(1))
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 3), (5, 2, 2)])
+def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    flow = ResidualFlow(2, 8, 1)
+    with pytest.raises(ValueError, match=r"batch, 2"):
+        flow.log_prob(torch.zeros(shape))
+    conditional = ResidualFlow(2, 8, 1, context_features=3)
+    with pytest.raises(ValueError, match=r"batch, 3"):
+        conditional.log_prob(torch.randn(5, 2), torch.zeros(5, 4))

@@ -166,6 +166,25 @@ def test_bound_of_bfloat16_weights() -> None:
     assert balanced_product(net) <= net.lipschitz_bound() <= 0.9
 
 
+@pytest.mark.parametrize("norm", UPPER_NORMS.values(), ids=UPPER_NORMS)
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_starts_at_zero_gives_zero_and_learns(
+    norm: nn.MatrixNorm, size: float, dtype: torch.dtype
+) -> None:
+    net = nn.LipschitzMLP(2, [4], norm=norm).to(dtype)
+    last = net.layers[-1]
+    assert isinstance(last, torch.nn.Linear)
+    torch.nn.init.constant_(last.weight, size)
+    torch.nn.init.zeros_(last.bias)
+    outputs = net(torch.ones(3, 2, dtype=dtype))
+    assert float(outputs.detach().abs().max()) <= 4 * size
+    outputs.sum().backward()
+    for parameter in (each for each in net.parameters() if each is not None):
+        assert parameter.grad is not None
+        assert bool(parameter.grad.isfinite().all())
+
+
 def test_check_lipschitz_finds_what_a_wrong_bound_hides() -> None:
     with pytest.raises(AssertionError, match="stretch"):
         testing.check_lipschitz(lambda x: 0.95 * torch.sin(x), torch.randn(4, 2), bound=0.9)

@@ -87,6 +87,19 @@ def test_rows_are_solved_as_if_alone() -> None:
     assert int(alone.num_steps[0]) == int(together.num_steps[0])
 
 
+def test_a_row_that_stalls_does_not_stop_the_others() -> None:
+    """Row 0 hovers at a noisy floor; row 1 needs thousands of steps."""
+    noise = iter(range(100_000))
+
+    def mapping(points: Tensor) -> Tensor:
+        wobble = 1e-3 * (1 + next(noise) % 2)
+        return torch.stack([points[0] + wobble, 0.995 * points[1]])
+
+    with pytest.raises(solvers.FixedPointNotConverged, match="1 of 2 rows") as caught:
+        solvers.FixedPointIteration()(mapping, torch.tensor([[0.0], [1e3]]))
+    assert caught.value.solution.converged.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_values_that_are_not_finite_raise(solver: solvers.Solver) -> None:
     for bad in (math.nan, math.inf):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from nflows.transforms import CompositeTransform, Transform
 from torch import nn
 
@@ -15,7 +17,8 @@ from nflows_iresnet.transforms import ActNorm, ConditionalAffine, ResidualTransf
 class ResidualFlow(Flow):
     r"""A residual flow for vectors: `num_layers` times ActNorm and y = x + g(x), then ActNorm.
 
-    With a context, a `ConditionalAffine` map stands before each ActNorm.
+    With a context, a `ConditionalAffine` map follows each ActNorm. A flow that was built with
+    `context_features` also works without a context: as another, unconditional density.
 
     Takes the arguments of nflows' `SimpleRealNVP` and `MaskedAutoregressiveFlow` in their order,
     so that one line swaps the model.
@@ -57,7 +60,7 @@ class ResidualFlow(Flow):
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
     ) -> None:
-        features = int(features)
+        features = _at_least_one("features", features)
         layers: list[Transform] = []
         for _ in range(_at_least_one("num_layers", num_layers)):
             net = LipschitzMLP(
@@ -77,8 +80,9 @@ class ResidualFlow(Flow):
 def _normalisation(features: int, context_features: int | None) -> list[Transform]:
     if context_features is None:
         return [ActNorm(features)]
-    net = context_mlp(int(context_features), (64, 64), 2 * features)
-    return [ConditionalAffine(net, features), ActNorm(features)]
+    context_features = operator.index(context_features)
+    net = context_mlp(context_features, (64, 64), 2 * features)
+    return [ActNorm(features), ConditionalAffine(net, features, context_features)]
 
 
 class InvertibleResNet(ResidualFlow):
@@ -142,6 +146,6 @@ class InvertibleResNet(ResidualFlow):
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
+    if operator.index(value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
+    return operator.index(value)

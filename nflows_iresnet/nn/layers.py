@@ -56,7 +56,7 @@ class NormedLinear(nn.Linear):
 
     @torch.no_grad()
     def norm_and_gradient(self, advance: bool) -> tuple[Tensor, Tensor]:
-        """Return the norm of the stored weight, float64, and its gradient in the weight's dtype.
+        """Return the norm of the stored weight and its gradient, both float64.
 
         Args:
             advance: whether a strategy that keeps buffers improves them first.
@@ -64,8 +64,7 @@ class NormedLinear(nn.Linear):
         state = {name: getattr(self, name) for name in self._state_names}
         if advance and self.training:
             self.norm.advance(self.weight, state)
-        value, gradient = self.norm.value_and_gradient(self.weight.double(), state)
-        return value, gradient.to(self.weight.dtype)
+        return self.norm.value_and_gradient(self.weight.double(), state)
 
     def extra_repr(self) -> str:
         """Show the sizes and the norm."""
@@ -152,12 +151,11 @@ def normalised(layers: Sequence[NormedLinear], log_budget: float) -> list[Tensor
         norms = torch.stack(values).clamp_min(torch.finfo(torch.float64).tiny)
         excess = (norms.log().sum() - log_budget).clamp_min(0)
         factor = (-excess / len(layers)).exp().to(weights[0].dtype)
-        slope = factor * (excess > 0) / len(layers)
-        inverses = (1 / norms).to(weights[0].dtype).unbind()
-        constant = torch.cat(
-            [(g * inverse).flatten() for g, inverse in zip(gradients, inverses, strict=True)]
+        unit = torch.cat(
+            [(each / norm).flatten() for each, norm in zip(gradients, norms, strict=True)]
         )
+        slope = torch.where(excess > 0, unit * factor / len(layers), 0.0).to(weights[0].dtype)
     if torch.is_grad_enabled():
-        paired = torch.dot(constant, torch.cat([weight.flatten() for weight in weights]))
-        factor = factor - slope * (paired - paired.detach())
+        paired = torch.dot(slope, torch.cat([weight.flatten() for weight in weights]))
+        factor = factor - (paired - paired.detach())
     return [weight * factor for weight in weights]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -85,6 +86,10 @@ class LipschitzMLP(nn.Module):
         super().__init__()
         self.coeff = validated_coeff(coeff)
         self.features = _positive("features", features)
+        if not isinstance(hidden_features, Sequence):
+            raise ValueError(
+                f"hidden_features must be a sequence such as [64, 64], got {hidden_features!r}"
+            )
         hidden = [_positive("hidden_features", width) for width in hidden_features]
         activation = activation if activation is not None else Mixed(Sine(), SmoothAbs())
         norm = norm if norm is not None else SpectralNorm()
@@ -202,9 +207,9 @@ class LipschitzMLP(nn.Module):
 
 
 def _positive(name: str, value: int) -> int:
-    if value < 1:
+    if operator.index(value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
+    return operator.index(value)
 
 
 def _widened(hidden: Sequence[int], activation: nn.Module) -> list[int]:

@@ -75,7 +75,7 @@ class Solver(ABC):
 
     With the default rtol the request is "as far as rounding permits". Rounding of relative size
     eps in each step leaves plain iteration with residuals around eps \|x\| / (1 - L), so a row that
-    has stopped improving is then accepted at 8 eps (\|x\| + \|f(x)\|) / (1 - L) if L is known;
+    has stopped improving is then accepted at 32 eps (\|x\| + \|f(x)\|) / (1 - L) if L is known;
     `Solution.tolerance` says which tolerance held. An rtol that is given is never exceeded.
 
     Args:
@@ -133,10 +133,8 @@ class Solver(ABC):
             if not best.residual_norm.isfinite().all():
                 solution = best.solution(shape)
                 raise FixedPointNotConverged(_not_finite(solution), solution)
-            if best.accepted.all():
-                return best.solution(shape)
-            if best.stalled(step):
-                best.accept_rounding(self._rounding(scale, lipschitz))
+            best.give_up_stalled(step, self._rounding(scale, lipschitz))
+            if best.finished():
                 break
             point = accelerator.propose(point, image, best)
         solution = best.solution(shape)
@@ -154,7 +152,7 @@ class Solver(ABC):
     def _rounding(self, scale: Tensor, lipschitz: float | None) -> Tensor:
         if self.rtol is not None or lipschitz is None:
             return torch.zeros_like(scale)
-        return 8 * torch.finfo(scale.dtype).eps * scale / (1 - lipschitz)
+        return 32 * torch.finfo(scale.dtype).eps * scale / (1 - lipschitz)
 
 
 class Progress:
@@ -166,6 +164,7 @@ class Progress:
         self.residual_norm = torch.full_like(rows, torch.inf)
         self.tolerance = torch.zeros_like(rows)
         self.accepted = torch.zeros_like(rows, dtype=torch.bool)
+        self.given_up = torch.zeros_like(rows, dtype=torch.bool)
         self.improved = torch.ones_like(rows, dtype=torch.bool)
         self.num_steps = torch.zeros_like(rows, dtype=torch.int64)
         self.last_improvement = torch.zeros_like(rows, dtype=torch.int64)
@@ -174,7 +173,7 @@ class Progress:
         self, point: Tensor, residual: Tensor, norm: Tensor, tolerance: Tensor, step: int
     ) -> None:
         """Take a new point into account; rows that are accepted stay as they are."""
-        is_open = ~self.accepted
+        is_open = self._open()
         self.improved = is_open & (norm < self.residual_norm)
         column = self.improved[:, None]
         self.value = torch.where(column, point, self.value)
@@ -185,15 +184,19 @@ class Progress:
         self.last_improvement = torch.where(self.improved, step, self.last_improvement)
         self.accepted = self.accepted | (self.residual_norm <= self.tolerance)
 
-    def stalled(self, step: int) -> bool:
-        """Whether an open row has not improved for many steps: rounding, or no contraction."""
-        return bool((~self.accepted & (step - self.last_improvement >= _STALL_STEPS)).any())
+    def give_up_stalled(self, step: int, rounding: Tensor) -> None:
+        """Close the rows that have not improved for many steps; accept those down to rounding."""
+        stalled = self._open() & (step - self.last_improvement >= _STALL_STEPS)
+        self.tolerance = torch.where(stalled, self.tolerance.maximum(rounding), self.tolerance)
+        self.accepted = self.accepted | (stalled & (self.residual_norm <= self.tolerance))
+        self.given_up = self.given_up | (stalled & ~self.accepted)
 
-    def accept_rounding(self, tolerance: Tensor) -> None:
-        """Loosen the tolerance of the rows that are still open, where that is more."""
-        self.tolerance = torch.where(
-            self.accepted, self.tolerance, self.tolerance.maximum(tolerance)
-        )
+    def finished(self) -> bool:
+        """Whether every row is accepted or given up."""
+        return not bool(self._open().any())
+
+    def _open(self) -> Tensor:
+        return ~self.accepted & ~self.given_up
 
     def solution(self, shape: torch.Size) -> Solution:
         """Return the best points in the shape of the caller."""

@@ -46,6 +46,7 @@ class ActNorm(_NflowsActNorm):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, sum of s over what was scaled), shapes (B, *) and (B,)."""
+        self._check(inputs)
         if self.training and not self._has_started:
             self._start(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
@@ -53,11 +54,19 @@ class ActNorm(_NflowsActNorm):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, minus the sum of s over what was scaled), shapes (B, *) and (B,)."""
+        self._check(inputs)
         if self.training and not self._has_started and torch.is_grad_enabled():
             self.initialized.fill_(True)
             self._has_started = True
         scale, shift = self._broadcastable_scale_shift(inputs)
         return (inputs - shift) / scale, -self._logabsdet(inputs)
+
+    def _check(self, inputs: Tensor) -> None:
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != len(self.shift):
+            raise ValueError(
+                f"expected inputs of shape (batch, {len(self.shift)}) or (batch, "
+                f"{len(self.shift)}, height, width), got {tuple(inputs.shape)}"
+            )
 
     def _logabsdet(self, inputs: Tensor) -> Tensor:
         return inputs.shape[2:].numel() * self.log_scale.sum().expand(len(inputs))

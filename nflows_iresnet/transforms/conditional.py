@@ -21,12 +21,14 @@ class ConditionalAffine(Transform):
     Args:
         net: maps a context (B, C) to (B, 2 * features): first s, then t. Start it near zero.
         features: number of features of x.
+        context_features: number of context values, checked where it is given.
     """
 
     _max_log_scale = 7.0
 
-    def __init__(self, net: nn.Module, features: int) -> None:
+    def __init__(self, net: nn.Module, features: int, context_features: int | None = None) -> None:
         super().__init__()
+        self.context_features = context_features
         self.net = net
         self.features = features
 
@@ -34,6 +36,11 @@ class ConditionalAffine(Transform):
         if context is None:
             zeros = inputs.new_zeros(inputs.shape)
             return zeros, zeros
+        if self.context_features not in (None, context.shape[-1]):
+            raise ValueError(
+                f"the context must have shape (batch, {self.context_features}), got "
+                f"{tuple(context.shape)}"
+            )
         with full_precision(inputs.device):
             values = self.net(like_weights(context, self.net))
         raw, shift = values.split(self.features, dim=1)
