@@ -27,6 +27,8 @@ class Case:
     bias: float = 0.0
     num_draws: int = 200
     excluded: Mapping[str, str] = field(default_factory=lambda: NONE)
+    is_variant: bool = False
+    """A variation of another case: its costly clauses are marked slow."""
 
     def inputs(self) -> Tensor:
         torch.manual_seed(11)
@@ -115,25 +117,39 @@ _AUTOCAST = {"autocast": "nflows computes in bfloat16 inside autocast: errors of
 
 CASES: dict[str, Case] = {
     "mlp-linear": Case(lambda: _block(_mlp())),
-    "mlp-1": Case(lambda: _block(_mlp(16))),
+    "mlp-1": Case(lambda: _block(_mlp(16)), is_variant=True),
     "mlp-2": Case(lambda: _block(_mlp(16, 12))),
-    "mlp-3": Case(lambda: _block(_mlp(8, 8, 8))),
+    "mlp-3": Case(lambda: _block(_mlp(8, 8, 8)), is_variant=True),
     "mlp-context": Case(lambda: _block(_mlp(8, 8, context=2)), context_features=2),
-    "mlp-1d": Case(lambda: _block(_mlp(8, features=1)), features=1),
+    "mlp-1d": Case(lambda: _block(_mlp(8, features=1)), features=1, is_variant=True),
     "mlp-5d-lu": Case(lambda: _block(_mlp(8, features=5)), features=5),
-    "mlp-sine": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.Sine()))),
-    "mlp-lipswish": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.LipSwish()))),
+    "mlp-sine": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.Sine())), is_variant=True),
+    "mlp-lipswish": Case(
+        lambda: _block(_mlp(8, 8, activation=lipschitz_nn.LipSwish())), is_variant=True
+    ),
     "mlp-clipswish": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.CLipSwish()))),
-    "mlp-softplus": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.Softplus()))),
-    "mlp-elu": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.ELU()))),
-    "mlp-tanh-of-torch": Case(lambda: _block(_mlp(8, 8, activation=nn.Tanh()))),
+    "mlp-softplus": Case(
+        lambda: _block(_mlp(8, 8, activation=lipschitz_nn.Softplus())), is_variant=True
+    ),
+    "mlp-elu": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.ELU())), is_variant=True),
+    "mlp-tanh-of-torch": Case(lambda: _block(_mlp(8, 8, activation=nn.Tanh())), is_variant=True),
     "mlp-maxmin": Case(lambda: _block(_mlp(8, 8, activation=lipschitz_nn.MaxMin()))),
-    "mlp-schatten": Case(lambda: _block(_mlp(8, 8, norm=lipschitz_nn.SchattenNorm()))),
-    "mlp-frobenius": Case(lambda: _block(_mlp(8, 8, norm=lipschitz_nn.FrobeniusNorm()))),
+    "mlp-schatten": Case(
+        lambda: _block(_mlp(8, 8, norm=lipschitz_nn.SchattenNorm())), is_variant=True
+    ),
+    "mlp-frobenius": Case(
+        lambda: _block(_mlp(8, 8, norm=lipschitz_nn.FrobeniusNorm())), is_variant=True
+    ),
     "module-of-a-user": Case(lambda: _block(ConditionalByAutograd()), context_features=2),
-    "picard": Case(lambda: _block(_mlp(8, 8), solver=solvers.FixedPointIteration())),
-    "anderson-1": Case(lambda: _block(_mlp(8, 8), solver=solvers.Anderson(history=1))),
-    "exact-in-chunks": Case(lambda: _block(_mlp(8, 8), logdet.Exact(chunk_size=2))),
+    "picard": Case(
+        lambda: _block(_mlp(8, 8), solver=solvers.FixedPointIteration()), is_variant=True
+    ),
+    "anderson-1": Case(
+        lambda: _block(_mlp(8, 8), solver=solvers.Anderson(history=1)), is_variant=True
+    ),
+    "exact-in-chunks": Case(
+        lambda: _block(_mlp(8, 8), logdet.Exact(chunk_size=2)), is_variant=True
+    ),
     "series": Case(
         lambda: _block(FixedLinear(norm=0.6), logdet.PowerSeries(num_terms=12)),
         bias=logdet.PowerSeries(num_terms=12).bias_bound(0.6, 3),
@@ -143,11 +159,16 @@ CASES: dict[str, Case] = {
             FixedLinear(norm=0.6), logdet.PowerSeries(num_terms=12, probe=logdet.Gaussian())
         ),
         bias=logdet.PowerSeries(num_terms=12).bias_bound(0.6, 3),
+        is_variant=True,
     ),
     "roulette-linear-0.8": Case(lambda: _block(FixedLinear(norm=0.8), _roulette())),
-    "roulette-geometric": Case(lambda: _block(FixedLinear(norm=0.6), _roulette(0.7))),
+    "roulette-geometric": Case(
+        lambda: _block(FixedLinear(norm=0.6), _roulette(0.7)), is_variant=True
+    ),
     "roulette-mlp": Case(lambda: _block(_mlp(8, 8), _roulette())),
-    "roulette-no-trace": Case(lambda: _block(_mlp(8, 8), _roulette(exact_trace=False))),
+    "roulette-no-trace": Case(
+        lambda: _block(_mlp(8, 8), _roulette(exact_trace=False)), is_variant=True
+    ),
     "roulette-probes": Case(lambda: _block(_mlp(8, 8), _roulette(num_probes=3)), num_draws=100),
     "roulette-of-a-user": Case(
         lambda: _block(ConditionalByAutograd(), _roulette(lipschitz=0.95)), context_features=2
@@ -155,6 +176,7 @@ CASES: dict[str, Case] = {
     "mlp-context-clipswish": Case(
         lambda: _block(_mlp(4, 4, context=2, activation=lipschitz_nn.CLipSwish())),
         context_features=2,
+        is_variant=True,
     ),
     "conditional-affine": Case(
         lambda: transforms.ConditionalAffine(lipschitz_nn.context_mlp(2, [4], 6), 3),

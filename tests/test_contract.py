@@ -8,10 +8,20 @@ import torch
 from nflows_iresnet import testing
 from tests.cases import CASES
 
-PAIRS = [(case, clause) for case in CASES for clause in testing.CLAUSES]
+COSTLY = {"inverse_gradients", "logabsdet_is_exact_or_unbiased", "weighted_gradient"}
+PAIRS = [
+    pytest.param(
+        name,
+        clause,
+        id=f"{name}-{clause}",
+        marks=[pytest.mark.slow] if case.is_variant and clause in COSTLY else [],
+    )
+    for name, case in CASES.items()
+    for clause in testing.CLAUSES
+]
 
 
-@pytest.mark.parametrize(("name", "clause"), PAIRS, ids=[f"{c}-{k}" for c, k in PAIRS])
+@pytest.mark.parametrize(("name", "clause"), PAIRS)
 def test_contract(name: str, clause: str) -> None:
     case = CASES[name]
     if clause in case.excluded:
