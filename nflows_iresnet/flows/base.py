@@ -25,9 +25,6 @@ class StandardNormal(_NflowsStandardNormal):
         super().__init__(shape)
         self.register_buffer("_like", torch.zeros(0), persistent=False)
 
-    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
-        return super()._log_prob(inputs, context).to(inputs.dtype)
-
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         leading = [num_samples] if context is None else [len(context), num_samples]
         return torch.randn(*leading, *self._shape, dtype=self._like.dtype, device=self._like.device)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-
 from nflows.transforms import CompositeTransform, Transform
 from torch import nn
 
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.logdet import Gaussian, LogDetEstimator, PowerSeries
 from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm, context_mlp
+from nflows_iresnet.nn.layers import validated_size
 from nflows_iresnet.solvers import FixedPointIteration, Solver
 from nflows_iresnet.transforms import ActNorm, ConditionalAffine, ResidualTransform
 
@@ -60,12 +59,12 @@ class ResidualFlow(Flow):
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
     ) -> None:
-        features = _at_least_one("features", features)
+        features = validated_size("features", features)
         layers: list[Transform] = []
-        for _ in range(_at_least_one("num_layers", num_layers)):
+        for _ in range(validated_size("num_layers", num_layers)):
             net = LipschitzMLP(
                 features,
-                [hidden_features] * _at_least_one("num_blocks_per_layer", num_blocks_per_layer),
+                [hidden_features] * validated_size("num_blocks_per_layer", num_blocks_per_layer),
                 context_features,
                 activation=activation,
                 coeff=coeff,
@@ -80,7 +79,7 @@ class ResidualFlow(Flow):
 def _normalisation(features: int, context_features: int | None) -> list[Transform]:
     if context_features is None:
         return [ActNorm(features)]
-    context_features = operator.index(context_features)
+    context_features = validated_size("context_features", context_features)
     net = context_mlp(context_features, (64, 64), 2 * features)
     return [ActNorm(features), ConditionalAffine(net, features, context_features)]
 
@@ -143,9 +142,3 @@ class InvertibleResNet(ResidualFlow):
             coeff=coeff,
             norm=norm,
         )
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if operator.index(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return operator.index(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -14,7 +13,13 @@ from nflows_iresnet.nn.activations import Activation, Mixed, Sine, SmoothAbs
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
 from nflows_iresnet.nn.conditioning import bounded_exp, context_mlp
 from nflows_iresnet.nn.dense import DenseFunction
-from nflows_iresnet.nn.layers import NormedLinear, normalised, rounding_margin, validated_coeff
+from nflows_iresnet.nn.layers import (
+    NormedLinear,
+    normalised,
+    rounding_margin,
+    validated_coeff,
+    validated_size,
+)
 from nflows_iresnet.nn.norms import MatrixNorm, SpectralNorm
 
 INITIAL_SCALE = 0.2
@@ -85,12 +90,12 @@ class LipschitzMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.coeff = validated_coeff(coeff)
-        self.features = _positive("features", features)
+        self.features = validated_size("features", features)
         if not isinstance(hidden_features, Sequence):
             raise ValueError(
                 f"hidden_features must be a sequence such as [64, 64], got {hidden_features!r}"
             )
-        hidden = [_positive("hidden_features", width) for width in hidden_features]
+        hidden = [validated_size("hidden_features", width) for width in hidden_features]
         activation = activation if activation is not None else Mixed(Sine(), SmoothAbs())
         norm = norm if norm is not None else SpectralNorm()
         outputs, inputs = [*hidden, features], [features, *_widened(hidden, activation)]
@@ -110,7 +115,7 @@ class LipschitzMLP(nn.Module):
             None
             if context_features is None
             else context_mlp(
-                _positive("context_features", context_features),
+                validated_size("context_features", context_features),
                 context_hidden_features,
                 sum(self._context_sizes),
             )
@@ -122,7 +127,7 @@ class LipschitzMLP(nn.Module):
 
     def effective_weights(self) -> list[Tensor]:
         """Return the weights W_i that are used, each of shape (out, in)."""
-        return self._balance(normalised(self._linears, self._log_budget()), self._scales())
+        return list(self.bind().weights)
 
     def _scales(self) -> list[Tensor]:
         """Return the diagonals T_1, ..., T_{n-1}, or nothing for activations that mix units."""
@@ -204,12 +209,6 @@ class LipschitzMLP(nn.Module):
     def extra_repr(self) -> str:
         """Show the coefficient."""
         return f"coeff={self.coeff}"
-
-
-def _positive(name: str, value: int) -> int:
-    if operator.index(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return operator.index(value)
 
 
 def _widened(hidden: Sequence[int], activation: nn.Module) -> list[int]:
