@@ -14,7 +14,8 @@ differentiation: correct, but each product costs one backward pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ class Linearization(ABC):
     value: Tensor
     has_cheap_trace: bool = False
 
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the value, (B, *)."""
+        return self.value.shape
+
     @abstractmethod
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Return J^T v for a cotangent v of shape (B, *)."""
@@ -43,6 +49,10 @@ class Linearization(ABC):
     @abstractmethod
     def jvp(self, tangent: Tensor) -> Tensor:
         """Return J v for a tangent v of shape (B, *)."""
+
+    def pairing(self, cotangent: Tensor, tangent: Tensor) -> Tensor:
+        """Return w^T J v for w and v of shape (B, *), shape (B,), by the cheaper product."""
+        return (self.vjp(cotangent) * tangent).flatten(start_dim=1).sum(dim=1)
 
     def jacobian(self) -> Tensor:
         """Return J as matrices of shape (B, D, D), D the number of values per row.
@@ -166,6 +176,43 @@ def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualF
     if isinstance(net, nn.Module) and callable(getattr(net, "bind", None)):
         return net.bind(context)  # type: ignore[operator]
     return OpaqueFunction(net, context)
+
+
+def bind_all(
+    nets: Sequence[Callable[..., Tensor]], context: Tensor | None = None
+) -> list[ResidualFunction]:
+    """Bind several networks to one context: `[bind(net, context) for net in nets]`, but cheaper.
+
+    Networks whose class offers `bind_all(nets, context)` beside `bind` share the work: many small
+    normalisations become one.
+
+    Args:
+        nets: see `bind`.
+        context: shape (B, C), or None.
+
+    Example:
+        >>> len(bind_all([torch.tanh, torch.nn.Linear(3, 3)]))
+        2
+    """
+    together: dict[type, list[Any]] = {}
+    for net in nets:
+        if _binds_together(net):
+            together.setdefault(type(net), []).append(net)
+    bound = {
+        id(net): function
+        for kind, alike in together.items()
+        for net, function in zip(alike, kind.bind_all(alike, context), strict=True)  # type: ignore[attr-defined]
+    }
+    return [bound[id(net)] if id(net) in bound else bind(net, context) for net in nets]
+
+
+def _binds_together(net: object) -> bool:
+    """Whether the class has a `bind_all` that knows of its `bind`: neither was replaced alone."""
+    owners = {
+        next((kind for kind in type(net).__mro__ if name in vars(kind)), None)
+        for name in ("bind", "bind_all")
+    }
+    return len(owners) == 1 and None not in owners and "bind" not in vars(net)
 
 
 def linearize(

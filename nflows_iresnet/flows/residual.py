@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nflows.transforms import CompositeTransform, Transform
+from nflows.transforms import Transform
 from torch import nn
 
 from nflows_iresnet.flows.base import Flow, StandardNormal
@@ -10,7 +10,12 @@ from nflows_iresnet.logdet import Gaussian, LogDetEstimator, PowerSeries
 from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm, context_mlp
 from nflows_iresnet.nn.layers import validated_size
 from nflows_iresnet.solvers import FixedPointIteration, Solver
-from nflows_iresnet.transforms import ActNorm, ConditionalAffine, ResidualTransform
+from nflows_iresnet.transforms import (
+    ActNorm,
+    CompositeTransform,
+    ConditionalAffine,
+    ResidualTransform,
+)
 
 
 class ResidualFlow(Flow):
@@ -33,7 +38,7 @@ class ResidualFlow(Flow):
         activation: a unit-wise activation of `nflows_iresnet.nn`; by default
             `Mixed(Sine(), SmoothAbs())`.
         coeff: bound of the Lipschitz constant of each g, in (0, 1).
-        norm: the norm that weights are divided by; `SpectralNorm()` by default.
+        norm: the norm that weights are divided by; `SchattenNorm()` by default.
 
     References:
         Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.

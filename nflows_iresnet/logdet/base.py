@@ -119,9 +119,9 @@ class Exact(LogDetEstimator):
 def linearize_endomap(function: ResidualFunction, inputs: Tensor) -> Linearization:
     """Return g at `inputs`, or say that its values have another shape than its inputs."""
     linearization = function.linearize(inputs)
-    if linearization.value.shape != inputs.shape:
+    if linearization.shape != inputs.shape:
         raise ValueError(
-            f"the network maps shape {tuple(inputs.shape)} to {tuple(linearization.value.shape)}; "
+            f"the network maps shape {tuple(inputs.shape)} to {tuple(linearization.shape)}; "
             "a residual block needs a network that keeps the shape of its inputs"
         )
     return linearization
@@ -130,7 +130,8 @@ def linearize_endomap(function: ResidualFunction, inputs: Tensor) -> Linearizati
 def _exact(function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
     linearization = linearize_endomap(function, inputs)
     identity = torch.eye(inputs.shape[1:].numel(), dtype=inputs.dtype, device=inputs.device)
-    return linearization.value, log_abs_det(linearization.jacobian() + identity)
+    logabsdet = log_abs_det(linearization.jacobian() + identity)
+    return linearization.value, logabsdet
 
 
 def log_abs_det(matrix: Tensor) -> Tensor:

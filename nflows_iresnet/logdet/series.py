@@ -67,7 +67,7 @@ def weighted_series(
             if not first_is_exact:
                 value = value + signed / (index + 1) * _row_dot(power, probe)
     if torch.is_grad_enabled():
-        surrogate = _row_dot(linearization.vjp(adjoint), probe)
+        surrogate = linearization.pairing(adjoint, probe)
         value = value + surrogate - surrogate.detach()
     return value + weights[0] * linearization.trace() if exact_trace else value
 

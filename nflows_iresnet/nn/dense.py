@@ -2,96 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from nflows_iresnet.linearization import AutogradLinearization, Linearization, ResidualFunction
 from nflows_iresnet.nn.activations import Activation
+from nflows_iresnet.nn.layered import DenseNet, affine
+from nflows_iresnet.nn.pushforward import Recorded, can_record, record
 
 
-@dataclass(frozen=True)
-class DenseFunction(ResidualFunction):
+@dataclass(frozen=True, kw_only=True)
+class DenseFunction(DenseNet, ResidualFunction):
     """g(x) = W_n a(... a(W_1 x + b_1) ...) + b_n with fixed weights and shifts.
 
     Attributes:
-        weights: W_i, shapes (out, in).
-        shifts: b_i, shapes (out,), or (B, out) where they depend on a context.
-        activations: one per hidden layer.
-        stretches: e_i > 0, shapes (B, hidden), one per hidden layer where the context stretches
-            its units, a(z) -> e a(z / e), which changes no slope's bound; none by default.
         lipschitz: a bound of Lip(g) that is guaranteed, or None.
     """
 
-    weights: Sequence[Tensor]
-    shifts: Sequence[Tensor]
-    activations: Sequence[nn.Module]
     lipschitz: float | None = None
-    stretches: Sequence[Tensor] = ()
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return g(inputs), shape (B, features)."""
-        if self._is_unit_wise():
-            return self._values_and_slopes(inputs)[0]
+        if self.stretches:
+            return self.evaluate(inputs).value
         hidden = inputs
         for weight, shift, activation in zip(
             self.weights[:-1], self.shifts[:-1], self.activations, strict=True
         ):
-            hidden = activation(_affine(hidden, weight, shift))
-        return _affine(hidden, self.weights[-1], self.shifts[-1])
+            hidden = activation(affine(hidden, weight, shift))
+        return affine(hidden, self.weights[-1], self.shifts[-1])
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""
-        if not self._is_unit_wise():
+        if not all(isinstance(activation, Activation) for activation in self.activations):
             return AutogradLinearization(self, inputs)
-        value, slopes = self._values_and_slopes(inputs)
-        weights = [
-            _widen(weight, slope.shape[-1] // len(weight))
-            for weight, slope in zip(self.weights[:-1], slopes, strict=True)
-        ]
-        return DenseLinearization(value, [*weights, self.weights[-1]], slopes)
-
-    def _is_unit_wise(self) -> bool:
-        return all(isinstance(activation, Activation) for activation in self.activations)
-
-    def _values_and_slopes(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        hidden, slopes = inputs, []
-        for index, activation in enumerate(self.activations):
-            units = _affine(hidden, self.weights[index], self.shifts[index])
-            stretch = self.stretches[index] if self.stretches else None
-            hidden, slope = _stretched(activation, units, stretch)
-            slopes.append(slope)
-        return _affine(hidden, self.weights[-1], self.shifts[-1]), slopes
+        if can_record(self):
+            return RecordedLinearization(self, inputs)
+        evaluation = self.evaluate(inputs)
+        return DenseLinearization(evaluation.value, self.weights, evaluation.slopes)
 
     def select(self, rows: Tensor | slice) -> DenseFunction:
         """Return the same function with the shifts and stretches of `rows` only."""
         shifts = [shift if shift.dim() == 1 else shift[rows] for shift in self.shifts]
         return replace(self, shifts=shifts, stretches=[each[rows] for each in self.stretches])
-
-
-def _stretched(
-    activation: nn.Module, units: Tensor, stretch: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return e a(z / e) and its slope a'(z / e)."""
-    value_and_slope: Callable[[Tensor], tuple[Tensor, Tensor]] = activation.value_and_slope  # type: ignore[assignment]
-    if stretch is None:
-        return value_and_slope(units)
-    value, slope = value_and_slope(units / stretch)
-    return value * torch.cat([stretch] * (value.shape[-1] // units.shape[-1]), dim=-1), slope
-
-
-def _affine(inputs: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
-    if shift.dim() == 1:
-        return F.linear(inputs, weight, shift)
-    return F.linear(inputs, weight) + shift
-
-
-def _widen(weight: Tensor, widening: int) -> Tensor:
-    """Repeat the rows of a weight for an activation that gives several outputs per unit."""
-    return weight if widening == 1 else torch.cat([weight] * widening, dim=0)
 
 
 class DenseLinearization(Linearization):
@@ -104,19 +61,22 @@ class DenseLinearization(Linearization):
         tr J = sum_k D_1[k] (W_1 W_2)[k, k],
 
     and for two, tr J = D_2^T (W_2 o (W_1 W_3)^T) D_1: independent of the number of dimensions per
-    row, after one product of weights per batch.
+    row, after one product of weights per batch. It counts as cheap where that product costs at most
+    half of what a product with J costs for the whole batch.
 
     Args:
         value: g(x), shape (B, features).
         weights: W_i, shapes (out, in).
-        slopes: a'(z_i), shapes (B, hidden).
+        slopes: a'(z_i), shapes (B, widening * hidden).
     """
 
     def __init__(self, value: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
         self.value = value
-        self._weights = weights
         self._slopes = slopes
-        self.has_cheap_trace = len(slopes) <= 2
+        widths = [slope.shape[-1] for slope in slopes]
+        widened = [_widen(weight, width) for weight, width in zip(weights, widths, strict=False)]
+        self._weights = [*widened, weights[-1]]
+        self.has_cheap_trace = _has_cheap_trace(self._weights, len(value))
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Return J^T v = W_1^T D_1 ... W_n^T v."""
@@ -141,12 +101,84 @@ class DenseLinearization(Linearization):
 
     def trace(self) -> Tensor:
         """Return tr J, shape (B,)."""
-        if len(self._slopes) == 0:
+        if len(self._weights) == 1:
             return self._weights[0].trace().expand(len(self.value))
-        if len(self._slopes) == 1:
-            return self._slopes[0] @ (self._weights[0] * self._weights[1].mT).sum(1)
-        if len(self._slopes) == 2:
+        slopes = self._slopes
+        if len(slopes) == 1:
+            return slopes[0] @ (self._weights[0] * self._weights[1].mT).sum(1)
+        if len(slopes) == 2:
             first, second, third = self._weights
             coupling = second * (first @ third).mT
-            return ((self._slopes[1] @ coupling) * self._slopes[0]).sum(1)
+            return ((slopes[1] @ coupling) * slopes[0]).sum(1)
         return super().trace()
+
+
+def _widen(weight: Tensor, width: int) -> Tensor:
+    """Repeat the rows of a weight for an activation that gives several outputs per unit."""
+    times = width // len(weight)
+    return weight if times == 1 else torch.cat([weight] * times, dim=0)
+
+
+def _has_cheap_trace(weights: Sequence[Tensor], rows: int) -> bool:
+    if len(weights) <= 2:
+        return True
+    product = weights[0].numel() * weights[2].shape[1]
+    return len(weights) == 3 and 2 * product <= rows * sum(weight.numel() for weight in weights)
+
+
+class RecordedLinearization(DenseLinearization):
+    """The same linearisation, with all that is differentiated in one node of the graph.
+
+    The network is evaluated once, without a graph. Where gradients are recorded, the first of
+    `jvp`, `jacobian`, `trace` and `value` to be asked for makes the node (see `nn.pushforward`), and
+    the others take their part of it; so ask for products before the value.
+
+    Args:
+        net: a network for which `can_record` holds.
+        inputs: x, shape (B, features).
+    """
+
+    def __init__(self, net: DenseNet, inputs: Tensor) -> None:
+        self._net, self._inputs = net, inputs
+        with torch.no_grad():
+            self._evaluation = net.evaluate(inputs)
+        self._recorded: Recorded | None = None
+        self._weights = list(net.weights)
+        self.has_cheap_trace = _has_cheap_trace(self._weights, len(inputs))
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the value."""
+        return self._evaluation.value.shape
+
+    @property
+    def value(self) -> Tensor:  # type: ignore[override]
+        """g(x), shape (B, features)."""
+        return self._node().value if torch.is_grad_enabled() else self._evaluation.value
+
+    @property
+    def _slopes(self) -> Sequence[Tensor]:  # type: ignore[override]
+        return self._node().slopes if torch.is_grad_enabled() else self._evaluation.slopes
+
+    def _node(self) -> Recorded:
+        if self._recorded is None:
+            self._recorded = self._record(self._inputs.new_zeros(0, *self._inputs.shape))
+        return self._recorded
+
+    def _record(self, tangents: Tensor | None) -> Recorded:
+        recorded = record(self._net, self._evaluation, self._inputs, tangents)
+        if torch.is_grad_enabled() and self._recorded is None:
+            self._recorded = recorded
+        return recorded
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """Return J v."""
+        return self._record(tangent[None]).pushed[0]
+
+    def jacobian(self) -> Tensor:
+        """Return J, shape (B, features, features)."""
+        return self._record(None).pushed.permute(1, 2, 0)
+
+    def pairing(self, cotangent: Tensor, tangent: Tensor) -> Tensor:
+        """Return w^T J v, shape (B,)."""
+        return (cotangent * self.jvp(tangent)).sum(1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_iresnet.nn.bounds import spectral_norm_bound
-from nflows_iresnet.nn.norms import MatrixNorm, SpectralNorm
+from nflows_iresnet.nn.norms import NOT_FINITE, MatrixNorm, SchattenNorm, State
 
 
 def validated_coeff(coeff: float) -> float:
@@ -62,17 +62,9 @@ class NormedLinear(nn.Linear):
         for name, buffer in state.items():
             self.register_buffer(name, buffer)
 
-    @torch.no_grad()
-    def norm_and_gradient(self, advance: bool) -> tuple[Tensor, Tensor]:
-        """Return the norm of the stored weight and its gradient, both float64.
-
-        Args:
-            advance: whether a strategy that keeps buffers improves them first.
-        """
-        state = {name: getattr(self, name) for name in self._state_names}
-        if advance and self.training:
-            self.norm.advance(self.weight, state)
-        return self.norm.value_and_gradient(self.weight.double(), state)
+    def norm_state(self) -> State:
+        """Return the buffers of the norm."""
+        return {name: getattr(self, name) for name in self._state_names}
 
     def extra_repr(self) -> str:
         """Show the sizes and the norm."""
@@ -90,7 +82,7 @@ class LipschitzLinear(NormedLinear):
         out_features: number of outputs.
         bias: whether to add a bias.
         coeff: the bound, in (0, 1).
-        norm: an upper bound of the spectral norm; the spectral norm itself by default. With
+        norm: an upper bound of the spectral norm; `SchattenNorm()` by default. With
             `PowerIteration` nothing is guaranteed.
 
     Raises:
@@ -114,13 +106,13 @@ class LipschitzLinear(NormedLinear):
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, norm=norm or SpectralNorm())
+        super().__init__(in_features, out_features, bias=bias, norm=norm or SchattenNorm())
         self.coeff = validated_coeff(coeff)
 
     def effective_weight(self) -> Tensor:
         """Return W, the weight that is used, shape (out, in)."""
         log_target = math.log(self.coeff * rounding_margin(self.weight))
-        return normalised([self], log_target)[0]
+        return normalised([[self]], log_target)[0][0]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return W x + b, shape (*, out)."""
@@ -135,35 +127,66 @@ class LipschitzLinear(NormedLinear):
         return f"{super().extra_repr()}, coeff={self.coeff}"
 
 
-def normalised(layers: Sequence[NormedLinear], log_budget: float) -> list[Tensor]:
+def normalised(nets: Sequence[Sequence[NormedLinear]], log_budget: float) -> list[Tensor]:
     r"""Return the stored weights V_i times min(1, exp(log_budget) / s)^{1/n}, s = prod norm(V_i).
 
-    All norms are computed without a graph. By Euler's theorem (see `MatrixNorm`) the derivative of
-    log s = sum_i log norm(V_i) is that of t = sum_i <N_i, V_i>, N_i = grad norm(V_i) / norm(V_i)
-    held constant, so the factor f has the value computed in float64 and the derivative
-    -f / n dt where the budget is exceeded: one product for all layers.
+    Layers at the same place in several networks are normalised together: K networks cost hardly
+    more than one. All norms are computed without a graph. By Euler's theorem (see `MatrixNorm`) the
+    derivative of log s = sum_i log norm(V_i) is that of t = sum_i <N_i, V_i>, N_i = grad norm(V_i)
+    / norm(V_i) held constant, so the factor f has the value computed in float64 and the derivative
+    -f / n dt where the budget is exceeded.
 
     Args:
-        layers: those that share the budget.
+        nets: for each network the layers that share its budget; those at the same place have the
+            same shape and norm.
         log_budget: logarithm of what the product of the norms of the results may be.
 
     Returns:
-        Weights of shape (out, in), differentiable in the stored ones.
+        For each place the weights of all networks, shape (K, out, in), differentiable in the
+        stored ones.
     """
-    weights = [layer.weight for layer in layers]
+    places = list(zip(*nets, strict=True))
+    stacks = [stacked(layer.weight for layer in place) for place in places]
     advance = torch.is_grad_enabled()
     with torch.no_grad():
-        values, gradients = zip(
-            *[layer.norm_and_gradient(advance) for layer in layers], strict=True
-        )
-        norms = torch.stack(values).clamp_min(torch.finfo(torch.float64).tiny)
-        excess = (norms.log().sum() - log_budget).clamp_min(0)
-        factor = (-excess / len(layers)).exp().to(weights[0].dtype)
-        unit = torch.cat(
-            [(each / norm).flatten() for each, norm in zip(gradients, norms, strict=True)]
-        )
-        slope = torch.where(excess > 0, unit * factor / len(layers), 0.0).to(weights[0].dtype)
+        pairs = [
+            _norms_and_gradients(place, stack, advance)
+            for place, stack in zip(places, stacks, strict=True)
+        ]
+        norms = torch.stack([norm for norm, _ in pairs]).clamp_min(_TINY)
+        excess = (norms.log().sum(0) - log_budget).clamp_min(0)
+        factors = (-excess / len(places)).exp()
+        rates = torch.where(excess > 0, factors / len(places), 0.0) / norms
+        slopes = [
+            (rate[:, None, None] * gradient).to(stack.dtype)
+            for rate, (_, gradient), stack in zip(rates, pairs, stacks, strict=True)
+        ]
+        factors = factors.to(stacks[0].dtype)
     if torch.is_grad_enabled():
-        paired = torch.dot(slope, torch.cat([weight.flatten() for weight in weights]))
-        factor = factor - (paired - paired.detach())
-    return [weight * factor for weight in weights]
+        paired = torch.stack(
+            [(slope * stack).sum((1, 2)) for slope, stack in zip(slopes, stacks, strict=True)]
+        ).sum(0)
+        factors = factors - (paired - paired.detach())
+    return [stack * factors[:, None, None] for stack in stacks]
+
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def stacked(tensors: Iterable[Tensor]) -> Tensor:
+    """Stack tensors of one shape along a new first dimension; a single one is not copied."""
+    several = list(tensors)
+    return several[0][None] if len(several) == 1 else torch.stack(several)
+
+
+def _norms_and_gradients(
+    layers: Sequence[NormedLinear], stack: Tensor, advance: bool
+) -> tuple[Tensor, Tensor]:
+    states = [layer.norm_state() for layer in layers]
+    norm = layers[0].norm
+    if advance:
+        for layer, state in zip(layers, states, strict=True):
+            if layer.training:
+                norm.advance(layer.weight, state)
+    state = {name: stacked(each[name] for each in states) for name in states[0]}
+    return norm.value_and_gradient(stack.double(), state)

@@ -17,10 +17,11 @@ from nflows_iresnet.nn.layers import (
     NormedLinear,
     normalised,
     rounding_margin,
+    stacked,
     validated_coeff,
     validated_size,
 )
-from nflows_iresnet.nn.norms import MatrixNorm, SpectralNorm
+from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm
 
 INITIAL_SCALE = 0.2
 """Start of the balancing scales t. Weights that respect a Lipschitz budget are small: with t = 1 a
@@ -58,7 +59,7 @@ class LipschitzMLP(nn.Module):
             `Mixed(Sine(), SmoothAbs())`.
         context_hidden_features: widths of the hidden layers of the context's network.
         coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
-        norm: the norm that the weights are divided by; `SpectralNorm()` by default.
+        norm: the norm that the weights are divided by; `SchattenNorm()` by default.
 
     Raises:
         ValueError: if a size is not positive or `coeff` is not in (0, 1).
@@ -97,7 +98,7 @@ class LipschitzMLP(nn.Module):
             )
         hidden = [validated_size("hidden_features", width) for width in hidden_features]
         activation = activation if activation is not None else Mixed(Sine(), SmoothAbs())
-        norm = norm if norm is not None else SpectralNorm()
+        norm = norm if norm is not None else SchattenNorm()
         outputs, inputs = [*hidden, features], [features, *_widened(hidden, activation)]
         self.layers = nn.ModuleList(
             NormedLinear(width_in, width_out, norm=norm)
@@ -133,14 +134,11 @@ class LipschitzMLP(nn.Module):
         """Return the diagonals T_1, ..., T_{n-1}, or nothing for activations that mix units."""
         return [bounded_exp(log_scale) for log_scale in self.log_scales]
 
-    def _balance(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
-        """Return T_i^{-1} V_i T_{i-1}; with inverted scales, the way back."""
-        balanced = list(weights)
-        for index, scale in enumerate(scales):
-            balanced[index] = balanced[index] / scale[:, None]
-            widening = balanced[index + 1].shape[1] // len(scale)
-            balanced[index + 1] = balanced[index + 1] * torch.cat([scale] * widening)
-        return balanced
+    def _kind(self) -> tuple[object, ...]:
+        """Return what two networks must have in common to be bound together."""
+        shapes = tuple(layer.weight.shape for layer in self._linears)
+        weight, norm = self._linears[0].weight, self._linears[0].norm
+        return shapes, weight.dtype, weight.device, norm, len(self.log_scales), self._log_budget()
 
     def _log_budget(self) -> float:
         """Return log of the coefficient, less what activations and rounding may use of it."""
@@ -160,12 +158,44 @@ class LipschitzMLP(nn.Module):
             ValueError: if a context is given to a network that was built without, or has another
                 number of features.
         """
-        scales = self._scales()
-        shifts, stretches = self._conditions(context)
-        hidden_shifts = [shift / scale for shift, scale in zip(shifts, scales, strict=False)]
+        return self.bind_all([self], context)[0]
+
+    @classmethod
+    def bind_all(
+        cls, nets: Sequence[LipschitzMLP], context: Tensor | None = None
+    ) -> list[DenseFunction]:
+        """Return what `bind` returns for each network; those of one kind are normalised together.
+
+        Args:
+            nets: any networks.
+            context: of all of them, shape (B, context_features), or None.
+        """
+        kinds: dict[tuple[object, ...], list[LipschitzMLP]] = {}
+        for net in nets:
+            kinds.setdefault(net._kind(), []).append(net)
+        bound = {
+            net: function
+            for alike in kinds.values()
+            for net, function in zip(alike, _bind_alike(alike, context), strict=True)
+        }
+        return [bound[net] for net in nets]
+
+    def _function(
+        self,
+        context: Tensor | None,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        scales: Sequence[Tensor],
+    ) -> DenseFunction:
+        """Return g for one context from balanced weights, balanced biases and the scales."""
+        additions, stretches = self._conditions(context)
+        shifts = list(biases)
+        for index, addition in enumerate(additions):
+            is_hidden = index < len(scales)
+            shifts[index] = biases[index] + (addition / scales[index] if is_hidden else addition)
         return DenseFunction(
-            weights=self._balance(normalised(self._linears, self._log_budget()), scales),
-            shifts=[*hidden_shifts, *shifts[len(hidden_shifts) :]],
+            weights=weights,
+            shifts=shifts,
             activations=list(self.activations),
             lipschitz=self.coeff if self._is_guaranteed() else None,
             stretches=stretches,
@@ -175,10 +205,9 @@ class LipschitzMLP(nn.Module):
         return all(layer.norm.is_upper_bound for layer in self._linears)
 
     def _conditions(self, context: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the shift of each layer and the stretch of each hidden one."""
-        biases: list[Tensor] = [layer.bias for layer in self._linears]
+        """Return what the context adds to each bias, and the stretch of each hidden layer."""
         if context is None:
-            return biases, []
+            return [], []
         if self.context_net is None:
             raise ValueError("a context was given, but context_features is None; set it")
         if context.dim() != 2 or context.shape[1] != self.context_features:
@@ -187,8 +216,8 @@ class LipschitzMLP(nn.Module):
                 f"{tuple(context.shape)}"
             )
         parts = self.context_net(context).split(self._context_sizes, dim=1)
-        shifts = [bias + shift for bias, shift in zip(biases, parts, strict=False)]
-        return shifts, [bounded_exp(log_stretch) for log_stretch in parts[len(biases) :]]
+        shifts, log_stretches = parts[: len(self.layers)], parts[len(self.layers) :]
+        return list(shifts), [bounded_exp(log_stretch) for log_stretch in log_stretches]
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """Return g(x; context), shape (B, features)."""
@@ -203,7 +232,7 @@ class LipschitzMLP(nn.Module):
         """
         used = [weight.double() for weight in self.effective_weights()]
         inverse_scales = [1 / scale.double() for scale in self._scales()]
-        norms = [spectral_norm_bound(weight) for weight in self._balance(used, inverse_scales)]
+        norms = [spectral_norm_bound(weight) for weight in _balance(used, inverse_scales)]
         return math.prod(norms) * self._activation_constant()
 
     def extra_repr(self) -> str:
@@ -213,3 +242,33 @@ class LipschitzMLP(nn.Module):
 
 def _widened(hidden: Sequence[int], activation: nn.Module) -> list[int]:
     return [width * int(getattr(activation, "widening", 1)) for width in hidden]
+
+
+def _balance(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
+    """Return T_i^{-1} V_i T_{i-1}, one or several at a time; with inverted scales, the way back."""
+    balanced = list(weights)
+    for index, scale in enumerate(scales):
+        balanced[index] = balanced[index] / scale[..., :, None]
+        widening = balanced[index + 1].shape[-1] // scale.shape[-1]
+        columns = scale if widening == 1 else torch.cat([scale] * widening, dim=-1)
+        balanced[index + 1] = balanced[index + 1] * columns[..., None, :]
+    return balanced
+
+
+def _bind_alike(nets: Sequence[LipschitzMLP], context: Tensor | None) -> list[DenseFunction]:
+    """Bind networks whose weights have the same shapes, norm and budget."""
+    layers = [net._linears for net in nets]
+    log_scales = zip(*[net.log_scales for net in nets], strict=True)
+    scales = [bounded_exp(stacked(place)) for place in log_scales]
+    weights = _balance(normalised(layers, nets[0]._log_budget()), scales)
+    biases = [stacked(layer.bias for layer in place) for place in zip(*layers, strict=True)]
+    for index, scale in enumerate(scales):
+        biases[index] = biases[index] / scale
+    parts = zip(*[_of_each(stacks, len(nets)) for stacks in (weights, biases, scales)], strict=True)
+    return [net._function(context, *part) for net, part in zip(nets, parts, strict=True)]
+
+
+def _of_each(stacks: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+    """Return for each of `count` networks its part of every stack."""
+    unbound = [stack.unbind(0) for stack in stacks]
+    return [[parts[index] for parts in unbound] for index in range(count)]

@@ -18,6 +18,10 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 _TINY = torch.finfo(torch.float64).tiny
+NOT_FINITE = (
+    "it has entries that are not finite or overflow when squared; training has diverged: lower the "
+    "learning rate or clip gradients"
+)
 
 
 class MatrixNorm(ABC):
@@ -31,18 +35,18 @@ class MatrixNorm(ABC):
 
     @abstractmethod
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Return the norm and its gradient, without a graph.
+        """Return the norms of a stack of weights and their gradients, without a graph.
 
         Args:
-            weight: float64, shape (out, in), without a graph.
-            state: the buffers made by `initial_state`.
+            weight: float64, shape (*, out, in), without a graph.
+            state: the buffers made by `initial_state`, stacked like the weights.
 
         Returns:
-            A scalar, and a matrix of the shape of the weight, both float64.
+            The norms (*), and matrices of the shape of the weights, both float64.
         """
 
     def __call__(self, weight: Tensor, state: State | None = None) -> Tensor:
-        r"""Return the norm of a weight (out, in) as a float64 scalar, differentiable in it.
+        r"""Return the norm of weights (*, out, in) in float64, shape (*), differentiable in them.
 
         Norms are homogeneous of degree one: \|W\| = <grad \|W\|, W> by Euler's theorem. With the
         gradient held constant the product has the derivative of the norm, and nothing of how the
@@ -50,20 +54,30 @@ class MatrixNorm(ABC):
         """
         with torch.no_grad():
             value, gradient = self.value_and_gradient(weight.detach().double(), state or {})
-        paired = (gradient * weight.double()).sum()
+        paired = (gradient * weight.double()).sum((-2, -1))
         return value + paired - paired.detach()
 
     def initial_state(self, weight: Tensor) -> State:
-        """Return the buffers that the strategy keeps for one weight; none by default."""
+        """Return the buffers that the strategy keeps for one weight (out, in); none by default."""
         return {}
 
     def advance(self, weight: Tensor, state: State) -> None:  # noqa: B027
-        """Improve the buffers in place, once per training step; does nothing by default."""
+        """Improve the buffers of one weight in place; does nothing by default."""
 
 
 def _rounding_allowance(weight: Tensor) -> float:
     """Relative error allowed for a float64 norm: twice what `spectral_norm_bound` adds."""
-    return 1 + 64 * max(weight.shape) * torch.finfo(torch.float64).eps
+    return 1 + 64 * max(weight.shape[-2:]) * torch.finfo(torch.float64).eps
+
+
+def _tall(weight: Tensor) -> Tensor:
+    """Return the weights or their transposes: at least as many rows as columns."""
+    return weight if weight.shape[-2] >= weight.shape[-1] else weight.mT
+
+
+def _like(tall: Tensor, weight: Tensor) -> Tensor:
+    """Undo `_tall`."""
+    return tall if weight.shape[-2] >= weight.shape[-1] else tall.mT
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
@@ -71,9 +85,7 @@ def _eigenvectors(gram: Tensor) -> Tensor:
         return torch.linalg.eigh(gram).eigenvectors
     except RuntimeError as error:
         raise ValueError(
-            f"the norm of a weight of size {len(gram)} cannot be computed: it has entries that are "
-            "not finite or overflow when squared; training has diverged: lower the learning rate "
-            "or clip gradients"
+            f"the norm of a weight of size {gram.shape[-1]} cannot be computed: {NOT_FINITE}"
         ) from error
 
 
@@ -87,15 +99,13 @@ class SpectralNorm(MatrixNorm):
     """
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Return the largest singular value and u v^T."""
-        is_tall = weight.shape[0] >= weight.shape[1]
-        tall = weight if is_tall else weight.mT
-        right = _eigenvectors(tall.mT @ tall)[:, -1]
+        """Return the largest singular values and u v^T."""
+        tall = _tall(weight)
+        right = _eigenvectors(tall.mT @ tall)[..., -1:]
         left = tall @ right
-        value = torch.linalg.vector_norm(left)
-        left = left / value.clamp_min(_TINY)
-        outer = torch.outer(left, right) if is_tall else torch.outer(right, left)
-        return value * _rounding_allowance(weight), outer
+        value = torch.linalg.matrix_norm(left)
+        outer = left / value.clamp_min(_TINY)[..., None, None] @ right.mT
+        return value * _rounding_allowance(weight), _like(outer, weight)
 
 
 @dataclass(frozen=True)
@@ -124,29 +134,35 @@ class SchattenNorm(MatrixNorm):
             raise ValueError(f"num_squarings must be between 0 and 20, got {self.num_squarings}")
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Return the Schatten norm of order 2^{s+1} + 2 and its gradient."""
-        is_tall = weight.shape[0] >= weight.shape[1]
-        tall = weight if is_tall else weight.mT
+        """Return the Schatten norms of order 2^{s+1} + 2 and their gradients."""
+        tall = _tall(weight)
         gram = tall.mT @ tall
-        size = gram.diagonal().amax().clamp_min(_TINY)
+        size = torch.linalg.matrix_norm(gram).clamp_min(_TINY)[..., None, None]
         gradient = tall @ self._gradient_factor(gram / size) / size.sqrt()
-        value = (gradient * tall).sum()
+        value = (gradient * tall).sum((-2, -1))
         allowance = _rounding_allowance(weight) + self._order * 1e-15
-        return value * allowance, gradient if is_tall else gradient.mT
+        return value * allowance, _like(gradient, weight)
 
     @property
     def _order(self) -> int:
         return 2 ** (self.num_squarings + 1) + 2
 
     def _gradient_factor(self, gram: Tensor) -> Tensor:
-        r"""Return H / \|W\|_p^{p-1} for a Gram matrix with entries of at most 1, 0 for W = 0."""
-        power, log_scale = gram, torch.zeros_like(gram[0, 0])
-        for _ in range(self.num_squarings):
-            size = power.diagonal().amax().clamp_min(_TINY)
-            power, log_scale = (power / size) @ (power / size), 2 * (log_scale + size.log())
-        log_norm = ((power * gram).sum().log() + log_scale) / self._order
+        r"""Return H / \|W\|_p^{p-1} for Gram matrices of Frobenius norm 1, and 0 for W = 0.
+
+        The largest eigenvalue is at least n^{-1/2} and at most 1, so that six squarings can
+        neither overflow nor, for any n below 10^9, lose it to underflow; then H is rescaled.
+        """
+        power, log_scale = gram, torch.zeros_like(gram[..., 0, 0])
+        for index in range(self.num_squarings):
+            if index % 6 == 5:
+                size = torch.linalg.matrix_norm(power).clamp_min(_TINY)
+                power, log_scale = power / size[..., None, None], log_scale + size.log()
+            power, log_scale = power @ power, 2 * log_scale
+        log_norm = ((power * gram).sum((-2, -1)).log() + log_scale) / self._order
         factor = (log_scale - (self._order - 1) * log_norm).exp()
-        return power * torch.where(log_norm.isfinite(), factor, torch.zeros_like(factor))
+        factor = torch.where(log_norm.isfinite(), factor, torch.zeros_like(factor))
+        return power * factor[..., None, None]
 
 
 @dataclass(frozen=True)
@@ -154,9 +170,10 @@ class FrobeniusNorm(MatrixNorm):
     r"""\|W\|_F = sqrt(sum W_ij^2) >= \|W\|_2. The cheapest bound, up to sqrt(rank) too large."""
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Return the Frobenius norm and W divided by it."""
+        """Return the Frobenius norms and W divided by them."""
         value = torch.linalg.matrix_norm(weight)
-        return value * _rounding_allowance(weight), weight / value.clamp_min(_TINY)
+        unit = weight / value.clamp_min(_TINY)[..., None, None]
+        return value * _rounding_allowance(weight), unit
 
 
 @dataclass(frozen=True)
@@ -209,4 +226,5 @@ class PowerIteration(MatrixNorm):
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return u^T W v and u v^T."""
         left, right = state["u"].double(), state["v"].double()
-        return left @ (weight @ right), torch.outer(left, right)
+        outer = left[..., :, None] * right[..., None, :]
+        return (outer * weight).sum((-2, -1)), outer

@@ -70,25 +70,52 @@ class ResidualTransform(Transform):
         self.estimator = Adaptive() if estimator is None else estimator
         self.solver = Anderson() if solver is None else solver
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (x + g(x), log|det|), shapes (B, *) and (B,)."""
+    def forward(
+        self,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        *,
+        bound: ResidualFunction | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x + g(x), log|det|), shapes (B, *) and (B,).
+
+        Args:
+            inputs: x, shape (B, *).
+            context: shape (B, C), or None.
+            bound: g as `linearization.bind` returns it for this context, where the caller has it.
+        """
         with full_precision(inputs.device):
-            inputs, context = like_weights(inputs, self.net), like_weights(context, self.net)
-            residual, logabsdet = self.estimator(bind(self.net, context), inputs)
+            inputs = like_weights(inputs, self.net)
+            function = self._bind(context) if bound is None else bound
+            residual, logabsdet = self.estimator(function, inputs)
             return inputs + residual, logabsdet
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        *,
+        bound: ResidualFunction | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return (x, -log|det|) with x + g(x) = inputs, shapes (B, *) and (B,).
+
+        Args:
+            inputs: y, shape (B, *).
+            context: shape (B, C), or None.
+            bound: g as `linearization.bind` returns it for this context, where the caller has it.
 
         Raises:
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
         with full_precision(inputs.device):
-            inputs, context = like_weights(inputs, self.net), like_weights(context, self.net)
-            function = bind(self.net, context)
+            inputs = like_weights(inputs, self.net)
+            function = self._bind(context) if bound is None else bound
             outputs = _ImplicitInverse.solve(function, inputs, self.solver)
             _, logabsdet = self.estimator(function, outputs)
             return outputs, -logabsdet
+
+    def _bind(self, context: Tensor | None) -> ResidualFunction:
+        return bind(self.net, like_weights(context, self.net))
 
     def lipschitz_bound(self) -> float:
         """Return a certified upper bound of Lip(g) for the present weights.

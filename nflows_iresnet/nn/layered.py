@@ -1,0 +1,95 @@
+"""A dense network with fixed weights: its values, its slopes, and the images of tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation of the network leaves behind, per hidden layer and row.
+
+    Attributes:
+        value: g(x), shape (B, features).
+        units: u_i = z_i / e_i, shapes (B, hidden).
+        activated: a(u_i).
+        slopes: a'(u_i) = d(e_i a(z_i / e_i)) / dz_i.
+    """
+
+    value: Tensor
+    units: Sequence[Tensor]
+    activated: Sequence[Tensor]
+    slopes: Sequence[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseNet:
+    """h_i = e_i a(z_i / e_i), z_i = W_i h_{i-1} + b_i, h_0 = x, and the value z_n.
+
+    Attributes:
+        weights: W_i, shapes (out, in).
+        shifts: b_i, shapes (out,), or (B, out) where they depend on a context.
+        activations: one per hidden layer.
+        stretches: e_i > 0, shapes (B, hidden), one per hidden layer where the context stretches
+            its units, which changes no slope's bound; none by default.
+    """
+
+    weights: Sequence[Tensor]
+    shifts: Sequence[Tensor]
+    activations: Sequence[nn.Module]
+    stretches: Sequence[Tensor] = ()
+
+    def evaluate(self, inputs: Tensor) -> Evaluation:
+        """Evaluate a network whose activations are unit-wise.
+
+        Args:
+            inputs: x, shape (B, features).
+        """
+        hidden, units, activated, slopes = inputs, [], [], []
+        for activation, weight, shift, stretch in zip_longest(
+            self.activations, self.weights[:-1], self.shifts[:-1], self.stretches
+        ):
+            unit = affine(hidden, weight, shift)
+            units.append(unit if stretch is None else unit / stretch)
+            hidden, slope = _value_and_slope(activation)(units[-1])
+            activated.append(hidden)
+            slopes.append(slope)
+            hidden = hidden if stretch is None else hidden * _widened(stretch, hidden)
+        value = affine(hidden, self.weights[-1], self.shifts[-1])
+        return Evaluation(value, units, activated, slopes)
+
+    def push(self, tangents: Tensor | None, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """Return t_1, ..., t_n with t_i = W_i (s_{i-1} o t_{i-1}), t_0 = T, shapes (k, B, out).
+
+        Args:
+            tangents: T, shape (k, B, features); None for all k = features coordinates, whose t_1
+                is the same for all rows and has shape (k, 1, out).
+            slopes: s_i, shapes (B, hidden).
+        """
+        first = self.weights[0]
+        pushed = [first.mT[:, None, :] if tangents is None else F.linear(tangents, first)]
+        for weight, slope in zip(self.weights[1:], slopes, strict=True):
+            pushed.append(F.linear(pushed[-1] * slope, weight))
+        return pushed
+
+
+def _value_and_slope(activation: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return activation.value_and_slope  # type: ignore[return-value]
+
+
+def _widened(stretch: Tensor, hidden: Tensor) -> Tensor:
+    """Repeat stretches for an activation that gives several outputs per unit."""
+    times = hidden.shape[-1] // stretch.shape[-1]
+    return stretch if times == 1 else stretch.repeat(1, times)
+
+
+def affine(inputs: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    """Return W x + b for a shift (out,), or (B, out)."""
+    if shift.dim() == 1:
+        return F.linear(inputs, weight, shift)
+    return F.linear(inputs, weight) + shift
