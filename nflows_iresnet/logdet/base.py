@@ -105,6 +105,9 @@ class Exact(LogDetEstimator):
     ) -> LogDetEstimate:
         """Return the exact value with a standard error of zero; `generator` is not used."""
         function = bind(net, context)
+        if len(self._chunks(inputs)) == 1:
+            outputs, logabsdet = _exact(function, inputs)
+            return LogDetEstimate(outputs, logabsdet, torch.zeros_like(logabsdet))
         chunks = [_exact(function.select(rows), inputs[rows]) for rows in self._chunks(inputs)]
         outputs = torch.cat([chunk[0] for chunk in chunks])
         logabsdet = torch.cat([chunk[1] for chunk in chunks])

@@ -71,7 +71,8 @@ class SmoothAbs(Activation):
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return (1 + x^2)^{-3/2}."""
-        return (value + 1).pow(-3)
+        inverse_root = (value + 1).reciprocal()
+        return inverse_root * inverse_root * inverse_root
 
     @staticmethod
     def _root(inputs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,13 +19,30 @@ class Evaluation:
         value: g(x), shape (B, features).
         units: u_i = z_i / e_i, shapes (B, hidden).
         activated: a(u_i).
-        slopes: a'(u_i) = d(e_i a(z_i / e_i)) / dz_i.
+        hidden: h_i = e_i a(u_i).
+        slopes: s_i = a'(u_i), the derivative of h_i in z_i.
     """
 
     value: Tensor
     units: Sequence[Tensor]
     activated: Sequence[Tensor]
+    hidden: Sequence[Tensor]
     slopes: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What pushing k tangents through the network leaves behind.
+
+    Attributes:
+        outputs: J T, shape (k, B, features).
+        units: t_i, the tangents of z_i, one per hidden layer, shapes (k, B, hidden).
+        hidden: h_i, and below it the tangents s_i o t_i of h_i, shapes (1 + k, B, hidden).
+    """
+
+    outputs: Tensor
+    units: Sequence[Tensor]
+    hidden: Sequence[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +68,38 @@ class DenseNet:
         Args:
             inputs: x, shape (B, features).
         """
-        hidden, units, activated, slopes = inputs, [], [], []
+        fed, units, activated, hidden, slopes = inputs, [], [], [], []
         for activation, weight, shift, stretch in zip_longest(
             self.activations, self.weights[:-1], self.shifts[:-1], self.stretches
         ):
-            unit = affine(hidden, weight, shift)
+            unit = affine(fed, weight, shift)
             units.append(unit if stretch is None else unit / stretch)
-            hidden, slope = _value_and_slope(activation)(units[-1])
-            activated.append(hidden)
+            fed, slope = _value_and_slope(activation)(units[-1])
+            activated.append(fed)
             slopes.append(slope)
-            hidden = hidden if stretch is None else hidden * _widened(stretch, hidden)
-        value = affine(hidden, self.weights[-1], self.shifts[-1])
-        return Evaluation(value, units, activated, slopes)
+            fed = fed if stretch is None else fed * _widened(stretch, fed)
+            hidden.append(fed)
+        value = affine(fed, self.weights[-1], self.shifts[-1])
+        return Evaluation(value, units, activated, hidden, slopes)
 
-    def push(self, tangents: Tensor | None, slopes: Sequence[Tensor]) -> list[Tensor]:
-        """Return t_1, ..., t_n with t_i = W_i (s_{i-1} o t_{i-1}), t_0 = T, shapes (k, B, out).
+    def push(self, tangents: Tensor | None, evaluation: Evaluation) -> Pushed:
+        """Return the images of tangents: t_i = W_i (s_{i-1} o t_{i-1}), t_1 = W_1 T.
 
         Args:
             tangents: T, shape (k, B, features); None for all k = features coordinates, whose t_1
-                is the same for all rows and has shape (k, 1, out).
-            slopes: s_i, shapes (B, hidden).
+                is the same for all rows and has shape (k, 1, hidden).
+            evaluation: what `evaluate` returned.
         """
         first = self.weights[0]
-        pushed = [first.mT[:, None, :] if tangents is None else F.linear(tangents, first)]
-        for weight, slope in zip(self.weights[1:], slopes, strict=True):
-            pushed.append(F.linear(pushed[-1] * slope, weight))
-        return pushed
+        tangent = first.mT[:, None, :] if tangents is None else F.linear(tangents, first)
+        units, below = [], []
+        for weight, hidden, slope in zip(
+            self.weights[1:], evaluation.hidden, evaluation.slopes, strict=True
+        ):
+            units.append(tangent)
+            below.append(torch.cat([hidden[None], tangent * slope]))
+            tangent = F.linear(below[-1][1:], weight)
+        return Pushed(tangent, units, below)
 
 
 def _value_and_slope(activation: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.nn.activations import Activation
-from nflows_iresnet.nn.layered import DenseNet, Evaluation
-
-Gradients = list[Tensor | None]
+from nflows_iresnet.nn.layered import DenseNet, Evaluation, Pushed
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,12 @@ class _Pushforward(torch.autograd.Function):
         tangents: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        pushed = net.push(tangents, evaluation.slopes)
-        ctx.set_materialize_grads(False)
+        pushed = net.push(tangents, evaluation)
         ctx.save_for_backward(inputs, tangents, *tensors)
-        ctx.activations, ctx.evaluation, ctx.pushed = net.activations, evaluation, pushed[:-1]
-        return evaluation.value.detach(), pushed[-1], *[s.detach() for s in evaluation.slopes]
+        ctx.activations, ctx.evaluation, ctx.pushed = net.activations, evaluation, pushed
+        ctx.set_materialize_grads(False)
+        slopes = [slope.detach() for slope in evaluation.slopes]
+        return evaluation.value.detach(), pushed.outputs.detach(), *slopes
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,7 +89,7 @@ class _Pushforward(torch.autograd.Function):
         evaluation, pushed = ctx.evaluation, ctx.pushed
         if torch.is_grad_enabled():
             evaluation = net.evaluate(inputs)
-            pushed = net.push(tangents, evaluation.slopes)[:-1]
+            pushed = net.push(tangents, evaluation)
         pull_back = _Pullback(net, evaluation, pushed, inputs, tangents)
         return None, None, *pull_back(cotangents, ctx.needs_input_grad[2:])
 
@@ -107,9 +106,11 @@ def _rebuilt(activations: Sequence[Activation], tensors: Sequence[Tensor]) -> De
 
 @dataclass(frozen=True)
 class _Pullback:
+    """The formulas of this module's docstring; p and q are stacked, as (1 + k, B, out)."""
+
     net: DenseNet
     evaluation: Evaluation
-    pushed: Sequence[Tensor]
+    pushed: Pushed
     inputs: Tensor
     tangents: Tensor | None
 
@@ -122,65 +123,58 @@ class _Pullback:
             cotangents: of the value, of J T and of each slope; None for zero.
             is_needed: which gradients are wanted, in the order of the result.
         """
-        of_value, of_tangent, *of_slopes = cotangents
-        of_unit = torch.zeros_like(self.evaluation.value) if of_value is None else of_value
         weights: list[Tensor | None] = []
         shifts: list[Tensor | None] = []
         stretches: list[Tensor | None] = []
-        for index in reversed(range(len(self.net.weights))):
-            is_wanted = is_needed[2 + index]
-            weights.insert(0, self._of_weight(index, of_unit, of_tangent) if is_wanted else None)
-            is_shared = self.net.shifts[index].dim() == 1
-            shifts.insert(0, of_unit.sum(0) if is_shared else of_unit)
-            of_unit = of_unit @ self.net.weights[index]
-            of_tangent = None if of_tangent is None else of_tangent @ self.net.weights[index]
-            if index > 0:
-                of_slope = _sum(of_slopes[index - 1], self._paired(index - 1, of_tangent))
-                if self.net.stretches:
-                    stretches.insert(0, self._of_stretch(index - 1, of_unit, of_slope))
-                of_unit = self._through_activation(index - 1, of_unit, of_slope)
-                slope = self.evaluation.slopes[index - 1]
-                of_tangent = None if of_tangent is None else of_tangent * slope
-        of_given = None if self.tangents is None else of_tangent
-        return [of_unit, of_given, *weights, *shifts, *stretches]
+        stacked = self._stacked(cotangents[0], cotangents[1])
+        for index in reversed(range(1, len(self.net.weights))):
+            is_frozen = not is_needed[2 + index]
+            weights.append(None if is_frozen else _outer(stacked, self.pushed.hidden[index - 1]))
+            shifts.append(self._of_shift(index, stacked[0]))
+            stacked = stacked @ self.net.weights[index]
+            of_slope = self._of_slope(index - 1, stacked[1:], cotangents[1 + index])
+            bend = of_slope * self._curvature(index - 1)
+            if self.net.stretches:
+                stretches.append(self._of_stretch(index - 1, stacked[0], bend))
+                bend = bend / self.net.stretches[index - 1]
+            stacked = stacked * self.evaluation.slopes[index - 1]
+            stacked[0] += bend
+        of_units, of_tangents = stacked[0], stacked[1:]
+        weights.append(self._of_first_weight(of_units, of_tangents) if is_needed[2] else None)
+        shifts.append(self._of_shift(0, of_units))
+        first = self.net.weights[0]
+        of_inputs = of_units @ first if is_needed[0] else None
+        of_given = of_tangents @ first if is_needed[1] else None
+        return [of_inputs, of_given, *weights[::-1], *shifts[::-1], *stretches[::-1]]
 
-    def _of_weight(self, index: int, of_unit: Tensor, of_tangent: Tensor | None) -> Tensor:
-        """Return p^T h_{i-1} + sum over T of q^T (s_{i-1} o t_{i-1})."""
-        if index == 0:
-            gradient = of_unit.mT @ self.inputs
-            if of_tangent is None:
-                return gradient
-            if self.tangents is None:
-                return gradient + of_tangent.sum(1).mT
-            return gradient + _outer(of_tangent, self.tangents)
-        hidden = self.evaluation.activated[index - 1]
-        hidden = hidden * self.net.stretches[index - 1] if self.net.stretches else hidden
-        gradient = of_unit.mT @ hidden
-        if of_tangent is None:
-            return gradient
-        tangent = self.pushed[index - 1] * self.evaluation.slopes[index - 1]
-        return gradient + _outer(of_tangent, tangent)
+    def _stacked(self, of_value: Tensor | None, of_outputs: Tensor | None) -> Tensor:
+        value, outputs = self.evaluation.value, self.pushed.outputs
+        return torch.cat(
+            [
+                torch.zeros_like(value)[None] if of_value is None else of_value[None],
+                torch.zeros_like(outputs) if of_outputs is None else of_outputs,
+            ]
+        )
 
-    def _paired(self, hidden: int, of_tangent: Tensor | None) -> Tensor | None:
-        return None if of_tangent is None else (of_tangent * self.pushed[hidden]).sum(0)
+    def _of_shift(self, index: int, of_units: Tensor) -> Tensor:
+        return of_units.sum(0) if self.net.shifts[index].dim() == 1 else of_units
 
-    def _through_activation(
-        self, hidden: int, of_activated: Tensor, of_slope: Tensor | None
-    ) -> Tensor:
-        gradient = of_activated * self.evaluation.slopes[hidden]
-        if of_slope is None:
-            return gradient
-        bend = of_slope * self._curvature(hidden)
-        return gradient + (bend / self.net.stretches[hidden] if self.net.stretches else bend)
+    def _of_slope(self, hidden: int, of_tangents: Tensor, given: Tensor | None) -> Tensor:
+        """Return the cotangent of s_i: from the tangents s_i o t_i, and what was given."""
+        paired = (of_tangents * self.pushed.units[hidden]).sum(0)
+        return paired if given is None else paired + given
 
-    def _of_stretch(self, hidden: int, of_activated: Tensor, of_slope: Tensor | None) -> Tensor:
+    def _of_stretch(self, hidden: int, of_hidden: Tensor, bend: Tensor) -> Tensor:
         """Return the gradient of e in e a(z / e) and in its slope a'(z / e)."""
         units, slopes = self.evaluation.units[hidden], self.evaluation.slopes[hidden]
-        gradient = of_activated * (self.evaluation.activated[hidden] - units * slopes)
-        if of_slope is None:
-            return gradient
-        bend = of_slope * self._curvature(hidden)
-        return gradient - bend * units / self.net.stretches[hidden]
+        from_value = of_hidden * (self.evaluation.activated[hidden] - units * slopes)
+        return from_value - bend * units / self.net.stretches[hidden]
+
+    def _of_first_weight(self, of_units: Tensor, of_tangents: Tensor) -> Tensor:
+        gradient = of_units.mT @ self.inputs
+        if self.tangents is None:
+            return gradient + of_tangents.sum(1).mT
+        return gradient + _outer(of_tangents, self.tangents)
 
     def _curvature(self, hidden: int) -> Tensor:
         activation = cast(Activation, self.net.activations[hidden])
@@ -190,11 +184,5 @@ class _Pullback:
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """Return the sum over tangents and rows of the outer products."""
+    """Return the sum of the outer products over tangents and rows."""
     return left.flatten(0, 1).mT @ right.flatten(0, 1)
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
