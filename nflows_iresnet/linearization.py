@@ -23,6 +23,14 @@ from torch import Tensor, nn
 Function = Callable[[Tensor], Tensor]
 
 
+def is_traced() -> bool:
+    """Whether a compiler or a transform of `torch.func` watches the operations.
+
+    Values are then not there to decide by, and every operation has to be a differentiable one.
+    """
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
 class Linearization(ABC):
     """The value g(x) and the Jacobian J = dg/dx at a batch of points x, row by row.
 

@@ -167,7 +167,7 @@ class TestScoreInEvaluation:
         return float(draws(lambda: block.eval()(inputs)[1], 50).std())
 
     def test_ours_is_deterministic_and_has_a_gradient(self) -> None:
-        """The default up to 16 dimensions is exact."""
+        """The default in six dimensions is exact."""
         net = Wave()
         block = ResidualTransform(net)
         assert self.spread(block) == 0

@@ -1,6 +1,6 @@
 r"""Estimators of log\|det(I + J)\|, J = dg/dx, for residual blocks y = x + g(x).
 
-How to choose: `Exact` wherever you can afford it (about 16 dimensions in training, any dimension
+How to choose: `Exact` wherever you can afford it (about 6 dimensions in training, any dimension
 for the final numbers); `RussianRoulette` for unbiased training beyond; `PowerSeries` where a fixed
 cost matters more than a bias whose bound you know. `Adaptive` is the default and makes the first
 two choices for you.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nflows_iresnet.linearization import bind
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
 from nflows_iresnet.logdet.roulette import RussianRoulette
 
@@ -16,25 +17,32 @@ from nflows_iresnet.logdet.roulette import RussianRoulette
 class Adaptive(LogDetEstimator):
     """`exact` up to `max_exact_features` dimensions, `otherwise` beyond.
 
-    The choice depends on the number of dimensions alone, never on training or evaluation mode.
+    The choice depends on the number of dimensions and on whether the network guarantees a bound,
+    never on training or evaluation mode. Measured time of a training step, `Exact` over
+    `RussianRoulette` (4 blocks 64-64, 128 rows, one CPU thread): 0.96 in 2 dimensions, 1.06 in 4,
+    1.3 in 6, 1.5 in 8, 1.8 in 16; with 1024 rows 1.5 in 4 and 2.7 in 8.
 
     Args:
         max_exact_features: the largest dimension for which the full Jacobian is used.
         exact: the estimator up to that dimension.
         otherwise: the estimator beyond.
+        max_exact_features_without_bound: the same for networks that guarantee no Lipschitz bound,
+            from which the roulette cannot take its law.
 
     Example:
-        >>> Adaptive(max_exact_features=16).choose(features=64)
+        >>> Adaptive().choose(features=64)
         RussianRoulette(...)
     """
 
-    max_exact_features: int = 16
+    max_exact_features: int = 6
     exact: LogDetEstimator = Exact()
     otherwise: LogDetEstimator = RussianRoulette()
+    max_exact_features_without_bound: int = 16
 
-    def choose(self, features: int) -> LogDetEstimator:
-        """Return the estimator that is used for `features` dimensions."""
-        return self.exact if features <= self.max_exact_features else self.otherwise
+    def choose(self, features: int, *, has_bound: bool = True) -> LogDetEstimator:
+        """Return the estimator for `features` dimensions and a network with or without a bound."""
+        limit = self.max_exact_features if has_bound else self.max_exact_features_without_bound
+        return self.exact if features <= limit else self.otherwise
 
     def estimate(
         self,
@@ -44,6 +52,8 @@ class Adaptive(LogDetEstimator):
         *,
         generator: torch.Generator | None = None,
     ) -> LogDetEstimate:
-        """Delegate to the estimator chosen for the dimension of `inputs`."""
-        chosen = self.choose(inputs.shape[1:].numel())
-        return chosen.estimate(net, inputs, context, generator=generator)
+        """Delegate to the estimator chosen for the inputs and the network."""
+        function = bind(net, context)
+        features = inputs.shape[1:].numel()
+        chosen = self.choose(features, has_bound=function.lipschitz is not None)
+        return chosen.estimate(function, inputs, generator=generator)

@@ -130,7 +130,7 @@ class RecordedLinearization(DenseLinearization):
     """The same linearisation, with all that is differentiated in one node of the graph.
 
     The network is evaluated once, without a graph. Where gradients are recorded, the first of
-    `jvp`, `jacobian`, `trace` and `value` to be asked for makes the node (see `nn.pushforward`), and
+    `jvp`, `jacobian`, `trace` and `value` to be asked for makes the node of `nn.pushforward`, and
     the others take their part of it; so ask for products before the value.
 
     Args:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_iresnet.nn.bounds import spectral_norm_bound
-from nflows_iresnet.nn.norms import NOT_FINITE, MatrixNorm, SchattenNorm, State
+from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm, State
 
 
 def validated_coeff(coeff: float) -> float:
@@ -61,6 +62,11 @@ class NormedLinear(nn.Linear):
         self._state_names = tuple(state)
         for name, buffer in state.items():
             self.register_buffer(name, buffer)
+
+    def advance_norm(self) -> None:
+        """Improve the buffers of the norm, in training mode."""
+        if self.training and self._state_names:
+            self.norm.advance(self.weight, self.norm_state())
 
     def norm_state(self) -> State:
         """Return the buffers of the norm."""
@@ -112,7 +118,8 @@ class LipschitzLinear(NormedLinear):
     def effective_weight(self) -> Tensor:
         """Return W, the weight that is used, shape (out, in)."""
         log_target = math.log(self.coeff * rounding_margin(self.weight))
-        return normalised([[self]], log_target)[0][0]
+        (weight,), factor = normalised([[self]], log_target)
+        return weight[0] * factor
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return W x + b, shape (*, out)."""
@@ -127,8 +134,10 @@ class LipschitzLinear(NormedLinear):
         return f"{super().extra_repr()}, coeff={self.coeff}"
 
 
-def normalised(nets: Sequence[Sequence[NormedLinear]], log_budget: float) -> list[Tensor]:
-    r"""Return the stored weights V_i times min(1, exp(log_budget) / s)^{1/n}, s = prod norm(V_i).
+def normalised(
+    nets: Sequence[Sequence[NormedLinear]], log_budget: float
+) -> tuple[list[Tensor], Tensor]:
+    r"""Return the stored weights V_i and f = min(1, exp(log_budget) / s)^{1/n}, s = prod norm(V_i).
 
     Layers at the same place in several networks are normalised together: K networks cost hardly
     more than one. All norms are computed without a graph. By Euler's theorem (see `MatrixNorm`) the
@@ -139,35 +148,34 @@ def normalised(nets: Sequence[Sequence[NormedLinear]], log_budget: float) -> lis
     Args:
         nets: for each network the layers that share its budget; those at the same place have the
             same shape and norm.
-        log_budget: logarithm of what the product of the norms of the results may be.
+        log_budget: logarithm of what the product of the norms of the f V_i may be.
 
     Returns:
-        For each place the weights of all networks, shape (K, out, in), differentiable in the
-        stored ones.
+        For each place the stored weights of all networks, shape (K, out, in), and the factors,
+        shape (K,), differentiable in them.
     """
     places = list(zip(*nets, strict=True))
     stacks = [stacked(layer.weight for layer in place) for place in places]
-    advance = torch.is_grad_enabled()
+    if torch.is_grad_enabled():
+        for layer in chain.from_iterable(places):
+            layer.advance_norm()
     with torch.no_grad():
-        pairs = [
-            _norms_and_gradients(place, stack, advance)
-            for place, stack in zip(places, stacks, strict=True)
-        ]
-        norms = torch.stack([norm for norm, _ in pairs]).clamp_min(_TINY)
+        values, gradients = _norms_and_gradients(places, stacks)
+        norms = values.clamp_min(_TINY)
         excess = (norms.log().sum(0) - log_budget).clamp_min(0)
         factors = (-excess / len(places)).exp()
         rates = torch.where(excess > 0, factors / len(places), 0.0) / norms
-        slopes = [
-            (rate[:, None, None] * gradient).to(stack.dtype)
-            for rate, (_, gradient), stack in zip(rates, pairs, stacks, strict=True)
-        ]
-        factors = factors.to(stacks[0].dtype)
+        factors, rates = factors.to(stacks[0].dtype), rates.to(stacks[0].dtype)
     if torch.is_grad_enabled():
-        paired = torch.stack(
-            [(slope * stack).sum((1, 2)) for slope, stack in zip(slopes, stacks, strict=True)]
-        ).sum(0)
+        changes = torch.stack(
+            [
+                (gradient.to(stack.dtype) * stack).sum((1, 2))
+                for gradient, stack in zip(gradients, stacks, strict=True)
+            ]
+        )
+        paired = (rates * changes).sum(0)
         factors = factors - (paired - paired.detach())
-    return [stack * factors[:, None, None] for stack in stacks]
+    return stacks, factors
 
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -180,13 +188,39 @@ def stacked(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _norms_and_gradients(
-    layers: Sequence[NormedLinear], stack: Tensor, advance: bool
-) -> tuple[Tensor, Tensor]:
+    places: Sequence[Sequence[NormedLinear]], stacks: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the norms (places, K) and their gradients; places of one size are taken together."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, (place, stack) in enumerate(zip(places, stacks, strict=True)):
+        has_state = bool(place[0].norm_state())
+        size = ("alone", index) if has_state else tuple(sorted(stack.shape[1:]))
+        groups.setdefault((place[0].norm, size), []).append(index)
+    values: dict[int, Tensor] = {}
+    gradients: dict[int, Tensor] = {}
+    for indices in groups.values():
+        value, gradient = _of_one_size([places[i] for i in indices], [stacks[i] for i in indices])
+        values.update(zip(indices, value, strict=True))
+        gradients.update(zip(indices, gradient, strict=True))
+    order = range(len(places))
+    return torch.stack([values[index] for index in order]), [gradients[index] for index in order]
+
+
+def _of_one_size(
+    places: Sequence[Sequence[NormedLinear]], stacks: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return norms and gradients of stacks of weights that differ by a transposition at most."""
+    norm, count = places[0][0].norm, len(stacks[0])
+    is_turned = [stack.shape != stacks[0].shape for stack in stacks]
+    alike = [stack.mT if turned else stack for stack, turned in zip(stacks, is_turned, strict=True)]
+    value, gradient = norm.value_and_gradient(torch.cat(alike), _stacked_state(places[0]))
+    turned_back = [
+        part.mT if turned else part
+        for part, turned in zip(gradient.split(count), is_turned, strict=True)
+    ]
+    return value.split(count), turned_back
+
+
+def _stacked_state(layers: Sequence[NormedLinear]) -> State:
     states = [layer.norm_state() for layer in layers]
-    norm = layers[0].norm
-    if advance:
-        for layer, state in zip(layers, states, strict=True):
-            if layer.training:
-                norm.advance(layer.weight, state)
-    state = {name: stacked(each[name] for each in states) for name in states[0]}
-    return norm.value_and_gradient(stack.double(), state)
+    return {name: stacked(state[name] for state in states) for name in states[0]}

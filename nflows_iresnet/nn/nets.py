@@ -232,7 +232,8 @@ class LipschitzMLP(nn.Module):
         """
         used = [weight.double() for weight in self.effective_weights()]
         inverse_scales = [1 / scale.double() for scale in self._scales()]
-        norms = [spectral_norm_bound(weight) for weight in _balance(used, inverse_scales)]
+        one = torch.ones((), dtype=torch.float64, device=used[0].device)
+        norms = [spectral_norm_bound(each) for each in _balanced(used, one, inverse_scales)]
         return math.prod(norms) * self._activation_constant()
 
     def extra_repr(self) -> str:
@@ -244,15 +245,23 @@ def _widened(hidden: Sequence[int], activation: nn.Module) -> list[int]:
     return [width * int(getattr(activation, "widening", 1)) for width in hidden]
 
 
-def _balance(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
-    """Return T_i^{-1} V_i T_{i-1}, one or several at a time; with inverted scales, the way back."""
-    balanced = list(weights)
-    for index, scale in enumerate(scales):
-        balanced[index] = balanced[index] / scale[..., :, None]
-        widening = balanced[index + 1].shape[-1] // scale.shape[-1]
-        columns = scale if widening == 1 else torch.cat([scale] * widening, dim=-1)
-        balanced[index + 1] = balanced[index + 1] * columns[..., None, :]
+def _balanced(weights: Sequence[Tensor], factors: Tensor, scales: Sequence[Tensor]) -> list[Tensor]:
+    """Return f T_i^{-1} V_i T_{i-1} for weights (*, out, in), factors (*) and scales (*, width)."""
+    balanced = []
+    for index, weight in enumerate(weights):
+        rows = factors[..., None]
+        rows = rows / scales[index] if index < len(scales) else rows
+        balanced.append(weight * rows[..., :, None])
+        if 0 < index <= len(scales):
+            columns = _widen(scales[index - 1], weight.shape[-1])
+            balanced[-1] = balanced[-1] * columns[..., None, :]
     return balanced
+
+
+def _widen(scale: Tensor, width: int) -> Tensor:
+    """Repeat the scales of units for an activation that gives several outputs per unit."""
+    times = width // scale.shape[-1]
+    return scale if times == 1 else torch.cat([scale] * times, dim=-1)
 
 
 def _bind_alike(nets: Sequence[LipschitzMLP], context: Tensor | None) -> list[DenseFunction]:
@@ -260,7 +269,7 @@ def _bind_alike(nets: Sequence[LipschitzMLP], context: Tensor | None) -> list[De
     layers = [net._linears for net in nets]
     log_scales = zip(*[net.log_scales for net in nets], strict=True)
     scales = [bounded_exp(stacked(place)) for place in log_scales]
-    weights = _balance(normalised(layers, nets[0]._log_budget()), scales)
+    weights = _balanced(*normalised(layers, nets[0]._log_budget()), scales)
     biases = [stacked(layer.bias for layer in place) for place in zip(*layers, strict=True)]
     for index, scale in enumerate(scales):
         biases[index] = biases[index] / scale

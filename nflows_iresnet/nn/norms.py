@@ -4,8 +4,7 @@ A network divides its weights by such a norm, so the norm must be an UPPER bound
 be certified. `SpectralNorm` (the norm itself), `SchattenNorm` and `FrobeniusNorm` are;
 `PowerIteration`, the method of the papers, is a lower bound and is named for what it is.
 
-All are computed in float64 from the weights as they are stored (whose squares, for float32
-weights, can neither over- nor underflow there), and allow for the rounding of their arithmetic.
+All allow for the rounding of their arithmetic, and none over- or underflows for float32 weights.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ class MatrixNorm(ABC):
         """Return the norms of a stack of weights and their gradients, without a graph.
 
         Args:
-            weight: float64, shape (*, out, in), without a graph.
+            weight: shape (*, out, in), any floating dtype, without a graph.
             state: the buffers made by `initial_state`, stacked like the weights.
 
         Returns:
-            The norms (*), and matrices of the shape of the weights, both float64.
+            The norms (*) in float64, and matrices of the shape of the weights.
         """
 
     def __call__(self, weight: Tensor, state: State | None = None) -> Tensor:
@@ -53,7 +52,7 @@ class MatrixNorm(ABC):
         gradient was computed needs to be recorded.
         """
         with torch.no_grad():
-            value, gradient = self.value_and_gradient(weight.detach().double(), state or {})
+            value, gradient = self.value_and_gradient(weight.detach(), state or {})
         paired = (gradient * weight.double()).sum((-2, -1))
         return value + paired - paired.detach()
 
@@ -100,7 +99,7 @@ class SpectralNorm(MatrixNorm):
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the largest singular values and u v^T."""
-        tall = _tall(weight)
+        tall = _tall(weight.double())
         right = _eigenvectors(tall.mT @ tall)[..., -1:]
         left = tall @ right
         value = torch.linalg.matrix_norm(left)
@@ -117,7 +116,17 @@ class SchattenNorm(MatrixNorm):
     for a GPU. At most min(out, in)^{1/p} above \|W\|_2: 1.6 % for 64 equal singular values at
     s = 7, and usually far less.
 
-    Cost: s + 2 products of size min(out, in), without a graph.
+    Cost: s + 2 products of size n = min(out, in), without a graph; in float32 for float32 weights
+    of up to about 128 x 128, otherwise in float64.
+
+    **Rounding.** Let x be the top eigenvector of G, G x = l x, P_0 = G, P_j the computed
+    P_{j-1}^2 with an error of at most g \|P_{j-1}\|_F^2 <= g n l^{2^j} in any norm, g = n u with
+    the unit roundoff u. By Cauchy-Schwarz x^T P_j x >= (x^T P_{j-1} x)^2 - g n l^{2^j}: relative
+    errors double and g n is added, so x^T P_{s-1} x >= l^{2^{s-1}} (1 - 2^{s-1} g n). As
+    G >= l x x^T, tr(P_{s-1} G P_{s-1}) >= l (x^T P_{s-1} x)^2, and the last product adds at most
+    g n sqrt(n) to the relative error of tr(H G) = \|W\|_p^p. The p-th root divides by
+    p > 2^{s+1}, which leaves g n / 2 + g n sqrt(n) / p for the norm; G itself is off by at most
+    max(out, in) u n relatively. So the value is multiplied by 1 + u n (out + in + n sqrt(n) / p).
 
     Args:
         num_squarings: s.
@@ -135,34 +144,55 @@ class SchattenNorm(MatrixNorm):
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the Schatten norms of order 2^{s+1} + 2 and their gradients."""
-        tall = _tall(weight)
-        gram = tall.mT @ tall
-        size = torch.linalg.matrix_norm(gram).clamp_min(_TINY)[..., None, None]
-        gradient = tall @ self._gradient_factor(gram / size) / size.sqrt()
-        value = (gradient * tall).sum((-2, -1))
-        allowance = _rounding_allowance(weight) + self._order * 1e-15
-        return value * allowance, _like(gradient, weight)
+        size = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        unit = (_tall(weight).double() / size.clamp_min(_TINY)).to(self._dtype(weight))
+        gram = unit.mT @ unit
+        power, log_trace = self._power(gram)
+        norm = torch.exp(log_trace / self._order)
+        gradient = unit @ power * norm[..., None, None].to(unit.dtype)
+        return size[..., 0, 0] * norm * self._allowance(weight), _like(gradient, weight)
 
     @property
     def _order(self) -> int:
         return 2 ** (self.num_squarings + 1) + 2
 
-    def _gradient_factor(self, gram: Tensor) -> Tensor:
-        r"""Return H / \|W\|_p^{p-1} for Gram matrices of Frobenius norm 1, and 0 for W = 0.
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        is_single = weight.dtype == torch.float32 and _is_small(weight)
+        return torch.float32 if is_single and _products_are_single() else torch.float64
 
-        The largest eigenvalue is at least n^{-1/2} and at most 1, so that six squarings can
-        neither overflow nor, for any n below 10^9, lose it to underflow; then H is rescaled.
+    def _allowance(self, weight: Tensor) -> float:
+        """Return the allowance of the docstring, the same for a float32 model and its double."""
+        unit_roundoff = 2.0**-24 if _is_small(weight) else 2.0**-53
+        size = min(weight.shape[-2:])
+        return 1 + unit_roundoff * size * (sum(weight.shape[-2:]) + size**1.5 / self._order)
+
+    def _power(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return H / tr(H G) and log tr(H G).
+
+        Every two squarings H is divided by its Frobenius norm, so that its largest eigenvalue is
+        between n^{-1/2} and 1 before, and at least n^{-2} after them: nothing that matters is lost
+        to underflow, in float32 for any n below 10^9.
         """
-        power, log_scale = gram, torch.zeros_like(gram[..., 0, 0])
+        power, log_scale = gram, torch.zeros_like(gram[..., 0, 0], dtype=torch.float64)
         for index in range(self.num_squarings):
-            if index % 6 == 5:
-                size = torch.linalg.matrix_norm(power).clamp_min(_TINY)
-                power, log_scale = power / size[..., None, None], log_scale + size.log()
+            if index % 2 == 0:
+                size = torch.linalg.matrix_norm(power).clamp_min(torch.finfo(power.dtype).tiny)
+                power, log_scale = power / size[..., None, None], log_scale + size.double().log()
             power, log_scale = power @ power, 2 * log_scale
-        log_norm = ((power * gram).sum((-2, -1)).log() + log_scale) / self._order
-        factor = (log_scale - (self._order - 1) * log_norm).exp()
-        factor = torch.where(log_norm.isfinite(), factor, torch.zeros_like(factor))
-        return power * factor[..., None, None]
+        trace = (power * gram).sum((-2, -1), dtype=torch.float64)
+        trace = trace.clamp_min(torch.finfo(power.dtype).tiny)
+        return power / trace[..., None, None].to(power.dtype), trace.log() + log_scale
+
+
+def _products_are_single() -> bool:
+    """Whether float32 products are just that, not TensorFloat-32 or bfloat16 (nor known here)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _is_small(weight: Tensor) -> bool:
+    return min(weight.shape[-2:]) * sum(weight.shape[-2:]) <= 2**15
 
 
 @dataclass(frozen=True)
@@ -171,6 +201,7 @@ class FrobeniusNorm(MatrixNorm):
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the Frobenius norms and W divided by them."""
+        weight = weight.double()
         value = torch.linalg.matrix_norm(weight)
         unit = weight / value.clamp_min(_TINY)[..., None, None]
         return value * _rounding_allowance(weight), unit
@@ -227,4 +258,4 @@ class PowerIteration(MatrixNorm):
         """Return u^T W v and u v^T."""
         left, right = state["u"].double(), state["v"].double()
         outer = left[..., :, None] * right[..., None, :]
-        return (outer * weight).sum((-2, -1)), outer
+        return (outer * weight.double()).sum((-2, -1)), outer

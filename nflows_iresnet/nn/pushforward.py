@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.activations import Activation
 from nflows_iresnet.nn.layered import DenseNet, Evaluation, Pushed
 
@@ -43,8 +44,7 @@ def can_record(net: DenseNet) -> bool:
     return (
         len(net.activations) > 0
         and all(isinstance(each, Activation) and each.has_curvature for each in net.activations)
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.maybe_current_level() is None
+        and not is_traced()
         and torch.autograd.forward_ad._current_level < 0
     )
 
