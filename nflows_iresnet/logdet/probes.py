@@ -29,7 +29,7 @@ class Rademacher:
     def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return signs +1 and -1 with probability one half each."""
         signs = torch.empty_like(inputs, requires_grad=False)
-        return signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
+        return torch.randint_like(signs, 2, generator=generator)
 
 
 @dataclass(frozen=True)

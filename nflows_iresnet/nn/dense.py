@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nflows_iresnet.linearization import AutogradLinearization, Linearization, ResidualFunction
 from nflows_iresnet.nn.activations import Activation
-from nflows_iresnet.nn.layered import DenseNet, affine
+from nflows_iresnet.nn.dense_net import DenseNet, affine
 from nflows_iresnet.nn.pushforward import Recorded, can_record, record
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.activations import Activation
-from nflows_iresnet.nn.layered import DenseNet, Evaluation, Pushed
+from nflows_iresnet.nn.dense_net import DenseNet, Evaluation, Pushed
 
 
 @dataclass(frozen=True)
