@@ -2,96 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import AutogradLinearization, Linearization, ResidualFunction
-from nflows_iresnet.nn.activations import Activation
+from nflows_iresnet.linearization import Linearization
+from nflows_iresnet.nn.layered import LayeredFunction
 
 
 @dataclass(frozen=True)
-class DenseFunction(ResidualFunction):
-    """g(x) = W_n a(... a(W_1 x + b_1) ...) + b_n with fixed weights and shifts.
+class DenseFunction(LayeredFunction):
+    """g(x) = W_n a(... a(W_1 x + b_1) ...) + b_n with matrices W_i; see `LayeredFunction`."""
 
-    Attributes:
-        weights: W_i, shapes (out, in).
-        shifts: b_i, shapes (out,), or (B, out) where they depend on a context.
-        activations: one per hidden layer.
-        stretches: e_i > 0, shapes (B, hidden), one per hidden layer where the context stretches
-            its units, a(z) -> e a(z / e), which changes no slope's bound; none by default.
-        lipschitz: a bound of Lip(g) that is guaranteed, or None.
-    """
+    def _affine(self, inputs: Tensor, index: int) -> Tensor:
+        weight, shift = self.weights[index], self.shifts[index]
+        if shift.dim() == 1:
+            return F.linear(inputs, weight, shift)
+        return F.linear(inputs, weight) + shift
 
-    weights: Sequence[Tensor]
-    shifts: Sequence[Tensor]
-    activations: Sequence[nn.Module]
-    lipschitz: float | None = None
-    stretches: Sequence[Tensor] = ()
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return g(inputs), shape (B, features)."""
-        if self._is_unit_wise():
-            return self._values_and_slopes(inputs)[0]
-        hidden = inputs
-        for weight, shift, activation in zip(
-            self.weights[:-1], self.shifts[:-1], self.activations, strict=True
-        ):
-            hidden = activation(_affine(hidden, weight, shift))
-        return _affine(hidden, self.weights[-1], self.shifts[-1])
-
-    def linearize(self, inputs: Tensor) -> Linearization:
-        """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""
-        if not self._is_unit_wise():
-            return AutogradLinearization(self, inputs)
-        value, slopes = self._values_and_slopes(inputs)
-        weights = [
-            _widen(weight, slope.shape[-1] // len(weight))
-            for weight, slope in zip(self.weights[:-1], slopes, strict=True)
-        ]
-        return DenseLinearization(value, [*weights, self.weights[-1]], slopes)
-
-    def _is_unit_wise(self) -> bool:
-        return all(isinstance(activation, Activation) for activation in self.activations)
-
-    def _values_and_slopes(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        hidden, slopes = inputs, []
-        for index, activation in enumerate(self.activations):
-            units = _affine(hidden, self.weights[index], self.shifts[index])
-            stretch = self.stretches[index] if self.stretches else None
-            hidden, slope = _stretched(activation, units, stretch)
-            slopes.append(slope)
-        return _affine(hidden, self.weights[-1], self.shifts[-1]), slopes
-
-    def select(self, rows: Tensor | slice) -> DenseFunction:
-        """Return the same function with the shifts and stretches of `rows` only."""
-        shifts = [shift if shift.dim() == 1 else shift[rows] for shift in self.shifts]
-        return replace(self, shifts=shifts, stretches=[each[rows] for each in self.stretches])
-
-
-def _stretched(
-    activation: nn.Module, units: Tensor, stretch: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return e a(z / e) and its slope a'(z / e)."""
-    value_and_slope: Callable[[Tensor], tuple[Tensor, Tensor]] = activation.value_and_slope  # type: ignore[assignment]
-    if stretch is None:
-        return value_and_slope(units)
-    value, slope = value_and_slope(units / stretch)
-    return value * torch.cat([stretch] * (value.shape[-1] // units.shape[-1]), dim=-1), slope
-
-
-def _affine(inputs: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
-    if shift.dim() == 1:
-        return F.linear(inputs, weight, shift)
-    return F.linear(inputs, weight) + shift
-
-
-def _widen(weight: Tensor, widening: int) -> Tensor:
-    """Repeat the rows of a weight for an activation that gives several outputs per unit."""
-    return weight if widening == 1 else torch.cat([weight] * widening, dim=0)
+    def _linearization(self, value: Tensor, slopes: list[Tensor]) -> Linearization:
+        return DenseLinearization(value, self._widened_weights(), slopes)
 
 
 class DenseLinearization(Linearization):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_iresnet.nn.bounds import spectral_norm_bound
-from nflows_iresnet.nn.norms import MatrixNorm, SpectralNorm
+from nflows_iresnet.nn.norms import MatrixNorm, OperatorNorm, SpectralNorm
 
 
 def validated_coeff(coeff: float) -> float:
@@ -36,26 +36,22 @@ def rounding_margin(weight: Tensor) -> float:
 
     Rounding moves each entry by at most eps / 2 relatively, hence the 2-norm by at most
     eps \|W\|_F / 2 <= eps sqrt(rank) \|W\|_2 / 2. Three roundings and a reserve are allowed.
+
+    For a convolution, with symbol S = sum_a W_a exp(-i a t) over the A entries of its kernel, the
+    norm of the symbol moves by at most sum_a \|dW_a\|_F <= sqrt(A) \|dW\|_F, and \|W\|_F^2 is the
+    mean of \|S\|_F^2 over all t: A times as much under the root.
     """
-    return 1 - 2 * torch.finfo(weight.dtype).eps * min(weight.shape) ** 0.5
+    terms = min(weight.shape[:2]) * weight.shape[2:].numel()
+    return 1 - 2 * torch.finfo(weight.dtype).eps * terms**0.5
 
 
-class NormedLinear(nn.Linear):
-    r"""A linear layer that knows a norm of its stored weight, and uses none of it.
+class NormedLayer(nn.Module):
+    """A layer with a weight whose norm it knows; mixed into a layer of torch."""
 
-    The building block of networks that normalise several layers together.
+    weight: Tensor
+    norm: OperatorNorm
 
-    Args:
-        in_features: number of inputs.
-        out_features: number of outputs.
-        bias: whether to add a bias.
-        norm: the strategy for \|W\|_2.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = True, norm: MatrixNorm
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias)
+    def _adopt(self, norm: OperatorNorm) -> None:
         self.norm = norm
         state = norm.initial_state(self.weight.detach())
         self._state_names = tuple(state)
@@ -77,6 +73,25 @@ class NormedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Show the sizes and the norm."""
         return f"{super().extra_repr()}, norm={self.norm}"
+
+
+class NormedLinear(NormedLayer, nn.Linear):
+    r"""A linear layer that knows a norm of its stored weight, and uses none of it.
+
+    The building block of networks that normalise several layers together.
+
+    Args:
+        in_features: number of inputs.
+        out_features: number of outputs.
+        bias: whether to add a bias.
+        norm: the strategy for \|W\|_2.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, norm: MatrixNorm
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self._adopt(norm)
 
 
 class LipschitzLinear(NormedLinear):
@@ -135,11 +150,11 @@ class LipschitzLinear(NormedLinear):
         return f"{super().extra_repr()}, coeff={self.coeff}"
 
 
-def normalised(layers: Sequence[NormedLinear], log_budget: float) -> list[Tensor]:
+def normalised(layers: Sequence[NormedLayer], log_budget: float) -> list[Tensor]:
     r"""Return the stored weights V_i times min(1, exp(log_budget) / s)^{1/n}, s = prod norm(V_i).
 
-    All norms are computed without a graph. By Euler's theorem (see `MatrixNorm`) the derivative of
-    log s = sum_i log norm(V_i) is that of t = sum_i <N_i, V_i>, N_i = grad norm(V_i) / norm(V_i)
+    All norms are computed without a graph. By Euler's theorem (see `OperatorNorm`) the derivative
+    of log s = sum_i log norm(V_i) is that of t = sum_i <N_i, V_i>, N_i = grad norm(V_i) / norm(V_i)
     held constant, so the factor f has the value computed in float64 and the derivative
     -f / n dt where the budget is exceeded: one product for all layers.
 
@@ -148,7 +163,7 @@ def normalised(layers: Sequence[NormedLinear], log_budget: float) -> list[Tensor
         log_budget: logarithm of what the product of the norms of the results may be.
 
     Returns:
-        Weights of shape (out, in), differentiable in the stored ones.
+        Weights of the shapes of the stored ones, differentiable in the stored ones.
     """
     weights = [layer.weight for layer in layers]
     advance = torch.is_grad_enabled()

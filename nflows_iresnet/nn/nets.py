@@ -1,34 +1,19 @@
-"""Networks with a certified Lipschitz bound, and their exact, cheap linearisation."""
+"""Dense networks with a certified Lipschitz bound."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from copy import deepcopy
 
-import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.nn.activations import Activation, Mixed, Sine, SmoothAbs
-from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
-from nflows_iresnet.nn.conditioning import bounded_exp, context_mlp
+from nflows_iresnet.nn.balanced import BalancedNet, default_activation, validated_hidden, widened
+from nflows_iresnet.nn.bounds import spectral_norm_bound
 from nflows_iresnet.nn.dense import DenseFunction
-from nflows_iresnet.nn.layers import (
-    NormedLinear,
-    normalised,
-    rounding_margin,
-    validated_coeff,
-    validated_size,
-)
+from nflows_iresnet.nn.layers import NormedLinear, validated_size
 from nflows_iresnet.nn.norms import MatrixNorm, SpectralNorm
 
-INITIAL_SCALE = 0.2
-"""Start of the balancing scales t. Weights that respect a Lipschitz budget are small: with t = 1 a
-network starts almost linear and learns slowly (checkerboard after 300 steps: 4.12 nats with t = 1,
-3.81 with 0.3, 3.75 with 0.1; insensitive between 0.05 and 0.2)."""
 
-
-class LipschitzMLP(nn.Module):
+class LipschitzMLP(BalancedNet):
     r"""A multilayer perceptron g with Lip(g) <= coeff in its inputs, for ANY stored weights.
 
     g(x; c) = W_n a(W_{n-1} ... a(W_1 x + b_1 + C_1 c) ...) + b_n + C_n c, starting and ending with
@@ -88,128 +73,30 @@ class LipschitzMLP(nn.Module):
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
     ) -> None:
-        super().__init__()
-        self.coeff = validated_coeff(coeff)
-        self.features = validated_size("features", features)
-        if not isinstance(hidden_features, Sequence):
-            raise ValueError(
-                f"hidden_features must be a sequence such as [64, 64], got {hidden_features!r}"
-            )
-        hidden = [validated_size("hidden_features", width) for width in hidden_features]
-        activation = activation if activation is not None else Mixed(Sine(), SmoothAbs())
+        features = validated_size("features", features)
+        hidden = validated_hidden("hidden_features", hidden_features)
+        activation = activation if activation is not None else default_activation()
         norm = norm if norm is not None else SpectralNorm()
-        outputs, inputs = [*hidden, features], [features, *_widened(hidden, activation)]
-        self.layers = nn.ModuleList(
-            NormedLinear(width_in, width_out, norm=norm)
-            for width_in, width_out in zip(inputs, outputs, strict=True)
+        widths = zip([features, *widened(hidden, activation)], [*hidden, features], strict=True)
+        super().__init__(
+            [NormedLinear(inputs, outputs, norm=norm) for inputs, outputs in widths],
+            hidden,
+            features,
+            activation=activation,
+            context_features=context_features,
+            context_hidden_features=context_hidden_features,
+            coeff=coeff,
         )
-        self.activations = nn.ModuleList(deepcopy(activation) for _ in hidden)
-        self.log_scales = nn.ParameterList(
-            torch.full((width,), math.log(INITIAL_SCALE))
-            for width in hidden
-            if isinstance(activation, Activation)
-        )
-        self.context_features = context_features
-        self._context_sizes = [*outputs, *hidden[: len(self.log_scales)]]
-        self.context_net = (
-            None
-            if context_features is None
-            else context_mlp(
-                validated_size("context_features", context_features),
-                context_hidden_features,
-                sum(self._context_sizes),
-            )
-        )
+        self.features = features
 
-    @property
-    def _linears(self) -> list[NormedLinear]:
-        return [layer for layer in self.layers if isinstance(layer, NormedLinear)]
+    def _function(
+        self,
+        weights: list[Tensor],
+        shifts: list[Tensor],
+        stretches: list[Tensor],
+        lipschitz: float | None,
+    ) -> DenseFunction:
+        return DenseFunction(weights, shifts, list(self.activations), lipschitz, stretches)
 
-    def effective_weights(self) -> list[Tensor]:
-        """Return the weights W_i that are used, each of shape (out, in)."""
-        return list(self.bind().weights)
-
-    def _scales(self) -> list[Tensor]:
-        """Return the diagonals T_1, ..., T_{n-1}, or nothing for activations that mix units."""
-        return [bounded_exp(log_scale) for log_scale in self.log_scales]
-
-    def _balance(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
-        """Return T_i^{-1} V_i T_{i-1}; with inverted scales, the way back."""
-        balanced = list(weights)
-        for index, scale in enumerate(scales):
-            balanced[index] = balanced[index] / scale[:, None]
-            widening = balanced[index + 1].shape[1] // len(scale)
-            balanced[index + 1] = balanced[index + 1] * torch.cat([scale] * widening)
-        return balanced
-
-    def _log_budget(self) -> float:
-        """Return log of the coefficient, less what activations and rounding may use of it."""
-        log_margin = sum([math.log(rounding_margin(layer.weight)) for layer in self._linears])
-        return math.log(self.coeff / self._activation_constant()) + log_margin
-
-    def _activation_constant(self) -> float:
-        return math.prod([max(1.0, lipschitz_bound(each)) for each in self.activations])
-
-    def bind(self, context: Tensor | None = None) -> DenseFunction:
-        """Return x -> g(x; context) with weights normalised and context shifts computed once.
-
-        Args:
-            context: shape (B, context_features), or None.
-
-        Raises:
-            ValueError: if a context is given to a network that was built without, or has another
-                number of features.
-        """
-        scales = self._scales()
-        shifts, stretches = self._conditions(context)
-        hidden_shifts = [shift / scale for shift, scale in zip(shifts, scales, strict=False)]
-        return DenseFunction(
-            weights=self._balance(normalised(self._linears, self._log_budget()), scales),
-            shifts=[*hidden_shifts, *shifts[len(hidden_shifts) :]],
-            activations=list(self.activations),
-            lipschitz=self.coeff if self._is_guaranteed() else None,
-            stretches=stretches,
-        )
-
-    def _is_guaranteed(self) -> bool:
-        return all(layer.norm.is_upper_bound for layer in self._linears)
-
-    def _conditions(self, context: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the shift of each layer and the stretch of each hidden one."""
-        biases: list[Tensor] = [layer.bias for layer in self._linears]
-        if context is None:
-            return biases, []
-        if self.context_net is None:
-            raise ValueError("a context was given, but context_features is None; set it")
-        if context.dim() != 2 or context.shape[1] != self.context_features:
-            raise ValueError(
-                f"the context must have shape (batch, {self.context_features}), got "
-                f"{tuple(context.shape)}"
-            )
-        parts = self.context_net(context).split(self._context_sizes, dim=1)
-        shifts = [bias + shift for bias, shift in zip(biases, parts, strict=False)]
-        return shifts, [bounded_exp(log_stretch) for log_stretch in parts[len(biases) :]]
-
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return g(x; context), shape (B, features)."""
-        return self.bind(context)(inputs)
-
-    @torch.no_grad()
-    def lipschitz_bound(self) -> float:
-        """Return a certified upper bound of Lip(g) from the weights W_i as they are used now.
-
-        The W_i are brought back to V_i = T_i W_i T_{i-1}^{-1} in float64, so that their rounding
-        is part of the bound.
-        """
-        used = [weight.double() for weight in self.effective_weights()]
-        inverse_scales = [1 / scale.double() for scale in self._scales()]
-        norms = [spectral_norm_bound(weight) for weight in self._balance(used, inverse_scales)]
-        return math.prod(norms) * self._activation_constant()
-
-    def extra_repr(self) -> str:
-        """Show the coefficient."""
-        return f"coeff={self.coeff}"
-
-
-def _widened(hidden: Sequence[int], activation: nn.Module) -> list[int]:
-    return [width * int(getattr(activation, "widening", 1)) for width in hidden]
+    def _norm_bound(self, weight: Tensor) -> float:
+        return spectral_norm_bound(weight)

@@ -20,11 +20,11 @@ State = dict[str, Tensor]
 _TINY = torch.finfo(torch.float64).tiny
 
 
-class MatrixNorm(ABC):
-    r"""A strategy for \|W\|_2.
+class OperatorNorm(ABC):
+    r"""A strategy for the norm \|W\| = max \|W x\| / \|x\| of the linear map of a weight.
 
     Attributes:
-        is_upper_bound: whether the value is guaranteed to be at least \|W\|_2.
+        is_upper_bound: whether the value is guaranteed to be at least \|W\|.
     """
 
     is_upper_bound: bool = True
@@ -34,15 +34,15 @@ class MatrixNorm(ABC):
         """Return the norm and its gradient, without a graph.
 
         Args:
-            weight: float64, shape (out, in), without a graph.
+            weight: float64, shape (out, in, *kernel), without a graph.
             state: the buffers made by `initial_state`.
 
         Returns:
-            A scalar, and a matrix of the shape of the weight, both float64.
+            A scalar, and a gradient of the shape of the weight, both float64.
         """
 
     def __call__(self, weight: Tensor, state: State | None = None) -> Tensor:
-        r"""Return the norm of a weight (out, in) as a float64 scalar, differentiable in it.
+        r"""Return the norm of a weight as a float64 scalar, differentiable in it.
 
         Norms are homogeneous of degree one: \|W\| = <grad \|W\|, W> by Euler's theorem. With the
         gradient held constant the product has the derivative of the norm, and nothing of how the
@@ -61,12 +61,17 @@ class MatrixNorm(ABC):
         """Improve the buffers in place, once per training step; does nothing by default."""
 
 
+class MatrixNorm(OperatorNorm):
+    r"""A strategy for \|W\|_2 of a matrix, shape (out, in)."""
+
+
 def _rounding_allowance(weight: Tensor) -> float:
     """Relative error allowed for a float64 norm: twice what `spectral_norm_bound` adds."""
     return 1 + 64 * max(weight.shape) * torch.finfo(torch.float64).eps
 
 
-def _eigenvectors(gram: Tensor) -> Tensor:
+def eigenvectors(gram: Tensor) -> Tensor:
+    """Return the eigenvectors of a symmetric or Hermitian matrix, by ascending eigenvalues."""
     try:
         return torch.linalg.eigh(gram).eigenvectors
     except RuntimeError as error:
@@ -90,7 +95,7 @@ class SpectralNorm(MatrixNorm):
         """Return the largest singular value and u v^T."""
         is_tall = weight.shape[0] >= weight.shape[1]
         tall = weight if is_tall else weight.mT
-        right = _eigenvectors(tall.mT @ tall)[:, -1]
+        right = eigenvectors(tall.mT @ tall)[:, -1]
         left = tall @ right
         value = torch.linalg.vector_norm(left)
         left = left / value.clamp_min(_TINY)
