@@ -123,7 +123,7 @@ class ConvLinearization(Linearization):
         """Return J, shape (B, D, D) with D = channels * H * W, from many tangents at once."""
         shape, size = self.value.shape[1:], self.value.shape[1:].numel()
         identity = torch.eye(size, dtype=self.value.dtype, device=self.value.device)
-        widest = max([slope[0].numel() for slope in self._slopes], default=size)
+        widest = max([slope.shape[1:].numel() for slope in self._slopes], default=size)
         count = max(1, _CHUNK_ELEMENTS // max(1, len(self.value) * widest))
         chunks = [self._columns(basis.reshape(-1, *shape)) for basis in identity.split(count)]
         return torch.cat(chunks, dim=1).mT
@@ -161,11 +161,12 @@ class ConvLinearization(Linearization):
         pairs = torch.einsum("hcij,cgij->ijgh", first, last)
         middle = self._weights[1][:, :, 0, 0]
         before, after = (slope.movedim(1, -1) for slope in self._slopes)
-        coupled = [
-            F.linear(before[:, i, j], middle * pairs[a, b].sum((0, 1))) * after[:, i, j]
-            for i, j, a, b in self._rectangles(first)
-        ]
-        return [each.flatten(start_dim=1).sum(1) for each in coupled]
+        terms = []
+        for i, j, a, b in self._rectangles(first):
+            coupling = middle * pairs[a, b].flatten(0, 1).sum(0)
+            coupled = before[:, i, j].flatten(0, 2) @ coupling.mT  # one product for all pixels
+            terms.append(coupled.view_as(after[:, i, j]).mul(after[:, i, j]).sum((1, 2, 3)))
+        return terms
 
     def _rectangles(self, kernel: Tensor) -> list[tuple[slice, slice, slice, slice]]:
         """Return rectangles of pixels (rows, columns), and the kernel entries (rows, columns) that

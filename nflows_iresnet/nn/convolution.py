@@ -30,6 +30,11 @@ def padded(inputs: Tensor, weight: Tensor, padding_mode: PaddingMode) -> Tensor:
     rows, columns = half_widths(weight)
     if rows == columns == 0:
         return inputs
+    if padding_mode == "circular" and (rows > inputs.shape[-2] or columns > inputs.shape[-1]):
+        raise ValueError(
+            f"circular padding by ({rows}, {columns}) pixels would wrap around an image of "
+            f"{tuple(inputs.shape[-2:])} more than once; use a smaller kernel or padding_mode 'zeros'"
+        )
     mode = "circular" if padding_mode == "circular" else "constant"
     return F.pad(inputs, (columns, columns, rows, rows), mode=mode)
 
