@@ -8,7 +8,6 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nflows_iresnet.linearization import Linearization
 from nflows_iresnet.nn.convolution import PaddingMode, adjoint_kernel, convolve, half_widths

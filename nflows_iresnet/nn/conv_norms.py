@@ -198,9 +198,10 @@ class ConvPowerIteration(ConvNorm):
     r"""<u, W * v> after power iteration on images of one size, as in the papers: a LOWER bound.
 
     v <- W^T * u / \|W^T * u\|, u <- W * v / \|W * v\| with the convolution as it is applied. The
-    images u and v are kept as buffers, start from ones and are improved in each training step.
-    Nothing is guaranteed, least of all for images of another size; `lipschitz_bound` never relies
-    on this estimate.
+    images u and v are kept as buffers, start from fixed noise (a constant image would never leave
+    the frequency zero of a circular convolution) and are improved in each training step. Nothing
+    is guaranteed, least of all for images of another size; `lipschitz_bound` never relies on this
+    estimate.
 
     Cost: two convolutions of one image per step.
 
@@ -235,11 +236,12 @@ class ConvPowerIteration(ConvNorm):
             )
 
     def initial_state(self, weight: Tensor) -> State:
-        """Return the images u and v, started from ones."""
-        outputs, inputs = weight.shape[:2]
+        """Return the images u and v, started from noise that is always the same."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"u": weight.shape[0], "v": weight.shape[1]}
         state = {
-            "u": weight.new_ones(1, outputs, *self.image_size).detach(),
-            "v": weight.new_ones(1, inputs, *self.image_size).detach(),
+            name: _unit(torch.randn(1, channels, *self.image_size, generator=generator)).to(weight)
+            for name, channels in shapes.items()
         }
         self._iterate(weight, state, self.num_initial_steps)
         return state
@@ -263,4 +265,4 @@ class ConvPowerIteration(ConvNorm):
 
 
 def _unit(image: Tensor) -> Tensor:
-    return image / torch.linalg.vector_norm(image).clamp_min(_TINY)
+    return image / torch.linalg.vector_norm(image).clamp_min(torch.finfo(image.dtype).tiny)

@@ -33,7 +33,7 @@ def padded(inputs: Tensor, weight: Tensor, padding_mode: PaddingMode) -> Tensor:
     if padding_mode == "circular" and (rows > inputs.shape[-2] or columns > inputs.shape[-1]):
         raise ValueError(
             f"circular padding by ({rows}, {columns}) pixels would wrap around an image of "
-            f"{tuple(inputs.shape[-2:])} more than once; use a smaller kernel or padding_mode 'zeros'"
+            f"{tuple(inputs.shape[-2:])} more than once; use a smaller kernel or padding with zeros"
         )
     mode = "circular" if padding_mode == "circular" else "constant"
     return F.pad(inputs, (columns, columns, rows, rows), mode=mode)
