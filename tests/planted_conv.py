@@ -44,9 +44,8 @@ class NoLags(nn.SymbolNorm):
 class TraceWithoutBorder(ConvLinearization):
     """Takes all pixels for interior ones."""
 
-    def _rectangles(self, kernel: Tensor) -> list[tuple[slice, slice, slice, slice]]:
-        rows, columns, everything = *map(slice, self.value.shape[2:]), slice(None)
-        return [(rows, columns, everything, everything)]
+    def _runs(self, kernel: Tensor, axis: int) -> list[tuple[int, slice]]:
+        return [(self.value.shape[2 + axis], slice(None))]
 
 
 class TraceWithoutReflection(ConvLinearization):

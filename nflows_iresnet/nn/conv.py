@@ -150,47 +150,63 @@ class ConvLinearization(Linearization):
     def _one_hidden(self) -> list[Tensor]:
         first, last = _opposite_entries(self._weights[0], self._weights[-1])
         pairs = (first * last.transpose(0, 1)).sum(1)
+        (slopes,) = self._slopes
         return [
-            self._slopes[0][:, :, i, j].sum((2, 3)) @ pairs[:, a, b].sum((1, 2))
-            for i, j, a, b in self._rectangles(first)
+            tile.sum((1, 2)) @ pairs[:, a, b].sum((1, 2))
+            for (tile,), a, b in self._tiles(first, slopes.movedim(1, -1))
         ]
 
     def _two_hidden(self) -> list[Tensor]:
         first, last = _opposite_entries(self._weights[0], self._weights[-1])
         pairs = torch.einsum("hcij,cgij->ijgh", first, last)
         middle = self._weights[1][:, :, 0, 0]
-        before, after = (slope.movedim(1, -1) for slope in self._slopes)
+        before_and_after = [slope.movedim(1, -1) for slope in self._slopes]
         terms = []
-        for i, j, a, b in self._rectangles(first):
+        for (before, after), a, b in self._tiles(first, *before_and_after):
             coupling = middle * pairs[a, b].flatten(0, 1).sum(0)
-            coupled = before[:, i, j].flatten(0, 2) @ coupling.mT  # one product for all pixels
-            terms.append(coupled.view_as(after[:, i, j]).mul(after[:, i, j]).sum((1, 2, 3)))
+            coupled = before.flatten(0, 2) @ coupling.mT  # one product for all pixels
+            terms.append((coupled.view_as(after) * after).sum((1, 2, 3)))
         return terms
 
-    def _rectangles(self, kernel: Tensor) -> list[tuple[slice, slice, slice, slice]]:
-        """Return rectangles of pixels (rows, columns), and the kernel entries (rows, columns) that
-        stay inside the image from there."""
-        rows, columns = (
-            _segments(size, half, self._padding_mode == "circular")
-            for size, half in zip(self.value.shape[2:], half_widths(kernel), strict=True)
-        )
-        return [(i, j, a, b) for i, a in rows for j, b in columns]
+    def _tiles(
+        self, kernel: Tensor, *slopes: Tensor
+    ) -> list[tuple[tuple[Tensor, ...], slice, slice]]:
+        """Cut slopes (B, H, W, hidden) into rectangles of pixels with the same kernel entries.
+
+        Returns a list of (one rectangle of each of the slopes, its rows and columns of entries).
+        Splitting, unlike indexing, costs one concatenation when differentiated.
+        """
+        rows, columns = (self._runs(kernel, axis) for axis in (0, 1))
+        cut = [
+            [
+                tile
+                for band in slope.split([count for count, _ in rows], dim=1)
+                for tile in band.split([count for count, _ in columns], dim=2)
+            ]
+            for slope in slopes
+        ]
+        entries = [(a, b) for _, a in rows for _, b in columns]
+        return [
+            (tiles, a, b) for tiles, (a, b) in zip(zip(*cut, strict=True), entries, strict=True)
+        ]
+
+    def _runs(self, kernel: Tensor, axis: int) -> list[tuple[int, slice]]:
+        """Return numbers of consecutive positions, with the kernel entries that stay inside there.
+
+        Entries are counted from 0; entry `half` is the position itself.
+        """
+        size, half = self.value.shape[2 + axis], half_widths(kernel)[axis]
+        if self._padding_mode == "circular":
+            return [(size, slice(0, 2 * half + 1))]
+
+        def inside(position: int) -> tuple[int, int]:
+            return max(0, half - position), min(2 * half + 1, half + size - position)
+
+        return [(len(list(run)), slice(*ends)) for ends, run in groupby(range(size), inside)]
 
 
 _CHUNK_ELEMENTS = 2**24
 """Tangents are pushed forward together up to this many hidden values."""
-
-
-def _segments(size: int, half: int, is_circular: bool) -> list[tuple[slice, slice]]:
-    """Return runs of positions with the same entries of a kernel that stay inside from there."""
-    if is_circular:
-        return [(slice(0, size), slice(0, 2 * half + 1))]
-
-    def inside(position: int) -> tuple[int, int]:
-        return max(0, half - position), min(2 * half + 1, half + size - position)
-
-    runs = [(entries, list(run)) for entries, run in groupby(range(size), inside)]
-    return [(slice(run[0], run[-1] + 1), slice(*entries)) for entries, run in runs]
 
 
 def _opposite_entries(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:

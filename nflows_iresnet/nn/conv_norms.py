@@ -95,7 +95,7 @@ class SymbolNorm(ConvNorm):
     well below a millisecond for thin ends (1 to 4 channels), tens of milliseconds for 64 x 64.
 
     Args:
-        oversampling: 4, 8, 16 or 32. By default 32 where one side has at most 16 channels, 16 up
+        oversampling: 4, 8, 16 or 32. By default 32 where one side has at most 8 channels, 16 up
             to 64 channels, 8 beyond.
 
     References:
@@ -148,7 +148,7 @@ class SymbolNorm(ConvNorm):
 
 
 def _default_oversampling(thin: int) -> int:
-    return 32 if thin <= 16 else 16 if thin <= 64 else 8
+    return 32 if thin <= 8 else 16 if thin <= 64 else 8
 
 
 def _phases(index: Tensor, count: int, kernel_size: int, weight: Tensor) -> Tensor:
