@@ -90,6 +90,47 @@ def test_bound_is_within_its_factor(shape: tuple[int, ...], oversampling: int) -
     assert truth * (1 - 1e-9) <= nn.conv_norm_bound(kernel) <= truth * 1.0098
 
 
+@pytest.mark.parametrize("oversampling", OVERSAMPLINGS)
+def test_certificate_is_at_most_what_any_norm_divides_by(oversampling: int) -> None:
+    """Otherwise a network that respects its coefficient would be reported above it."""
+    for seed, shape in itertools.product(range(5), KERNELS):
+        kernel = random_kernel(shape, seed)
+        norm = float(nn.SymbolNorm(oversampling)(kernel))
+        assert nn.conv_norm_bound(kernel) <= norm
+
+
+def extremal_kernel(oversampling: int) -> Tensor:
+    """The symbol cos(t_1 - s) cos(t_2 - s), s half a step of the grid: nothing peaks more sharply.
+
+    Complex numbers a + ib are written as matrices [[a, -b], [b, a]].
+    """
+    turn = torch.tensor(math.pi / oversampling, dtype=torch.float64)
+    half = torch.polar(torch.tensor(0.5, dtype=torch.float64), turn)
+    line = torch.stack([half.conj(), torch.zeros_like(half), half])
+    entries = torch.outer(line, line)
+    rows = [[entries.real, -entries.imag], [entries.imag, entries.real]]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+@pytest.mark.parametrize("oversampling", OVERSAMPLINGS)
+def test_factor_between_frequencies_is_sharp(oversampling: int) -> None:
+    kernel = extremal_kernel(oversampling)
+    assert 1 <= float(nn.SymbolNorm(oversampling)(kernel)) <= 1 + 1e-9
+    assert 1 <= nn.conv_norm_bound(kernel) <= float(nn.SymbolNorm(oversampling)(kernel))
+    if oversampling <= 8:
+        size = (2 * oversampling, 2 * oversampling)
+        assert true_norm(kernel, size, "circular") == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (2, 4, 5, 3)])
+def test_value_is_the_maximum_on_the_grid_times_the_factor(shape: tuple[int, ...]) -> None:
+    kernel = random_kernel(shape, 0)
+    grid = [16 * (size - 1) for size in shape[2:]]
+    symbol = torch.fft.fft2(kernel, s=grid).permute(2, 3, 0, 1)
+    expected = torch.linalg.matrix_norm(symbol, ord=2).max() / math.cos(math.pi / 32) ** 2
+    torch.testing.assert_close(nn.SymbolNorm(32)(kernel), expected, rtol=1e-11, atol=0)
+
+
 def test_bound_is_near_the_norm_for_an_image_of_moderate_size() -> None:
     kernel = random_kernel((8, 3, 3, 3), 0)
     for padding_mode, size in (("zeros", (14, 14)), ("circular", (15, 16))):
