@@ -135,6 +135,7 @@ def test_roulette_is_unbiased(exact_trace: bool) -> None:
         ({"kernel_sizes": (3, 2, 3)}, "odd"),
         ({"padding_mode": "reflect"}, "padding_mode"),
         ({"coeff": 1.0}, "coeff"),
+        ({"norm": nn.SpectralNorm()}, "ConvNorm"),
         ({"norm": nn.ConvPowerIteration((3, 3), "circular")}, "iterates with"),
     ],
     ids=str,
@@ -142,6 +143,11 @@ def test_roulette_is_unbiased(exact_trace: bool) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         nn.LipschitzCNN(**{"channels": 2, "hidden_channels": [4, 4], **options})
+
+
+def test_dense_layers_refuse_norms_of_convolutions() -> None:
+    with pytest.raises(ValueError, match="MatrixNorm"):
+        nn.LipschitzLinear(2, 2, norm=nn.SymbolNorm())  # type: ignore[arg-type]
 
 
 def test_bad_inputs_are_refused() -> None:

@@ -59,7 +59,7 @@ class NormedConv2d(NormedLayer, nn.Conv2d):
                 f"the layer has padding_mode {padding_mode!r}, but its norm iterates with "
                 f"{norm.padding_mode!r}; give {norm} the same"
             )
-        self._adopt(norm)
+        self._adopt(norm, ConvNorm)
 
 
 def validated_kernel_size(kernel_size: int) -> int:

@@ -51,7 +51,9 @@ class NormedLayer(nn.Module):
     weight: Tensor
     norm: OperatorNorm
 
-    def _adopt(self, norm: OperatorNorm) -> None:
+    def _adopt(self, norm: OperatorNorm, kind: type[object]) -> None:
+        if not isinstance(norm, kind):
+            raise ValueError(f"{type(self).__name__} needs a {kind.__name__}, got {norm!r}")
         self.norm = norm
         state = norm.initial_state(self.weight.detach())
         self._state_names = tuple(state)
@@ -91,7 +93,7 @@ class NormedLinear(NormedLayer, nn.Linear):
         self, in_features: int, out_features: int, *, bias: bool = True, norm: MatrixNorm
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        self._adopt(norm)
+        self._adopt(norm, MatrixNorm)
 
 
 class LipschitzLinear(NormedLinear):
