@@ -91,8 +91,9 @@ class SymbolNorm(ConvNorm):
     8: 17 %). For zero padding the supremum itself is above the norm for one size by what a border
     takes away, which vanishes as images grow.
 
-    Cost: eigenvalues of (oversampling (k - 1))^2 / 8 Hermitian matrices of size min(out, in):
-    well below a millisecond for thin ends (1 to 4 channels), tens of milliseconds for 64 x 64.
+    Cost: eigenvalues of (oversampling (k - 1))^2 / 8 Hermitian matrices of size min(out, in). With
+    its gradient, 3 x 3, one CPU thread, at the defaults: 0.3 ms for 64 x 1, 1.2 ms for 64 x 4 and
+    512 x 3, 2.2 ms for 128 x 12, 45 ms for 64 x 64 (15 ms with oversampling 8).
 
     Args:
         oversampling: 4, 8, 16 or 32. By default 32 where one side has at most 8 channels, 16 up
