@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from nflows import transforms as nflows_transforms
@@ -23,6 +24,8 @@ class Case:
 
     factory: Callable[[], nn.Module]
     features: int = 3
+    shape: tuple[int, ...] | None = None
+    """Of one row where it is no vector of `features`."""
     context_features: int | None = None
     bias: float = 0.0
     num_draws: int = 200
@@ -32,7 +35,7 @@ class Case:
 
     def inputs(self) -> Tensor:
         torch.manual_seed(11)
-        return torch.randn(4, self.features, dtype=torch.float64)
+        return torch.randn(4, *(self.shape or (self.features,)), dtype=torch.float64)
 
     def context(self) -> Tensor | None:
         if self.context_features is None:
@@ -81,6 +84,13 @@ def _mlp(
 ) -> lipschitz_nn.LipschitzMLP:
     torch.manual_seed(2)
     return lipschitz_nn.LipschitzMLP(features, hidden, context, activation=activation, norm=norm)
+
+
+def _cnn(
+    *hidden: int, channels: int = 1, context: int | None = None, **options: Any
+) -> lipschitz_nn.LipschitzCNN:
+    torch.manual_seed(2)
+    return lipschitz_nn.LipschitzCNN(channels, hidden, context, **options)
 
 
 def _block(
@@ -178,11 +188,30 @@ CASES: dict[str, Case] = {
         context_features=2,
         is_variant=True,
     ),
+    "cnn-3-1-3": Case(lambda: _block(_cnn(5, 4)), shape=(1, 3, 4)),
+    "cnn-circular": Case(
+        lambda: _block(_cnn(4, 4, channels=2, padding_mode="circular")),
+        shape=(2, 2, 3),
+        is_variant=True,
+    ),
+    "cnn-context-clipswish": Case(
+        lambda: _block(_cnn(2, 2, context=2, activation=lipschitz_nn.CLipSwish())),
+        shape=(1, 2, 3),
+        context_features=2,
+        is_variant=True,
+    ),
+    "cnn-maxmin": Case(
+        lambda: _block(_cnn(4, 4, activation=lipschitz_nn.MaxMin())),
+        shape=(1, 2, 3),
+        is_variant=True,
+    ),
+    "cnn-roulette": Case(lambda: _block(_cnn(5, 4, channels=2), _roulette()), shape=(2, 3, 3)),
     "conditional-affine": Case(
         lambda: transforms.ConditionalAffine(lipschitz_nn.context_mlp(2, [4], 6), 3),
         context_features=2,
     ),
     "act-norm": Case(lambda: transforms.ActNorm(3)),
+    "act-norm-images": Case(lambda: transforms.ActNorm(2), shape=(2, 2, 3)),
     "residual-flow": Case(
         lambda: _preset(flows.ResidualFlow(3, 8, 2, context_features=2)), context_features=2
     ),

@@ -28,8 +28,10 @@ class Rademacher:
 
     def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return signs +1 and -1 with probability one half each."""
-        signs = torch.empty_like(inputs, requires_grad=False)
-        return torch.randint_like(signs, 2, generator=generator)
+        bits = torch.randint(
+            2, inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device
+        )
+        return 2 * bits - 1
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,22 @@ from nflows_iresnet.nn.activations import (
     Softplus,
     Tanh,
 )
-from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound, spectral_penalty
+from nflows_iresnet.nn.bounds import (
+    conv_norm_bound,
+    lipschitz_bound,
+    spectral_norm_bound,
+    spectral_penalty,
+)
 from nflows_iresnet.nn.conditioning import context_mlp
+from nflows_iresnet.nn.conv_layers import LipschitzConv2d
+from nflows_iresnet.nn.conv_nets import LipschitzCNN
+from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, SymbolNorm
 from nflows_iresnet.nn.layers import LipschitzLinear
 from nflows_iresnet.nn.nets import LipschitzMLP
 from nflows_iresnet.nn.norms import (
     FrobeniusNorm,
     MatrixNorm,
+    OperatorNorm,
     PowerIteration,
     SchattenNorm,
     SpectralNorm,
@@ -28,21 +37,28 @@ __all__ = [
     "ELU",
     "Activation",
     "CLipSwish",
+    "ConvNorm",
+    "ConvPowerIteration",
     "FrobeniusNorm",
     "LipSwish",
+    "LipschitzCNN",
+    "LipschitzConv2d",
     "LipschitzLinear",
     "LipschitzMLP",
     "MatrixNorm",
     "MaxMin",
     "Mixed",
+    "OperatorNorm",
     "PowerIteration",
     "SchattenNorm",
     "Sine",
     "SmoothAbs",
     "Softplus",
     "SpectralNorm",
+    "SymbolNorm",
     "Tanh",
     "context_mlp",
+    "conv_norm_bound",
     "lipschitz_bound",
     "spectral_norm_bound",
     "spectral_penalty",

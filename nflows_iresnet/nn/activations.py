@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 
 class Activation(nn.Module, ABC):
-    """A unit-wise activation: values and slopes.
+    """A unit-wise activation: values and slopes. Units lie along the last dimension.
+
+    Networks of images hand over their channels as the last dimension.
 
     Attributes:
         lipschitz: certified Lipschitz constant of the map with respect to the 2-norm.

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+
+from nflows_iresnet.nn.conv_norms import (
+    OVERSAMPLINGS,
+    between_frequencies,
+    grid_size,
+    symbol_rounding,
+)
+from nflows_iresnet.nn.convolution import PaddingMode
 
 
 @torch.no_grad()
@@ -23,18 +31,81 @@ def spectral_norm_bound(weight: Tensor) -> float:
     Raises:
         ValueError: if the weight has entries that are not finite.
     """
+    _require_finite(weight)
+    norm = torch.linalg.matrix_norm(weight.double(), ord=2)
+    return float(norm) * (1 + 32 * max(weight.shape) * torch.finfo(torch.float64).eps)
+
+
+def _require_finite(weight: Tensor) -> None:
     if not bool(weight.isfinite().all()):
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} has entries that are not finite, so no "
             "Lipschitz bound exists; training has diverged: lower the learning rate or clip "
             "gradients"
         )
-    norm = torch.linalg.matrix_norm(weight.double(), ord=2)
-    return float(norm) * (1 + 32 * max(weight.shape) * torch.finfo(torch.float64).eps)
+
+
+@torch.no_grad()
+def conv_norm_bound(weight: Tensor) -> float:
+    r"""Return an upper bound of the norm of a convolution on images of every size.
+
+    The norm of the symbol S(t) = sum_a W_a exp(-i <a, t>) in float64 on nested grids of
+    frequencies, each with the factor for what lies between its frequencies (see `conv_norms`), and
+    of these bounds the smallest; at most 1 % above the supremum of the symbol. Valid for zero
+    padding of any kind, stride and dilation (each only crops or selects values of the infinite
+    convolution), and for circular padding.
+
+    Cost: eigenvalues of 128 (k - 1)^2 Hermitian matrices of size min(out, in).
+
+    Args:
+        weight: shape (out, in, k_1, k_2), any floating dtype.
+
+    Raises:
+        ValueError: if the weight has entries that are not finite.
+    """
+    if weight.shape[2:].numel() == 1:
+        return spectral_norm_bound(weight[:, :, 0, 0])
+    _require_finite(weight)
+    norms = _symbol_norms(weight.double())
+    finest = max(OVERSAMPLINGS)
+    bounds = [
+        float(norms[:: finest // each, :: finest // each].max())
+        * math.prod(between_frequencies(size, each) for size in weight.shape[2:])
+        for each in OVERSAMPLINGS
+    ]
+    return min(bounds) * symbol_rounding(weight, 32)
+
+
+def _symbol_norms(weight: Tensor) -> Tensor:
+    r"""Return \|S(t)\|_2 on the finest grid, half of it in the second frequency."""
+    thin = weight if weight.shape[0] <= weight.shape[1] else weight.transpose(0, 1)
+    first, second = (grid_size(size, max(OVERSAMPLINGS)) for size in weight.shape[2:])
+    entries = torch.arange(weight.shape[2], dtype=weight.dtype, device=weight.device)
+    rows = []
+    for index in range(first):  # row by row, so that wide layers fit into memory
+        angle = entries * (2 * math.pi * index / first)
+        row = (thin * torch.polar(torch.ones_like(angle), -angle)[:, None]).sum(2)
+        symbol = torch.fft.fft(row, n=second)[..., : second // 2 + 1].movedim(-1, 0)
+        rows.append(torch.linalg.eigvalsh(symbol @ symbol.mH)[:, -1])
+    return torch.stack(rows).clamp_min(0).sqrt()
 
 
 def _sequential(module: nn.Sequential) -> float:
     return math.prod(lipschitz_bound(child) for child in module)
+
+
+def _conv2d(module: nn.Conv2d) -> float:
+    margins = module._reversed_padding_repeated_twice
+    spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    repeats = any(sum(margins[2 * i : 2 * i + 2]) > span for i, span in enumerate(spans[::-1]))
+    if module.padding_mode not in get_args(PaddingMode) or (
+        module.padding_mode == "circular" and repeats
+    ):
+        raise ValueError(
+            f"no Lipschitz bound is known for {module}: use padding_mode 'zeros', or 'circular' "
+            "with padding='same'"
+        )
+    return max(conv_norm_bound(group) for group in module.weight.chunk(module.groups))
 
 
 def _elu(module: nn.ELU) -> float:
@@ -47,6 +118,7 @@ def _leaky_relu(module: nn.LeakyReLU) -> float:
 
 _TORCH_BOUNDS: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.Linear: lambda module: spectral_norm_bound(module.weight),
+    nn.Conv2d: _conv2d,
     nn.Sequential: _sequential,
     nn.ELU: _elu,
     nn.LeakyReLU: _leaky_relu,
@@ -69,9 +141,9 @@ def lipschitz_bound(module: nn.Module) -> float:
     stored weights define: an evaluation in floating point adds its own rounding on top.
 
     Args:
-        module: a network of this package, a unit-wise activation of torch, `torch.nn.Linear`, a
-            `Sequential` of such, or any module with a method `lipschitz_bound() -> float` or an
-            attribute `lipschitz`.
+        module: a network of this package, a unit-wise activation of torch, `torch.nn.Linear`,
+            `torch.nn.Conv2d`, a `Sequential` of such, or any module with a method
+            `lipschitz_bound() -> float` or an attribute `lipschitz`.
 
     Raises:
         ValueError: if no bound is known for the module, or a weight is not finite.

@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import AutogradLinearization, Linearization, ResidualFunction
-from nflows_iresnet.nn.activations import Activation
+from nflows_iresnet.linearization import Linearization
 from nflows_iresnet.nn.dense_net import DenseNet, affine
+from nflows_iresnet.nn.layered import LayeredFunction
 from nflows_iresnet.nn.pushforward import Recorded, can_record, record
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenseFunction(DenseNet, ResidualFunction):
-    """g(x) = W_n a(... a(W_1 x + b_1) ...) + b_n with fixed weights and shifts.
+@dataclass(frozen=True)
+class DenseFunction(LayeredFunction):
+    """g(x) = W_n a(... a(W_1 x + b_1) ...) + b_n with matrices W_i; see `LayeredFunction`."""
 
-    Attributes:
-        lipschitz: a bound of Lip(g) that is guaranteed, or None.
-    """
-
-    lipschitz: float | None = None
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return g(inputs), shape (B, features)."""
-        if self.stretches:
-            return self.evaluate(inputs).value
-        hidden = inputs
-        for weight, shift, activation in zip(
-            self.weights[:-1], self.shifts[:-1], self.activations, strict=True
-        ):
-            hidden = activation(affine(hidden, weight, shift))
-        return affine(hidden, self.weights[-1], self.shifts[-1])
+    def _affine(self, inputs: Tensor, index: int) -> Tensor:
+        return affine(inputs, self.weights[index], self.shifts[index])
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""
-        if not all(isinstance(activation, Activation) for activation in self.activations):
-            return AutogradLinearization(self, inputs)
-        if can_record(self):
-            return RecordedLinearization(self, inputs)
-        evaluation = self.evaluate(inputs)
-        return DenseLinearization(evaluation.value, self.weights, evaluation.slopes)
+        net = DenseNet(self.weights, self.shifts, self.activations, self.stretches)
+        return RecordedLinearization(net, inputs) if can_record(net) else super().linearize(inputs)
 
-    def select(self, rows: Tensor | slice) -> DenseFunction:
-        """Return the same function with the shifts and stretches of `rows` only."""
-        shifts = [shift if shift.dim() == 1 else shift[rows] for shift in self.shifts]
-        return replace(self, shifts=shifts, stretches=[each[rows] for each in self.stretches])
+    def _linearization(self, value: Tensor, slopes: list[Tensor]) -> Linearization:
+        return DenseLinearization(value, self._widened_weights(), slopes)
 
 
 class DenseLinearization(Linearization):
@@ -67,16 +47,14 @@ class DenseLinearization(Linearization):
     Args:
         value: g(x), shape (B, features).
         weights: W_i, shapes (out, in).
-        slopes: a'(z_i), shapes (B, widening * hidden).
+        slopes: a'(z_i), shapes (B, hidden).
     """
 
     def __init__(self, value: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
         self.value = value
+        self._weights = weights
         self._slopes = slopes
-        widths = [slope.shape[-1] for slope in slopes]
-        widened = [_widen(weight, width) for weight, width in zip(weights, widths, strict=False)]
-        self._weights = [*widened, weights[-1]]
-        self.has_cheap_trace = _has_cheap_trace(self._weights, len(value))
+        self.has_cheap_trace = _has_cheap_trace(weights, len(value))
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Return J^T v = W_1^T D_1 ... W_n^T v."""
@@ -111,12 +89,6 @@ class DenseLinearization(Linearization):
             coupling = second * (first @ third).mT
             return ((slopes[1] @ coupling) * slopes[0]).sum(1)
         return super().trace()
-
-
-def _widen(weight: Tensor, width: int) -> Tensor:
-    """Repeat the rows of a weight for an activation that gives several outputs per unit."""
-    times = width // len(weight)
-    return weight if times == 1 else torch.cat([weight] * times, dim=0)
 
 
 def _has_cheap_trace(weights: Sequence[Tensor], rows: int) -> bool:

@@ -45,7 +45,7 @@ class Pushed:
     hidden: Sequence[Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DenseNet:
     """h_i = e_i a(z_i / e_i), z_i = W_i h_{i-1} + b_i, h_0 = x, and the value z_n.
 
@@ -63,7 +63,7 @@ class DenseNet:
     stretches: Sequence[Tensor] = ()
 
     def evaluate(self, inputs: Tensor) -> Evaluation:
-        """Evaluate a network whose activations are unit-wise.
+        """Evaluate a network whose activations are unit-wise and do not widen.
 
         Args:
             inputs: x, shape (B, features).
@@ -77,7 +77,7 @@ class DenseNet:
             fed, slope = _value_and_slope(activation)(units[-1])
             activated.append(fed)
             slopes.append(slope)
-            fed = fed if stretch is None else fed * _widened(stretch, fed)
+            fed = fed if stretch is None else fed * stretch
             hidden.append(fed)
         value = affine(fed, self.weights[-1], self.shifts[-1])
         return Evaluation(value, units, activated, hidden, slopes)
@@ -104,12 +104,6 @@ class DenseNet:
 
 def _value_and_slope(activation: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return activation.value_and_slope  # type: ignore[return-value]
-
-
-def _widened(stretch: Tensor, hidden: Tensor) -> Tensor:
-    """Repeat stretches for an activation that gives several outputs per unit."""
-    times = hidden.shape[-1] // stretch.shape[-1]
-    return stretch if times == 1 else stretch.repeat(1, times)
 
 
 def affine(inputs: Tensor, weight: Tensor, shift: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_iresnet.nn.bounds import spectral_norm_bound
-from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm, State
+from nflows_iresnet.nn.norms import MatrixNorm, OperatorNorm, SchattenNorm, State
 
 
 def validated_coeff(coeff: float) -> float:
@@ -37,26 +37,24 @@ def rounding_margin(weight: Tensor) -> float:
 
     Rounding moves each entry by at most eps / 2 relatively, hence the 2-norm by at most
     eps \|W\|_F / 2 <= eps sqrt(rank) \|W\|_2 / 2. Three roundings and a reserve are allowed.
+
+    For a convolution, with symbol S = sum_a W_a exp(-i a t) over the A entries of its kernel, the
+    norm of the symbol moves by at most sum_a \|dW_a\|_F <= sqrt(A) \|dW\|_F, and \|W\|_F^2 is the
+    mean of \|S\|_F^2 over all t: A times as much under the root.
     """
-    return 1 - 2 * torch.finfo(weight.dtype).eps * min(weight.shape) ** 0.5
+    terms = min(weight.shape[:2]) * weight.shape[2:].numel()
+    return 1 - 2 * torch.finfo(weight.dtype).eps * terms**0.5
 
 
-class NormedLinear(nn.Linear):
-    r"""A linear layer that knows a norm of its stored weight, and uses none of it.
+class NormedLayer(nn.Module):
+    """A layer with a weight whose norm it knows; mixed into a layer of torch."""
 
-    The building block of networks that normalise several layers together.
+    weight: Tensor
+    norm: OperatorNorm
 
-    Args:
-        in_features: number of inputs.
-        out_features: number of outputs.
-        bias: whether to add a bias.
-        norm: the strategy for \|W\|_2.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = True, norm: MatrixNorm
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias)
+    def _adopt(self, norm: OperatorNorm, kind: type[object]) -> None:
+        if not isinstance(norm, kind):
+            raise ValueError(f"{type(self).__name__} needs a {kind.__name__}, got {norm!r}")
         self.norm = norm
         state = norm.initial_state(self.weight.detach())
         self._state_names = tuple(state)
@@ -75,6 +73,25 @@ class NormedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Show the sizes and the norm."""
         return f"{super().extra_repr()}, norm={self.norm}"
+
+
+class NormedLinear(NormedLayer, nn.Linear):
+    r"""A linear layer that knows a norm of its stored weight, and uses none of it.
+
+    The building block of networks that normalise several layers together.
+
+    Args:
+        in_features: number of inputs.
+        out_features: number of outputs.
+        bias: whether to add a bias.
+        norm: the strategy for \|W\|_2.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, norm: MatrixNorm
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self._adopt(norm, MatrixNorm)
 
 
 class LipschitzLinear(NormedLinear):
@@ -135,15 +152,15 @@ class LipschitzLinear(NormedLinear):
 
 
 def normalised(
-    nets: Sequence[Sequence[NormedLinear]], log_budget: float
+    nets: Sequence[Sequence[NormedLayer]], log_budget: float
 ) -> tuple[list[Tensor], Tensor]:
     r"""Return the stored weights V_i and f = min(1, exp(log_budget) / s)^{1/n}, s = prod norm(V_i).
 
     Layers at the same place in several networks are normalised together: K networks cost hardly
-    more than one. All norms are computed without a graph. By Euler's theorem (see `MatrixNorm`) the
-    derivative of log s = sum_i log norm(V_i) is that of t = sum_i <N_i, V_i>, N_i = grad norm(V_i)
-    / norm(V_i) held constant, so the factor f has the value computed in float64 and the derivative
-    -f / n dt where the budget is exceeded.
+    more than one. All norms are computed without a graph. By Euler's theorem (see `OperatorNorm`)
+    the derivative of log s = sum_i log norm(V_i) is that of t = sum_i <N_i, V_i> with N_i = grad
+    norm(V_i) / norm(V_i) held constant, so the factor f has the value computed in float64 and the
+    derivative -f / n dt where the budget is exceeded.
 
     Args:
         nets: for each network the layers that share its budget; those at the same place have the
@@ -169,7 +186,7 @@ def normalised(
     if torch.is_grad_enabled():
         changes = torch.stack(
             [
-                (gradient.to(stack.dtype) * stack).sum((1, 2))
+                (gradient.to(stack.dtype) * stack).flatten(start_dim=1).sum(1)
                 for gradient, stack in zip(gradients, stacks, strict=True)
             ]
         )
@@ -188,39 +205,30 @@ def stacked(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _norms_and_gradients(
-    places: Sequence[Sequence[NormedLinear]], stacks: Sequence[Tensor]
+    places: Sequence[Sequence[NormedLayer]], stacks: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the norms (places, K) and their gradients; places of one size are taken together."""
-    groups: dict[tuple[object, ...], list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for index, (place, stack) in enumerate(zip(places, stacks, strict=True)):
-        has_state = bool(place[0].norm_state())
-        size = ("alone", index) if has_state else tuple(sorted(stack.shape[1:]))
+        is_plain_matrix = stack.dim() == 3 and not place[0].norm_state()
+        size = tuple(sorted(stack.shape[1:])) if is_plain_matrix else ("place", index)
         groups.setdefault((place[0].norm, size), []).append(index)
-    values: dict[int, Tensor] = {}
-    gradients: dict[int, Tensor] = {}
+    of_place: dict[int, tuple[Tensor, Tensor]] = {}
     for indices in groups.values():
-        value, gradient = _of_one_size([places[i] for i in indices], [stacks[i] for i in indices])
-        values.update(zip(indices, value, strict=True))
-        gradients.update(zip(indices, gradient, strict=True))
-    order = range(len(places))
-    return torch.stack([values[index] for index in order]), [gradients[index] for index in order]
+        pairs = _of_one_size([places[i] for i in indices], [stacks[i] for i in indices])
+        of_place.update(zip(indices, pairs, strict=True))
+    values, gradients = zip(*[of_place[index] for index in range(len(places))], strict=True)
+    return torch.stack(values), list(gradients)
 
 
 def _of_one_size(
-    places: Sequence[Sequence[NormedLinear]], stacks: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    places: Sequence[Sequence[NormedLayer]], stacks: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
     """Return norms and gradients of stacks of weights that differ by a transposition at most."""
-    norm, count = places[0][0].norm, len(stacks[0])
     is_turned = [stack.shape != stacks[0].shape for stack in stacks]
     alike = [stack.mT if turned else stack for stack, turned in zip(stacks, is_turned, strict=True)]
-    value, gradient = norm.value_and_gradient(torch.cat(alike), _stacked_state(places[0]))
-    turned_back = [
-        part.mT if turned else part
-        for part, turned in zip(gradient.split(count), is_turned, strict=True)
-    ]
-    return value.split(count), turned_back
-
-
-def _stacked_state(layers: Sequence[NormedLinear]) -> State:
-    states = [layer.norm_state() for layer in layers]
-    return {name: stacked(state[name] for state in states) for name in states[0]}
+    states = [layer.norm_state() for layer in chain.from_iterable(places)]
+    values, gradients = places[0][0].norm.of_stack(torch.cat(alike), states)
+    count = len(stacks[0])
+    parts = zip(values.split(count), gradients.split(count), is_turned, strict=True)
+    return [(value, each.mT if turned else each) for value, each, turned in parts]

@@ -10,6 +10,7 @@ All allow for the rounding of their arithmetic, and none over- or underflows for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,29 +24,35 @@ NOT_FINITE = (
 )
 
 
-class MatrixNorm(ABC):
-    r"""A strategy for \|W\|_2.
+class OperatorNorm(ABC):
+    r"""A strategy for the norm \|W\| = max \|W x\| / \|x\| of the linear map of a weight.
 
     Attributes:
-        is_upper_bound: whether the value is guaranteed to be at least \|W\|_2.
+        is_upper_bound: whether the value is guaranteed to be at least \|W\|.
     """
 
     is_upper_bound: bool = True
 
     @abstractmethod
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Return the norms of a stack of weights and their gradients, without a graph.
+        """Return the norm and its gradient, without a graph.
 
         Args:
-            weight: shape (*, out, in), any floating dtype, without a graph.
-            state: the buffers made by `initial_state`, stacked like the weights.
+            weight: shape (out, in, *kernel), any floating dtype, without a graph.
+            state: the buffers made by `initial_state`.
 
         Returns:
-            The norms (*) in float64, and matrices of the shape of the weights.
+            A float64 scalar, and a gradient of the shape of the weight.
         """
 
+    def of_stack(self, weights: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
+        """Return the norms (K,) and gradients of weights (K, out, in, *kernel)."""
+        pairs = [self.value_and_gradient(*each) for each in zip(weights, states, strict=True)]
+        values, gradients = zip(*pairs, strict=True)
+        return torch.stack(values), torch.stack(gradients)
+
     def __call__(self, weight: Tensor, state: State | None = None) -> Tensor:
-        r"""Return the norm of weights (*, out, in) in float64, shape (*), differentiable in them.
+        r"""Return the norm of a weight as a float64 scalar, differentiable in it.
 
         Norms are homogeneous of degree one: \|W\| = <grad \|W\|, W> by Euler's theorem. With the
         gradient held constant the product has the derivative of the norm, and nothing of how the
@@ -53,15 +60,27 @@ class MatrixNorm(ABC):
         """
         with torch.no_grad():
             value, gradient = self.value_and_gradient(weight.detach(), state or {})
-        paired = (gradient * weight.double()).sum((-2, -1))
+        paired = (gradient * weight.double()).sum()
         return value + paired - paired.detach()
 
     def initial_state(self, weight: Tensor) -> State:
-        """Return the buffers that the strategy keeps for one weight (out, in); none by default."""
+        """Return the buffers that the strategy keeps for one weight; none by default."""
         return {}
 
     def advance(self, weight: Tensor, state: State) -> None:  # noqa: B027
         """Improve the buffers of one weight in place; does nothing by default."""
+
+
+class MatrixNorm(OperatorNorm):
+    r"""A strategy for \|W\|_2 of matrices, shape (*, out, in): many at once for the price of one.
+
+    Implementing one: `value_and_gradient` takes stacks of weights, and of buffers alike.
+    """
+
+    def of_stack(self, weights: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
+        """Return the norms (K,) and gradients of weights (K, out, in)."""
+        state = {name: torch.stack([each[name] for each in states]) for name in states[0]}
+        return self.value_and_gradient(weights, state)
 
 
 def _rounding_allowance(weight: Tensor) -> float:
@@ -79,7 +98,8 @@ def _like(tall: Tensor, weight: Tensor) -> Tensor:
     return tall if weight.shape[-2] >= weight.shape[-1] else tall.mT
 
 
-def _eigenvectors(gram: Tensor) -> Tensor:
+def eigenvectors(gram: Tensor) -> Tensor:
+    """Return the eigenvectors of symmetric or Hermitian matrices, by ascending eigenvalues."""
     try:
         return torch.linalg.eigh(gram).eigenvectors
     except RuntimeError as error:
@@ -100,7 +120,7 @@ class SpectralNorm(MatrixNorm):
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the largest singular values and u v^T."""
         tall = _tall(weight.double())
-        right = _eigenvectors(tall.mT @ tall)[..., -1:]
+        right = eigenvectors(tall.mT @ tall)[..., -1:]
         left = tall @ right
         value = torch.linalg.matrix_norm(left)
         outer = left / value.clamp_min(_TINY)[..., None, None] @ right.mT

@@ -16,8 +16,8 @@ def check_lipschitz(
     r"""Search for a stretch of g above `bound` by gradient ascent on \|J v\| / \|v\|.
 
     Args:
-        net: g, mapping (B, D) to (B, D).
-        inputs: starting points, shape (B, D).
+        net: g, mapping (B, *) to (B, *) row by row.
+        inputs: starting points, shape (B, *).
         bound: the claimed upper bound of Lip(g).
         num_steps: steps of the search.
 
@@ -45,8 +45,8 @@ def check_lipschitz(
 
 
 def _batch_jacobian(net: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    outputs = net(points)
-    columns = [
+    outputs = net(points).flatten(start_dim=1)
+    rows = [
         torch.autograd.grad(
             outputs[:, i].sum(),
             points,
@@ -56,4 +56,4 @@ def _batch_jacobian(net: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
         )[0]
         for i in range(outputs.shape[1])
     ]
-    return torch.stack(columns, dim=1)
+    return torch.stack([row.flatten(start_dim=1) for row in rows], dim=1)

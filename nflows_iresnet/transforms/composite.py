@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from nflows.transforms import CompositeTransform as _NflowsCompositeTransform
@@ -35,38 +36,50 @@ class CompositeTransform(_NflowsCompositeTransform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         bound = self._bind(inputs, context)
-        steps = [_with(transform, bound) for transform in self._transforms]
-        return _cascade(steps, inputs, context)
+        steps: list[Step] = [
+            partial(each.forward_bound, bound[each])
+            if each in bound
+            else partial(each, context=context)
+            for each in self._transforms
+        ]
+        return _cascade(steps, inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         bound = self._bind(inputs, context)
-        steps = [_with(each, bound, each.inverse) for each in reversed(self._transforms)]
-        return _cascade(steps, inputs, context)
+        steps: list[Step] = [
+            partial(each.inverse_bound, bound[each])
+            if each in bound
+            else partial(each.inverse, context=context)
+            for each in reversed(self._transforms)
+        ]
+        return _cascade(steps, inputs)
 
     def _bind(
         self, inputs: Tensor, context: Tensor | None
     ) -> dict[torch.nn.Module, ResidualFunction]:
-        blocks = [each for each in self._transforms if isinstance(each, ResidualTransform)]
+        blocks = [each for each in self._transforms if _is_plain_block(each)]
         with full_precision(inputs.device):
             functions = bind_all([block.net for block in blocks], like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
 
 
-def _with(
-    transform: torch.nn.Module,
-    bound: dict[torch.nn.Module, ResidualFunction],
-    step: Step | None = None,
-) -> Step:
-    step = transform if step is None else step
-    return partial(step, bound=bound[transform]) if transform in bound else step
+def _is_plain_block(transform: torch.nn.Module) -> TypeGuard[ResidualTransform]:
+    """Whether calling the block is the same as calling its methods: no override, no hook."""
+    return (
+        isinstance(transform, ResidualTransform)
+        and type(transform).forward is ResidualTransform.forward
+        and type(transform).inverse is ResidualTransform.inverse
+        and not transform._forward_hooks
+        and not transform._forward_pre_hooks
+        and not transform._backward_hooks
+        and not transform._backward_pre_hooks
+    )
 
 
-def _cascade(
-    steps: Sequence[Step], inputs: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _cascade(steps: Sequence[Step], inputs: Tensor) -> tuple[Tensor, Tensor]:
     outputs, total = inputs, inputs.new_zeros(len(inputs))
     for step in steps:
-        outputs, logabsdet = step(outputs, context)
+        outputs, logabsdet = step(outputs)
         total = total + logabsdet
     return outputs, total

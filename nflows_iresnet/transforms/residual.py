@@ -70,52 +70,37 @@ class ResidualTransform(Transform):
         self.estimator = Adaptive() if estimator is None else estimator
         self.solver = Anderson() if solver is None else solver
 
-    def forward(
-        self,
-        inputs: Tensor,
-        context: Tensor | None = None,
-        *,
-        bound: ResidualFunction | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (x + g(x), log|det|), shapes (B, *) and (B,).
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (x + g(x), log|det|), shapes (B, *) and (B,)."""
+        return self.forward_bound(self.bind(context), inputs)
 
-        Args:
-            inputs: x, shape (B, *).
-            context: shape (B, C), or None.
-            bound: g as `linearization.bind` returns it for this context, where the caller has it.
-        """
-        with full_precision(inputs.device):
-            inputs = like_weights(inputs, self.net)
-            function = self._bind(context) if bound is None else bound
-            residual, logabsdet = self.estimator(function, inputs)
-            return inputs + residual, logabsdet
-
-    def inverse(
-        self,
-        inputs: Tensor,
-        context: Tensor | None = None,
-        *,
-        bound: ResidualFunction | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, -log|det|) with x + g(x) = inputs, shapes (B, *) and (B,).
-
-        Args:
-            inputs: y, shape (B, *).
-            context: shape (B, C), or None.
-            bound: g as `linearization.bind` returns it for this context, where the caller has it.
 
         Raises:
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
+        return self.inverse_bound(self.bind(context), inputs)
+
+    def bind(self, context: Tensor | None = None) -> ResidualFunction:
+        """Return g for the present weights and one context, see `linearization.bind`."""
+        with full_precision(next(self.net.parameters(), torch.empty(0)).device):
+            return bind(self.net, like_weights(context, self.net))
+
+    def forward_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `forward` does, for a g that is bound already."""
         with full_precision(inputs.device):
             inputs = like_weights(inputs, self.net)
-            function = self._bind(context) if bound is None else bound
+            residual, logabsdet = self.estimator(function, inputs)
+            return inputs + residual, logabsdet
+
+    def inverse_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `inverse` does, for a g that is bound already."""
+        with full_precision(inputs.device):
+            inputs = like_weights(inputs, self.net)
             outputs = _ImplicitInverse.solve(function, inputs, self.solver)
             _, logabsdet = self.estimator(function, outputs)
             return outputs, -logabsdet
-
-    def _bind(self, context: Tensor | None) -> ResidualFunction:
-        return bind(self.net, like_weights(context, self.net))
 
     def lipschitz_bound(self) -> float:
         """Return a certified upper bound of Lip(g) for the present weights.

@@ -1,0 +1,221 @@
+"""A convolutional network with fixed weights as a function, and its exact linearisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from nflows_iresnet.linearization import Linearization
+from nflows_iresnet.nn.convolution import PaddingMode, adjoint_kernel, convolve, half_widths
+from nflows_iresnet.nn.layered import LayeredFunction
+
+
+@dataclass(frozen=True)
+class ConvFunction(LayeredFunction):
+    """g(x) = W_n * a(... a(W_1 * x + b_1) ...) + b_n on images (B, channels, H, W).
+
+    See `LayeredFunction`: weights (out, in, k_1, k_2) with odd kernels, shifts (out,) or
+    (B, out, 1, 1), stretches (B, 1, 1, hidden).
+
+    Attributes:
+        padding_mode: 'zeros' or 'circular'.
+    """
+
+    padding_mode: PaddingMode = "zeros"
+
+    def _affine(self, inputs: Tensor, index: int) -> Tensor:
+        weight, shift = self.weights[index], self.shifts[index]
+        if inputs.dim() != 4 or inputs.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"expected images of shape (batch, {weight.shape[1]}, height, width), got "
+                f"{tuple(inputs.shape)}"
+            )
+        if shift.dim() == 1:
+            return convolve(inputs, weight, self.padding_mode, shift)
+        return convolve(inputs, weight, self.padding_mode) + shift
+
+    def _linearization(self, value: Tensor, slopes: list[Tensor]) -> Linearization:
+        return ConvLinearization(value, self._widened_weights(), slopes, self.padding_mode)
+
+    def _units_last(self, values: Tensor) -> Tensor:
+        return values.movedim(1, -1)
+
+    def _units_back(self, values: Tensor) -> Tensor:
+        return values.movedim(-1, 1)
+
+
+class ConvLinearization(Linearization):
+    r"""J = W_n D_{n-1} W_{n-1} ... D_1 W_1, W_i convolutions, D_i the diagonal slopes, saved.
+
+    **Trace.** With Q_a = W_1[a] W_n[-a], the products of the matrices of opposite kernel entries,
+    (W_1 W_n) maps a pixel p to itself by the sum of Q_a over the entries a that do not leave the
+    image: those are the same for all pixels of the interior, and of each strip and corner of the
+    border, so the image is a few rectangles R with one matrix Q_R each (one rectangle alone for
+    circular padding). For one hidden layer,
+
+        tr J = sum_R sum_{p in R} <diag Q_R, D_1(p)>,
+
+    and for two, with a 1 x 1 convolution W_2 between them,
+
+        tr J = sum_R sum_{p in R} D_2(p)^T (W_2 o Q_R^T) D_1(p).
+
+    Cost: `vjp` and `jvp` are one pass of convolutions; `jacobian` is channels * H * W of them, in
+    chunks. `trace` visits each pixel once, as much as the convolution W_2, after k^2 products of
+    weights per batch. `has_cheap_trace` says whether this holds: at most one hidden layer, or two
+    with a 1 x 1 convolution between; with circular padding not where the image is smaller than the
+    kernels reach around it. Elsewhere `trace` takes the whole Jacobian.
+
+    Args:
+        value: g(x), shape (B, channels, H, W).
+        weights: W_i, shapes (out, in, k_1, k_2), odd kernels.
+        slopes: a'(z_i), shapes (B, hidden, H, W).
+        padding_mode: 'zeros' or 'circular'.
+    """
+
+    def __init__(
+        self,
+        value: Tensor,
+        weights: Sequence[Tensor],
+        slopes: Sequence[Tensor],
+        padding_mode: PaddingMode = "zeros",
+    ) -> None:
+        self.value = value
+        self._weights = weights
+        self._slopes = slopes
+        self._padding_mode = padding_mode
+        self.has_cheap_trace = self._has_structured_trace()
+
+    def _has_structured_trace(self) -> bool:
+        middle = self._weights[1] if len(self._slopes) == 2 else None
+        is_local = len(self._slopes) <= 1 or (middle is not None and middle.shape[2:].numel() == 1)
+        return is_local and not self._wraps_around()
+
+    def _wraps_around(self) -> bool:
+        """Whether two different entries of first and last kernel can reach the same pixel."""
+        ends = [self._weights[0], self._weights[-1]] if self._slopes else [self._weights[0]]
+        reach = [sum(each) for each in zip(*map(half_widths, ends), strict=True)]
+        too_small = [far >= size for far, size in zip(reach, self.value.shape[2:], strict=True)]
+        return self._padding_mode == "circular" and any(too_small)
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Return J^T v = W_1^T D_1 ... W_n^T v."""
+        product = self._convolve(cotangent, adjoint_kernel(self._weights[-1]))
+        for weight, slope in zip(self._weights[-2::-1], self._slopes[::-1], strict=True):
+            product = self._convolve(product * slope, adjoint_kernel(weight))
+        return product
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """Return J v = W_n ... D_1 W_1 v."""
+        product = self._convolve(tangent, self._weights[0])
+        for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
+            product = self._convolve(product * slope, weight)
+        return product
+
+    def _convolve(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        return convolve(inputs, weight, self._padding_mode)
+
+    def jacobian(self) -> Tensor:
+        """Return J, shape (B, D, D) with D = channels * H * W, from many tangents at once."""
+        shape, size = self.value.shape[1:], self.value.shape[1:].numel()
+        identity = torch.eye(size, dtype=self.value.dtype, device=self.value.device)
+        widest = max([slope.shape[1:].numel() for slope in self._slopes], default=size)
+        count = max(1, _CHUNK_ELEMENTS // max(1, len(self.value) * widest))
+        chunks = [self._columns(basis.reshape(-1, *shape)) for basis in identity.split(count)]
+        return torch.cat(chunks, dim=1).mT
+
+    def _columns(self, basis: Tensor) -> Tensor:
+        """Return J e for tangents e (K, channels, H, W) shared by the rows: (B, K, D)."""
+        batch = len(self.value)
+        columns = self._convolve(basis, self._weights[0]).expand(batch, -1, -1, -1, -1)
+        for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
+            product = self._convolve((columns * slope[:, None]).flatten(0, 1), weight)
+            columns = product.unflatten(0, (batch, len(basis)))
+        return columns.flatten(start_dim=2)
+
+    def trace(self) -> Tensor:
+        """Return tr J, shape (B,)."""
+        if not self._has_structured_trace():
+            return super().trace()
+        if len(self._slopes) == 0:
+            row, column = half_widths(self._weights[0])
+            pixels = self.value.shape[2:].numel()
+            return (pixels * self._weights[0][:, :, row, column].trace()).expand(len(self.value))
+        terms = self._one_hidden() if len(self._slopes) == 1 else self._two_hidden()
+        return torch.stack(terms).sum(0)
+
+    def _one_hidden(self) -> list[Tensor]:
+        first, last = _opposite_entries(self._weights[0], self._weights[-1])
+        pairs = (first * last.transpose(0, 1)).sum(1)
+        (slopes,) = self._slopes
+        return [
+            tile.sum((1, 2)) @ pairs[:, a, b].sum((1, 2))
+            for (tile,), a, b in self._tiles(first, slopes.movedim(1, -1))
+        ]
+
+    def _two_hidden(self) -> list[Tensor]:
+        first, last = _opposite_entries(self._weights[0], self._weights[-1])
+        pairs = torch.einsum("hcij,cgij->ijgh", first, last)
+        middle = self._weights[1][:, :, 0, 0]
+        before_and_after = [slope.movedim(1, -1) for slope in self._slopes]
+        terms = []
+        for (before, after), a, b in self._tiles(first, *before_and_after):
+            coupling = middle * pairs[a, b].flatten(0, 1).sum(0)
+            coupled = before.flatten(0, 2) @ coupling.mT  # one product for all pixels
+            terms.append((coupled.view_as(after) * after).sum((1, 2, 3)))
+        return terms
+
+    def _tiles(
+        self, kernel: Tensor, *slopes: Tensor
+    ) -> list[tuple[tuple[Tensor, ...], slice, slice]]:
+        """Cut slopes (B, H, W, hidden) into rectangles of pixels with the same kernel entries.
+
+        Returns a list of (one rectangle of each of the slopes, its rows and columns of entries).
+        Splitting, unlike indexing, costs one concatenation when differentiated.
+        """
+        rows, columns = (self._runs(kernel, axis) for axis in (0, 1))
+        cut = [
+            [
+                tile
+                for band in slope.split([count for count, _ in rows], dim=1)
+                for tile in band.split([count for count, _ in columns], dim=2)
+            ]
+            for slope in slopes
+        ]
+        entries = [(a, b) for _, a in rows for _, b in columns]
+        return [
+            (tiles, a, b) for tiles, (a, b) in zip(zip(*cut, strict=True), entries, strict=True)
+        ]
+
+    def _runs(self, kernel: Tensor, axis: int) -> list[tuple[int, slice]]:
+        """Return numbers of consecutive positions, with the kernel entries that stay inside there.
+
+        Entries are counted from 0; entry `half` is the position itself.
+        """
+        size, half = self.value.shape[2 + axis], half_widths(kernel)[axis]
+        if self._padding_mode == "circular":
+            return [(size, slice(0, 2 * half + 1))]
+
+        def inside(position: int) -> tuple[int, int]:
+            return max(0, half - position), min(2 * half + 1, half + size - position)
+
+        return [(len(list(run)), slice(*ends)) for ends, run in groupby(range(size), inside)]
+
+
+_CHUNK_ELEMENTS = 2**24
+"""Tangents are pushed forward together up to this many hidden values."""
+
+
+def _opposite_entries(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Return first[a] and last[-a] for the entries a that both kernels have."""
+    return _cropped(first, last), _cropped(last.flip(2, 3), first)
+
+
+def _cropped(kernel: Tensor, other: Tensor) -> Tensor:
+    for dim in (2, 3):
+        size = min(kernel.shape[dim], other.shape[dim])
+        kernel = kernel.narrow(dim, (kernel.shape[dim] - size) // 2, size)
+    return kernel

@@ -1,0 +1,57 @@
+"""Convolutions that keep the size of an image, and their adjoints."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+from torch.nn import functional as F
+
+PaddingMode = Literal["zeros", "circular"]
+
+
+def validated_padding_mode(padding_mode: PaddingMode) -> PaddingMode:
+    """Return a padding mode if it is one for which norms are certified here."""
+    if padding_mode not in get_args(PaddingMode):
+        raise ValueError(
+            f"padding_mode must be 'zeros' or 'circular', got {padding_mode!r}: padding that "
+            "repeats values in another way has another norm"
+        )
+    return padding_mode
+
+
+def half_widths(weight: Tensor) -> tuple[int, int]:
+    """Return (m_1, m_2) of a weight (out, in, 2 m_1 + 1, 2 m_2 + 1)."""
+    return weight.shape[2] // 2, weight.shape[3] // 2
+
+
+def padded(inputs: Tensor, weight: Tensor, padding_mode: PaddingMode) -> Tensor:
+    """Return an image with the margin that a kernel needs to keep its size."""
+    rows, columns = half_widths(weight)
+    if rows == columns == 0:
+        return inputs
+    if padding_mode == "circular" and (rows > inputs.shape[-2] or columns > inputs.shape[-1]):
+        raise ValueError(
+            f"circular padding by ({rows}, {columns}) pixels would wrap around an image of "
+            f"{tuple(inputs.shape[-2:])} more than once; use a smaller kernel or padding with zeros"
+        )
+    mode = "circular" if padding_mode == "circular" else "constant"
+    return F.pad(inputs, (columns, columns, rows, rows), mode=mode)
+
+
+def convolve(
+    inputs: Tensor, weight: Tensor, padding_mode: PaddingMode, bias: Tensor | None = None
+) -> Tensor:
+    """Return the convolution of images (B, in, H, W) with an odd kernel: (B, out, H, W)."""
+    if padding_mode == "zeros":
+        return F.conv2d(inputs, weight, bias, padding=half_widths(weight))
+    return F.conv2d(padded(inputs, weight, padding_mode), weight, bias)
+
+
+def adjoint_kernel(weight: Tensor) -> Tensor:
+    """Return the kernel of the transposed convolution, shape (in, out, k_1, k_2).
+
+    With an odd kernel and an unchanged size, entry a links position p to p + a; its transpose links
+    p + a to p, which is entry -a. This holds for both kinds of padding.
+    """
+    return weight.transpose(0, 1).flip(2, 3)
