@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nflows_iresnet.compare.bench import steps
+from nflows_iresnet.compare.bench import inverses, likelihood, steps
 from nflows_iresnet.compare.bench.items import Item
 from nflows_iresnet.compare.config import suggest
 
@@ -14,6 +14,9 @@ ITEMS: dict[str, Item] = {
     "step-batch-64": steps.STEP_BATCH_64,
     "step-depth": steps.STEP_DEPTH,
     "memory": steps.STEP_MEMORY,
+    "likelihood": likelihood.EXACT_LIKELIHOOD,
+    "inverse": inverses.INVERSE,
+    "inverse-scaling": inverses.INVERSE_SCALING,
 }
 
 

@@ -145,14 +145,24 @@ def _plain_branch(size: Size) -> nn.Sequential:
 
 
 class TorchflowsModel(nn.Module):
-    """A flow of torchflows."""
+    """A residual block of torchflows on its own layers, as wide and as many as everyone's.
+
+    (The network that torchflows makes by default has as many layers as hidden units.)
+    """
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        from torchflows import Flow as TorchFlow
-        from torchflows.architectures import ResFlow
+        from torchflows.bijections.finite.residual.iterative import ResFlowBlock, SpectralLinear
+        from torchflows.flows import Flow as TorchFlow
 
-        self.flow = TorchFlow(ResFlow((size.features,), n_layers=size.blocks))
+        net = nn.Sequential(
+            SpectralLinear(size.features, size.hidden),
+            nn.Tanh(),
+            SpectralLinear(size.hidden, size.hidden),
+            nn.Tanh(),
+            SpectralLinear(size.hidden, size.features),
+        )
+        self.flow = TorchFlow(ResFlowBlock((size.features,), g=net))
 
     def log_prob(self, inputs: Tensor) -> Tensor:
         """Return the flow's own log-density."""
@@ -176,7 +186,12 @@ CONTESTANTS: dict[str, Contestant] = {
     "ours-series": Contestant("logdet.PowerSeries", _ours(logdet.PowerSeries())),
     "ours-roulette": Contestant("logdet.RussianRoulette", _ours(logdet.RussianRoulette())),
     BASELINE: Contestant("Residual of normflows, as its users run it", _normflows),
-    "torchflows": Contestant("ResFlow of torchflows", TorchflowsModel, package="torchflows"),
+    "torchflows": Contestant(
+        "ResFlowBlock of torchflows, where it is installed",
+        TorchflowsModel,
+        affords=lambda size, batch: size.bare and size.blocks == 1,
+        package="torchflows",
+    ),
     FLOOR: Contestant("x + g(x) of the same widths, no bound and no log-determinant", PlainNet),
 }
 

@@ -57,14 +57,14 @@ class Entrant:
 
     Args:
         name: of the contestant.
-        work: what is timed.
+        work: what is timed; None for one that cannot do the task, as its note says.
         figures: other numbers about it, untimed, asked for once after the race.
         raw: samples that those numbers come from, kept in the file of results.
         note: a remark for the table.
     """
 
     name: str
-    work: Work
+    work: Work | None
     figures: Callable[[], dict[str, float]] = dict
     raw: dict[str, list[float]] = field(default_factory=dict)
     note: str | None = None
@@ -201,7 +201,8 @@ def run_race(case: Case, settings: Settings, clock: Clock) -> tuple[Cell, ...]:
     """Race the entrants of a case, then ask for their figures."""
     entrants = case.enter(settings)
     gc.collect()
-    result = race({entrant.name: entrant.work for entrant in entrants}, clock, settings.rounds)
+    works = {entrant.name: entrant.work for entrant in entrants if entrant.work is not None}
+    result = race(works, clock, settings.rounds)
     return tuple(
         Cell(
             contestant=entrant.name,
