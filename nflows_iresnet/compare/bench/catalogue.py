@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nflows_iresnet.compare.bench import inverses, likelihood, steps
+from nflows_iresnet.compare.bench import accuracy, implicit, inverses, likelihood, quality, steps
 from nflows_iresnet.compare.bench.items import Item
 from nflows_iresnet.compare.config import suggest
 
@@ -17,6 +17,9 @@ ITEMS: dict[str, Item] = {
     "likelihood": likelihood.EXACT_LIKELIHOOD,
     "inverse": inverses.INVERSE,
     "inverse-scaling": inverses.INVERSE_SCALING,
+    "implicit-gradient": implicit.IMPLICIT_GRADIENT,
+    "accuracy": accuracy.ACCURACY,
+    "quality": quality.QUALITY,
 }
 
 

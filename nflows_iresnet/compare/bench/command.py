@@ -144,10 +144,9 @@ def _measure(session: Session, name: str, case: Case, progress: CaseProgress) ->
 
 def _show(session: Session, name: str, item: Item) -> None:
     from nflows_iresnet.compare.bench import tables
-    from nflows_iresnet.compare.tables import make_console
 
     if not session.quiet:
-        tables.print_item(make_console(), name, item, session.record.of(name))
+        tables.print_item(tables.make_console(), name, item, session.record.of(name))
 
 
 def _close(session: Session) -> None:

@@ -43,23 +43,6 @@ def values_of(activation: nn.Module) -> nn.Module:
     return _Values(activation)
 
 
-def full_budget_net(features: int, hidden: int, coeff: float, gain: float = 4.0) -> LipschitzMLP:
-    """Make a network that uses up its Lipschitz bound, as training makes them.
-
-    Args:
-        features: d.
-        hidden: width of the two hidden layers.
-        coeff: the bound, which the product of the norms of its layers attains.
-        gain: factor of the stored weights, which fresh are too small for the bound to matter.
-    """
-    net = LipschitzMLP(features, [hidden, hidden], coeff=coeff)
-    with torch.no_grad():
-        for layer in net.layers:
-            assert isinstance(layer, nn.Linear)
-            layer.weight.mul_(gain)
-    return net
-
-
 class FrozenNet(nn.Module):
     """The function of a `LipschitzMLP` now, with the weights in use as ordinary parameters.
 

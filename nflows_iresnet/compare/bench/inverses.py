@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nflows_iresnet.compare.bench.contestants import Size
 from nflows_iresnet.compare.bench.functions import SlowestMap
 from nflows_iresnet.compare.bench.items import (
     BASELINE,
@@ -24,13 +23,13 @@ from nflows_iresnet.compare.bench.problems import (
     Problem,
     Reached,
     make_problem,
-    mlp_problem,
     normflows_inverse,
     normflows_tolerances,
     our_inverse,
     our_solver,
     our_tolerances,
     reach,
+    trained_problem,
 )
 from nflows_iresnet.compare.bench.steps import our_speed
 from nflows_iresnet.compare.training import seed_everything
@@ -68,27 +67,27 @@ def _without_graph(inverse: Inverse, targets: Tensor) -> Callable[[], object]:
     return work
 
 
-def inverse_case(size: Size, batch: int, error: float, dtype: torch.dtype) -> Case:
-    """Return the case of one network, one batch and one error."""
+def inverse_case(features: int, batch: int, error: float, dtype: torch.dtype) -> Case:
+    """Return the case of one dimension, one batch and one error."""
 
     def enter(settings: Settings) -> list[Entrant]:
-        return race_to(mlp_problem(size, batch, settings, dtype), error)
+        return race_to(trained_problem(features, batch, settings, dtype), error)
 
     precision = str(dtype).removeprefix("torch.")
-    label = f"d={size.features} B={batch} error<={error:.0e} {precision}"
-    parameters = {"d": size.features, "h": size.hidden, "B": batch, "error": error}
+    label = f"d={features} B={batch} error<={error:.0e} {precision}"
+    parameters = {"d": features, "B": batch, "error": error}
     return Case(label, parameters, enter)
 
 
 def _cases(settings: Settings) -> list[Case]:
-    tasks = [(Size(2, 64), 256), (Size(2, 64), 8192), (Size(64, 128), 256)]
+    tasks = [(2, 256), (2, 8192), (64, 256)]
     single, double = torch.float32, torch.float64
-    cases = [inverse_case(size, batch, 1e-5, single) for size, batch in tasks]
-    return cases + [inverse_case(size, batch, 1e-6, double) for size, batch in tasks]
+    cases = [inverse_case(features, batch, 1e-5, single) for features, batch in tasks]
+    return cases + [inverse_case(features, batch, 1e-6, double) for features, batch in tasks]
 
 
 INVERSE = Item(
-    "inverse to a verified true error, same function with the bound 0.97",
+    "inverse of a trained block with the bound 0.97, to a verified true error",
     _cases,
     figures=(ERROR, EVALUATIONS, TOLERANCE),
     targets=(Target("inverse, times faster", 3.0, our_speed, lambda p: p["error"] < 2e-6),),
@@ -101,7 +100,7 @@ def slowest_case(lipschitz: float) -> Case:
     def enter(settings: Settings) -> list[Entrant]:
         seed_everything(settings.seed)
         net = SlowestMap(features=16, lipschitz=lipschitz).to(settings.device, torch.float64)
-        return race_to(make_problem(net, net, 64, 16), 1e-6)
+        return race_to(make_problem(net, net, torch.randn(64, 16).to(settings.device)), 1e-6)
 
     return Case(f"L={lipschitz}", {"1/(1-L)": 1 / (1 - lipschitz)}, enter)
 

@@ -107,6 +107,25 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A column of an item's table beside the time.
+
+    Args:
+        key: under which entrants return it.
+        title: head of the column.
+        style: format specification.
+        baseline: contestant whose value is divided by it, or None for no ratio.
+        times_milliseconds: multiply by the median time, for what repeats could buy.
+    """
+
+    key: str
+    title: str
+    style: str = ".3g"
+    baseline: str | None = BASELINE
+    times_milliseconds: bool = False
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """What all contestants did in one case.
 
@@ -156,22 +175,19 @@ class CaseResult:
         own, other = self.figure(contestant, key), self.figure(against, key)
         return other / own if own and other is not None else None
 
+    def value_of(self, contestant: str, figure: Figure) -> float | None:
+        """Return what a column of a table shows, or None."""
+        value, time = self.figure(contestant, figure.key), self.milliseconds(contestant)
+        if value is None or not figure.times_milliseconds:
+            return value
+        return None if time is None else value * time.median
 
-@dataclass(frozen=True)
-class Figure:
-    """A column of an item's table beside the time.
-
-    Args:
-        key: under which entrants return it.
-        title: head of the column.
-        style: format specification.
-        baseline: contestant whose value is divided by it, or None for no ratio.
-    """
-
-    key: str
-    title: str
-    style: str = ".3g"
-    baseline: str | None = BASELINE
+    def ratio_of(self, contestant: str, figure: Figure) -> float | None:
+        """Return how many times smaller a column is than for the figure's baseline."""
+        if figure.baseline is None:
+            return None
+        own, other = self.value_of(contestant, figure), self.value_of(figure.baseline, figure)
+        return other / own if own and other is not None else None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ mpl.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nflows_iresnet.compare.bench.items import CaseResult
 from nflows_iresnet.compare.bench.record import BenchRecord
 from nflows_iresnet.compare.bench.verdicts import Fit, fits
 
@@ -24,7 +25,9 @@ def draw(record: BenchRecord) -> dict[str, bytes]:
     panels = [
         found for name, item in record.items.items() if (found := fits(item, record.of(name)))
     ]
-    return {"bench.png": _scaling(panels)} if panels else {}
+    pictures = {"bench.png": _scaling(panels)} if panels else {}
+    trained = [result for result in record.results if any("nll" in c.raw for c in result.cells)]
+    return {**pictures, "quality.png": _quality(trained)} if trained else pictures
 
 
 def _scaling(panels: Sequence[Sequence[Fit]]) -> bytes:
@@ -42,6 +45,25 @@ def _panel(ax: Axes, found: Sequence[Fit]) -> None:
         label = f"{fit.contestant}  ~ {fit.variable}^{fit.law.exponent:.2f}"
         ax.loglog(x, y, "o-", markersize=3, color=COLOURS[index % len(COLOURS)], label=label)
     ax.set(title=found[0].item, xlabel=found[0].variable, ylabel=found[0].quantity)
+    ax.legend(fontsize=7, frameon=False)
+
+
+def _quality(results: Sequence[CaseResult]) -> bytes:
+    names = list(dict.fromkeys(result.case.split()[0] for result in results))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(3.6 * len(names), 3.4), layout="constrained")
+        axes = figure.subplots(1, len(names), squeeze=False)[0]
+        for ax, name in zip(axes, names, strict=True):
+            _curves(ax, name, [result for result in results if result.case.split()[0] == name])
+        return _png(figure)
+
+
+def _curves(ax: Axes, name: str, results: Sequence[CaseResult]) -> None:
+    for first, result in enumerate(results):
+        for cell, colour in zip(result.cells, COLOURS, strict=False):
+            label = None if first else cell.contestant
+            ax.semilogx(cell.raw["seconds"], cell.raw["nll"], color=colour, label=label)
+    ax.set(title=name, xlabel="seconds of training", ylabel="exact test NLL (nats)")
     ax.legend(fontsize=7, frameon=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.compare.bench.contestants import Size, our_flow, residual_block
-from nflows_iresnet.compare.bench.functions import Counted, FrozenNet, NoLogDet, full_budget_net
+from nflows_iresnet.compare.bench.functions import Counted, FrozenNet, NoLogDet
 from nflows_iresnet.compare.bench.items import Settings
-from nflows_iresnet.compare.training import seed_everything
+from nflows_iresnet.compare.bench.trained import trained_branch
 from nflows_iresnet.solvers import FixedPointNotConverged, Solver
 from nflows_iresnet.transforms import ResidualTransform
 
-COEFF = 0.97
 Inverse = Callable[[Tensor], Tensor]
 InverseAt = Callable[[nn.Module, float], Inverse]
 _TRUTH_STEPS = 5_000
-_HALF_DECADES = range(8, 29)
+_ROUNDING = 1e-15
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +44,21 @@ class Problem:
         return float((found.double() - self.solution).norm(dim=1).max())
 
 
-def make_problem(net: nn.Module, plain: nn.Module, batch: int, features: int) -> Problem:
-    """Draw x, round y = x + g(x) to the precision of the network, and solve for the x of that y."""
+def make_problem(net: nn.Module, plain: nn.Module, start: Tensor) -> Problem:
+    """Round y = x + g(x) to the precision of the network, and solve for the x of that y.
+
+    Args:
+        net: g as this library's users have it.
+        plain: the same function for any library.
+        start: x, (B, d).
+    """
     like = next(iter([*plain.parameters(), *plain.buffers()]))
-    exact = partial(_in_double, plain)
-    start = torch.randn(batch, features, dtype=torch.float64).to(like.device)
+    exact, solution = partial(_in_double, plain), start.double()
     with torch.no_grad():
-        targets = (start + exact(start)).to(like.dtype)
-        solution = start
+        targets = (solution + exact(solution)).to(like.dtype)
         for _ in range(_TRUTH_STEPS):
             before, solution = solution, targets.double() - exact(solution)
-            if torch.equal(before, solution):
+            if (solution - before).abs().max() <= _ROUNDING * solution.abs().max():
                 break
     return Problem(net, plain, targets, solution)
 
@@ -66,11 +70,12 @@ def _in_double(net: nn.Module, inputs: Tensor) -> Tensor:
     return outputs
 
 
-def mlp_problem(size: Size, batch: int, settings: Settings, dtype: torch.dtype) -> Problem:
-    """Make a problem of a network that uses up its Lipschitz bound."""
-    seed_everything(settings.seed)
-    net = full_budget_net(size.features, size.hidden, COEFF).to(settings.device, dtype)
-    return make_problem(net, FrozenNet(net), batch, size.features)
+def trained_problem(features: int, batch: int, settings: Settings, dtype: torch.dtype) -> Problem:
+    """Make a problem of a trained network that uses up its Lipschitz bound."""
+    branch = trained_branch(features, settings)
+    net = copy.deepcopy(branch.net).to(dtype)
+    rows = branch.inputs.repeat(-(-batch // len(branch.inputs)), 1)[:batch]
+    return make_problem(net, FrozenNet(net), rows)
 
 
 def our_solver() -> Solver:
@@ -99,16 +104,17 @@ def normflows_inverse(net: nn.Module, tolerance: float) -> Inverse:
 
 
 def our_tolerances() -> Iterator[float]:
-    """Yield 1e-4 to 1e-14 by factors of the square root of ten.
+    """Yield 1e-4 to 1e-14 in quarters of a decade.
 
-    normflows compares the square of a step with its tolerance: its decades are half decades here.
+    normflows compares the square of a step with its tolerance, so that this is as fine as half
+    decades there.
     """
-    return (10 ** (-exponent / 2) for exponent in _HALF_DECADES)
+    return (10 ** (-quarter / 4) for quarter in range(16, 57))
 
 
 def normflows_tolerances() -> Iterator[float]:
-    """Yield 1e-5, its default, to 1e-14 by factors of ten."""
-    return (10.0**-exponent for exponent in range(5, 15))
+    """Yield 1e-5, its default, to 1e-14 in halves of a decade."""
+    return (10 ** (-half / 2) for half in range(10, 29))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,12 +31,21 @@ TRIO = (OURS, BASELINE, FLOOR)
 Figures = Callable[[Work, torch.device], dict[str, float]]
 
 
-def training_step(model: Model, batch: Tensor) -> Work:
-    """Return a function that takes one optimiser step of a model on a batch (B, d)."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+def training_step(
+    model: Model, stream: Iterator[Tensor], learning_rate: float = LEARNING_RATE
+) -> Work:
+    """Return a function that takes one optimiser step of a model.
+
+    Args:
+        model: what is trained, with Adam.
+        stream: batches (B, d), for ever.
+        learning_rate: of Adam; by default so small that many steps leave the model as it is.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     model.train()
 
     def step() -> None:
+        batch = next(stream)
         optimizer.zero_grad(set_to_none=True)
         (-model.log_prob(batch).mean()).backward()
         optimizer.step()
@@ -75,7 +85,7 @@ def step_case(
         rows = torch.randn(batch, size.features).to(settings.device)
         model = contestant.build(size)
         model.to(settings.device)
-        step = training_step(model, rows)
+        step = training_step(model, itertools.repeat(rows))
         return Entrant(name, step, lambda: figures(step, settings.device))
 
     parameters: dict[str, float] = {

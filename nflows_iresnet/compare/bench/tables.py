@@ -13,6 +13,13 @@ from nflows_iresnet.compare.bench.statistics import Spread
 from nflows_iresnet.compare.bench.verdicts import Fit, Verdict, fits, verdicts
 
 TIME_COLUMNS = ("ms", "q1 q3", "wall\nratio", "q1 q3", "cpu\nratio")
+_WIDE = 160
+
+
+def make_console() -> Console:
+    """Return a console on stdout; without a terminal it is wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
 
 
 def print_item(console: Console, name: str, item: Item, results: Sequence[CaseResult]) -> None:
@@ -29,14 +36,14 @@ def print_item(console: Console, name: str, item: Item, results: Sequence[CaseRe
 def _table(item: Item, results: Sequence[CaseResult]) -> Table:
     table = _empty()
     for title in ("case", "contestant"):
-        table.add_column(title, vertical="bottom", no_wrap=title == "contestant")
+        table.add_column(title, vertical="bottom", no_wrap=True)
     has_times = any(cell.seconds for result in results for cell in result.cells)
     for title in TIME_COLUMNS if has_times else ():
         table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
     for figure in item.figures:
-        table.add_column(figure.title, justify="right", vertical="bottom")
+        table.add_column(figure.title, justify="right", vertical="bottom", no_wrap=True)
         if figure.baseline is not None:
-            table.add_column("x", justify="right", vertical="bottom")
+            table.add_column("x", justify="right", vertical="bottom", no_wrap=True)
     table.add_column("", vertical="bottom")
     for result in results:
         _add_case(table, item, result, has_times)
@@ -84,10 +91,10 @@ def _number(value: float) -> str:
 
 
 def _figure(result: CaseResult, cell: Cell, figure: Figure) -> list[str]:
-    value = cell.figures.get(figure.key)
+    value = result.value_of(cell.contestant, figure)
     texts = ["-" if value is None else format(value, figure.style)]
     if figure.baseline is not None:
-        ratio = result.figure_ratio(cell.contestant, figure.key, figure.baseline)
+        ratio = result.ratio_of(cell.contestant, figure)
         texts.append("-" if ratio is None else _number(ratio))
     return texts
 
