@@ -87,7 +87,7 @@ def _cases(settings: Settings) -> list[Case]:
 
 
 INVERSE = Item(
-    "inverse of a trained block with the bound 0.97, to a verified true error",
+    "inverse of a trained block with the bound 0.97, to a verified true error (1e-6 in float64)",
     _cases,
     figures=(ERROR, EVALUATIONS, TOLERANCE),
     targets=(Target("inverse, times faster", 3.0, our_speed, lambda p: p["error"] < 2e-6),),
@@ -100,7 +100,7 @@ def slowest_case(lipschitz: float) -> Case:
     def enter(settings: Settings) -> list[Entrant]:
         seed_everything(settings.seed)
         net = SlowestMap(features=16, lipschitz=lipschitz).to(settings.device, torch.float64)
-        return race_to(make_problem(net, net, torch.randn(64, 16).to(settings.device)), 1e-6)
+        return race_to(make_problem(net, net, torch.randn(64, 16).to(settings.device)), 1e-5)
 
     return Case(f"L={lipschitz}", {"1/(1-L)": 1 / (1 - lipschitz)}, enter)
 
@@ -111,7 +111,7 @@ def _slowest_cases(settings: Settings) -> list[Case]:
 
 
 INVERSE_SCALING = Item(
-    "evaluations of the inverse over the bound: a linear map that attains it, error <= 1e-6",
+    "evaluations of the inverse over the bound: a linear map that attains it, error <= 1e-5",
     _slowest_cases,
     figures=(ERROR, EVALUATIONS, TOLERANCE),
     variable="1/(1-L)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -11,12 +12,15 @@ mpl.use("Agg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
-from nflows_iresnet.compare.bench.items import CaseResult
+from nflows_iresnet.compare.bench.contestants import CONTESTANTS
+from nflows_iresnet.compare.bench.items import BASELINE, FLOOR, OURS, CaseResult
 from nflows_iresnet.compare.bench.record import BenchRecord
 from nflows_iresnet.compare.bench.verdicts import Fit, fits
 
-COLOURS = ("#c8385a", "#1b1b3a", "#7b8299", "#2a9d8f", "#e9a03b", "#8e5fb5", "#4c8bd6")
+COLOURS = ("#1b1b3a", "#c8385a", "#7b8299", "#2a9d8f", "#e9a03b", "#8e5fb5", "#4c8bd6")
+_COLUMNS = 3
 _STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.edgecolor": "#c9ccd6", "figure.dpi": 100}
 
 
@@ -32,20 +36,40 @@ def draw(record: BenchRecord) -> dict[str, bytes]:
 
 def _scaling(panels: Sequence[Sequence[Fit]]) -> bytes:
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.6 * len(panels), 3.4), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, found in zip(axes, panels, strict=True):
+        columns = min(len(panels), _COLUMNS)
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        for ax, found in itertools.zip_longest(axes, panels, fillvalue=()):
             _panel(ax, found)
         return _png(figure)
 
 
 def _panel(ax: Axes, found: Sequence[Fit]) -> None:
-    for index, fit in enumerate(found):
+    if not found:
+        ax.set_axis_off()
+        return
+    for fit in found:
         x, y = zip(*fit.points, strict=True)
         label = f"{fit.contestant}  ~ {fit.variable}^{fit.law.exponent:.2f}"
-        ax.loglog(x, y, "o-", markersize=3, color=COLOURS[index % len(COLOURS)], label=label)
+        ax.plot(x, y, "o-", markersize=3, color=_colour(fit.contestant), label=label)
     ax.set(title=found[0].item, xlabel=found[0].variable, ylabel=found[0].quantity)
+    ax.set(xscale="log", yscale="log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     ax.legend(fontsize=7, frameon=False)
+
+
+def _colour(contestant: str) -> str:
+    """Return the same colour for the same contestant in every panel."""
+    names = [
+        BASELINE,
+        OURS,
+        FLOOR,
+        *sorted({*CONTESTANTS, "ours-picard"} - {BASELINE, OURS, FLOOR}),
+    ]
+    return COLOURS[names.index(contestant) % len(COLOURS)] if contestant in names else "#000000"
 
 
 def _quality(results: Sequence[CaseResult]) -> bytes:
@@ -60,8 +84,9 @@ def _quality(results: Sequence[CaseResult]) -> bytes:
 
 def _curves(ax: Axes, name: str, results: Sequence[CaseResult]) -> None:
     for first, result in enumerate(results):
-        for cell, colour in zip(result.cells, COLOURS, strict=False):
+        for cell in result.cells:
             label = None if first else cell.contestant
+            colour = _colour(cell.contestant)
             ax.semilogx(cell.raw["seconds"], cell.raw["nll"], color=colour, label=label)
     ax.set(title=name, xlabel="seconds of training", ylabel="exact test NLL (nats)")
     ax.legend(fontsize=7, frameon=False)

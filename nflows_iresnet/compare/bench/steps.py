@@ -142,7 +142,7 @@ def _above_floor(result: CaseResult) -> float | None:
 
 
 STEP_DIMENSION = Item(
-    "training step of one block over the dimension, B = 128",
+    "training step of one block over the dimension, hidden width 64 to 512, B = 128",
     _over_dimension,
     targets=(
         Target("step at d = 2, times faster", 3.0, our_speed, lambda p: p["d"] == 2),
