@@ -55,7 +55,8 @@ class FrozenNet(nn.Module):
 
     def __init__(self, net: LipschitzMLP) -> None:
         super().__init__()
-        self._function = net.bind()
+        with torch.no_grad():
+            self._function = net.bind()
         self.weights = _frozen(self._function.weights)
         self.shifts = _frozen(self._function.shifts)
         self.activations = nn.ModuleList(values_of(each) for each in net.activations)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -39,16 +38,15 @@ def _scaling(panels: Sequence[Sequence[Fit]]) -> bytes:
         columns = min(len(panels), _COLUMNS)
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
-        for ax, found in itertools.zip_longest(axes, panels, fillvalue=()):
+        axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+        for ax, found in zip(axes, panels, strict=False):
             _panel(ax, found)
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
         return _png(figure)
 
 
 def _panel(ax: Axes, found: Sequence[Fit]) -> None:
-    if not found:
-        ax.set_axis_off()
-        return
     for fit in found:
         x, y = zip(*fit.points, strict=True)
         label = f"{fit.contestant}  ~ {fit.variable}^{fit.law.exponent:.2f}"
