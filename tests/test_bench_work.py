@@ -135,15 +135,16 @@ def test_dense_gradient_is_that_of_the_implicit_function() -> None:
 
 
 def test_scatter_tells_bias_from_variance() -> None:
-    truth = accuracy.Draw(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    values, gradient = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    truth = accuracy.Draw(values, gradient)
     draws = [
-        accuracy.Draw(truth.values + 0.5 + sign * 2, truth.gradient * (1 + sign * 0.1))
-        for sign in (-1, 1)
+        accuracy.Draw(values + 0.5 + sign * 2, gradient * (1 + sign * 0.1)) for sign in (-1, 1)
     ]
     figures = accuracy.scatter(draws, truth)
     assert figures["value_std"] == pytest.approx(math.sqrt(8))
     assert figures["value_bias"] == pytest.approx(0.5)
     assert figures["gradient_mse"] == pytest.approx(0.01)
+    assert "gradient_mse" not in accuracy.scatter([accuracy.Draw(values, None)] * 2, truth)
 
 
 def test_estimates_agree_on_the_mean() -> None:
@@ -152,7 +153,7 @@ def test_estimates_agree_on_the_mean() -> None:
     inputs = torch.randn(4000, 2)
     exact = accuracy.estimates(TINY)["ours-exact"](net, inputs).mean().detach()
     for name, estimate in accuracy.estimates(TINY).items():
-        if name != BASELINE:  # its default value is not that of the log-determinant
+        if name != BASELINE:  # whose default value is not that of the log-determinant
             values = estimate(net, inputs).detach()
             error = float(values.std()) / math.sqrt(len(values)) + 1e-6
             assert float(values.mean()) == pytest.approx(float(exact), abs=5 * error), name

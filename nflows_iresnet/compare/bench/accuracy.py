@@ -26,6 +26,7 @@ from nflows_iresnet.compare.bench.trained import trained_branch
 from nflows_iresnet.compare.training import seed_everything
 
 VALUE_BASELINE = "normflows-value"
+EVALUATION = "normflows-eval"
 VALUE_STD = Figure("value_std", "value\nstd", ".3f", baseline=VALUE_BASELINE)
 VALUE_BIAS = Figure("value_bias", "value\nbias", ".3f", baseline=None)
 GRADIENT_MSE = Figure("gradient_mse", "gradient\nMSE", ".3g")
@@ -37,12 +38,13 @@ def _our_estimate(estimator: logdet.LogDetEstimator) -> Estimate:
     return lambda net, inputs: estimator(net, inputs)[1]
 
 
-def _normflows_estimate(*, neumann: bool) -> Estimate:
-    """Return normflows' estimate in training mode: its default, or the one of the true value."""
+def _normflows_estimate(*, neumann: bool, training: bool = True) -> Estimate:
+    """Return normflows' estimate: its default in training, or one of the value itself."""
     from normflows.flows.residual import iResBlock
 
     def estimate(net: nn.Module, inputs: Tensor) -> Tensor:
         block = iResBlock(net, neumann_grad=neumann, grad_in_forward=neumann).to(inputs.device)
+        block.train(training)
         return -block(inputs.clone(), 0)[1].flatten()
 
     return estimate
@@ -58,6 +60,7 @@ def estimates(settings: Settings) -> dict[str, Estimate]:
         "ours-roulette": _our_estimate(logdet.RussianRoulette()),
         BASELINE: _normflows_estimate(neumann=True),
         VALUE_BASELINE: _normflows_estimate(neumann=False),
+        EVALUATION: _normflows_estimate(neumann=False, training=False),
     }
 
 
@@ -67,16 +70,18 @@ class Draw:
 
     Args:
         values: log|det|, (B,).
-        gradient: of its mean over the batch in all weights, flat.
+        gradient: of its mean over the batch in all weights, flat; None where there is none.
     """
 
     values: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
 
 
 def draw(estimate: Estimate, net: nn.Module, inputs: Tensor) -> Draw:
-    """Estimate once, with the gradient."""
+    """Estimate once, with the gradient where the estimate has one."""
     values = estimate(net, inputs)
+    if not values.requires_grad:
+        return Draw(values, None)
     parameters = list(net.parameters())
     gradients = torch.autograd.grad(values.mean(), parameters, allow_unused=True)
     parts = [
@@ -94,19 +99,19 @@ def scatter(draws: list[Draw], truth: Draw) -> dict[str, float]:
     relative to the square of the true gradient.
     """
     values = torch.stack([each.values for each in draws]).double()
-    return {
+    figures = {
         VALUE_STD.key: float(values.var(dim=0).mean().sqrt()),
         VALUE_BIAS.key: float(values.mean() - truth.values.double().mean()),
-        GRADIENT_MSE.key: sum(_squared_errors(draws, truth)) / len(draws),
     }
+    errors = _squared_errors(draws, truth)
+    return {**figures, GRADIENT_MSE.key: sum(errors) / len(errors)} if errors else figures
 
 
 def _squared_errors(draws: list[Draw], truth: Draw) -> list[float]:
-    scale = truth.gradient.double().square().sum()
-    return [
-        float((each.gradient.double() - truth.gradient.double()).square().sum() / scale)
-        for each in draws
-    ]
+    assert truth.gradient is not None
+    expected = truth.gradient.double()
+    gradients = [each.gradient.double() for each in draws if each.gradient is not None]
+    return [float((each - expected).square().sum() / expected.square().sum()) for each in gradients]
 
 
 def accuracy_case(batch: int) -> Case:
@@ -137,7 +142,8 @@ def _entrant(
         raw["mean_value"] = [float(each.values.mean()) for each in draws]
         return scatter(draws, truth)
 
-    return Entrant(name, lambda: draw(estimate, net, inputs), figures, raw)
+    note = "value only" if name == EVALUATION else None
+    return Entrant(name, lambda: draw(estimate, net, inputs), figures, raw, note)
 
 
 def _cases(settings: Settings) -> list[Case]:

@@ -19,7 +19,21 @@ def catalogue() -> str:
     """List items and contestants with one line each."""
     items = [f"  {name:18}{item.description}" for name, item in ITEMS.items()]
     models = [f"  {name:18}{contestant.description}" for name, contestant in CONTESTANTS.items()]
-    return "\n".join(["items:", *items, "", "contestants of a training step:", *models])
+    return "\n".join(
+        [
+            *("items:", *items, ""),
+            *("contestants of a training step:", *models, ""),
+            *("targets, held against what is measured:", *_targets()),
+        ]
+    )
+
+
+def _targets() -> list[str]:
+    return [
+        f"  {name:18}{target.text}: {'at least' if target.at_least else 'at most'} {target.bound:g}"
+        for name, item in ITEMS.items()
+        for target in item.targets
+    ]
 
 
 EPILOG = f"""\

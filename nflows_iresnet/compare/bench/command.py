@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def run(parsed: argparse.Namespace) -> int:
     torch.set_num_threads(session.settings.threads)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.filterwarnings("ignore", module=r"(nflows|normflows|torchflows)\.")
             _work(session)
     except KeyboardInterrupt:
         print(f"interrupted: what is measured is kept in {session.folder}", file=sys.stderr)
@@ -111,10 +112,15 @@ def _fresh_record(
     }
     return BenchRecord(
         arguments=arguments,
-        environment=describe_environment(settings.device.type),
+        environment={**describe_environment(settings.device.type), "load": _load()},
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         items=items,
     )
+
+
+def _load() -> list[float] | None:
+    """Return the load of the machine over 1, 5 and 15 minutes, where the system knows it."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
 def _work(session: Session) -> None:
