@@ -105,7 +105,7 @@ def test_quality_trains_both_and_draws(tmp_path: Path, monkeypatch: pytest.Monke
     (result,) = content["results"]
     assert [cell["contestant"] for cell in result["cells"]] == [OURS, BASELINE]
     for cell in result["cells"]:
-        assert len(cell["raw"]["seconds"]) == len(cell["raw"]["nll"]) == 13
+        assert len(cell["raw"]["seconds"]) == len(cell["raw"]["nll"]) == 17
         assert cell["raw"]["seconds"][-1] >= 0.2
         assert cell["figures"]["nll"] == min(cell["raw"]["nll"])
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")

@@ -68,13 +68,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", metavar="NAME", help="items to measure (default: all but quality)"
     )
     parser.add_argument(
-        "--quality", action="store_true", help="also measure likelihood over training time"
+        "--quality",
+        action="store_true",
+        help="also measure likelihood over training time: 2 models, 3 data sets, 3 seeds (1 with "
+        "--quick), each for --seconds",
     )
     parser.add_argument(
         "--seconds",
         type=positive_float,
         metavar="S",
         help="training time per model for quality (default: 80; 10 with --quick)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=positive_float,
+        default=Settings.learning_rate,
+        metavar="X",
+        help=f"of Adam for quality, constant (default: {Settings.learning_rate})",
     )
     parser.add_argument(
         "--repeats",
@@ -107,4 +117,5 @@ def to_settings(parsed: argparse.Namespace) -> Settings:
         repeats=parsed.repeats,
         seed=parsed.seed,
         seconds=parsed.seconds,
+        learning_rate=parsed.learning_rate,
     )

@@ -108,6 +108,7 @@ def _fresh_record(
         "repeats": settings.repeats,
         "seed": settings.seed,
         "seconds": settings.seconds,
+        "learning_rate": settings.learning_rate,
         "items": list(items),
     }
     return BenchRecord(

@@ -29,6 +29,7 @@ class Settings:
         repeats: rounds per case; None for as many as fit into the time of a case.
         seed: seed of weights, inputs and probes.
         seconds: training time per model in the quality item; None for its default.
+        learning_rate: of Adam in the quality item, for every model.
     """
 
     device: torch.device = torch.device("cpu")
@@ -37,6 +38,7 @@ class Settings:
     repeats: int | None = None
     seed: int = 0
     seconds: float | None = None
+    learning_rate: float = 5e-3
 
     @property
     def rounds(self) -> Rounds:
