@@ -152,6 +152,17 @@ def test_targets_are_computed() -> None:
     assert not any(verdict.is_met for verdict in verdicts(item, [slower]))
 
 
+def test_figures_that_fail_keep_the_times() -> None:
+    def figures() -> dict[str, float]:
+        raise MemoryError("too large")
+
+    case = Case("case", {}, lambda settings: [Entrant(OURS, list, figures)])
+    (cell,) = run_race(case, TINY, CpuClock())
+    assert len(cell.seconds) == 2
+    assert cell.figures == {}
+    assert "too large" in str(cell.note)
+
+
 def test_nothing_measured_meets_no_target() -> None:
     result = CaseResult("item", "case", {"d": 2.0}, (Cell(OURS, note="failed"),), True)
     assert [v.is_met for v in verdicts(steps.STEP_DIMENSION, [result])] == [False, False]

@@ -171,3 +171,5 @@ def test_seconds_to_a_likelihood() -> None:
     assert trainee.best == 3.0
     assert trainee.seconds_to(4.0) == 2.0
     assert trainee.seconds_to(2.0) is None
+    trainee.curve.insert(0, (0.5, math.nan))
+    assert trainee.best == 3.0

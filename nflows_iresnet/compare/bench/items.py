@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from nflows_iresnet.compare.bench.clock import Clock, Work
-from nflows_iresnet.compare.bench.race import Rounds, race
+from nflows_iresnet.compare.bench.race import RaceResult, Rounds, race
 from nflows_iresnet.compare.bench.statistics import Spread, paired_ratio, spread
+from nflows_iresnet.compare.evaluation import describe
 
 OURS = "ours"
 BASELINE = "normflows"
@@ -221,18 +222,24 @@ def run_race(case: Case, settings: Settings, clock: Clock) -> tuple[Cell, ...]:
     gc.collect()
     works = {entrant.name: entrant.work for entrant in entrants if entrant.work is not None}
     result = race(works, clock, settings.rounds)
-    return tuple(
-        Cell(
-            contestant=entrant.name,
-            seconds=tuple(reading.seconds for reading in result.readings.get(entrant.name, ())),
-            cpu_seconds=tuple(
-                reading.cpu_seconds for reading in result.readings.get(entrant.name, ())
-            ),
-            figures={} if entrant.name in result.failures else entrant.figures(),
-            raw=entrant.raw,
-            note=result.failures.get(entrant.name, entrant.note),
-        )
-        for entrant in entrants
+    return tuple(_cell(entrant, result) for entrant in entrants)
+
+
+def _cell(entrant: Entrant, result: RaceResult) -> Cell:
+    note, figures = result.failures.get(entrant.name, entrant.note), {}
+    if entrant.name not in result.failures:
+        try:
+            figures = entrant.figures()
+        except Exception as error:
+            note = describe(error)
+    readings = result.readings.get(entrant.name, [])
+    return Cell(
+        contestant=entrant.name,
+        seconds=tuple(reading.seconds for reading in readings),
+        cpu_seconds=tuple(reading.cpu_seconds for reading in readings),
+        figures=figures,
+        raw=entrant.raw,
+        note=note,
     )
 
 

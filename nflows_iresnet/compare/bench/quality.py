@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -72,8 +73,8 @@ class Trainee:
 
     @property
     def best(self) -> float:
-        """The lowest NLL so far."""
-        return min(nll for _, nll in self.curve)
+        """The lowest NLL so far, infinite where none was finite."""
+        return min((nll for _, nll in self.curve if math.isfinite(nll)), default=math.inf)
 
     def seconds_to(self, nll: float) -> float | None:
         """Return the training time of the first point that is as good, or None."""
