@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from nflows_iresnet import __version__
 from nflows_iresnet.compare import arguments, command
+from nflows_iresnet.compare.bench import arguments as bench_arguments
+from nflows_iresnet.compare.bench import command as bench_command
 from nflows_iresnet.compare.config import UsageError
 
 PROGRAM = "nflows-iresnet"
@@ -34,6 +36,12 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "compare": Command(command.HELP, arguments.EPILOG, arguments.add_arguments, command.run),
+    "bench": Command(
+        bench_arguments.HELP,
+        bench_arguments.EPILOG,
+        bench_arguments.add_arguments,
+        bench_command.run,
+    ),
 }
 
 

@@ -120,7 +120,7 @@ class Record:
 
     def as_json(self) -> str:
         """Serialise; numbers that are not finite become null."""
-        return json.dumps(_finite({"format": FORMAT, **asdict(self)}), indent=1, allow_nan=False)
+        return json.dumps(finite({"format": FORMAT, **asdict(self)}), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Record:
@@ -139,11 +139,12 @@ class Record:
         return cls(**data)
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """Return plain data with null for every number that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

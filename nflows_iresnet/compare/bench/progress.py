@@ -1,0 +1,58 @@
+"""The progress bar, on stderr, that stands still while a clock runs."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class CaseProgress:
+    """A bar over all cases. It has no thread of its own, which would be timed with the work."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        """Start at no case of `total`."""
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} {task.description}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task("preparing", total=total)
+
+    def __enter__(self) -> CaseProgress:
+        """Show the bar."""
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+    def begin(self, label: str) -> None:
+        """Show which case is under way; without a terminal, print it."""
+        self._bar.update(self._task, description=label, refresh=self._console.is_terminal)
+        if not self._console.is_terminal:
+            self._console.print(label, highlight=False, soft_wrap=True)
+
+    def finish(self) -> None:
+        """Count a case as finished."""
+        self._bar.update(self._task, advance=1, refresh=self._console.is_terminal)
+
+    def hide(self) -> None:
+        """Take the bar away until the next `begin`, so that something else can be printed."""
+        self._bar.stop()
+
+    def show(self) -> None:
+        """Bring the bar back."""
+        self.__enter__()

@@ -1,0 +1,157 @@
+"""Likelihood over training time: exact test NLL against seconds of training alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nflows_iresnet import datasets
+from nflows_iresnet.compare.adapters import DensityModel
+from nflows_iresnet.compare.bench.clock import Clock, Work
+from nflows_iresnet.compare.bench.contestants import CONTESTANTS, Size
+from nflows_iresnet.compare.bench.items import (
+    BASELINE,
+    OURS,
+    Case,
+    Cell,
+    Entrant,
+    Figure,
+    Item,
+    Settings,
+    Target,
+)
+from nflows_iresnet.compare.bench.steps import training_step
+from nflows_iresnet.compare.evaluation import exact_nll
+from nflows_iresnet.compare.training import batches, seed_everything
+
+NLL = Figure("nll", "best test\nNLL", ".3f", baseline=None)
+REACH = Figure("reach", "seconds to\nnormflows' best", ".2f")
+STEPS = Figure("steps", "steps", ".0f", baseline=None)
+HIDDEN = {"checkerboard": 64, "two-spirals": 64, "digits": 128}
+BLOCKS = 6
+BATCH = 256
+TEST_ROWS = 2000
+_CHECKPOINTS = 17
+"""Checkpoints at the budget times 2^(-k/2): the first after a 256th of it."""
+
+
+@dataclass(eq=False)
+class Trainee:
+    """A model in training.
+
+    Args:
+        name: of the contestant.
+        model: what is trained.
+        step: takes one optimiser step on the next batch.
+        seconds: training time so far.
+        steps: optimiser steps so far.
+        curve: pairs of training time and exact test NLL in nats.
+    """
+
+    name: str
+    model: DensityModel
+    step: Work
+    seconds: float = 0.0
+    steps: int = 0
+    curve: list[tuple[float, float]] = field(default_factory=list)
+
+    def train_until(self, seconds: float, clock: Clock, *, on_cpu_time: bool) -> None:
+        """Take steps until the training time is used up."""
+        self.model.train()
+        while self.seconds < seconds:
+            reading = clock.time(self.step)
+            self.seconds += reading.cpu_seconds if on_cpu_time else reading.seconds
+            self.steps += 1
+
+    def examine(self, test: Tensor) -> None:
+        """Add a point to the curve; its time is not counted."""
+        self.model.eval()
+        self.curve.append((self.seconds, exact_nll(self.model, test)))
+
+    @property
+    def best(self) -> float:
+        """The lowest NLL so far, infinite where none was finite."""
+        return min((nll for _, nll in self.curve if math.isfinite(nll)), default=math.inf)
+
+    def seconds_to(self, nll: float) -> float | None:
+        """Return the training time of the first point that is as good, or None."""
+        return next((seconds for seconds, value in self.curve if value <= nll), None)
+
+
+def checkpoints(budget: float) -> list[float]:
+    """Return the training times at which models are examined, in geometric progression."""
+    return [budget * 2 ** (-k / 2) for k in reversed(range(_CHECKPOINTS))]
+
+
+def _trainee(name: str, train: Tensor, size: Size, seed: int, learning_rate: float) -> Trainee:
+    seed_everything(seed)
+    model = CONTESTANTS[name].build(size)
+    assert isinstance(model, DensityModel)
+    model.to(train.device)
+    return Trainee(name, model, training_step(model, batches(train, BATCH, seed), learning_rate))
+
+
+def train_side_by_side(case: Case, settings: Settings, clock: Clock) -> tuple[Cell, ...]:
+    """Train the contestants in turns, from one checkpoint to the next."""
+    seed = int(case.parameters["seed"])
+    dataset = datasets.load(case.label.split()[0], seed=seed)
+    train, test = (rows.to(settings.device) for rows in (dataset.train, dataset.test[:TEST_ROWS]))
+    size = Size(dataset.features, HIDDEN[dataset.name], BLOCKS, bare=False)
+    trainees = [
+        _trainee(name, train, size, seed, settings.learning_rate) for name in (OURS, BASELINE)
+    ]
+    for seconds in checkpoints(_budget(settings)):
+        for trainee in trainees:
+            trainee.train_until(seconds, clock, on_cpu_time=settings.trusts_cpu_time)
+            trainee.examine(test)
+    goal = next(trainee.best for trainee in trainees if trainee.name == BASELINE)
+    return tuple(_cell(trainee, goal) for trainee in trainees)
+
+
+def _budget(settings: Settings) -> float:
+    return settings.seconds or (10.0 if settings.quick else 80.0)
+
+
+def _cell(trainee: Trainee, goal: float) -> Cell:
+    reached = trainee.seconds_to(goal)
+    figures = {NLL.key: trainee.best, STEPS.key: float(trainee.steps)}
+    seconds, nll = (list(values) for values in zip(*trainee.curve, strict=True))
+    return Cell(
+        trainee.name,
+        figures=figures if reached is None else {**figures, REACH.key: reached},
+        raw={"seconds": seconds, "nll": nll},
+        note="normflows' best not reached" if reached is None else None,
+    )
+
+
+def _cases(settings: Settings) -> list[Case]:
+    return list(_each_case(settings))
+
+
+def _each_case(settings: Settings) -> Iterator[Case]:
+    for name in HIDDEN:
+        for seed in range(settings.seed, settings.seed + (1 if settings.quick else 3)):
+            yield Case(f"{name} seed={seed}", {"seed": seed}, _no_entrants)
+
+
+def _no_entrants(settings: Settings) -> list[Entrant]:
+    return []
+
+
+QUALITY = Item(
+    "exact test NLL over training seconds, 6 blocks with ActNorm",
+    _cases,
+    figures=(NLL, REACH, STEPS),
+    targets=(
+        Target(
+            "time to normflows' likelihood, times less",
+            8.0,
+            lambda result: result.ratio_of(OURS, REACH),
+        ),
+    ),
+    measure=train_side_by_side,
+    is_optional=True,
+)
