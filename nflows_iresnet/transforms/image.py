@@ -50,9 +50,9 @@ def dequantise(
 class UniformDequantisation(Transform):
     """`dequantise` as the first transform of a flow, so that `log_prob` takes whole numbers.
 
-    In a `CompositeTransform`, which adds log-determinants in the type of the inputs, give them as
-    floats: `images.float()`. Draws fresh noise at each call, in training and in evaluation: seed torch's generator for equal
-    noise. The inverse rounds down; it undoes forward exactly.
+    Draws fresh noise at each call, in training and in evaluation: seed torch's generator for equal
+    noise. The inverse rounds down; it undoes forward exactly. In a `CompositeTransform`, which adds
+    log-determinants in the type of the inputs, give the whole numbers as floats: `images.float()`.
 
     Example:
         >>> outputs, logabsdet = UniformDequantisation()(torch.tensor([[3, 7]]))
