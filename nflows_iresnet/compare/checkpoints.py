@@ -77,7 +77,7 @@ class Keeper:
 
 def random_state() -> dict[str, Any]:
     """Return the state of every global generator that models draw from."""
-    numpy: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)
     keys = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     return {
         "torch": torch.get_rng_state(),
