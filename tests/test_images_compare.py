@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,12 +245,11 @@ def test_results_are_complete(finished: Path) -> None:
     assert "torch.randperm with seed 0" in data["notes"][0]
 
 
-class PowerCutError(BaseException):
-    """Nothing of the command survives it."""
-
-
 def test_an_interrupted_run_goes_on_in_the_middle(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [*DIGITS, "--models", "residual-flow", "realnvp", "--out", str(tmp_path / "out")]
     arguments += ["--quiet", "--checkpoint-minutes", "1e-9"]
@@ -255,12 +258,12 @@ def test_an_interrupted_run_goes_on_in_the_middle(
     def cut(self: LiveProgress, done: float, loss: float) -> None:
         steps.append(done)
         if len(steps) == 7:
-            raise PowerCutError
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(LiveProgress, "step", cut)
-        with pytest.raises(PowerCutError):
-            main(arguments)
+        assert main(arguments) == 130
+    assert "the one under way up to its last checkpoint" in capsys.readouterr().err
     (checkpoint,) = (tmp_path / "out" / "runs").glob("*.pt")
     assert checkpoint.name == "digits--realnvp--0.pt"
     monkeypatch.setattr(LiveProgress, "step", lambda self, done, loss: steps.append(done))
@@ -340,3 +343,30 @@ def test_mosaic_keeps_colours_in_place() -> None:
     for index, (top, left) in enumerate([(0, 0), (0, 3), (3, 0)]):
         tile = mosaic[top : top + 2, left : left + 2]
         assert np.array_equal(tile.transpose(2, 0, 1), pixels[index])
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_in_the_middle(tmp_path: Path) -> None:
+    """The process is killed from outside, whenever its first checkpoints appear."""
+    arguments = [*DIGITS, "--steps", "200", "--models", "realnvp", "--quiet", "--out"]
+    script = (
+        "import sys; from tests.images import provide_convolution; provide_convolution();"
+        "from nflows_iresnet.compare.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, *arguments, str(tmp_path / "killed")]
+    command += ["--checkpoint-minutes", "1e-9"]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    checkpoint = tmp_path / "killed" / "runs" / "digits--realnvp--0.pt"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    state = torch.load(checkpoint, weights_only=True)["state"]
+    assert 0 < len(state["progress"]["seconds"]) < 200
+    assert main([*arguments, str(tmp_path / "killed"), "--resume"]) == 0
+    assert main([*arguments, str(tmp_path / "straight")]) == 0
+    for name in ("training", "metrics"):
+        (killed,), (straight,) = (results(tmp_path / folder) for folder in ("killed", "straight"))
+        assert same(killed[name], straight[name])

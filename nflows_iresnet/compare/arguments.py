@@ -91,7 +91,10 @@ def _add_images(group: argparse._ActionsContainer) -> None:
         "--num-train", type=positive_int, metavar="N", help="training images to keep (default: all)"
     )
     group.add_argument(
-        "--amp", action="store_true", help="compute networks in bfloat16 while training"
+        "--amp",
+        action="store_true",
+        help="compute coupling networks in bfloat16 while training; log-determinants, and residual "
+        "blocks, which need it, stay in full precision",
     )
     _add_number(group, "--num-scales", positive_int, "halvings of height and width")
     _add_number(group, "--exact-images", positive_int, "test images for exact log-determinants")

@@ -233,6 +233,11 @@ def _say_what_was_kept(session: Session) -> None:
     )
     print(
         f"interrupted: {len(session.record.results)} of {len(session.runs)} runs are kept in "
-        f"{session.folder.path}\ngo on with: {resume}",
+        f"{session.folder.path}{_checkpointed(session)}\ngo on with: {resume}",
         file=sys.stderr,
     )
+
+
+def _checkpointed(session: Session) -> str:
+    saved = any(session.folder.checkpoint(item.key).exists() for item in session.pending)
+    return ", and the one under way up to its last checkpoint" if saved else ""
