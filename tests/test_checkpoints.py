@@ -57,7 +57,10 @@ def kill() -> None:
 
 
 def run(
-    path: Path | None, stop_after: int | None = None, stop: Callable[[], None] = interrupt
+    path: Path | None,
+    stop_after: int | None = None,
+    stop: Callable[[], None] = interrupt,
+    every: float = 0.0,
 ) -> tuple[TrainingLog, Noisy]:
     """Train for 20 steps with a checkpoint after every step, unless stopped before."""
     seed_everything(0)
@@ -71,7 +74,7 @@ def run(
 
     data = torch.arange(50.0)[:, None].expand(50, 3).contiguous() / 50
     stream = Batches(data, 8, 0, lambda rows, g: rows + torch.rand(rows.shape, generator=g))
-    keeper = None if path is None else Keeper(path, "test", every=0.0)
+    keeper = None if path is None else Keeper(path, "test", every=every)
 
     @torch.no_grad()
     def validate() -> float:
@@ -142,7 +145,8 @@ def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
-    log, model = run(tmp_path / "run.pt")
+    """Its end is saved however long ago the last checkpoint was."""
+    log, model = run(tmp_path / "run.pt", every=3600.0)
     again, same = run(tmp_path / "run.pt", stop_after=1)
     assert again == log
     assert torch.equal(model.net.weight, same.net.weight)
@@ -197,12 +201,12 @@ def test_random_states_are_restored() -> None:
 def test_weight_average_is_the_documented_one() -> None:
     parameter = nn.Parameter(torch.tensor([1.0]))
     parameters: Callable[[], Iterator[nn.Parameter]] = lambda: iter([parameter])  # noqa: E731
-    average, expected = WeightAverage(parameters(), decay=0.5), 0.0
+    average, expected = WeightAverage(parameters(), decay=0.7), 0.0
     for step in range(40):
         with torch.no_grad():
             parameter.fill_(float(step))
         average.update()
-        decay = min(0.5, step / (step + 10))
+        decay = min(0.7, step / (step + 10))
         expected = decay * expected + (1 - decay) * step
     with average.applied():
         assert parameter.item() == pytest.approx(expected)
@@ -211,9 +215,20 @@ def test_weight_average_is_the_documented_one() -> None:
         WeightAverage(parameters(), decay=1.0)
 
 
+class Remembering(Noisy):
+    """Keeps the weights after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained: list[Tensor] = []
+
+    def after_step(self) -> None:
+        self.trained.append(self.net.weight.detach().clone())
+
+
 def test_what_is_validated_and_kept_is_the_average() -> None:
     seed_everything(0)
-    model, seen = Noisy(), []
+    model, seen = Remembering(), []
     validations = iter([3.0, 1.0, 2.0, 4.0])
 
     def validate() -> float:
@@ -224,3 +239,5 @@ def test_what_is_validated_and_kept_is_the_average() -> None:
     log = train(model, Batches(torch.randn(20, 3), 8, 0), validate, plan)
     assert log.best_step == 2
     assert torch.equal(model.net.weight, seen[1])
+    first, second = model.trained[:2]
+    torch.testing.assert_close(seen[1], first / 11 + second * 10 / 11)

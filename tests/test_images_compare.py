@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet import transforms
 from nflows_iresnet.compare import adapters, models, runner
 from nflows_iresnet.compare.cli import main
 from nflows_iresnet.compare.config import RunConfig
@@ -76,6 +77,8 @@ def test_exact_log_prob_and_round_trip(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model.decode(noise), points, atol=1e-3, rtol=1e-4)
         assert model.sample(5).shape == (5, 1, 4, 4)
+    logits = [each for each in model.modules() if isinstance(each, transforms.LogitTransform)]
+    assert [each.levels for each in logits] == [17]
 
 
 def test_bits_of_the_summary_are_those_of_the_data() -> None:
@@ -193,12 +196,18 @@ def test_half_precision_is_for_networks_in_training_alone() -> None:
         for training in (True, False):
             assert net.train(training)(torch.ones(2, 1, 4, 4)).dtype == torch.float32
     assert seen == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
-    for name in ("glow", "realnvp", "glow-normflows"):
-        model = IMAGE_MODELS[name].build(replace(SMALL, half_precision=True))
-        nets = [module for module in model.modules() if isinstance(module, CouplingNet)]
-        assert len(nets) == 4
-        assert all(net.half_precision for net in nets)
-        assert model.log_prob(images(8)).dtype in (torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["glow", "realnvp", "glow-normflows"])
+def test_half_precision_reaches_the_networks_of_a_model_and_only_them(name: str) -> None:
+    seen: set[torch.dtype] = set()
+    model = IMAGE_MODELS[name].build(replace(SMALL, half_precision=True))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda net, inputs, outputs: seen.add(outputs.dtype))
+    assert model.train().log_prob(images(8)).dtype in (torch.float32, torch.float64)
+    assert seen == {torch.bfloat16}
+    assert model.encode(images(8)).dtype == torch.float32
 
 
 # --- the command ----------------------------------------------------------------------------------
