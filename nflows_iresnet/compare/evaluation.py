@@ -41,6 +41,8 @@ class Metrics:
         test_nll: mean negative log-likelihood of the test rows, in nats.
         test_nll_se: its standard error over the rows (over chunks of rows for an estimate).
         test_nll_exact: whether the log-determinants in it are exact or unbiased estimates.
+        bits_per_dim: `test_nll` of images in bits per dimension.
+        bits_per_dim_se: its standard error.
         exact_gap: mean of estimated minus exact log-density over the same test images, nats.
         exact_gap_se: standard error of that mean over the random draws of the estimator.
         exact_rows: how many test images that comparison took.
@@ -57,6 +59,8 @@ class Metrics:
     test_nll: float | None = None
     test_nll_se: float | None = None
     test_nll_exact: bool | None = None
+    bits_per_dim: float | None = None
+    bits_per_dim_se: float | None = None
     exact_gap: float | None = None
     exact_gap_se: float | None = None
     exact_rows: int | None = None
@@ -169,7 +173,7 @@ def _likelihood(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> di
     limit = exam.max_exact_rows
     exact = not model.estimates or limit is None or len(exam.test) <= limit
     score = exact_log_prob if exact else estimated_log_prob
-    draws = [score(model, test).double() for test in (exam.test, *exam.more_draws)]
+    draws = [score(model, test) for test in (exam.test, *exam.more_draws)]
     log_prob = torch.stack(draws).mean(dim=0)
     _check_finite(log_prob, "log-densities")
     arrays["test_log_prob"] = log_prob.cpu().numpy()
@@ -177,6 +181,10 @@ def _likelihood(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> di
     if not exact:
         error = max(error or 0.0, _error_over_chunks(log_prob) or 0.0)
     found = {"test_nll": nll, "test_nll_se": error, "test_nll_exact": exact}
+    if exam.shows_images:
+        nats_per_bit = exam.test[0].numel() * math.log(2)
+        found["bits_per_dim"] = nll / nats_per_bit
+        found["bits_per_dim_se"] = None if error is None else error / nats_per_bit
     if exam.true_log_prob is not None:
         above, above_error = mean_and_error(exam.true_log_prob - log_prob)
         found |= {"above_optimum": above, "above_optimum_se": above_error}

@@ -75,7 +75,15 @@ def _row(results: list[Result]) -> Row:
     )
 
 
-_MEANS = ("test_nll", "test_nll_se", "above_optimum", "above_optimum_se", "exact_gap")
+_MEANS = (
+    "test_nll",
+    "test_nll_se",
+    "bits_per_dim",
+    "bits_per_dim_se",
+    "above_optimum",
+    "above_optimum_se",
+    "exact_gap",
+)
 
 
 def _combine(metrics: list[Metrics]) -> Metrics:
@@ -176,11 +184,11 @@ def _bits(dataset: DatasetSummary) -> Column:
         return None if row.metrics.test_nll is None else dataset.bits_per_dim(row.metrics.test_nll)
 
     def text(row: Row) -> str:
-        value, error = bits(row), row.metrics.test_nll_se
-        if value is None or error is None or dataset.shape is None:
+        value, error = bits(row), row.metrics.bits_per_dim_se
+        if value is None or error is None:
             return _number(value, ".3f")
         sign = "" if row.metrics.test_nll_exact else "\nestimated"
-        return f"{value:.4f} ± {error / (dataset.features * math.log(2)):.4f}{sign}"
+        return f"{value:.4f} ± {error:.4f}{sign}"
 
     return Column(
         "bits\nper dim",
