@@ -18,9 +18,11 @@ from nflows_iresnet.compare.config import RunConfig
 from nflows_iresnet.compare.evaluation import exact_log_prob
 from nflows_iresnet.compare.memory import peak_megabytes
 from nflows_iresnet.compare.models import MODELS, Architecture, ModelSpec, count_parameters
+from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.report import render
 from nflows_iresnet.compare.results import Folder
-from nflows_iresnet.compare.training import Steps, TrainingPlan, batches, seed_everything, train
+from nflows_iresnet.compare.stream import Batches
+from nflows_iresnet.compare.training import seed_everything, train
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -93,7 +95,7 @@ def test_every_model_sees_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_batches_cover_an_epoch_once() -> None:
-    stream = batches(torch.arange(10.0)[:, None], batch_size=5, seed=0)
+    stream = Batches(torch.arange(10.0)[:, None], batch_size=5, seed=0)
     epoch = torch.cat([next(stream), next(stream)]).flatten()
     assert sorted(epoch.tolist()) == list(range(10))
 
@@ -109,7 +111,7 @@ def test_training_restores_the_best_validated_state() -> None:
         return next(losses)
 
     plan = TrainingPlan(1e-2, Steps(4), validations=4)
-    log = train(model, batches(torch.randn(64, 2), 16, 0), validate, plan)
+    log = train(model, Batches(torch.randn(64, 2), 16, 0), validate, plan)
     assert (log.best_step, log.best_validation, log.steps) == (2, 1.0, 4)
     assert torch.equal(next(model.parameters()), states[1])
 
@@ -117,7 +119,7 @@ def test_training_restores_the_best_validated_state() -> None:
 def test_training_stops_early() -> None:
     model, values = MODELS["nice"].build(SMALL), iter(range(100))
     plan = TrainingPlan(1e-3, Steps(20), validations=20, patience=3)
-    stream = batches(torch.randn(64, 2), 16, 0)
+    stream = Batches(torch.randn(64, 2), 16, 0)
     assert train(model, stream, lambda: float(next(values)), plan).steps == 4
 
 
@@ -131,7 +133,7 @@ def test_exact_log_prob_and_round_trip(name: str) -> None:
     seed_everything(1)
     model, inputs = MODELS[name].build(size), torch.randn(64, 3)
     falling = iter(range(20, 0, -1))
-    stream = batches(inputs.exp(), 32, 0)
+    stream = Batches(inputs.exp(), 32, 0)
     train(model, stream, lambda: float(next(falling)), TrainingPlan(2e-2, Steps(15)))
     points = inputs[:5].exp()
     _, jacobian = adapters.value_and_jacobian(model.encode, points, chunk_size=2)

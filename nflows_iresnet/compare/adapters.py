@@ -28,27 +28,33 @@ class LipschitzBound:
 
 
 class DensityModel(nn.Module, ABC):
-    """A density that can be trained, evaluated exactly, inverted and sampled."""
+    """A density that can be trained, evaluated exactly, inverted and sampled.
+
+    Rows have any shape: (B, *) stands for (B, d), or (B, C, H, W) with noise (B, C H W).
+    """
+
+    estimates = False
+    """Whether `log_prob` is an estimate, so that `exact_log_prob` costs more."""
 
     @abstractmethod
     def log_prob(self, inputs: Tensor) -> Tensor:
-        """Log-density in nats that training maximises; (B, d) -> (B,). May be an estimate."""
+        """Log-density in nats that training maximises; (B, *) -> (B,). May be an estimate."""
 
     @abstractmethod
     def exact_log_prob(self, inputs: Tensor) -> Tensor:
-        """Log-density in nats with the exact log-determinant, without a graph; (B, d) -> (B,)."""
+        """Log-density in nats with the exact log-determinant, without a graph; (B, *) -> (B,)."""
 
     @abstractmethod
     def encode(self, inputs: Tensor) -> Tensor:
-        """Data to noise; (B, d) -> (B, d)."""
+        """Data to noise; (B, *) -> (B, d)."""
 
     @abstractmethod
     def decode(self, noise: Tensor) -> Tensor:
-        """Noise to data, with the solver that the library uses by default; (B, d) -> (B, d)."""
+        """Noise to data, with the solver that the library uses by default; (B, d) -> (B, *)."""
 
     @abstractmethod
     def sample(self, num_samples: int) -> Tensor:
-        """Draw samples as a user of the library would; returns (num_samples, d)."""
+        """Draw samples as a user of the library would; returns (num_samples, *)."""
 
     def after_step(self) -> None:
         """Do what the library asks for after each optimiser step."""
@@ -91,6 +97,8 @@ class NflowsModel(DensityModel):
 class ResidualModel(NflowsModel):
     """A flow of this library, whose residual blocks certify their Lipschitz bound."""
 
+    estimates = True
+
     @torch.no_grad()
     def exact_log_prob(self, inputs: Tensor) -> Tensor:
         """Return the log-density with the exact estimator in place of the trained one."""
@@ -118,6 +126,7 @@ class NormflowsResidualModel(DensityModel):
     """A `normflows.NormalizingFlow` of `Residual` blocks, run as its documentation runs it."""
 
     flow: Any
+    estimates = True
 
     def __init__(self, flow: nn.Module) -> None:
         """Wrap a flow."""

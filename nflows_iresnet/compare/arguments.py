@@ -9,17 +9,27 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from nflows_iresnet.compare.config import DEFAULT_STEPS, RunConfig, resolve_device
+from nflows_iresnet.compare.config import (
+    DEFAULT_STEPS,
+    IMAGE_DEFAULTS,
+    RunConfig,
+    resolve_device,
+)
+from nflows_iresnet.compare.imagemodels import DEFAULT_IMAGE_MODELS, IMAGE_MODELS
 from nflows_iresnet.compare.models import DEFAULT_MODELS, MODELS
 
 Number = TypeVar("Number", int, float)
 
 DEFAULT_DATASETS = ("moons", "8-gaussians", "checkerboard")
+DEFAULT_IMAGES = ("digits",)
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RunConfig)}
 
 EPILOG = f"""\
 models:
 {chr(10).join(f"  {name:20}{spec.description}" for name, spec in MODELS.items())}
+
+models with --images:
+{chr(10).join(f"  {name:20}{spec.description}" for name, spec in IMAGE_MODELS.items())}
 
 examples:
   nflows-iresnet compare                                  three toy densities, five models
@@ -27,9 +37,12 @@ examples:
   nflows-iresnet compare moons --models residual-flow normflows-residual --repeats 3
   nflows-iresnet compare digits --budget 60               one minute of training per model
   nflows-iresnet compare my.csv --steps 3000 --out here --resume    go on after an interruption
+  nflows-iresnet compare digits --images                  multi-scale flows, bits per dimension
+  nflows-iresnet compare mnist --images --data-dir data --device cuda --amp --budget 3600
 
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
-at --hidden-features and --num-layers. The exit status is 0 when the comparison is complete (a model
+at --hidden-features and --num-layers. A training under way is saved every few minutes, and goes on
+from there with --resume. The exit status is 0 when the comparison is complete (a model
 that fails is a result), 2 for arguments or data that cannot work, 130 after Ctrl-C.
 """
 
@@ -40,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "datasets",
         nargs="*",
         metavar="DATASET",
-        default=list(DEFAULT_DATASETS),
         help="name (see --list), or path of a .csv or .npy file with a row per sample "
-        f"(default: {' '.join(DEFAULT_DATASETS)})",
+        f"(default: {' '.join(DEFAULT_DATASETS)}; with --images: {' '.join(DEFAULT_IMAGES)})",
     )
     parser.add_argument("--list", action="store_true", help="list data sets and models, and stop")
+    _add_images(parser.add_argument_group("images"))
     _add_what(parser.add_argument_group("what is compared"))
     _add_how(parser.add_argument_group("how it is trained"))
     _add_where(parser.add_argument_group("where the results go"))
@@ -55,15 +68,37 @@ def _add_what(group: argparse._ActionsContainer) -> None:
         "--models",
         nargs="+",
         metavar="MODEL",
-        default=list(DEFAULT_MODELS),
-        help=f"models to compare (default: {' '.join(DEFAULT_MODELS)})",
+        help=f"models to compare (default: {' '.join(DEFAULT_MODELS)}; with --images: "
+        f"{' '.join(DEFAULT_IMAGE_MODELS)})",
     )
-    group.add_argument("--data-dir", metavar="DIR", help="folder that holds the real data sets")
+    group.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder that holds the real data sets (for images also: $NFLOWS_IRESNET_DATA)",
+    )
     _add_number(group, "--hidden-features", positive_int, "width of ResidualFlow's networks")
-    _add_number(group, "--num-layers", positive_int, "transforms in each flow")
+    _add_number(group, "--num-layers", positive_int, "transforms in each flow, or scale")
     _add_number(group, "--num-blocks-per-layer", positive_int, "depth of each network")
     _add_number(group, "--repeats", positive_int, "train each model R times, seeds S, S+1, ...")
     _add_number(group, "--seed", natural_int, "reproduces data, weights, batches and samples")
+
+
+def _add_images(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--images", action="store_true", help="the data sets are images: multi-scale models"
+    )
+    group.add_argument(
+        "--num-train", type=positive_int, metavar="N", help="training images to keep (default: all)"
+    )
+    group.add_argument(
+        "--amp",
+        action="store_true",
+        help="compute coupling networks in bfloat16 while training; log-determinants, and residual "
+        "blocks, which need it, stay in full precision",
+    )
+    _add_number(group, "--num-scales", positive_int, "halvings of height and width")
+    _add_number(group, "--exact-images", positive_int, "test images for exact log-determinants")
+    _add_number(group, "--dequantisations", positive_int, "draws of noise in tests")
 
 
 def _add_how(group: argparse._ActionsContainer) -> None:
@@ -95,16 +130,24 @@ def _add_where(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--resume", action="store_true", help="keep what is finished in --out and do the rest"
     )
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=positive_float,
+        default=5.0,
+        metavar="X",
+        help="save the training under way this often (default: 5)",
+    )
     group.add_argument("--quiet", action="store_true", help="print only the path of the report")
 
 
 def _add_number(
     group: argparse._ActionsContainer, flag: str, kind: Callable[[str], float], text: str
 ) -> None:
-    default = DEFAULTS[flag.strip("-").replace("-", "_")]
-    group.add_argument(
-        flag, type=kind, default=default, metavar="X", help=f"{text} (default: {default})"
-    )
+    name = flag.strip("-").replace("-", "_")
+    default = str(DEFAULTS[name])
+    if name in IMAGE_DEFAULTS:
+        default += f"; with --images: {IMAGE_DEFAULTS[name]}"
+    group.add_argument(flag, type=kind, metavar="X", help=f"{text} (default: {default})")
 
 
 def to_config(parsed: argparse.Namespace) -> RunConfig:
@@ -113,13 +156,18 @@ def to_config(parsed: argparse.Namespace) -> RunConfig:
     Raises:
         ValueError: a value cannot work here; the message names it.
     """
+    defaults = {**DEFAULTS, **(IMAGE_DEFAULTS if parsed.images else {})}
+    defaults["datasets"] = DEFAULT_IMAGES if parsed.images else DEFAULT_DATASETS
+    defaults["models"] = DEFAULT_IMAGE_MODELS if parsed.images else DEFAULT_MODELS
+    defaults["steps"] = DEFAULT_STEPS if parsed.budget is None else None
     given = {name: getattr(parsed, name) for name in DEFAULTS}
-    given["datasets"] = tuple(dict.fromkeys(parsed.datasets))
-    given["models"] = tuple(dict.fromkeys(parsed.models))
-    given["device"] = resolve_device(parsed.device)
-    if parsed.steps is None and parsed.budget is None:
-        given["steps"] = DEFAULT_STEPS
-    return RunConfig(**given)
+    chosen = {
+        name: default if given[name] in (None, []) else given[name]
+        for name, default in defaults.items()
+    }
+    for name in ("datasets", "models"):
+        chosen[name] = tuple(dict.fromkeys(chosen[name]))
+    return RunConfig(**{**chosen, "device": resolve_device(parsed.device)})
 
 
 def positive_int(text: str) -> int:

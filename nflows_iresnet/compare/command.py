@@ -17,10 +17,13 @@ import torch
 
 from nflows_iresnet.compare import runner
 from nflows_iresnet.compare.arguments import to_config
+from nflows_iresnet.compare.checkpoints import Keeper
 from nflows_iresnet.compare.config import RunConfig, UsageError
 from nflows_iresnet.compare.environment import check_extra, describe_environment
-from nflows_iresnet.compare.models import MODELS
-from nflows_iresnet.compare.results import Folder, Record, write_atomically
+from nflows_iresnet.compare.files import write_atomically
+from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
+from nflows_iresnet.compare.models import MODELS, ModelSpec
+from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
 
 if TYPE_CHECKING:
     from nflows_iresnet.compare.progress import LiveProgress
@@ -37,12 +40,23 @@ class Session:
     folder: Folder
     record: Record
     quiet: bool
+    seconds_between_checkpoints: float
 
     @property
     def pending(self) -> list[runner.Run]:
         """The runs without a result yet."""
         finished = {result.key for result in self.record.results}
         return [run for run in self.runs if run.key not in finished]
+
+    def keeper(self, item: runner.Run) -> Keeper:
+        """Return what keeps the checkpoints of a run."""
+        identity = [self.config.as_arguments(), item.key]
+        path = self.folder.checkpoint(item.key)
+        return Keeper(path, identity, self.seconds_between_checkpoints)
+
+    def summary(self, name: str) -> DatasetSummary:
+        """Return the description of a data set."""
+        return next(item for item in self.record.datasets if item.name == name)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -71,10 +85,17 @@ def catalogue() -> str:
     """List data sets and models with one line each."""
     from nflows_iresnet import datasets
 
-    described = {name: spec.description for name, spec in MODELS.items()}
-    return "\n".join(
-        ["datasets:", *_lines(datasets.available()), "", "models:", *_lines(described)]
-    )
+    sections = {
+        "datasets:": datasets.available(),
+        "images (with --images):": datasets.available_images(),
+        "models:": _described(MODELS),
+        "models with --images:": _described(IMAGE_MODELS),
+    }
+    return "\n\n".join("\n".join([title, *_lines(text)]) for title, text in sections.items())
+
+
+def _described(models: dict[str, ModelSpec]) -> dict[str, str]:
+    return {name: spec.description for name, spec in models.items()}
 
 
 def _lines(described: dict[str, str]) -> Iterator[str]:
@@ -109,18 +130,26 @@ def open_session(parsed: argparse.Namespace) -> Session:
             f"{str(folder.path)!r} already holds results: add --resume to go on with them, "
             "or choose another --out"
         )
+    session = Session(config, runs, folder, record, parsed.quiet, 60.0 * parsed.checkpoint_minutes)
+    keepers = [session.keeper(item) for item in session.pending]
+    if parsed.resume:
+        for keeper in keepers:
+            keeper.load()
     folder.create()
     folder.save_record(record)
-    return Session(config, runs, folder, record, parsed.quiet)
+    if not parsed.resume:
+        for keeper in keepers:
+            keeper.discard()
+    return session
 
 
 def _fresh_record(config: RunConfig, runs: list[runner.Run]) -> Record:
-    data = {run.data.name: run.data for run in runs}
+    tasks = {run.task.name: run.task for run in runs}
     return Record(
         arguments=config.as_arguments(),
         environment=describe_environment(config.device),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
-        datasets=tuple(runner.summarise_dataset(item) for item in data.values()),
+        datasets=tuple(task.summarise() for task in tasks.values()),
     )
 
 
@@ -157,7 +186,7 @@ def _work(session: Session) -> None:
     total = len(session.runs)
     with LiveProgress(total, total - len(pending), quiet=session.quiet) as progress:
         for dataset in session.record.datasets:
-            for item in (run for run in pending if run.data.name == dataset.name):
+            for item in (run for run in pending if run.task.name == dataset.name):
                 _finish(session, item, progress)
             with progress.paused():
                 _show(session, dataset.name)
@@ -165,22 +194,25 @@ def _work(session: Session) -> None:
 
 
 def _finish(session: Session, item: runner.Run, progress: LiveProgress) -> None:
-    progress.begin(item.key)
-    result, arrays = runner.execute(item, session.config, progress.step)
+    dataset, keeper = session.summary(item.task.name), session.keeper(item)
+    progress.begin(item.key, dataset)
+    result, arrays = runner.execute(item, session.config, progress.step, keeper)
     session.folder.save_arrays(item.key, arrays)
     session.record = replace(session.record, results=(*session.record.results, result))
     session.folder.save_record(session.record)
-    progress.finish(result)
+    keeper.discard()
+    progress.finish(result, dataset)
 
 
 def _show(session: Session, name: str) -> None:
-    from nflows_iresnet.compare import plots, tables
+    from nflows_iresnet.compare import imageplots, plots, tables
 
-    data = next(run.data for run in session.runs if run.data.name == name)
-    summary = next(item for item in session.record.datasets if item.name == name)
-    session.folder.save_arrays((name,), runner.dataset_arrays(data))
-    picture = plots.draw(session.record, session.folder, summary)
-    write_atomically(session.folder.picture(name), picture)
+    task = next(run.task for run in session.runs if run.task.name == name)
+    summary = session.summary(name)
+    session.folder.save_arrays((name,), task.arrays())
+    draw = plots.draw if summary.shape is None else imageplots.draw
+    for path, picture in draw(session.record, session.folder, summary).items():
+        write_atomically(path, picture)
     if not session.quiet:
         tables.print_table(tables.make_console(), session.record, session.folder, summary)
 
@@ -201,6 +233,11 @@ def _say_what_was_kept(session: Session) -> None:
     )
     print(
         f"interrupted: {len(session.record.results)} of {len(session.runs)} runs are kept in "
-        f"{session.folder.path}\ngo on with: {resume}",
+        f"{session.folder.path}{_checkpointed(session)}\ngo on with: {resume}",
         file=sys.stderr,
     )
+
+
+def _checkpointed(session: Session) -> str:
+    saved = any(session.folder.checkpoint(item.key).exists() for item in session.pending)
+    return ", and the one under way up to its last checkpoint" if saved else ""

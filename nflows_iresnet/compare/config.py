@@ -33,6 +33,12 @@ class RunConfig:
         num_layers: transforms per model.
         num_blocks_per_layer: hidden layers of the network in each transform.
         threads: CPU threads that torch uses.
+        images: whether the data sets are images, of which the rest speaks.
+        num_train: training images to keep, or None for all.
+        num_scales: how often images are squeezed and half of them factored out.
+        amp: whether networks compute in bfloat16 while training.
+        exact_images: test images that get the exact log-determinant where models estimate it.
+        dequantisations: draws of noise over which test likelihoods are averaged.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -52,6 +58,12 @@ class RunConfig:
     num_layers: int = 6
     num_blocks_per_layer: int = 2
     threads: int = 1
+    images: bool = False
+    num_train: int | None = None
+    num_scales: int = 2
+    amp: bool = False
+    exact_images: int = 256
+    dequantisations: int = 1
 
     def __post_init__(self) -> None:
         """Check that every number is in range."""
@@ -61,6 +73,8 @@ class RunConfig:
             raise ValueError(f"seed must be between 0 and {2**31 - 1}, got {self.seed}")
         for name in _POSITIVE:
             _check_positive(name, getattr(self, name))
+        if not self.images and (self.amp or self.num_train is not None):
+            raise ValueError("amp and num_train are for images: add --images, or leave them out")
 
     def as_arguments(self) -> dict[str, Any]:
         """Every choice as plain JSON data."""
@@ -80,7 +94,18 @@ _POSITIVE = (
     "num_layers",
     "num_blocks_per_layer",
     "threads",
+    "num_train",
+    "num_scales",
+    "exact_images",
+    "dequantisations",
 )
+
+IMAGE_DEFAULTS: dict[str, Any] = {
+    "batch_size": 64,
+    "learning_rate": 1e-3,
+    "num_layers": 4,
+}
+"""What images need other defaults for."""
 
 
 def _check_positive(name: str, value: float | None) -> None:

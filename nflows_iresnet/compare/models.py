@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ _SAME = 0.01
 
 @dataclass(frozen=True)
 class Architecture:
-    """The size of a model.
+    """The size of a model for rows of a table.
 
     Args:
         features: dimensions of the data.
@@ -43,6 +43,11 @@ class Architecture:
     hidden_features: int
     num_layers: int
     num_blocks_per_layer: int
+
+    @property
+    def models(self) -> Mapping[str, ModelSpec]:
+        """The models that are built by such a size."""
+        return MODELS
 
     def as_tuple(self) -> tuple[int, int, int, int]:
         """Return the four arguments in the order that nflows' flows take them."""
@@ -64,7 +69,7 @@ class ModelSpec:
     """
 
     description: str
-    build: Callable[[Architecture], DensityModel]
+    build: Callable[[Any], DensityModel]
 
 
 def _residual_flow(size: Architecture) -> DensityModel:
@@ -164,15 +169,15 @@ MODELS: dict[str, ModelSpec] = {
 DEFAULT_MODELS = ("residual-flow", "i-resnet", "realnvp", "maf", "glow")
 
 
-def find_model(name: str) -> ModelSpec:
+def find_model(name: str, known: Mapping[str, ModelSpec] = MODELS) -> ModelSpec:
     """Look a model up by name.
 
     Raises:
         ValueError: there is no such model; the message names the nearest one.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: {suggest(name, MODELS)}")
-    return MODELS[name]
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}: {suggest(name, known)}")
+    return known[name]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -181,11 +186,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def match_parameters(name: str, reference: Architecture) -> Architecture:
-    """Find the width at which a model has as many parameters as ResidualFlow of a given size.
+    """Find the width at which a model has as many parameters as the residual flow of a given size.
 
     Args:
-        name: a name in `MODELS`.
-        reference: the size of the ResidualFlow.
+        name: a name in `reference.models`.
+        reference: the size of the residual flow.
 
     Returns:
         The same size with another `hidden_features`.
@@ -230,4 +235,4 @@ def _count_at(name: str, reference: Architecture, width: int) -> int:
 @lru_cache(maxsize=1024)
 def _count(name: str, size: Architecture) -> int:
     with torch.random.fork_rng(devices=[]):
-        return count_parameters(find_model(name).build(size))
+        return count_parameters(find_model(name, size.models).build(size))

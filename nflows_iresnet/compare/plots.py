@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib as mpl
 
@@ -26,7 +27,7 @@ MODEL = "#c8385a"
 CMAP = "magma"
 CELL = 2.35
 IMAGES = 6
-_STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.edgecolor": "#c9ccd6", "figure.dpi": 100}
+STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.edgecolor": "#c9ccd6", "figure.dpi": 100}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,21 +44,26 @@ class Panel:
         return "bold" if self.is_best else "normal"
 
 
-def draw(record: Record, folder: Folder, dataset: DatasetSummary) -> bytes:
+def draw(record: Record, folder: Folder, dataset: DatasetSummary) -> dict[Path, bytes]:
     """Draw the picture of a data set from what its folder holds.
 
     Returns:
-        A PNG.
+        A PNG, by its path.
     """
     data = folder.load_arrays((dataset.name,))
     panels = _panels(record, folder, dataset.name)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         if dataset.features == 2:
             figure = _plane(dataset, data, panels)
         else:
             figure = _high_dimensional(record, dataset, data, panels)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, facecolor="white")
+        return {folder.picture(dataset.name): as_png(figure)}
+
+
+def as_png(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
     return buffer.getvalue()
 
 
@@ -162,7 +168,7 @@ def _high_dimensional(
     figure = Figure(figsize=(CELL * columns + 0.2, 3 * CELL + 0.9), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=[1, 2])
     top, bottom = (figure.add_subfigure(grid[row]) for row in range(2))
-    _curves(top.subplots(1, 2), record.of(dataset.name))
+    draw_curves(top.subplots(1, 2), record.of(dataset.name))
     axes = bottom.subplots(2, columns, squeeze=False)
     draw_samples = _images if _is_image(dataset) else _components
     titled = [Panel("data", {"samples": data["train"]}), *panels]
@@ -175,14 +181,21 @@ def _high_dimensional(
     return figure
 
 
-def _curves(axes: Sequence[Axes], results: list[Result]) -> None:
-    for horizontal, attribute, label in zip(axes, ("step", "seconds"), _CURVE_LABELS, strict=True):
+def draw_curves(
+    axes: Sequence[Axes],
+    results: list[Result],
+    unit: Callable[[float], float] = float,
+    label: str = "validation NLL (nats)",
+) -> None:
+    """Draw the validation NLL of the first repeats, over steps and over seconds."""
+    for horizontal, attribute, name in zip(axes, ("step", "seconds"), _CURVE_LABELS, strict=True):
         for result in results:
             if result.training is not None and result.repeat == 0:
                 points = result.training.curve
                 xs = [getattr(point, attribute) for point in points]
-                horizontal.plot(xs, [p.validation for p in points], label=result.model, lw=1.4)
-        horizontal.set(xlabel=label, ylabel="validation NLL (nats)")
+                ys = [unit(point.validation) for point in points]
+                horizontal.plot(xs, ys, label=result.model, lw=1.4)
+        horizontal.set(xlabel=name, ylabel=label)
         _clip_start(horizontal)
         horizontal.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nflows_iresnet.compare.results import Result
+from nflows_iresnet.compare.results import DatasetSummary, Result
 
 _RESOLUTION = 0.02
 """Updates are this fraction of a run apart, so that the time left is estimated over many runs."""
@@ -30,11 +30,12 @@ class LiveProgress:
         self._console = Console(stderr=True, quiet=quiet)
         self._done = done
         self._shown = 0.0
+        self._data: DatasetSummary | None = None
         self._bar = Progress(
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TextColumn("{task.description}"),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -66,29 +67,39 @@ class LiveProgress:
         yield
         self.__enter__()
 
-    def begin(self, key: tuple[str, str, int]) -> None:
-        """Show which run is under way."""
+    def begin(self, key: tuple[str, str, int], data: DatasetSummary) -> None:
+        """Show which run is under way, on which data."""
         dataset, model, repeat = key
         label = f"{dataset} · {model}" + (f" · repeat {repeat + 1}" if repeat else "")
+        self._data = data
         self._bar.update(self._task, description=label, loss="-")
 
     def step(self, done: float, loss: float) -> None:
-        """Show how far the run is, from 0 to 1, and its loss in nats."""
+        """Show how far the run is, from 0 to 1, and its loss, given in nats."""
         if 0 <= done - self._shown < _RESOLUTION:
             return
         self._shown = done
-        self._bar.update(self._task, completed=self._done + done, loss=f"{loss:.3f}")
+        bits = None if self._data is None else _bits(self._data, loss)
+        shown = f"loss {loss:.3f}" if bits is None else bits
+        self._bar.update(self._task, completed=self._done + done, loss=shown)
 
-    def finish(self, result: Result) -> None:
+    def finish(self, result: Result, data: DatasetSummary) -> None:
         """Count a run as finished."""
         self._done += 1
         self._bar.update(self._task, completed=self._done)
         if not self._console.is_terminal:
-            self._console.print(_line(result), highlight=False, soft_wrap=True)
+            self._console.print(_line(result, data), highlight=False, soft_wrap=True)
 
 
-def _line(result: Result) -> str:
+def _bits(data: DatasetSummary, nats: float) -> str | None:
+    """Return the loss of images in bits per dimension."""
+    bits = None if data.shape is None else data.bits_per_dim(nats)
+    return None if bits is None else f"{bits:.3f} bits/dim"
+
+
+def _line(result: Result, data: DatasetSummary) -> str:
     label = f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: "
-    if result.metrics.test_nll is not None:
-        label += f"test NLL {result.metrics.test_nll:.3f} nats"
+    nll = result.metrics.test_nll
+    if nll is not None:
+        label += f"test NLL {_bits(data, nll) or f'{nll:.3f} nats'}"
     return label + "".join(f"; FAILED {failure}" for failure in result.failures)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 
 from nflows_iresnet.compare.config import slug
 from nflows_iresnet.compare.evaluation import Array, Metrics
+from nflows_iresnet.compare.files import write_atomically as write_atomically
 from nflows_iresnet.compare.training import CurvePoint, TrainingLog
 
 FORMAT = 1
@@ -36,6 +35,7 @@ class DatasetSummary:
         log_scale: what to add to an NLL for nats in the data's original units.
         levels: how many values a quantised feature took before its noise, None if not quantised.
         notes: what was changed or deserves care.
+        shape: channels, height and width of images, None for rows of a table.
     """
 
     name: str
@@ -49,6 +49,20 @@ class DatasetSummary:
     log_scale: float
     levels: int | None
     notes: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> DatasetSummary:
+        """Rebuild a summary from plain JSON data."""
+        shape = data.get("shape")
+        rebuilt = {"notes": tuple(data["notes"]), "shape": None if shape is None else tuple(shape)}
+        return cls(**{**data, **rebuilt})
+
+    def bits_per_dim(self, nats: float) -> float | None:
+        """Convert nats per row to bits per dimension of quantised data; None for other data."""
+        if self.levels is None:
+            return None
+        return ((nats + self.log_scale) / self.features + math.log(self.levels)) / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Result:
     model: str
     repeat: int
     seed: int
-    hyperparameters: dict[str, int]
+    hyperparameters: dict[str, Any]
     num_parameters: int
     failures: tuple[str, ...]
     training: TrainingLog | None
@@ -132,9 +146,7 @@ class Record:
         data = json.loads(text)
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"not results of format {FORMAT}")
-        data["datasets"] = tuple(
-            DatasetSummary(**{**item, "notes": tuple(item["notes"])}) for item in data["datasets"]
-        )
+        data["datasets"] = tuple(DatasetSummary.from_json(item) for item in data["datasets"])
         data["results"] = tuple(Result.from_json(item) for item in data["results"])
         return cls(**data)
 
@@ -207,22 +219,13 @@ class Folder:
         with np.load(self._arrays(key), allow_pickle=False) as arrays:
             return dict(arrays)
 
-    def picture(self, dataset: str) -> Path:
-        """Return the path of a data set's picture."""
-        return self.path / f"{slug(dataset)}.png"
+    def picture(self, *parts: str) -> Path:
+        """Return the path of a picture: of a data set, or of a model on it."""
+        return self.path / f"{'--'.join(map(slug, parts))}.png"
+
+    def checkpoint(self, key: tuple[str | int, ...]) -> Path:
+        """Return the path of the checkpoint of a run under way."""
+        return self._arrays(key).with_suffix(".pt")
 
     def _arrays(self, key: tuple[str | int, ...]) -> Path:
         return self.path / "runs" / ("--".join(slug(str(part)) for part in key) + ".npz")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

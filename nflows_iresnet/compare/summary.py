@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,7 +75,15 @@ def _row(results: list[Result]) -> Row:
     )
 
 
-_MEANS = ("test_nll", "test_nll_se", "above_optimum", "above_optimum_se")
+_MEANS = (
+    "test_nll",
+    "test_nll_se",
+    "bits_per_dim",
+    "bits_per_dim_se",
+    "above_optimum",
+    "above_optimum_se",
+    "exact_gap",
+)
 
 
 def _combine(metrics: list[Metrics]) -> Metrics:
@@ -104,6 +112,8 @@ def columns_for(record: Record, dataset: DatasetSummary) -> list[Column]:
     optimal = dataset.optimum is not None
     left_out = {ABOVE.title: not optimal, REPEATS.title: not repeated}
     columns = [column for column in COLUMNS if not left_out.get(column.title, False)]
+    if dataset.shape is not None:
+        return _image_columns(dataset, columns)
     return columns if dataset.levels is None else [*columns[:2], _bits(dataset), *columns[2:]]
 
 
@@ -113,6 +123,8 @@ def caption(dataset: DatasetSummary) -> str:
         f"{dataset.num_train} training, {dataset.num_validation} validation and "
         f"{dataset.num_test} test rows of {dataset.features} dimensions"
     )
+    if dataset.shape is not None:
+        return f"{text}: images of {'x'.join(map(str, dataset.shape))}, {dataset.levels} levels"
     if dataset.optimum is not None:
         text += f"; the true density scores {_with_error(dataset.optimum, dataset.optimum_se)} nats"
     if dataset.log_scale:
@@ -169,17 +181,32 @@ def _round_trip(row: Row) -> str:
 
 def _bits(dataset: DatasetSummary) -> Column:
     def bits(row: Row) -> float | None:
-        if row.metrics.test_nll is None or dataset.levels is None:
-            return None
-        nats = (row.metrics.test_nll + dataset.log_scale) / dataset.features
-        return (nats + math.log(dataset.levels)) / math.log(2)
+        return None if row.metrics.test_nll is None else dataset.bits_per_dim(row.metrics.test_nll)
+
+    def text(row: Row) -> str:
+        value, error = bits(row), row.metrics.bits_per_dim_se
+        if value is None or error is None:
+            return _number(value, ".3f")
+        sign = "" if row.metrics.test_nll_exact else "\nestimated"
+        return f"{value:.4f} ± {error:.4f}{sign}"
 
     return Column(
         "bits\nper dim",
         "The test NLL as bits per dimension of the quantised source, lower is better.",
-        lambda row: _number(bits(row), ".3f"),
+        text,
         bits,
     )
+
+
+def _image_columns(dataset: DatasetSummary, columns: list[Column]) -> list[Column]:
+    """Return the columns for images: bits instead of nats, and the estimator beside the truth."""
+    kept = [IMAGE_SAMPLES if column is SAMPLES else column for column in columns]
+    return [kept[0], _bits(dataset), *kept[1:-1], AGREEMENT, kept[-1]]
+
+
+def _gap(row: Row) -> str:
+    gap, rows = row.metrics.exact_gap, row.metrics.exact_rows
+    return "-" if gap is None else f"{_with_error(gap, row.metrics.exact_gap_se)}\nof {rows}"
 
 
 def _lipschitz(row: Row) -> str:
@@ -201,12 +228,26 @@ REPEATS = Column(
     "Standard error of the test NLL over repeats with other seeds, in nats.",
     lambda row: _number(row.repeats_se, ".3f"),
 )
+SAMPLES = Column(
+    "sample\n10,000 (s)",
+    "Seconds to draw 10,000 samples.",
+    lambda row: _number(row.metrics.sample_seconds, ".2f"),
+    lambda row: row.metrics.sample_seconds,
+)
+IMAGE_SAMPLES = replace(SAMPLES, title="sample\n256 (s)", help="Seconds to draw 256 samples.")
+AGREEMENT = Column(
+    "estimate\n- exact",
+    "Mean of estimated minus exact log-density in nats, on as many test images as it says, ± its "
+    "standard error over the draws of the estimator. Zero within the error, for it is unbiased.",
+    _gap,
+)
 COLUMNS = (
     Column("model", "Its name; nflows-iresnet compare --list describes it.", lambda row: row.model),
     Column(
         "test NLL\n(nats)",
         "Mean negative log-likelihood of the test rows, lower is better, ± its standard error over "
-        "the rows. The log-determinant is exact for every model, also where training estimates it.",
+        "the rows. The log-determinant is exact for every model, also where training estimates it, "
+        "unless it says otherwise.",
         lambda row: _with_error(row.metrics.test_nll, row.metrics.test_nll_se),
         lambda row: row.metrics.test_nll,
     ),
@@ -219,12 +260,7 @@ COLUMNS = (
         lambda row: _number(row.ms_per_step, ".1f"),
         lambda row: row.ms_per_step,
     ),
-    Column(
-        "sample\n10,000 (s)",
-        "Seconds to draw 10,000 samples.",
-        lambda row: _number(row.metrics.sample_seconds, ".2f"),
-        lambda row: row.metrics.sample_seconds,
-    ),
+    SAMPLES,
     Column(
         "round trip\nmax (median)",
         "How far data -> noise -> data misses the test rows, in the units of the data: the largest "

@@ -6,13 +6,19 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
+
+from nflows_iresnet.compare.averaging import WeightAverage
+from nflows_iresnet.compare.checkpoints import Keeper, random_state, set_random_state
+from nflows_iresnet.compare.plan import TrainingPlan
+from nflows_iresnet.compare.stream import Batches
 
 
 class Trainable(Protocol):
@@ -42,51 +48,6 @@ class TrainingDivergedError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Train for a number of optimiser steps."""
-
-    count: int
-
-    def progress(self, steps: int, seconds: float) -> float:
-        """Return the fraction of the training that is done, 1 at the end."""
-        return steps / self.count
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Train for a time in seconds, validation not counted."""
-
-    budget: float
-
-    def progress(self, steps: int, seconds: float) -> float:
-        """Return the fraction of the training that is done, 1 at the end."""
-        return min(seconds / self.budget, 1.0)
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """How every model is trained: Adam, cosine schedule, gradient clipping, early stopping.
-
-    Args:
-        learning_rate: initial learning rate, annealed to zero.
-        length: how long to train.
-        clip_norm: largest norm of the gradient.
-        validations: how often the validation set is evaluated, at equal intervals.
-        patience: validations without a new best after which training stops.
-    """
-
-    learning_rate: float
-    length: Steps | Seconds
-    clip_norm: float = 10.0
-    validations: int = 20
-    patience: int = 8
-
-    def learning_rate_at(self, progress: float) -> float:
-        """Return the cosine-annealed learning rate."""
-        return 0.5 * self.learning_rate * (1.0 + math.cos(math.pi * progress))
-
-
-@dataclass(frozen=True)
 class CurvePoint:
     """One validation during training.
 
@@ -94,7 +55,7 @@ class CurvePoint:
         step: optimiser steps so far.
         seconds: training time so far.
         train: mean training loss since the last point, in nats.
-        validation: exact NLL of the validation rows, in nats.
+        validation: NLL of the validation rows, in nats; exact but for images under an estimator.
     """
 
     step: int
@@ -112,7 +73,7 @@ class TrainingLog:
         seconds: their time, validation not counted.
         ms_per_step: median time of a step, in milliseconds.
         best_step: the step whose state was restored.
-        best_validation: exact NLL of the validation rows there, in nats.
+        best_validation: NLL of the validation rows there, in nats.
         curve: the validations, in order.
     """
 
@@ -128,22 +89,6 @@ def seed_everything(seed: int) -> None:
     """Seed torch, and numpy's global generator, from which normflows draws its truncation."""
     torch.manual_seed(seed)
     np.random.seed(seed)
-
-
-def batches(rows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches for ever, one seeded shuffle per epoch; a remainder of rows is left out.
-
-    Args:
-        rows: (N, d).
-        batch_size: rows per batch; N if there are fewer rows.
-        seed: equal seeds yield equal batches in equal order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(batch_size, len(rows))
-    while True:
-        order = torch.randperm(len(rows), generator=generator).to(rows.device)
-        for start in range(0, len(rows) - size + 1, size):
-            yield rows[order[start : start + size]]
 
 
 @dataclass
@@ -189,41 +134,113 @@ class _Progress:
         if math.isfinite(value) and (self.best is None or value < self.best.validation):
             self.best, self.best_state = point, copy.deepcopy(model.state_dict())
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": list(self.seconds),
+            "elapsed": self.elapsed,
+            "losses": list(self.losses),
+            "curve": [asdict(point) for point in self.curve],
+            "best": None if self.best is None else self.curve.index(self.best),
+            "best_state": self.best_state,
+            "validated": self.validated,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self.elapsed, self.losses = (
+            state[name] for name in ("seconds", "elapsed", "losses")
+        )
+        self.curve = [CurvePoint(**point) for point in state["curve"]]
+        self.best = None if state["best"] is None else self.curve[state["best"]]
+        self.best_state, self.validated = state["best_state"], state["validated"]
+
+
+class _Training:
+    """A training under way: everything that a checkpoint holds."""
+
+    def __init__(self, model: Trainable, stream: Batches, plan: TrainingPlan) -> None:
+        self.model, self.stream, self.plan = model, stream, plan
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.learning_rate)
+        self.progress = _Progress(plan)
+        self.average = (
+            None
+            if plan.average_decay is None
+            else WeightAverage(model.parameters(), plan.average_decay)
+        )
+
+    def step(self) -> float:
+        _set_learning_rate(self.optimizer, self.plan.learning_rate_at(self.progress.done))
+        batch = next(self.stream)
+        seconds, loss = _timed_step(self.model, self.optimizer, batch, self.plan.clip_norm)
+        if self.average is not None:
+            self.average.update()
+        self.progress.add_step(seconds, loss)
+        _check_finite(loss, len(self.progress.seconds))
+        return loss
+
+    def validate(self, validate: Callable[[], float]) -> None:
+        with nullcontext() if self.average is None else self.average.applied():
+            self.model.train(False)
+            self.progress.add_validation(self.model, validate())
+            self.model.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "stream": self.stream.state_dict(),
+            "progress": self.progress.state_dict(),
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("model", "optimizer", "stream", "progress"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        set_random_state(state["random"])
+
 
 def train(
     model: Trainable,
-    stream: Iterator[Tensor],
+    stream: Batches,
     validate: Callable[[], float],
     plan: TrainingPlan,
     on_step: Callable[[float, float], None] = lambda done, loss: None,
+    keeper: Keeper | None = None,
 ) -> TrainingLog:
     """Maximise the log-density of a stream of batches and restore the best state.
 
     Args:
         model: the model; trained in place.
-        stream: batches (B, d), for ever.
-        validate: returns the NLL of the validation rows in nats.
+        stream: batches (B, *), for ever.
+        validate: returns the NLL of the validation rows in nats; it must leave the global
+            generators as they were.
         plan: how to train.
         on_step: called after each step with the fraction done and the loss in nats.
+        keeper: keeps checkpoints, and holds the one to go on from, if there is one: the training
+            then goes on exactly as if it had not been interrupted (bit for bit on a CPU).
 
     Returns:
         The log of the training.
 
     Raises:
         TrainingDivergedError: a loss, or every validation, was not finite.
+        ValueError: the checkpoint is damaged or of another run.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=plan.learning_rate)
-    progress = _Progress(plan)
+    training = _Training(model, stream, plan)
+    state = None if keeper is None else keeper.load()
+    if state is not None:
+        training.load_state_dict(state)
     model.train()
-    while not progress.finished:
-        _set_learning_rate(optimizer, plan.learning_rate_at(progress.done))
-        seconds, loss = _timed_step(model, optimizer, next(stream), plan.clip_norm)
-        progress.add_step(seconds, loss)
-        _check_finite(loss, len(progress.seconds))
-        on_step(progress.done, loss)
-        if progress.due:
-            progress.add_validation(model, _validation(model, validate))
-    return _close(model, progress)
+    while not training.progress.finished:
+        loss = training.step()
+        on_step(training.progress.done, loss)
+        if training.progress.due:
+            training.validate(validate)
+        if keeper is not None and (keeper.due or training.progress.finished):
+            keeper.save(training.state_dict())
+    return _close(model, training.progress)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -255,13 +272,6 @@ def synchronize(device: torch.device) -> None:
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise TrainingDivergedError(f"the training loss was {loss} at step {step}")
-
-
-def _validation(model: Trainable, validate: Callable[[], float]) -> float:
-    model.train(False)
-    value = validate()
-    model.train()
-    return value
 
 
 def _close(model: Trainable, progress: _Progress) -> TrainingLog:

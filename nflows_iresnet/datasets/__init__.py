@@ -1,9 +1,10 @@
-"""Toy densities with exact log-probabilities, and tabular data that is ready to train on."""
+"""Toy densities with exact log-probabilities, tabular data and images, ready to train on."""
 
 from nflows_iresnet.datasets.catalogue import TOYS, available, load, make
 from nflows_iresnet.datasets.curves import Moons, TwoSpirals
 from nflows_iresnet.datasets.dataset import Dataset
 from nflows_iresnet.datasets.density import Density
+from nflows_iresnet.datasets.images import ImageDataset, available_images, load_images
 from nflows_iresnet.datasets.toys import Checkerboard, Circles, EightGaussians, Pinwheel
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "Dataset",
     "Density",
     "EightGaussians",
+    "ImageDataset",
     "Moons",
     "Pinwheel",
     "TwoSpirals",
     "available",
+    "available_images",
     "load",
+    "load_images",
     "make",
 ]

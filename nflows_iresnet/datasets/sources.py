@@ -201,7 +201,7 @@ def read_digits(generator: Generator) -> Table:
         >>> table.values.shape, table.levels
         ((1797, 64), 17)
     """
-    pixels = torch.from_numpy(_digit_pixels())
+    pixels = torch.from_numpy(read_digit_pixels()[0])
     noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float64)
     return Table(
         name="digits",
@@ -213,14 +213,20 @@ def read_digits(generator: Generator) -> Table:
     )
 
 
-def _digit_pixels() -> FloatArray:
+def read_digit_pixels() -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """Pixels 0..16 [1797, 64] and classes [1797] of scikit-learn's handwritten digits.
+
+    Raises:
+        ImportError: If scikit-learn is missing.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
             "digits needs scikit-learn: pip install 'nflows-iresnet[compare]'"
         ) from error
-    return np.asarray(load_digits().data, dtype=np.float64)
+    digits = load_digits()
+    return np.asarray(digits.data, dtype=np.float64), np.asarray(digits.target, dtype=np.int64)
 
 
 def _refuse_width(path: Path, row: TextRow, width: int) -> None:

@@ -1,6 +1,7 @@
 """Named models: presets of transforms with a base distribution."""
 
 from nflows_iresnet.flows.base import Flow, StandardNormal
+from nflows_iresnet.flows.image import ImageResidualFlow
 from nflows_iresnet.flows.residual import InvertibleResNet, ResidualFlow
 
-__all__ = ["Flow", "InvertibleResNet", "ResidualFlow", "StandardNormal"]
+__all__ = ["Flow", "ImageResidualFlow", "InvertibleResNet", "ResidualFlow", "StandardNormal"]

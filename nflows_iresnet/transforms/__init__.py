@@ -3,6 +3,28 @@
 from nflows_iresnet.transforms.actnorm import ActNorm
 from nflows_iresnet.transforms.composite import CompositeTransform
 from nflows_iresnet.transforms.conditional import ConditionalAffine
+from nflows_iresnet.transforms.image import (
+    InjectivePadding,
+    LogitTransform,
+    OutsideRangeError,
+    SqueezeTransform,
+    UniformDequantisation,
+    dequantise,
+    multiscale,
+)
 from nflows_iresnet.transforms.residual import ResidualTransform, using
 
-__all__ = ["ActNorm", "CompositeTransform", "ConditionalAffine", "ResidualTransform", "using"]
+__all__ = [
+    "ActNorm",
+    "CompositeTransform",
+    "ConditionalAffine",
+    "InjectivePadding",
+    "LogitTransform",
+    "OutsideRangeError",
+    "ResidualTransform",
+    "SqueezeTransform",
+    "UniformDequantisation",
+    "dequantise",
+    "multiscale",
+    "using",
+]

@@ -1,0 +1,95 @@
+"""Checkpoints of a training under way: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nflows_iresnet.compare.files import write_atomically
+
+
+@dataclass
+class Keeper:
+    """Keeps the last checkpoint of one run.
+
+    Args:
+        path: the file.
+        identity: what the run depends on, as plain JSON data; a checkpoint of another run is
+            refused.
+        every: seconds between checkpoints.
+    """
+
+    path: Path
+    identity: Any = None
+    every: float = 300.0
+    _last: float = field(default_factory=time.monotonic, init=False)
+
+    @property
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough for another one."""
+        return time.monotonic() - self._last >= self.every
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint."""
+        buffer = io.BytesIO()
+        torch.save({"identity": self._named, "state": state}, buffer)
+        write_atomically(self.path, buffer.getvalue())
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state of the checkpoint, None if there is none.
+
+        Raises:
+            ValueError: the file is damaged, or of another run.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            found = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file may raise anything
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} is damaged; delete it to train from the start"
+            ) from error
+        if found["identity"] != self._named:
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} is of a run with other arguments; delete it, or "
+                "choose another --out"
+            )
+        state: dict[str, Any] = found["state"]
+        return state
+
+    def discard(self) -> None:
+        """Delete the checkpoint."""
+        self.path.unlink(missing_ok=True)
+
+    @property
+    def _named(self) -> str:
+        return json.dumps(self.identity, sort_keys=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every global generator that models draw from."""
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)
+    keys = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {**numpy, "state": {**numpy["state"], "key": keys}},
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on with the random numbers of `random_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    numpy = state["numpy"]
+    keys = numpy["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": keys}})

@@ -1,0 +1,161 @@
+"""Transforms of images: the contract, exact bits per dimension, and nflows' faults beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from nflows.transforms import CompositeTransform, PointwiseAffineTransform
+from nflows.transforms import SqueezeTransform as NflowsSqueeze
+from torch import Tensor, nn
+
+from nflows_iresnet import testing, transforms
+
+CASES: dict[str, Callable[[], nn.Module]] = {
+    "logit": lambda: transforms.LogitTransform(levels=17, alpha=0.1),
+    "squeeze": transforms.SqueezeTransform,
+    "multiscale": lambda: transforms.multiscale((1, 4, 4), 2, act_norm),
+}
+
+EXCLUDED = {
+    ("squeeze", "shapes_and_dtype"): "changes the shape",
+    ("multiscale", "shapes_and_dtype"): "changes the shape",
+    ("multiscale", "few_rows"): "nflows' MultiscaleCompositeTransform refuses an empty batch",
+}
+
+
+def act_norm(shape: tuple[int, int, int]) -> list[nn.Module]:
+    return [transforms.ActNorm(shape[0])]
+
+
+def images(batch: int = 4) -> Tensor:
+    torch.manual_seed(3)
+    return 17 * torch.rand(batch, 1, 4, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("clause", testing.CLAUSES)
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name: str, clause: str) -> None:
+    if (name, clause) in EXCLUDED:
+        pytest.skip(EXCLUDED[name, clause])
+    testing.check_transform(CASES[name](), images(), clauses=(clause,))
+
+
+# --- dequantisation -------------------------------------------------------------------------------
+
+
+def test_noise_never_reaches_the_next_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    almost_one = torch.full((1,), 1 - 2.0**-24)
+    assert (torch.tensor(255.0) + almost_one).item() == 256.0, "float32 rounds up: the trap"
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: almost_one.expand(shape))
+    values = transforms.dequantise(torch.tensor([0, 17, 255], dtype=torch.uint8))
+    assert values.floor().tolist() == [0, 17, 255]
+
+
+def test_noise_is_uniform_fresh_and_reproducible() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).repeat(400)
+    torch.manual_seed(0)
+    first, second = transforms.dequantise(levels), transforms.dequantise(levels)
+    assert not torch.equal(first, second)
+    noise = (first - levels).sort().values
+    expected = (torch.arange(len(noise)) + 0.5) / len(noise)
+    assert (noise - expected).abs().max() < 1.63 / math.sqrt(len(noise))  # Kolmogorov, 1%
+    draws = [
+        transforms.dequantise(levels, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+    ]
+    assert torch.equal(*draws)
+
+
+def test_dequantisation_in_front_of_a_flow() -> None:
+    integers = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4)
+    transform = CompositeTransform(
+        [transforms.UniformDequantisation(), transforms.LogitTransform(levels=16)]
+    )
+    outputs, _ = transform(integers.float())
+    back, _ = transform.inverse(outputs)
+    assert torch.equal(back, integers.float())
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        transforms.LogitTransform(256, alpha=0.05),
+        transforms.LogitTransform(256, alpha=1e-6),
+        PointwiseAffineTransform(shift=-0.5, scale=1 / 256),
+    ],
+    ids=["logit", "logit-thin", "affine"],
+)
+def test_bits_per_dim_of_uniform_noise_are_eight(preprocessing: nn.Module) -> None:
+    """The pullback of the uniform density on [0, 256)^D has 8 bits/dim, whatever comes before."""
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 1, 4, 4), dtype=torch.uint8)
+    values = transforms.dequantise(pixels, dtype=torch.float64)
+    noise, logabsdet = preprocessing(values)
+    _, inverse_logabsdet = preprocessing.inverse(noise)  # type: ignore[operator]
+    log_uniform_of_noise = inverse_logabsdet - 16 * math.log(256)
+    bits = -(log_uniform_of_noise + logabsdet) / (16 * math.log(2))
+    torch.testing.assert_close(bits, torch.full_like(bits, 8.0), rtol=1e-6, atol=0)
+
+
+def test_logit_refuses_constants_out_of_range() -> None:
+    for levels, alpha in ((1, 0.1), (256, 0.0), (256, 0.5)):
+        with pytest.raises(ValueError, match="alpha in"):
+            transforms.LogitTransform(levels, alpha)
+
+
+# --- squeezing and scales -------------------------------------------------------------------------
+
+
+@pytest.mark.peer
+def test_nflows_squeeze_refuses_its_own_outputs() -> None:
+    inputs = torch.arange(72.0).reshape(2, 1, 6, 6)
+    outputs, _ = NflowsSqueeze(3)(inputs)
+    with pytest.raises(ValueError, match="Invalid number of channel"):
+        NflowsSqueeze(3).inverse(outputs)
+    ours, _ = transforms.SqueezeTransform(np.int64(3))(inputs)
+    assert torch.equal(ours, outputs)
+    assert torch.equal(transforms.SqueezeTransform(3).inverse(ours)[0], inputs)
+    with pytest.raises(ValueError, match="multiple of 9 channels"):
+        transforms.SqueezeTransform(3).inverse(torch.zeros(1, 4, 2, 2))
+
+
+def test_scales_halve_the_channels() -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def steps(shape: tuple[int, int, int]) -> list[nn.Module]:
+        seen.append(shape)
+        return []
+
+    transforms.multiscale((3, 32, 32), 3, steps)
+    assert seen == [(12, 16, 16), (24, 8, 8), (48, 4, 4)]
+    with pytest.raises(ValueError, match="cannot have 3 scales"):
+        transforms.multiscale((1, 28, 28), 3, steps)
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+def test_padding_is_an_isometry_and_refuses_what_is_outside() -> None:
+    padding, inputs = transforms.InjectivePadding(3), images()
+    outputs, logabsdet = padding(inputs)
+    assert outputs.shape == (4, 4, 4, 4)
+    assert torch.equal(outputs.flatten(1).norm(dim=1), inputs.flatten(1).norm(dim=1))
+    assert logabsdet.tolist() == [0.0] * 4
+    assert torch.equal(padding.inverse(outputs)[0], inputs)
+    outputs[2, 3, 1, 1] = 0.25
+    assert padding.distance(outputs).tolist() == [0.0, 0.0, 0.25, 0.0]
+    with pytest.raises(transforms.OutsideRangeError, match=r"1 of 4 rows .* up to 0\.25"):
+        padding.inverse(outputs)
+    projecting = transforms.InjectivePadding(3, tolerance=math.inf)
+    assert torch.equal(projecting.inverse(outputs)[0], inputs)
+    outputs[2, 3, 1, 1] = math.nan
+    with pytest.raises(transforms.OutsideRangeError):
+        padding.inverse(outputs)
+
+
+def test_padding_by_nothing() -> None:
+    padding, inputs = transforms.InjectivePadding(0), images()
+    assert torch.equal(padding.inverse(padding(inputs)[0])[0], inputs)
