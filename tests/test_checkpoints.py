@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,9 +18,14 @@ from torch import Tensor, nn
 
 from nflows_iresnet.compare.averaging import WeightAverage
 from nflows_iresnet.compare.checkpoints import Keeper, random_state, set_random_state
+from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, ImageArchitecture
+from nflows_iresnet.compare.models import MODELS, Architecture
 from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.training import TrainingLog, seed_everything, train
+from tests.images import provide_convolution
+
+provide_convolution()
 
 STEPS = 20
 PLAN = TrainingPlan(1e-2, Steps(STEPS), validations=10, patience=100, average_decay=0.9)
@@ -150,6 +156,41 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
     again, same = run(tmp_path / "run.pt", stop_after=1)
     assert again == log
     assert torch.equal(model.net.weight, same.net.weight)
+
+
+MODELS_AND_SIZES = {
+    **{name: (spec, Architecture(2, 8, 2, 1)) for name, spec in MODELS.items()},
+    **{
+        f"images-{name}": (spec, ImageArchitecture(16, 4, 1, 1, (1, 4, 4), 17, num_scales=1))
+        for name, spec in IMAGE_MODELS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODELS_AND_SIZES)
+def test_every_model_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
+    """Also those that keep state outside their parameters, or draw from numpy."""
+    spec, size = MODELS_AND_SIZES[name]
+    shape = size.shape if isinstance(size, ImageArchitecture) else (2,)
+    rows = 16 * torch.rand(40, *shape, generator=torch.Generator().manual_seed(0))
+    logs, ends = [], []
+    for path, stop_after in (("straight", None), ("cut", 3), ("cut", None)):
+        seed_everything(0)
+        model, falling, steps = spec.build(size), iter(range(9, 0, -1)), iter(range(1, 9))
+
+        def count(done: float, loss: float) -> None:
+            if next(steps) == stop_after:  # noqa: B023
+                raise StoppedError
+
+        plan = TrainingPlan(1e-2, Steps(6), validations=6, average_decay=0.9)
+        keeper = Keeper(tmp_path / path, every=0.0)
+        stream = Batches(rows, 8, 0)
+        with contextlib.suppress(StoppedError):
+            logs.append(train(model, stream, lambda: float(next(falling)), plan, count, keeper))  # noqa: B023
+            ends.append(model.state_dict())
+    assert [point.train for point in logs[0].curve] == [point.train for point in logs[1].curve]
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]), key
 
 
 # --- the file -------------------------------------------------------------------------------------

@@ -115,6 +115,14 @@ def test_likelihoods_are_averaged_over_the_draws_of_noise() -> None:
     assert first != pytest.approx(second, abs=1e-3)
 
 
+@pytest.mark.parametrize(("side", "expected"), [(8, 256), (28, 256), (56, 27)])
+def test_large_images_get_fewer_jacobians(side: int, expected: int) -> None:
+    data = ImageTask.load("digits", CONFIG).data
+    task = ImageTask(replace(data, train=torch.zeros(20, 1, side, side, dtype=torch.uint8)))
+    assert task.exam(CONFIG).max_exact_rows == expected
+    assert task.exam(replace(CONFIG, exact_images=3)).max_exact_rows == 3
+
+
 def test_validation_and_test_noise_are_fixed_and_leave_no_trace() -> None:
     task, other = (ImageTask.load("digits", replace(CONFIG, batch_size=size)) for size in (8, 16))
     assert torch.equal(task.exam(CONFIG).test, other.exam(CONFIG).test)

@@ -181,6 +181,8 @@ def test_missing_files_are_named_with_the_remedy(tmp_path: Path) -> None:
         datasets.load_images("mnist")
     with pytest.raises(ValueError, match="choose from digits, mnist"):
         datasets.load_images("svhn")
+    with pytest.raises(ValueError, match="'mnist' is a set of images: use load_images"):
+        datasets.load("mnist")
 
 
 def test_other_content_than_published_is_refused(tmp_path: Path) -> None:

@@ -97,7 +97,13 @@ def _add_images(group: argparse._ActionsContainer) -> None:
         "blocks, which need it, stay in full precision",
     )
     _add_number(group, "--num-scales", positive_int, "halvings of height and width")
-    _add_number(group, "--exact-images", positive_int, "test images for exact log-determinants")
+    group.add_argument(
+        "--exact-images",
+        type=positive_int,
+        metavar="N",
+        help="test images that get the exact log-determinant where a model estimates it "
+        "(default: 256, fewer where images are large)",
+    )
     _add_number(group, "--dequantisations", positive_int, "draws of noise in tests")
 
 

@@ -37,7 +37,8 @@ class RunConfig:
         num_train: training images to keep, or None for all.
         num_scales: how often images are squeezed and half of them factored out.
         amp: whether networks compute in bfloat16 while training.
-        exact_images: test images that get the exact log-determinant where models estimate it.
+        exact_images: test images that get the exact log-determinant where models estimate it, or
+            None for 256, and fewer where images are large.
         dequantisations: draws of noise over which test likelihoods are averaged.
 
     Raises:
@@ -62,7 +63,7 @@ class RunConfig:
     num_train: int | None = None
     num_scales: int = 2
     amp: bool = False
-    exact_images: int = 256
+    exact_images: int | None = None
     dequantisations: int = 1
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from nflows_iresnet import datasets
 from nflows_iresnet.compare.adapters import DensityModel
 from nflows_iresnet.compare.config import RunConfig
 from nflows_iresnet.compare.evaluation import (
+    GAP_CHUNK,
     NUM_SHOWN_IMAGES,
     NUM_VALIDATION_ROWS,
     Array,
@@ -24,6 +25,7 @@ from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.tasks import Task
 from nflows_iresnet.datasets import ImageDataset
 
+_JACOBIAN_ELEMENTS = 2**28
 _TEST_NOISE = 20_000
 _VALIDATION_NOISE = 10_000
 """Seeds of the noise in examinations: the same for every run, so that numbers can be compared."""
@@ -119,8 +121,12 @@ class ImageTask(Task):
             true_log_prob=None,
             grid=None,
             more_draws=tuple(more),
-            max_exact_rows=config.exact_images,
+            max_exact_rows=config.exact_images or self._affordable(),
         )
+
+    def _affordable(self) -> int:
+        """Return how many images can have a full Jacobian: 256, or 28 in 3072 dimensions."""
+        return max(GAP_CHUNK, min(256, _JACOBIAN_ELEMENTS // self.data.features**2))
 
 
 def _dequantise(images: Tensor, generator: Generator) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from nflows_iresnet.datasets.curves import Moons, TwoSpirals
 from nflows_iresnet.datasets.dataset import Dataset, from_table, split_sizes
 from nflows_iresnet.datasets.density import Density
+from nflows_iresnet.datasets.images import available_images
 from nflows_iresnet.datasets.sources import Folder, read_casp, read_digits, read_magic
 from nflows_iresnet.datasets.tables import SUFFIXES, read_table
 from nflows_iresnet.datasets.toys import Checkerboard, Circles, EightGaussians, Pinwheel
@@ -172,6 +173,8 @@ def _existing_file(name: str) -> Path:
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    if name in available_images():
+        return f"{name!r} is a set of images: use load_images"
     nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
     hint = f", did you mean {nearest[0]!r}?" if nearest else "."
     return f"unknown data set {name!r}{hint} Known: {', '.join(known)}"
