@@ -25,7 +25,8 @@ from nflows_iresnet.compare.bench.items import (
 )
 from nflows_iresnet.compare.bench.steps import training_step
 from nflows_iresnet.compare.evaluation import exact_nll
-from nflows_iresnet.compare.training import batches, seed_everything
+from nflows_iresnet.compare.stream import Batches
+from nflows_iresnet.compare.training import seed_everything
 
 NLL = Figure("nll", "best test\nNLL", ".3f", baseline=None)
 REACH = Figure("reach", "seconds to\nnormflows' best", ".2f")
@@ -91,7 +92,7 @@ def _trainee(name: str, train: Tensor, size: Size, seed: int, learning_rate: flo
     model = CONTESTANTS[name].build(size)
     assert isinstance(model, DensityModel)
     model.to(train.device)
-    return Trainee(name, model, training_step(model, batches(train, BATCH, seed), learning_rate))
+    return Trainee(name, model, training_step(model, Batches(train, BATCH, seed), learning_rate))
 
 
 def train_side_by_side(case: Case, settings: Settings, clock: Clock) -> tuple[Cell, ...]:

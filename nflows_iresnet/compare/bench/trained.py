@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from nflows_iresnet import datasets
 from nflows_iresnet.compare.adapters import value_and_jacobian
 from nflows_iresnet.compare.bench.items import Settings
-from nflows_iresnet.compare.training import batches, seed_everything
+from nflows_iresnet.compare.stream import Batches
+from nflows_iresnet.compare.training import seed_everything
 from nflows_iresnet.flows import ResidualFlow
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.transforms import ResidualTransform
@@ -62,7 +63,7 @@ def _trained_branch(features: int, steps: int, seed: int, device: torch.device) 
 
 def _train(flow: ResidualFlow, rows: Tensor, steps: int, seed: int) -> None:
     optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
-    for _, batch in zip(range(steps), batches(rows, 256, seed), strict=False):
+    for _, batch in zip(range(steps), Batches(rows, 256, seed), strict=False):
         optimizer.zero_grad(set_to_none=True)
         (-flow.log_prob(batch).mean()).backward()
         optimizer.step()
