@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {' '.join(DEFAULT_DATASETS)}; with --images: {' '.join(DEFAULT_IMAGES)})",
     )
     parser.add_argument("--list", action="store_true", help="list data sets and models, and stop")
-    _add_images(parser.add_argument_group("images"))
     _add_what(parser.add_argument_group("what is compared"))
+    _add_images(parser.add_argument_group("images"))
     _add_how(parser.add_argument_group("how it is trained"))
     _add_where(parser.add_argument_group("where the results go"))
 
