@@ -17,12 +17,10 @@ import torch
 
 from nflows_iresnet.compare.cli import main
 from nflows_iresnet.compare.progress import LiveProgress
-from tests.images import provide_convolution
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
-provide_convolution()
 
 TINY = ["--steps", "4", "--num-layers", "1", "--num-blocks-per-layer", "1"]
 TINY += ["--hidden-features", "16", "--batch-size", "16", "--num-train", "64"]
@@ -176,11 +174,7 @@ def test_mosaic_keeps_colours_in_place() -> None:
 def test_a_killed_command_goes_on_in_the_middle(tmp_path: Path) -> None:
     """The process is killed from outside, whenever its first checkpoints appear."""
     arguments = [*DIGITS, "--steps", "200", "--models", "realnvp", "--quiet", "--out"]
-    script = (
-        "import sys; from tests.images import provide_convolution; provide_convolution();"
-        "from nflows_iresnet.compare.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, *arguments, str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "nflows_iresnet.compare", *arguments, str(tmp_path / "killed")]
     command += ["--checkpoint-minutes", "1e-9"]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
     checkpoint = tmp_path / "killed" / "runs" / "digits--realnvp--0.pt"

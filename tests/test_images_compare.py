@@ -19,12 +19,10 @@ from nflows_iresnet.compare.models import count_parameters
 from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.training import seed_everything, train
-from tests.images import provide_convolution
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
-provide_convolution()
 
 SMALL = ImageArchitecture(16, 8, 2, 1, shape=(1, 4, 4), levels=17, num_scales=2)
 CONFIG = RunConfig(("digits",), ("glow",), steps=3, images=True, num_train=64, batch_size=16)
