@@ -18,6 +18,9 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 _TINY = torch.finfo(torch.float64).tiny
+_LARGE = 2**17
+"""Matrices of more elements gain nothing from being handled together, which takes memory."""
+
 NOT_FINITE = (
     "it has entries that are not finite or overflow when squared; training has diverged: lower the "
     "learning rate or clip gradients"
@@ -78,7 +81,9 @@ class MatrixNorm(OperatorNorm):
     """
 
     def of_stack(self, weights: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
-        """Return the norms (K,) and gradients of weights (K, out, in)."""
+        """Return the norms (K,) and gradients of weights (K, out, in); large ones in turn."""
+        if weights[0].numel() > _LARGE:
+            return super().of_stack(weights, states)
         state = {name: torch.stack([each[name] for each in states]) for name in states[0]}
         return self.value_and_gradient(weights, state)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.activations import Activation
-from nflows_iresnet.nn.dense_net import DenseNet, Evaluation, Pushed
+from nflows_iresnet.nn.dense_net import DenseNet, Evaluation
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class _Pushforward(torch.autograd.Function):
         tangents: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        pushed = net.push(tangents, evaluation)
+        *below, pushed = net.push(tangents, evaluation.slopes)
         ctx.activations, ctx.num_tensors = net.activations, len(tensors)
-        ctx.save_for_backward(inputs, tangents, *tensors, *_Kept.of(net, evaluation, pushed).flat)
+        ctx.save_for_backward(inputs, tangents, *tensors, *_Kept.of(net, evaluation, below).flat)
         ctx.set_materialize_grads(False)
         slopes = [slope.detach() for slope in evaluation.slopes]
-        return evaluation.value.detach(), pushed.outputs.detach(), *slopes
+        return evaluation.value.detach(), pushed.detach(), *slopes
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -88,7 +88,7 @@ class _Pushforward(torch.autograd.Function):
         net = _rebuilt(ctx.activations, saved[: ctx.num_tensors])
         if torch.is_grad_enabled():
             evaluation = net.evaluate(inputs)
-            kept = _Kept.of(net, evaluation, net.push(tangents, evaluation))
+            kept = _Kept.of(net, evaluation, net.push(tangents, evaluation.slopes)[:-1])
         else:
             kept = _Kept.unflatten(saved[ctx.num_tensors :], len(ctx.activations))
         pull_back = _Pullback(net, kept, inputs, tangents)
@@ -112,7 +112,7 @@ class _Kept:
     Attributes:
         slopes: s_i, shapes (B, hidden).
         tangents: t_i, shapes (k, B, hidden) or (k, 1, hidden).
-        hidden: h_i, and below it s_i o t_i, shapes (1 + k, B, hidden).
+        hidden: h_i, shapes (B, hidden).
         units: u_i, where there are stretches.
         activated: a(u_i), where there are stretches; h_i otherwise.
     """
@@ -124,11 +124,11 @@ class _Kept:
     activated: Sequence[Tensor]
 
     @classmethod
-    def of(cls, net: DenseNet, evaluation: Evaluation, pushed: Pushed) -> _Kept:
+    def of(cls, net: DenseNet, evaluation: Evaluation, tangents: Sequence[Tensor]) -> _Kept:
         is_stretched = len(net.stretches) > 0
         units = evaluation.units if is_stretched else []
         activated = evaluation.activated if is_stretched else []
-        return cls(evaluation.slopes, pushed.units, pushed.hidden, units, activated)
+        return cls(evaluation.slopes, tangents, evaluation.hidden, units, activated)
 
     @property
     def flat(self) -> list[Tensor]:
@@ -140,7 +140,7 @@ class _Kept:
         return cls(*groups)
 
     def activated_at(self, hidden: int) -> Tensor:
-        return self.activated[hidden] if self.activated else self.hidden[hidden][0]
+        return self.activated[hidden] if self.activated else self.hidden[hidden]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Pullback:
         stacked = self._stacked(cotangents[0], cotangents[1])
         for index in reversed(range(1, len(self.net.weights))):
             is_frozen = not is_needed[2 + index]
-            weights.append(None if is_frozen else _outer(stacked, self.kept.hidden[index - 1]))
+            weights.append(None if is_frozen else self._of_weight(index, stacked))
             shifts.append(self._of_shift(index, stacked[0]))
             stacked = stacked @ self.net.weights[index]
             of_slope = self._of_slope(index - 1, stacked[1:], cotangents[1 + index])
@@ -205,6 +205,11 @@ class _Pullback:
         units, slopes = self.kept.units[hidden], self.kept.slopes[hidden]
         from_value = of_hidden * (self.kept.activated_at(hidden) - units * slopes)
         return from_value - bend * units / self.net.stretches[hidden]
+
+    def _of_weight(self, index: int, stacked: Tensor) -> Tensor:
+        """Return the sum of p h^T and q (s o t)^T over rows and tangents."""
+        tangents = self.kept.tangents[index - 1] * self.kept.slopes[index - 1]
+        return stacked[0].mT @ self.kept.hidden[index - 1] + _outer(stacked[1:], tangents)
 
     def _of_first_weight(self, of_units: Tensor, of_tangents: Tensor) -> Tensor:
         gradient = of_units.mT @ self.inputs
