@@ -108,7 +108,7 @@ HIDDEN = {2: 64, 8: 64, 16: 64, 64: 128, 256: 256, 512: 512}
 
 def _flow(features: int) -> Size:
     """Return a flow of six blocks; of two where they are wide."""
-    return Size(features, HIDDEN[features], 2 if features >= 256 else 6)
+    return Size(features, HIDDEN[features], 2 if features >= 256 else 6, bare=False)
 
 
 def _over_dimension(settings: Settings) -> list[Case]:
