@@ -182,8 +182,9 @@ class SchattenNorm(MatrixNorm):
         return 2 ** (self.num_squarings + 1) + 2
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
-        is_single = weight.dtype == torch.float32 and _is_small(weight)
-        return torch.float32 if is_single and _products_are_single() else torch.float64
+        is_worth_it = min(weight.shape[-2:]) > 16 and _is_small(weight)
+        is_single = weight.dtype == torch.float32 and _products_are_single()
+        return torch.float32 if is_worth_it and is_single else torch.float64
 
     def _allowance(self, weight: Tensor) -> float:
         """Return the allowance of the docstring, the same for a float32 model and its double."""
@@ -194,13 +195,14 @@ class SchattenNorm(MatrixNorm):
     def _power(self, gram: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return H / tr(H G) and log tr(H G).
 
-        Every two squarings H is divided by its Frobenius norm, so that its largest eigenvalue is
-        between n^{-1/2} and 1 before, and at least n^{-2} after them: nothing that matters is lost
-        to underflow, in float32 for any n below 10^9.
+        Every two squarings (in float64: six) H is divided by its Frobenius norm, so that its
+        largest eigenvalue is between n^{-1/2} and 1 before, and at least n^{-2} (n^{-32}) after
+        them: nothing that matters is lost to underflow for any n below 10^9.
         """
+        period = 2 if gram.dtype == torch.float32 else 6
         power, log_scale = gram, torch.zeros_like(gram[..., 0, 0], dtype=torch.float64)
         for index in range(self.num_squarings):
-            if index % 2 == 0:
+            if index % period == 0:
                 size = torch.linalg.matrix_norm(power).clamp_min(torch.finfo(power.dtype).tiny)
                 power, log_scale = power / size[..., None, None], log_scale + size.double().log()
             power, log_scale = power @ power, 2 * log_scale

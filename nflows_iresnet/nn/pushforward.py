@@ -45,7 +45,6 @@ def can_record(net: DenseNet) -> bool:
         len(net.activations) > 0
         and all(isinstance(each, Activation) and each.has_curvature for each in net.activations)
         and not is_traced()
-        and torch.autograd.forward_ad._current_level < 0
     )
 
 
