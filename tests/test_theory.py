@@ -114,12 +114,17 @@ def test_composition_multiplies_lipschitz_constants() -> None:
 
 
 def test_composition_adds_logarithms_of_determinants() -> None:
-    """log|det D(F_2 o F_1)| = sum_i log|det DF_i| at the points on the way (chain rule)."""
+    """log|det D(F_2 o F_1)| = sum_i log|det DF_i| at the points on the way (chain rule).
+
+    The inverse has the same with the opposite sign (inverse function theorem).
+    """
     nets = [theory.steep_net(3, 0.9, seed=index) for index in range(3)]
     chain = CompositeTransform([ResidualTransform(net) for net in nets])
     inputs = torch.randn(4, 3, dtype=torch.float64)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda x: chain(x[None])[0][0]))(inputs)
-    torch.testing.assert_close(chain(inputs)[1], torch.linalg.slogdet(jacobian).logabsdet)
+    outputs, logabsdet = chain(inputs)
+    torch.testing.assert_close(logabsdet, torch.linalg.slogdet(jacobian).logabsdet)
+    torch.testing.assert_close(chain.inverse(outputs)[1], -logabsdet)
 
 
 @pytest.mark.parametrize("step", [0.1, 0.5, 0.99])

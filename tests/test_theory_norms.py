@@ -109,6 +109,7 @@ def norms(weight: Tensor, norm: FrobeniusNorm | SchattenNorm) -> tuple[float, fl
 
 
 def linear_layer(weight: Tensor) -> torch.nn.Linear:
-    layer = torch.nn.Linear(*weight.mT.shape, dtype=weight.dtype)
+    outputs, inputs = weight.shape
+    layer = torch.nn.Linear(inputs, outputs, dtype=weight.dtype)
     layer.weight = torch.nn.Parameter(weight)
     return layer
