@@ -75,15 +75,9 @@ def _work(figures: dict[str, Figure], settings: Settings, folder: Path, *, quiet
     content = _fresh_content(figures, settings)
     drawings: dict[str, Drawing] = {}
     with CaseProgress(sum(f.stages(settings) for f in figures.values()), quiet=quiet) as progress:
-
-        def begin(label: str) -> None:
-            progress.finish() if content["labels"] else None
-            content["labels"].append(label)
-            progress.begin(label)
-
         for name, figure in figures.items():
             started = time.perf_counter()
-            drawings[name] = figure.draw(settings, begin)
+            drawings[name] = figure.draw(settings, progress.stage)
             seconds = time.perf_counter() - started
             content["figures"][name] = _entry(name, drawings[name], seconds)
             write_atomically(folder / f"{name}.png", drawings[name].picture)
@@ -104,7 +98,6 @@ def _fresh_content(figures: dict[str, Figure], settings: Settings) -> dict[str, 
         },
         "environment": describe_environment("cpu"),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "labels": [],
         "figures": {},
     }
 

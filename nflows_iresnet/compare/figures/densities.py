@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from nflows_iresnet.compare import runner
 from nflows_iresnet.compare.config import RunConfig
 from nflows_iresnet.compare.evaluation import Array
-from nflows_iresnet.compare.figures.drawing import Begin, Drawing, Settings
+from nflows_iresnet.compare.figures.drawing import Drawing, Settings, Stage
 from nflows_iresnet.compare.frame import Frame
 from nflows_iresnet.compare.plots import (
     CELL,
@@ -35,13 +35,13 @@ TOYS = ("checkerboard", "8-gaussians", "two-spirals")
 
 def to_config(settings: Settings) -> RunConfig:
     """Return the configuration of the comparison."""
-    size = {"hidden_features": 32, "num_layers": 3} if settings.quick else {}
     return RunConfig(
         datasets=TOYS[: 1 if settings.quick else None],
         models=tuple(MODELS),
         steps=settings.steps_or(400, 40),
         seed=settings.seed,
-        **size,
+        hidden_features=32 if settings.quick else 64,
+        num_layers=3 if settings.quick else 6,
     )
 
 
@@ -51,17 +51,17 @@ def count_models(settings: Settings) -> int:
     return len(config.datasets) * len(config.models)
 
 
-def draw(settings: Settings, begin: Begin) -> Drawing:
+def draw(settings: Settings, stage: Stage) -> Drawing:
     """Train every flow on every toy, and draw their densities."""
     config = to_config(settings)
     runs = runner.prepare(config)
     tasks = {run.task.name: run.task for run in runs}
     results, arrays = {}, {name: {"data": task.arrays()} for name, task in tasks.items()}
     for run in runs:
-        begin(f"densities · {run.task.name} · {run.model}")
-        results[run.key], arrays[run.task.name][run.model] = runner.execute(
-            run, config, lambda done, loss: None
-        )
+        with stage(f"densities · {run.task.name} · {run.model}"):
+            results[run.key], arrays[run.task.name][run.model] = runner.execute(
+                run, config, lambda done, loss: None
+            )
     summaries = {name: task.summarise() for name, task in tasks.items()}
     return Drawing(
         "Toy densities",
@@ -104,7 +104,7 @@ def _figure(
 ) -> Figure:
     with mpl.rc_context(STYLE):
         columns = len(MODELS) + 2
-        size = (CELL * columns, (CELL + 0.4) * len(summaries))
+        size = (CELL * columns, (CELL + 0.3) * len(summaries) + 0.25)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(summaries), columns, squeeze=False)
         for row, (name, summary) in zip(grid, summaries.items(), strict=True):

@@ -15,7 +15,7 @@ from nflows_iresnet.compare import runner
 from nflows_iresnet.compare.adapters import DensityModel
 from nflows_iresnet.compare.config import IMAGE_DEFAULTS, RunConfig
 from nflows_iresnet.compare.evaluation import Array, Exam, estimated_log_prob
-from nflows_iresnet.compare.figures.drawing import Begin, Drawing, Settings
+from nflows_iresnet.compare.figures.drawing import Drawing, Settings, Stage
 from nflows_iresnet.compare.imageplots import show_tiles, tile
 from nflows_iresnet.compare.models import REFERENCE, count_parameters, find_model
 from nflows_iresnet.compare.plots import INK, STYLE, as_png
@@ -57,14 +57,14 @@ def count_models(settings: Settings) -> int:
     return 1
 
 
-def draw(settings: Settings, begin: Begin) -> Drawing:
+def draw(settings: Settings, stage: Stage) -> Drawing:
     """Train the flow and draw what it makes of images."""
-    begin("digits · residual-flow")
     config = to_config(settings)
     (run,) = runner.prepare(config)
-    seed_everything(settings.seed)
-    model = find_model(run.model, run.size.models).build(run.size)
-    log = runner.train_run(model, run, config, lambda done, loss: None)
+    with stage("digits · residual-flow"):
+        seed_everything(settings.seed)
+        model = find_model(run.model, run.size.models).build(run.size)
+        log = runner.train_run(model, run, config, lambda done, loss: None)
     model.eval()
     exam, summary = run.task.exam(config), run.task.summarise()
     pictures = look(model, exam)
@@ -126,7 +126,7 @@ def _measure(
 
 def _caption(config: RunConfig, measured: dict[str, Any]) -> str:
     return (
-        f"ImageResidualFlow after {config.steps} steps on 8 × 8 digits: "
+        f"ImageResidualFlow after {config.steps} steps on 8 by 8 digits: "
         f"{measured['bits_per_dim']:.2f} bits per dimension on {measured['test_images']} test "
         "images. Interpolations follow great circles in the noise between two test images, the "
         "first and the last of each row. Reconstructions are the inverse of the noise in the "

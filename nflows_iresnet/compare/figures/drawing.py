@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-Begin = Callable[[str], None]
+Stage = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Figure:
     Args:
         description: one line for `--help`.
         stages: how many models it trains.
-        draw: trains, measures and draws; calls its second argument with a label for each model.
+        draw: trains, measures and draws; uses its second argument as `with stage(label):` around
+            each model.
     """
 
     description: str
     stages: Callable[[Settings], int]
-    draw: Callable[[Settings, Begin], Drawing]
+    draw: Callable[[Settings, Stage], Drawing]

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from nflows_iresnet.compare.evaluation import Array
-from nflows_iresnet.compare.figures.drawing import Begin, Drawing, Settings
+from nflows_iresnet.compare.figures.drawing import Drawing, Settings, Stage
 from nflows_iresnet.compare.figures.paths import count_crossings, find_crossings, smallest_gap
 from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.plots import DATA, INK, STYLE, as_png
@@ -29,10 +29,14 @@ from nflows_iresnet.nn import LipschitzMLP
 
 EDGE = 2.0
 NUM_PATHS = 33
-DEPTH = 12
+DEPTH = 8
 HIDDEN = 32
 COEFF = 0.8
 BATCH = 256
+LEARNING_RATE = 2e-2
+STEP_PENALTY = 0.01
+"""Weight of the mean squared length of the steps, without which paths of plain networks wander."""
+
 _SHOWN = 3.3
 """Half of the window's width: paths of plain networks may leave it."""
 
@@ -51,9 +55,9 @@ class Target:
 
 
 TARGETS = {
-    "reflection": Target("x → −x", lambda x: {1.0: -x}),
+    "reflection": Target("x → -x", lambda x: {1.0: -x}),
     "fold": Target("x → 2 sin 2x", lambda x: {1.0: 2 * (2 * x).sin()}),
-    "detour": Target("x → x³ halfway, x at the end", lambda x: {0.5: x**3 / 2, 1.0: x}),
+    "detour": Target("x → x³ / 4 halfway, x at the end", lambda x: {0.5: x**3 / 4, 1.0: x}),
 }
 KINDS = {"plain": "plain residual network", "invertible": "invertible residual network"}
 
@@ -88,9 +92,15 @@ class Fitted:
 
 def plain_chain(depth: int) -> Chain:
     """Build a chain of unconstrained networks."""
-    return Chain(
-        [nn.Sequential(nn.Linear(1, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)) for _ in range(depth)]
-    )
+    return Chain([_plain_net() for _ in range(depth)])
+
+
+def _plain_net() -> nn.Module:
+    """Build one that starts steep: chains of flat ones collapse all points, and get stuck there."""
+    last = nn.Linear(HIDDEN, 1)
+    with torch.no_grad():
+        last.weight.mul_(2)
+    return nn.Sequential(nn.Linear(1, HIDDEN), nn.Tanh(), last)
 
 
 def invertible_chain(depth: int, coeff: float = COEFF) -> Chain:
@@ -111,7 +121,7 @@ def _targets(settings: Settings) -> dict[str, Target]:
     return {name: TARGETS[name] for name in names}
 
 
-def fit(chain: Chain, target: Target, steps: int, learning_rate: float = 1e-2) -> None:
+def fit(chain: Chain, target: Target, steps: int, learning_rate: float = LEARNING_RATE) -> None:
     """Fit a chain by least squares on uniform inputs: Adam, cosine schedule, clipped gradients."""
     plan = TrainingPlan(learning_rate, Steps(steps))
     optimizer = torch.optim.Adam(chain.parameters(), lr=learning_rate)
@@ -119,7 +129,9 @@ def fit(chain: Chain, target: Target, steps: int, learning_rate: float = 1e-2) -
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate_at(step / steps)
         inputs = EDGE * (2 * torch.rand(BATCH, 1) - 1)
-        loss = squared_error(chain(inputs), target.values(inputs))
+        paths = chain(inputs)
+        lengths = paths.diff(dim=0).square().sum(dim=0).mean()
+        loss = squared_error(paths, target.values(inputs)) + STEP_PENALTY * lengths
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(chain.parameters(), plan.clip_norm)
@@ -163,19 +175,26 @@ def _certificate(chain: Chain, inputs: Tensor) -> dict[str, float]:
     }
 
 
-def draw(settings: Settings, begin: Begin) -> Drawing:
+def draw(settings: Settings, stage: Stage) -> Drawing:
     """Fit every network to every target and draw their paths."""
-    steps, depth = settings.steps_or(800, 60), DEPTH if not settings.quick else 6
+    steps, depth = settings.steps_or(600, 100), DEPTH if not settings.quick else 4
     fitted: dict[tuple[str, str], Fitted] = {}
     for name, target in _targets(settings).items():
         for kind in KINDS:
-            begin(f"dynamics · {name} · {kind}")
-            seed_everything(settings.seed)
-            chain = BUILDERS[kind](depth)
-            fit(chain, target, steps)
-            fitted[kind, name] = trace(chain, target)
+            with stage(f"dynamics · {name} · {kind}"):
+                seed_everything(settings.seed)
+                chain = BUILDERS[kind](depth)
+                fit(chain, target, steps)
+                fitted[kind, name] = trace(chain, target)
     numbers = {f"{name}/{kind}": each.numbers for (kind, name), each in fitted.items()}
-    chosen = {"steps": steps, "seed": settings.seed, "depth": depth, "coeff": COEFF}
+    chosen = {
+        "steps": steps,
+        "seed": settings.seed,
+        "depth": depth,
+        "coeff": COEFF,
+        "learning_rate": LEARNING_RATE,
+        "step_penalty": STEP_PENALTY,
+    }
     return Drawing(
         "Paths through residual networks",
         _caption(fitted, depth),
@@ -191,8 +210,8 @@ def _caption(fitted: dict[tuple[str, str], Fitted], depth: int) -> str:
     }
     return (
         f"{NUM_PATHS} points of the line through {depth} layers x ← x + g(x), fitted to the same "
-        "targets (triangles) by least squares. The plain networks are free to swap points, and do: "
-        f"their paths cross {totals['plain']} times, a density carried along them would fold. The "
+        "targets (triangles) by least squares. The plain networks are free to swap points: "
+        f"their paths cross {totals['plain']:,} times, and a density carried along folds. The "
         f"invertible networks, with certified Lip(g) ≤ {COEFF}, keep the order of all points "
         f"({totals['invertible']} crossings). Where the target is not monotone they give the "
         "nearest monotone map; where it is, they fit it. Crossings (dark dots) are counted on the "
@@ -221,9 +240,9 @@ def _draw_paths(axes: Axes, fitted: Fitted, formula: str) -> None:
         fitted.targets, [layers[-1] * 1.05] * count, c=colors, marker="v", s=16, linewidths=0
     )
     points = find_crossings(fitted.paths)
-    axes.scatter(*points.T, s=3.0, color=INK, linewidths=0, zorder=3)
+    axes.scatter(points[:, 0], points[:, 1], s=3.0, color=INK, linewidths=0, zorder=3)
     crossings, error = fitted.numbers["crossings"], fitted.numbers["rms_error"]
-    axes.set_title(f"{formula}\n{crossings:,} crossings, error {error:.2g}", color=INK)
+    axes.set_title(f"{formula}\n{crossings:,} crossings, error {error:.2f}", color=INK)
     axes.set(xlim=(-_SHOWN, _SHOWN), ylim=(-0.2, layers[-1] * 1.09), xticks=[-2, 0, 2])
     axes.tick_params(colors=DATA)
     axes.spines[["top", "right"]].set_visible(False)
