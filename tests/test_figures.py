@@ -89,7 +89,7 @@ def test_paths_of_a_plain_net_may_cross() -> None:
     dynamics.fit(chain, dynamics.TARGETS["reflection"], steps=150)
     fitted = dynamics.trace(chain, dynamics.TARGETS["reflection"], num_paths=9)
     assert fitted.numbers["crossings"] == 9 * 8 // 2
-    assert fitted.numbers["rms_error"] < 0.1
+    assert fitted.numbers["rms_error"] < fitted.numbers["least_monotone_error"] / 4
     assert "guaranteed_gap" not in fitted.numbers
 
 

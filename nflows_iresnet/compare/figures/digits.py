@@ -45,10 +45,15 @@ def to_config(settings: Settings) -> RunConfig:
     return RunConfig(
         datasets=("digits",),
         models=(REFERENCE,),
-        steps=settings.steps_or(1000, 40),
+        steps=settings.steps_or(600, 40),
         seed=settings.seed,
         images=True,
-        **{**IMAGE_DEFAULTS, "hidden_features": 16 if settings.quick else 64, **size},
+        **{
+            **IMAGE_DEFAULTS,
+            "learning_rate": 2e-3,
+            "hidden_features": 16 if settings.quick else 32,
+            **size,
+        },
     )
 
 
