@@ -234,7 +234,7 @@ def _caption(fitted: dict[tuple[str, str], Fitted], depth: int) -> str:
 
 def _figure(fitted: dict[tuple[str, str], Fitted], names: list[str]) -> Figure:
     with mpl.rc_context(STYLE):
-        size = (3.6 * max(len(names), 1) + 0.4, 6.6)
+        size = (max(3.6 * len(names) + 0.4, 4.4), 6.6)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(KINDS), len(names), squeeze=False)
         for row, kind in zip(grid, KINDS, strict=True):
