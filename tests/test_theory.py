@@ -78,7 +78,7 @@ def test_both_lipschitz_constants_are_attained(sign: float) -> None:
 
 @pytest.mark.parametrize("features", [1, 2, 5])
 def test_the_determinant_is_positive(features: int) -> None:
-    """det(I + J) >= (1 - L)^d > 0, so that |det| needs no bars (Behrmann et al., 2019, lemma 6)."""
+    """det(I + J) >= (1 - L)^d > 0, so that |det| needs no bars (Behrmann et al., 2019)."""
     net = theory.steep_net(features, 0.97)
     jacobian = jacobians(net, features)
     sign, logabsdet = theory.slogdet(jacobian)

@@ -15,7 +15,7 @@ from tests import theory
 
 @pytest.mark.parametrize("norm", [0.3, 0.9])
 def test_log_det_is_trace_of_log(norm: float) -> None:
-    """ln det(I + J) = tr ln(I + J) (Jacobi; Behrmann et al., 2019, equation 4).
+    """ln det(I + J) = tr ln(I + J) (Jacobi; Behrmann et al., 2019, section 3).
 
     ln(I + J) = V diag(ln(1 + lambda)) V^{-1}, the matrix logarithm, from the eigenvalues lambda.
     """
@@ -36,7 +36,7 @@ def test_the_power_series_of_traces(num_terms: int) -> None:
 
 
 def test_the_power_series_converges_to_the_log_determinant() -> None:
-    """ln det(I + J) = sum_k (-1)^{k+1} tr(J^k) / k for |J| < 1 (Mercator; ibid., equation 5)."""
+    """ln det(I + J) = sum_k (-1)^{k+1} tr(J^k) / k for |J| < 1 (Mercator; ibid.)."""
     weight = theory.matrix(4, 0.8)
     expected = float(theory.slogdet(weight)[1])
     assert theory.series_of(weight, 200) == pytest.approx(expected, abs=1e-12)
@@ -64,7 +64,7 @@ def test_the_truncation_error_is_bounded(num_terms: int, lipschitz: float) -> No
 
 
 def test_the_truncation_error_shrinks_like_the_lipschitz_constant() -> None:
-    """PS_N - ln det(I + J) = O(L^N): its ratio tends to L (Behrmann et al., 2019, section 3.2)."""
+    """PS_N - ln det(I + J) = O(L^N): its ratio tends to L (Behrmann et al., 2019, section 3)."""
     errors = {
         n: theory.check_bias(all_signs(n, features=1), 0.8, 1) for n in (5, 6, 20, 21, 60, 61)
     }

@@ -33,7 +33,7 @@ def test_the_spectral_norm_is_the_root_of_the_largest_eigenvalue(shape: tuple[in
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_power_iteration_from_ones_converges_from_below(shape: tuple[int, int]) -> None:
-    """u^T W v <= |W|_2 increases to |W|_2 (Gouk et al., 2018; Behrmann et al., 2019, eq. 2)."""
+    """u^T W v <= |W|_2 increases to |W|_2 (Gouk et al., 2018; Behrmann et al., 2019)."""
     weight = rectangular(shape)
     estimator = PowerIteration(num_initial_steps=1)
     state, norm = estimator.initial_state(weight), float(SpectralNorm()(weight))
