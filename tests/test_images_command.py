@@ -160,14 +160,14 @@ def test_list_names_sets_of_images(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mosaic_keeps_colours_in_place() -> None:
-    from nflows_iresnet.compare.imageplots import _mosaic
+    from nflows_iresnet.compare.imageplots import tile
 
     pixels = np.arange(3 * 3 * 2 * 2.0).reshape(3, 3, 2, 2)
-    mosaic = _mosaic(pixels, columns=2)
+    mosaic = tile(pixels, columns=2)
     assert mosaic.shape == (5, 5, 3)
     for index, (top, left) in enumerate([(0, 0), (0, 3), (3, 0)]):
-        tile = mosaic[top : top + 2, left : left + 2]
-        assert np.array_equal(tile.transpose(2, 0, 1), pixels[index])
+        part = mosaic[top : top + 2, left : left + 2]
+        assert np.array_equal(part.transpose(2, 0, 1), pixels[index])
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from nflows_iresnet.compare import arguments, command
 from nflows_iresnet.compare.bench import arguments as bench_arguments
 from nflows_iresnet.compare.bench import command as bench_command
 from nflows_iresnet.compare.config import UsageError
+from nflows_iresnet.compare.figures import arguments as figures_arguments
+from nflows_iresnet.compare.figures import command as figures_command
 
 PROGRAM = "nflows-iresnet"
 
@@ -41,6 +43,12 @@ COMMANDS: dict[str, Command] = {
         bench_arguments.EPILOG,
         bench_arguments.add_arguments,
         bench_command.run,
+    ),
+    "figures": Command(
+        figures_arguments.HELP,
+        figures_arguments.EPILOG,
+        figures_arguments.add_arguments,
+        figures_command.run,
     ),
 }
 

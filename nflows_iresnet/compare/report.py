@@ -34,7 +34,7 @@ seed {seed}</p>
 </html>
 """
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; --ink: #1b1b3a; --soft: #6b7085; --line: #e3e5ec; --best: #0b7a4b; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 74rem;
        margin: 2.5rem auto; padding: 0 1.25rem; background: #fff; }
@@ -73,7 +73,7 @@ def render(record: Record, folder: Folder) -> str:
     versions = record.environment["versions"]
     return _PAGE.format(
         names=escape(", ".join(dataset.name for dataset in record.datasets)),
-        style=_STYLE,
+        style=STYLE,
         started=escape(record.started),
         device=escape(str(record.environment["device_name"])),
         version=versions["nflows-iresnet"],
@@ -168,9 +168,13 @@ def _pictures(record: Record, folder: Folder, dataset: DatasetSummary) -> list[s
 
 
 def _picture(folder: Folder, parts: tuple[str, ...]) -> str:
-    content = base64.b64encode(folder.picture(*parts).read_bytes()).decode()
-    name = escape(" ".join(parts))
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{content}"></figure>'
+    return f"<figure>{embed(folder.picture(*parts).read_bytes(), ' '.join(parts))}</figure>"
+
+
+def embed(png: bytes, name: str) -> str:
+    """Return a picture as an element that needs no other file."""
+    content = base64.b64encode(png).decode()
+    return f'<img alt="{escape(name)}" src="data:image/png;base64,{content}">'
 
 
 def _glossary(record: Record) -> str:
