@@ -169,13 +169,15 @@ class SchattenNorm(MatrixNorm):
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the Schatten norms of order 2^{s+1} + 2 and their gradients."""
+        dtype = self._dtype(weight)
         size = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        unit = (_tall(weight).double() / size.clamp_min(_TINY)).to(self._dtype(weight))
-        gram = unit.mT @ unit
-        power, log_trace = self._power(gram)
+        scale = (1 / size.clamp_min(_TINY)).clamp_max(torch.finfo(dtype).max / 2).to(dtype)
+        unit = _tall(weight).to(dtype) * scale
+        power, log_trace = self._power(unit.mT @ unit)
         norm = torch.exp(log_trace / self._order)
-        gradient = unit @ power * norm[..., None, None].to(unit.dtype)
-        return size[..., 0, 0] * norm * self._allowance(weight), _like(gradient, weight)
+        gradient = unit @ power * norm[..., None, None].to(dtype)
+        value = norm / scale[..., 0, 0].double() * self._allowance(weight)
+        return torch.where(size[..., 0, 0] == 0, 0.0, value), _like(gradient, weight)
 
     @property
     def _order(self) -> int:
