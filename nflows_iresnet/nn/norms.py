@@ -9,6 +9,7 @@ All allow for the rounding of their arithmetic, and none over- or underflows for
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,8 +171,8 @@ class SchattenNorm(MatrixNorm):
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the Schatten norms of order 2^{s+1} + 2 and their gradients."""
         dtype = self._dtype(weight)
-        size = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        scale = (1 / size.clamp_min(_TINY)).clamp_max(torch.finfo(dtype).max / 2).to(dtype)
+        size = torch.linalg.vector_norm(weight.to(dtype), math.inf, dim=(-2, -1), keepdim=True)
+        scale = size.reciprocal().clamp_max(torch.finfo(dtype).max / 2)
         unit = _tall(weight).to(dtype) * scale
         power, log_trace = self._power(unit.mT @ unit)
         norm = torch.exp(log_trace / self._order)
@@ -206,11 +207,11 @@ class SchattenNorm(MatrixNorm):
         for index in range(self.num_squarings):
             if index % period == 0:
                 size = torch.linalg.matrix_norm(power).clamp_min(torch.finfo(power.dtype).tiny)
-                power, log_scale = power / size[..., None, None], log_scale + size.double().log()
+                power = power * size.reciprocal()[..., None, None]
+                log_scale = log_scale + size.double().log()
             power, log_scale = power @ power, 2 * log_scale
-        trace = (power * gram).sum((-2, -1), dtype=torch.float64)
-        trace = trace.clamp_min(torch.finfo(power.dtype).tiny)
-        return power / trace[..., None, None].to(power.dtype), trace.log() + log_scale
+        trace = (power * gram).sum((-2, -1)).clamp_min(torch.finfo(power.dtype).tiny)
+        return power * trace.reciprocal()[..., None, None], trace.double().log() + log_scale
 
 
 def _products_are_single() -> bool:
