@@ -69,3 +69,16 @@ def test_impossible_sizes_are_named() -> None:
         ImageResidualFlow((1, 28, 28), 8, 1, num_scales=3)
     with pytest.raises(ValueError, match="alpha in"):
         ImageResidualFlow((1, 4, 4), 8, 1, alpha=0.7)
+
+
+def test_recomputing_gives_the_same_gradients() -> None:
+    """The scale whose activations are not kept draws its probes and truncations again."""
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = ImageResidualFlow((1, 4, 4), 8, 2, levels=17, recompute=recompute)
+        model.log_prob(images())
+        torch.manual_seed(1)
+        model.log_prob(images()).mean().backward()
+        results.append([each.grad for each in model.parameters()])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
