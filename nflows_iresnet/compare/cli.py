@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from nflows_iresnet import __version__
@@ -13,6 +14,7 @@ from nflows_iresnet.compare import arguments, command
 from nflows_iresnet.compare.bench import arguments as bench_arguments
 from nflows_iresnet.compare.bench import command as bench_command
 from nflows_iresnet.compare.config import UsageError
+from nflows_iresnet.compare.presets import COMPARE, TABLE2, Preset
 
 PROGRAM = "nflows-iresnet"
 
@@ -34,8 +36,13 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
+def _densities(preset: Preset) -> Command:
+    add_arguments = partial(arguments.add_arguments, preset=preset)
+    return Command(preset.help, arguments.epilog(preset), add_arguments, command.run)
+
+
 COMMANDS: dict[str, Command] = {
-    "compare": Command(command.HELP, arguments.EPILOG, arguments.add_arguments, command.run),
+    **{preset.command: _densities(preset) for preset in (COMPARE, TABLE2)},
     "bench": Command(
         bench_arguments.HELP,
         bench_arguments.EPILOG,

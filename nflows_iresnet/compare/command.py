@@ -1,4 +1,4 @@
-"""`nflows-iresnet compare`: check everything, then run, save after each model, and report."""
+"""`nflows-iresnet compare` and `table2`: check everything, run, save after each model, report."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from nflows_iresnet.compare.environment import check_extra, describe_environment
 from nflows_iresnet.compare.files import write_atomically
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.models import MODELS, ModelSpec
+from nflows_iresnet.compare.presets import Preset
 from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
 
 if TYPE_CHECKING:
     from nflows_iresnet.compare.progress import LiveProgress
-
-HELP = "Train flows on the same data and report which wins, at what cost."
 
 
 @dataclass
@@ -121,8 +120,9 @@ def open_session(parsed: argparse.Namespace) -> Session:
         raise ValueError("--resume needs the --out folder of the run to go on with")
     config = to_config(parsed)
     runs = runner.prepare(config)
-    record = _fresh_record(config, runs)
-    folder = Folder(Path(parsed.out or f"results/compare-{datetime.now():%Y%m%d-%H%M%S}"))
+    preset: Preset = parsed.preset
+    record = _fresh_record(config, runs, preset)
+    folder = Folder(Path(parsed.out or f"results/{preset.command}-{datetime.now():%Y%m%d-%H%M%S}"))
     if parsed.resume:
         record = _resumed(folder, record)
     elif folder.results.exists():
@@ -143,18 +143,21 @@ def open_session(parsed: argparse.Namespace) -> Session:
     return session
 
 
-def _fresh_record(config: RunConfig, runs: list[runner.Run]) -> Record:
+def _fresh_record(config: RunConfig, runs: list[runner.Run], preset: Preset) -> Record:
     tasks = {run.task.name: run.task for run in runs}
     return Record(
         arguments=config.as_arguments(),
         environment=describe_environment(config.device),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         datasets=tuple(task.summarise() for task in tasks.values()),
+        command=preset.command,
+        published=preset.published,
     )
 
 
 def _resumed(folder: Folder, now: Record) -> Record:
     then = folder.load_record()
+    _check_same(folder, {"the command": then.command}, {"the command": now.command})
     _check_same(folder, _flags(then), _flags(now))
     _check_same(folder, then.environment["versions"], now.environment["versions"])
     if then.datasets != now.datasets:
@@ -205,13 +208,16 @@ def _finish(session: Session, item: runner.Run, progress: LiveProgress) -> None:
 
 
 def _show(session: Session, name: str) -> None:
-    from nflows_iresnet.compare import imageplots, plots, tables
+    from nflows_iresnet.compare import bars, imageplots, plots, tables
 
     task = next(run.task for run in session.runs if run.task.name == name)
     summary = session.summary(name)
     session.folder.save_arrays((name,), task.arrays())
     draw = plots.draw if summary.shape is None else imageplots.draw
-    for path, picture in draw(session.record, session.folder, summary).items():
+    pictures = draw(session.record, session.folder, summary)
+    if session.record.published:
+        pictures |= bars.draw(session.record, session.folder, summary)
+    for path, picture in pictures.items():
         write_atomically(path, picture)
     if not session.quiet:
         tables.print_table(tables.make_console(), session.record, session.folder, summary)

@@ -102,6 +102,22 @@ def _maf(size: Architecture) -> DensityModel:
     return NflowsModel(MaskedAutoregressiveFlow(*size.as_tuple()))
 
 
+def _made(size: Architecture) -> DensityModel:
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import MaskedAffineAutoregressiveTransform
+
+    features, hidden_features, _, num_blocks = size.as_tuple()
+    made = MaskedAffineAutoregressiveTransform(features, hidden_features, num_blocks=num_blocks)
+    return NflowsModel(Flow(made, StandardNormal([features])))
+
+
+def _ffjord(size: Architecture) -> DensityModel:
+    from nflows_iresnet.compare.continuous import ffjord
+
+    return ffjord(size.features, size.hidden_features, size.num_blocks_per_layer)
+
+
 def _glow(size: Architecture) -> DensityModel:
     from nflows.distributions import StandardNormal
     from nflows.flows import Flow
@@ -159,6 +175,8 @@ MODELS: dict[str, ModelSpec] = {
     "i-resnet": ModelSpec("InvertibleResNet of this library", _i_resnet),
     "realnvp": ModelSpec("SimpleRealNVP of nflows: affine couplings", _realnvp),
     "maf": ModelSpec("MaskedAutoregressiveFlow of nflows", _maf),
+    "made": ModelSpec("one Gaussian MADE of nflows", _made),
+    "ffjord": ModelSpec("FFJORD: CNF of zuko", _ffjord),
     "glow": ModelSpec("Glow's step for vectors, from nflows' parts", _glow),
     "nice": ModelSpec("SimpleRealNVP of nflows, additive couplings", _nice),
     "normflows-residual": ModelSpec(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import base64
 import shlex
+from collections.abc import Sequence
 from html import escape
 
+from nflows_iresnet.compare.cells import Column, R, best
+from nflows_iresnet.compare.columns import columns_for
 from nflows_iresnet.compare.memory import MEASURE
 from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
-from nflows_iresnet.compare.summary import best, caption, columns_for, rows_of, verdict
+from nflows_iresnet.compare.summary import caption, rows_of, verdict
 
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nflows-iresnet compare: {names}</title>
+<title>nflows-iresnet {subcommand}: {names}</title>
 <style>{style}</style>
 </head>
 <body>
@@ -34,7 +37,7 @@ seed {seed}</p>
 </html>
 """
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; --ink: #1b1b3a; --soft: #6b7085; --line: #e3e5ec; --best: #0b7a4b; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 74rem;
        margin: 2.5rem auto; padding: 0 1.25rem; background: #fff; }
@@ -73,7 +76,8 @@ def render(record: Record, folder: Folder) -> str:
     versions = record.environment["versions"]
     return _PAGE.format(
         names=escape(", ".join(dataset.name for dataset in record.datasets)),
-        style=_STYLE,
+        style=STYLE,
+        subcommand=record.command,
         started=escape(record.started),
         device=escape(str(record.environment["device_name"])),
         version=versions["nflows-iresnet"],
@@ -97,7 +101,7 @@ def _exactness(record: Record) -> str:
 
 def command_line(record: Record) -> str:
     """Return the command that repeats the run."""
-    words = ["nflows-iresnet compare", *map(shlex.quote, record.arguments["datasets"])]
+    words = [f"nflows-iresnet {record.command}", *map(shlex.quote, record.arguments["datasets"])]
     for name, value in record.arguments.items():
         if name == "datasets" or value is None or value is False:
             continue
@@ -121,15 +125,15 @@ def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> str:
         f'<p class="caption">{escape(caption(dataset))}. Source: {escape(dataset.source)}. '
         f"{escape(' '.join(dataset.notes))}</p>",
         f"<p><strong>{escape(verdict(record, folder, dataset.name))}</strong></p>",
-        _table(record, dataset),
+        table(columns_for(record, dataset), rows_of(record, dataset.name)),
         _failures(record, dataset),
         *_pictures(record, folder, dataset),
     ]
     return "\n".join(parts)
 
 
-def _table(record: Record, dataset: DatasetSummary) -> str:
-    columns, rows = columns_for(record, dataset), rows_of(record, dataset.name)
+def table(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
+    """Render rows and columns, the best of each column in bold."""
     head = "".join(f"<th>{_lines(c.title)}</th>" for c in columns)
     winners = [best(rows, column) for column in columns]
     body = "".join(
@@ -163,7 +167,11 @@ def _failures(record: Record, dataset: DatasetSummary) -> str:
 def _pictures(record: Record, folder: Folder, dataset: DatasetSummary) -> list[str]:
     models = dict.fromkeys(result.model for result in record.of(dataset.name))
     kinds = ("samples", "reconstructions")
-    parts = [(dataset.name,), *((dataset.name, model, kind) for model in models for kind in kinds)]
+    parts = [
+        (dataset.name, "bars"),
+        (dataset.name,),
+        *((dataset.name, model, kind) for model in models for kind in kinds),
+    ]
     return [_picture(folder, each) for each in parts if folder.picture(*each).exists()]
 
 
@@ -175,9 +183,14 @@ def _picture(folder: Folder, parts: tuple[str, ...]) -> str:
 
 def _glossary(record: Record) -> str:
     columns = {c.title: c for dataset in record.datasets for c in columns_for(record, dataset)}
+    return glossary(list(columns.values()))
+
+
+def glossary(columns: Sequence[Column[R]]) -> str:
+    """Render what each column means."""
     return "".join(
         f"<dt>{escape(_one_line(column.title))}</dt><dd>{escape(column.help)}</dd>"
-        for column in columns.values()
+        for column in columns
     )
 
 
