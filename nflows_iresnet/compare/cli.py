@@ -15,6 +15,7 @@ from nflows_iresnet.compare.bench import arguments as bench_arguments
 from nflows_iresnet.compare.bench import command as bench_command
 from nflows_iresnet.compare.config import UsageError
 from nflows_iresnet.compare.presets import COMPARE, TABLE2, Preset
+from nflows_iresnet.compare.table1 import command as table1
 
 PROGRAM = "nflows-iresnet"
 
@@ -43,6 +44,7 @@ def _densities(preset: Preset) -> Command:
 
 COMMANDS: dict[str, Command] = {
     **{preset.command: _densities(preset) for preset in (COMPARE, TABLE2)},
+    "table1": Command(table1.HELP, table1.EPILOG, table1.add_arguments, table1.run),
     "bench": Command(
         bench_arguments.HELP,
         bench_arguments.EPILOG,

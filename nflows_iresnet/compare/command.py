@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from nflows_iresnet.compare.files import write_atomically
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.models import MODELS, ModelSpec
 from nflows_iresnet.compare.presets import Preset
-from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
+from nflows_iresnet.compare.results import DatasetSummary, Folder, Record, Result
 
 if TYPE_CHECKING:
     from nflows_iresnet.compare.progress import LiveProgress
@@ -198,13 +199,32 @@ def _work(session: Session) -> None:
 
 def _finish(session: Session, item: runner.Run, progress: LiveProgress) -> None:
     dataset, keeper = session.summary(item.task.name), session.keeper(item)
-    progress.begin(item.key, dataset)
+    progress.begin(_label(item.key), partial(_loss, dataset))
     result, arrays = runner.execute(item, session.config, progress.step, keeper)
     session.folder.save_arrays(item.key, arrays)
     session.record = replace(session.record, results=(*session.record.results, result))
     session.folder.save_record(session.record)
     keeper.discard()
-    progress.finish(result, dataset)
+    progress.finish(_line(result, dataset))
+
+
+def _label(key: tuple[str, str, int]) -> str:
+    dataset, model, repeat = key
+    return f"{dataset} · {model}" + (f" · repeat {repeat + 1}" if repeat else "")
+
+
+def _loss(data: DatasetSummary, nats: float) -> str:
+    """Return the loss of a training under way, of images in bits per dimension."""
+    bits = None if data.shape is None else data.bits_per_dim(nats)
+    return f"loss {nats:.3f}" if bits is None else f"{bits:.3f} bits/dim"
+
+
+def _line(result: Result, data: DatasetSummary) -> str:
+    label = f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: "
+    nll, bits = result.metrics.test_nll, result.metrics.bits_per_dim
+    if nll is not None:
+        label += "test NLL " + (f"{nll:.3f} nats" if bits is None else f"{bits:.3f} bits/dim")
+    return label + "".join(f"; FAILED {failure}" for failure in result.failures)
 
 
 def _show(session: Session, name: str) -> None:

@@ -87,7 +87,7 @@ larger, days of training. Compare the order of the models, not the numbers.
     image_datasets=("mnist",),
     models=tuple(published.BITS_PER_DIM),
     image_models=tuple(published.BITS_PER_DIM),
-    options={"steps": 800, "learning_rate": 2e-3},
+    options={"steps": 1200, "learning_rate": 2e-3},
     finds_images=True,
     published=published.BITS_PER_DIM,
 )

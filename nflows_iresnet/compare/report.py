@@ -61,7 +61,10 @@ _FAIRNESS = (
     "trained by Adam with the same learning rate, cosine schedule and gradient clipping. The state "
     "with the best validation NLL is kept. The best value of a column is bold. "
 )
-_ROWS = "Validation and test likelihoods are exact for every model. "
+_ROWS = (
+    "Validation and test likelihoods are exact for every model. Rows that were quantised get fresh "
+    "uniform noise in each training batch, the same for every model, and fixed noise in tests. "
+)
 _IMAGES = (
     "Images are dequantised with fresh uniform noise in training, the same for every model, and "
     "with fixed noise in tests; what is validated and tested is the moving average of the weights. "
@@ -90,8 +93,8 @@ def render(record: Record, folder: Folder) -> str:
         + _exactness(record)
         + f"Memory counts {MEASURE[record.environment['device']]}.",
         command=escape(command_line(record)),
-        arguments=_pairs(record.arguments),
-        environment=_pairs({**versions, **_rest(record.environment)}),
+        arguments=pairs(record.arguments),
+        environment=pairs({**versions, **_rest(record.environment)}),
     )
 
 
@@ -198,7 +201,8 @@ def _one_line(title: str) -> str:
     return title.replace("-\n", "").replace("\n", " ")
 
 
-def _pairs(values: dict[str, object]) -> str:
+def pairs(values: dict[str, object]) -> str:
+    """Render the rows of a table of names and values."""
     return "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(_plain(value))}</td></tr>"
         for name, value in values.items()

@@ -17,10 +17,10 @@ from nflows_iresnet.compare.summary import caption, rows_of, verdict
 _WIDE = 124
 
 
-def make_console() -> Console:
+def make_console(width: int = _WIDE) -> Console:
     """Return a console on stdout; without a terminal it is wide enough for the table."""
     console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
+    return console if console.is_terminal else Console(width=width)
 
 
 def print_table(console: Console, record: Record, folder: Folder, dataset: DatasetSummary) -> None:
