@@ -24,6 +24,10 @@ from nflows_iresnet.transforms import (
 )
 
 Shape = tuple[int, int, int]
+_POOLED = 2
+"""Side of the pooled features. A block with a small Lipschitz constant hardly moves a mean over all
+pixels, so that with 1 the training starts slowly (digits, c = 0.5, 200 steps: 9.5 % errors, with 2
+3.4 %)."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class ResidualClassifier(torch_nn.Module):
     r"""Images -> features by y = x + g(x) blocks -> logits, for any residual branches g.
 
     x / (levels - 1) - 1/2, zeros in more channels, then `num_scales` times a squeeze and
-    `num_blocks` times ActNorm and y = x + g(x); an ActNorm makes the features. The head is
-    ELU, the mean over the pixels, and a linear map. All but the head is one transform of nflows.
+    `num_blocks` times ActNorm and y = x + g(x); an ActNorm makes the features. The head is ELU, the
+    means over the four quarters of the image, and a linear map. All but the head is one transform
+    of nflows, whose log-determinant is not computed: it is NaN.
 
     The inverse is guaranteed if and only if Lip(g) < 1 is certified for every block: see
     `lipschitz_bound`. Without that `decode` may still succeed, or raise.
@@ -98,9 +103,9 @@ class ResidualClassifier(torch_nn.Module):
         self.transform = CompositeTransform([*layers, ActNorm(channels)])
         self.head = torch_nn.Sequential(
             torch_nn.ELU(),
-            torch_nn.AdaptiveAvgPool2d(1),
+            torch_nn.AdaptiveAvgPool2d(_POOLED),
             torch_nn.Flatten(),
-            torch_nn.Linear(channels, validated_size("num_classes", num_classes)),
+            torch_nn.Linear(_POOLED**2 * channels, validated_size("num_classes", num_classes)),
         )
 
     @property

@@ -96,6 +96,34 @@ def _nice(size: Architecture) -> DensityModel:
     return NflowsModel(SimpleRealNVP(*size.as_tuple(), use_volume_preserving=True))
 
 
+def _nice_scaled(size: Architecture) -> DensityModel:
+    """NICE as published: after the couplings a diagonal scaling, started from the data."""
+    from nflows.flows import Flow
+    from nflows.transforms import CompositeTransform
+
+    from nflows_iresnet.transforms import ActNorm
+
+    plain = _nice(size).flow
+    transform = CompositeTransform([plain._transform, ActNorm(size.features)])
+    return NflowsModel(Flow(transform, plain._distribution))
+
+
+def _realnvp_scaled(size: Architecture) -> DensityModel:
+    """Real NVP with ActNorm before each coupling, as the paper has batch normalisation.
+
+    The scales of nflows' couplings are sigmoid(u + 2) + 0.001: without that no layer can expand.
+    """
+    from nflows.flows import Flow
+    from nflows.transforms import CompositeTransform
+
+    from nflows_iresnet.transforms import ActNorm
+
+    plain = _realnvp(size).flow
+    steps = [(ActNorm(size.features), coupling) for coupling in plain._transform._transforms]
+    transform = CompositeTransform([each for step in steps for each in step])
+    return NflowsModel(Flow(transform, plain._distribution))
+
+
 def _maf(size: Architecture) -> DensityModel:
     from nflows.flows import MaskedAutoregressiveFlow
 
@@ -175,6 +203,8 @@ MODELS: dict[str, ModelSpec] = {
     "i-resnet": ModelSpec("InvertibleResNet of this library", _i_resnet),
     "realnvp": ModelSpec("SimpleRealNVP of nflows: affine couplings", _realnvp),
     "maf": ModelSpec("MaskedAutoregressiveFlow of nflows", _maf),
+    "realnvp-scaled": ModelSpec("realnvp with ActNorm before each coupling", _realnvp_scaled),
+    "nice-scaled": ModelSpec("nice with the diagonal scaling of the paper", _nice_scaled),
     "made": ModelSpec("one Gaussian MADE of nflows", _made),
     "ffjord": ModelSpec("FFJORD: CNF of zuko", _ffjord),
     "glow": ModelSpec("Glow's step for vectors, from nflows' parts", _glow),
