@@ -24,6 +24,7 @@ from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.training import TrainingLog, seed_everything, train
 from tests.images import provide_convolution
+from tests.optional import named
 
 provide_convolution()
 
@@ -167,7 +168,7 @@ MODELS_AND_SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS_AND_SIZES)
+@pytest.mark.parametrize("name", named(MODELS_AND_SIZES))
 def test_every_model_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
     """Also those that keep state outside their parameters, or draw from numpy."""
     spec, size = MODELS_AND_SIZES[name]

@@ -253,10 +253,10 @@ IMAGE_MODELS: dict[str, ModelSpec] = {
     "glow": ModelSpec("images: Glow from nflows' parts", _glow),
     "realnvp": ModelSpec("images: Real NVP from nflows' parts", _realnvp),
     "i-resnet": ModelSpec("images: ImageResidualFlow with the i-ResNet's strategies", _i_resnet),
-    "nice": ModelSpec("images: nice on flattened logits", _flat("nice")),
-    "made": ModelSpec("images: made on flattened logits", _flat("made")),
-    "maf": ModelSpec("images: maf on flattened logits", _flat("maf")),
-    "ffjord": ModelSpec("images: ffjord on flattened logits", _ffjord),
+    "nice": ModelSpec("images: nice on flattened logits", _flat("nice"), is_coarse=True),
+    "made": ModelSpec("images: made on flattened logits", _flat("made"), is_coarse=True),
+    "maf": ModelSpec("images: maf on flattened logits", _flat("maf"), is_coarse=True),
+    "ffjord": ModelSpec("images: ffjord on flattened logits", _ffjord, is_coarse=True),
     "glow-normflows": ModelSpec("images: GlowBlock of normflows", _glow_normflows),
 }
 DEFAULT_IMAGE_MODELS = ("residual-flow", "glow", "realnvp")

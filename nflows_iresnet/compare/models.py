@@ -66,10 +66,13 @@ class ModelSpec:
     Args:
         description: one line for `--list`.
         build: makes a fresh model of a given size.
+        is_coarse: whether a single hidden unit can have more parameters than the tolerance, so that
+            the nearest count has to do.
     """
 
     description: str
     build: Callable[[Any], DensityModel]
+    is_coarse: bool = False
 
 
 def _residual_flow(size: Architecture) -> DensityModel:
@@ -244,7 +247,7 @@ def match_parameters(name: str, reference: Architecture) -> Architecture:
         The same size with another `hidden_features`.
 
     Raises:
-        ValueError: no width comes within 10% of the count.
+        ValueError: no width comes within 10% of the count, and the model is not coarse.
     """
     target = _count(REFERENCE, reference)
     if abs(_count(name, reference) - target) <= _SAME * target:
@@ -252,7 +255,8 @@ def match_parameters(name: str, reference: Architecture) -> Architecture:
     widths = _bracket(name, reference, target)
     best = min(widths, key=lambda width: abs(_count_at(name, reference, width) - target))
     count = _count_at(name, reference, best)
-    if abs(count - target) > TOLERANCE * target:
+    is_coarse = find_model(name, reference.models).is_coarse
+    if abs(count - target) > TOLERANCE * target and not is_coarse:
         raise ValueError(
             f"model {name!r} cannot match the {target} parameters of {REFERENCE}: "
             f"the nearest is {count} with {best} hidden features; change --hidden-features "
