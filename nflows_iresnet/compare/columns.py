@@ -29,7 +29,8 @@ def _table2_columns(record: Record, dataset: DatasetSummary) -> list[Column[Row]
     samples = SAMPLES if dataset.shape is None else IMAGE_SAMPLES
     names = dict.fromkeys(name for row in record.published.values() for name in row)
     published = [_published(record, name) for name in names if dataset.levels is not None]
-    return [MODEL, *score, PARAMETERS, TRAINING, samples, LIPSCHITZ, *published]
+    agreement = [] if dataset.shape is None else [AGREEMENT]
+    return [MODEL, *score, *agreement, PARAMETERS, TRAINING, samples, LIPSCHITZ, *published]
 
 
 def _published(record: Record, name: str) -> Column[Row]:

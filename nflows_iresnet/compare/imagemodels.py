@@ -82,6 +82,19 @@ class FlattenTransform(Transform):
         return inputs.reshape(-1, *self.shape), inputs.new_zeros(len(inputs))
 
 
+class TruncatedModel(ResidualModel):
+    """A residual flow that is trained by a truncated series, and evaluated without its bias."""
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the flow's own estimate in training, and an unbiased one in evaluation."""
+        from nflows_iresnet import logdet, transforms
+
+        if self.training:
+            return super().log_prob(inputs)
+        with transforms.using(self.flow, estimator=logdet.Adaptive()):
+            return super().log_prob(inputs)
+
+
 def _coupling(size: ImageArchitecture, mask: Tensor) -> Transform:
     """Build an affine coupling that changes the channels where the mask is one."""
     from nflows.nn.nets import ConvResidualNet
@@ -219,18 +232,21 @@ def _ffjord(size: ImageArchitecture) -> DensityModel:
 
 
 def _i_resnet(size: ImageArchitecture) -> DensityModel:
-    from nflows_iresnet import flows, logdet, nn, solvers
+    from nflows_iresnet import nn as lipschitz_nn
+    from nflows_iresnet.flows import ImageResidualFlow
+    from nflows_iresnet.logdet import Gaussian, PowerSeries
+    from nflows_iresnet.solvers import FixedPointIteration
 
-    flow = flows.ImageResidualFlow(
+    flow = ImageResidualFlow(
         *(size.shape, size.hidden_features, size.num_layers, size.num_blocks_per_layer),
         num_scales=size.num_scales,
         levels=size.levels,
-        estimator=logdet.PowerSeries(num_terms=10, probe=logdet.Gaussian(), exact_trace=False),
-        solver=solvers.FixedPointIteration(),
-        activation=nn.ELU(),
+        estimator=PowerSeries(num_terms=10, probe=Gaussian(), exact_trace=False),
+        solver=FixedPointIteration(),
+        activation=lipschitz_nn.ELU(),
         coeff=0.9,
     )
-    return ResidualModel(flow)
+    return TruncatedModel(flow)
 
 
 def _residual_flow(size: ImageArchitecture) -> DensityModel:

@@ -57,8 +57,8 @@ pre { background: #f5f6f9; padding: .8rem 1rem; overflow-x: auto; border-radius:
 
 _FAIRNESS = (
     "Every model sees the same splits and the same batches in the same order, has the parameter "
-    "count of ResidualFlow within 10%, or as near as a flow on flattened images comes (its width is "
-    "chosen for that; masked weights count), and is "
+    "count of ResidualFlow within 10%, or as near as a flow on flattened images comes (its width "
+    "is chosen for that; masked weights count), and is "
     "trained by Adam with the same learning rate, cosine schedule and gradient clipping. The state "
     "with the best validation NLL is kept. The best value of a column is bold. "
 )
