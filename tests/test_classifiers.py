@@ -98,6 +98,7 @@ def test_a_false_norm_changes_the_certificate_and_the_guarantee() -> None:
     model = classifier(coeff=0.9)
     for layer in model.blocks[1].net.layers:
         layer.norm = Tampered()
+    assert not model.has_guaranteed_inverse()
     row = row_of(outcome_of(model))
     assert row["guaranteed\ninverse"] == "no"
     assert row["certified\nbound"] != honest["certified\nbound"]
