@@ -52,8 +52,8 @@ def _reconstructions(axes: Axes, rows: list[Row]) -> None:
 
 
 def _label(axes: Axes, rows: list[Row]) -> None:
-    names = [f"{row.model}\n{'guaranteed' if row.guaranteed_inverse else ''}" for row in rows]
-    axes.set_xticks(range(len(rows)), names, fontsize=7.5)
+    axes.set_xticks(range(len(rows)), [row.model for row in rows])
+    axes.set_xlabel("red: inverse guaranteed, grey: not")
     axes.spines[["top", "right"]].set_visible(False)
 
 

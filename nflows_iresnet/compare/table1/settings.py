@@ -36,10 +36,10 @@ class Settings:
     dataset: str = "digits"
     coeffs: tuple[float, ...] = DEFAULT_COEFFS
     steps: int = 300
-    repeats: int = 5
+    repeats: int = 3
     seed: int = 0
     batch_size: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     hidden_channels: int = 32
     num_blocks: int = 4
     num_scales: int = 1
