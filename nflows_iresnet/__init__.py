@@ -5,7 +5,8 @@
 `ResidualFlow` is a whole model with the arguments of nflows' `SimpleRealNVP`; `ResidualTransform`
 is one block y = x + g(x) to put between other transforms. The rooms: `nn` (networks with a
 certified Lipschitz bound), `logdet` and `solvers` (strategies), `transforms`, `flows`,
-`classifiers`, `interop` (normflows), `datasets`, `testing` (the contract, for your own transforms too).
+`classifiers`, `interop` (normflows), `datasets`, `testing` (the contract, for your own transforms
+too).
 """
 
 from nflows_iresnet import (
