@@ -24,11 +24,15 @@ Function = Callable[[Tensor], Tensor]
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a transform of `torch.func` watches the operations.
+    """Whether a compiler, a transform of `torch.func` or forward-mode AD watches the operations.
 
-    Values are then not there to decide by, and every operation has to be a differentiable one.
+    Values may then not be there to decide by, and hand-written derivatives are not asked for.
     """
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class Linearization(ABC):

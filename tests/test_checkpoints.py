@@ -23,10 +23,7 @@ from nflows_iresnet.compare.models import MODELS, Architecture
 from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.training import TrainingLog, seed_everything, train
-from tests.images import provide_convolution
 from tests.optional import named
-
-provide_convolution()
 
 STEPS = 20
 PLAN = TrainingPlan(1e-2, Steps(STEPS), validations=10, patience=100, average_decay=0.9)

@@ -81,7 +81,7 @@ def test_every_model_sees_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
         ("8-gaussians",), ("residual-flow", "realnvp", "maf"), 3, batch_size=8, num_layers=2
     )
     for run in runner.prepare(config):
-        runner._train(MODELS[run.model].build(run.size), run, config, lambda done, loss: None)
+        runner.train_run(MODELS[run.model].build(run.size), run, config, lambda done, loss: None)
     first, second, third = (seen[start : start + 3] for start in (0, 3, 6))
     assert len(seen) == 9
     assert all(map(torch.equal, first, second))

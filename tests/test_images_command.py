@@ -17,12 +17,10 @@ import torch
 
 from nflows_iresnet.compare.cli import main
 from nflows_iresnet.compare.progress import LiveProgress
-from tests.images import provide_convolution
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
-provide_convolution()
 
 TINY = ["--steps", "4", "--num-layers", "1", "--num-blocks-per-layer", "1"]
 TINY += ["--hidden-features", "16", "--batch-size", "16", "--num-train", "64"]
@@ -162,25 +160,21 @@ def test_list_names_sets_of_images(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mosaic_keeps_colours_in_place() -> None:
-    from nflows_iresnet.compare.imageplots import _mosaic
+    from nflows_iresnet.compare.imageplots import tile
 
     pixels = np.arange(3 * 3 * 2 * 2.0).reshape(3, 3, 2, 2)
-    mosaic = _mosaic(pixels, columns=2)
+    mosaic = tile(pixels, columns=2)
     assert mosaic.shape == (5, 5, 3)
     for index, (top, left) in enumerate([(0, 0), (0, 3), (3, 0)]):
-        tile = mosaic[top : top + 2, left : left + 2]
-        assert np.array_equal(tile.transpose(2, 0, 1), pixels[index])
+        part = mosaic[top : top + 2, left : left + 2]
+        assert np.array_equal(part.transpose(2, 0, 1), pixels[index])
 
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_in_the_middle(tmp_path: Path) -> None:
     """The process is killed from outside, whenever its first checkpoints appear."""
     arguments = [*DIGITS, "--steps", "200", "--models", "realnvp", "--quiet", "--out"]
-    script = (
-        "import sys; from tests.images import provide_convolution; provide_convolution();"
-        "from nflows_iresnet.compare.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, *arguments, str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "nflows_iresnet.compare", *arguments, str(tmp_path / "killed")]
     command += ["--checkpoint-minutes", "1e-9"]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
     checkpoint = tmp_path / "killed" / "runs" / "digits--realnvp--0.pt"

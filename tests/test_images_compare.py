@@ -19,13 +19,11 @@ from nflows_iresnet.compare.models import count_parameters
 from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.training import seed_everything, train
-from tests.images import provide_convolution
 from tests.optional import named
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
-provide_convolution()
 
 SMALL = ImageArchitecture(16, 8, 2, 1, shape=(1, 4, 4), levels=17, num_scales=2)
 CONFIG = RunConfig(("digits",), ("glow",), steps=3, images=True, num_train=64, batch_size=16)
@@ -166,7 +164,7 @@ def test_every_model_sees_the_same_pixels_and_the_same_fresh_noise(
     config = replace(CONFIG, models=("glow", "realnvp"), batch_size=64)
     for run in runner.prepare(config):
         model = IMAGE_MODELS[run.model].build(replace(run.size, num_layers=1))
-        runner._train(model, run, config, lambda done, loss: None)
+        runner.train_run(model, run, config, lambda done, loss: None)
     first, second = seen[:3], seen[3:]
     assert len(seen) == 6
     assert all(map(torch.equal, first, second))

@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import logdet, transforms
-from tests.images import provide_convolution
-
-provide_convolution()
-
-from nflows_iresnet.flows.image import ImageResidualFlow  # noqa: E402
+from nflows_iresnet.flows.image import ImageResidualFlow
 
 
 def flow(alpha: float | None = 0.05, num_scales: int = 2) -> ImageResidualFlow:

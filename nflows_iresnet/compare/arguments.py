@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser, preset: Preset) -> None:
         f"(default: {_words(preset.datasets)}; with --images: {_words(preset.image_datasets)})",
     )
     parser.add_argument("--list", action="store_true", help="list data sets and models, and stop")
-    _add_images(parser.add_argument_group("images"), preset)
     _add_what(parser.add_argument_group("what is compared"), preset)
+    _add_images(parser.add_argument_group("images"), preset)
     _add_how(parser.add_argument_group("how it is trained"), preset)
     _add_where(parser.add_argument_group("where the results go"), preset)
 

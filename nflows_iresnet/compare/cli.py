@@ -14,6 +14,8 @@ from nflows_iresnet.compare import arguments, command
 from nflows_iresnet.compare.bench import arguments as bench_arguments
 from nflows_iresnet.compare.bench import command as bench_command
 from nflows_iresnet.compare.config import UsageError
+from nflows_iresnet.compare.figures import arguments as figures_arguments
+from nflows_iresnet.compare.figures import command as figures_command
 from nflows_iresnet.compare.presets import COMPARE, TABLE2, Preset
 from nflows_iresnet.compare.table1 import command as table1
 
@@ -50,6 +52,12 @@ COMMANDS: dict[str, Command] = {
         bench_arguments.EPILOG,
         bench_arguments.add_arguments,
         bench_command.run,
+    ),
+    "figures": Command(
+        figures_arguments.HELP,
+        figures_arguments.EPILOG,
+        figures_arguments.add_arguments,
+        figures_command.run,
     ),
 }
 

@@ -49,7 +49,7 @@ def _overview(record: Record, dataset: DatasetSummary, data: dict[str, Array]) -
         lambda nats: dataset.bits_per_dim(nats) or math.nan,
         "validation, bits per dimension",
     )
-    _show(grid, _mosaic(data["train"][: SIDE**2], SIDE), dataset)
+    show_tiles(grid, tile(data["train"][: SIDE**2], SIDE), dataset)
     grid.set_title("data", color=INK)
     return figure
 
@@ -57,7 +57,7 @@ def _overview(record: Record, dataset: DatasetSummary, data: dict[str, Array]) -
 def _samples(dataset: DatasetSummary, model: str, samples: Array) -> Figure:
     figure = Figure(figsize=(4.0, 4.3), layout="constrained")
     axes = figure.subplots()
-    _show(axes, _mosaic(np.floor(samples[: SIDE**2]), SIDE), dataset)
+    show_tiles(axes, tile(np.floor(samples[: SIDE**2]), SIDE), dataset)
     axes.set_title(f"{dataset.name}: samples of {model}", color=INK)
     return figure
 
@@ -71,7 +71,7 @@ def _reconstructions(dataset: DatasetSummary, model: str, arrays: dict[str, Arra
     for axes, images, label in zip(
         rows, (shown, noise, decoded), ("x", "f(x)", "f⁻¹"), strict=True
     ):
-        _show(axes, _mosaic(images, len(images)), dataset)
+        show_tiles(axes, tile(images, len(images)), dataset)
         axes.set_title(label, color=INK, loc="left")
     error = float(np.abs(decoded - shown).max())
     figure.suptitle(f"{dataset.name}: {model}, largest error of a pixel {error:.1e}", color=INK)
@@ -82,7 +82,8 @@ def _levels(dataset: DatasetSummary) -> int:
     return dataset.levels or 256
 
 
-def _show(axes: Axes, mosaic: Array, dataset: DatasetSummary) -> None:
+def show_tiles(axes: Axes, mosaic: Array, dataset: DatasetSummary) -> None:
+    """Show what `tile` returns, in the grey levels or colours of the data set."""
     axes.set_axis_off()
     pixels = np.clip(mosaic / (_levels(dataset) - 1), 0, 1)
     axes.imshow(
@@ -90,7 +91,7 @@ def _show(axes: Axes, mosaic: Array, dataset: DatasetSummary) -> None:
     )
 
 
-def _mosaic(images: Array, columns: int) -> Array:
+def tile(images: Array, columns: int) -> Array:
     """Lay images (N, C, H, W) out in rows, with a white line between: (rows H', columns W', C)."""
     rows = -(-len(images) // columns)
     count, channels, height, width = images.shape

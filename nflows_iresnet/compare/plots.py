@@ -89,10 +89,10 @@ def _plane(dataset: DatasetSummary, data: dict[str, Array], panels: list[Panel])
     columns = [Panel(_data_title(dataset), {"samples": data["train"], **data}), *panels]
     figure = Figure(figsize=(CELL * len(columns) + 0.2, 2 * CELL + 0.65), layout="constrained")
     axes = figure.subplots(2, len(columns), squeeze=False)
-    brightest = _brightest([panel.arrays for panel in columns])
+    brightest = find_brightest([panel.arrays for panel in columns])
     for panel, (above, below) in zip(columns, axes.T, strict=True):
-        _density(above, frame, panel.arrays, brightest)
-        _scatter(below, frame, panel.arrays.get("samples"), MODEL if panel in panels else DATA)
+        draw_density(above, frame, panel.arrays, brightest)
+        draw_scatter(below, frame, panel.arrays.get("samples"), MODEL if panel in panels else DATA)
         above.set_title(panel.title, color=INK, fontweight=panel.weight)
     axes[0, 0].set_ylabel("density", color=INK)
     axes[1, 0].set_ylabel("samples", color=INK)
@@ -105,7 +105,7 @@ def _data_title(dataset: DatasetSummary) -> str:
     return f"{dataset.name}, true density\n{dataset.optimum:.3f} nats"
 
 
-def _brightest(columns: list[dict[str, Array]]) -> float:
+def find_brightest(columns: list[dict[str, Array]]) -> float:
     """Return the density shown brightest: of the truth, or else a high quantile of the models."""
     if "grid_log_prob" in columns[0]:
         return float(np.exp(columns[0]["grid_log_prob"].max()))
@@ -115,7 +115,8 @@ def _brightest(columns: list[dict[str, Array]]) -> float:
     return float(np.median(tops)) if tops else 1.0
 
 
-def _density(axes: Axes, frame: Frame, arrays: dict[str, Array], brightest: float) -> None:
+def draw_density(axes: Axes, frame: Frame, arrays: dict[str, Array], brightest: float) -> None:
+    """Show exp(grid_log_prob) in a window, or else a histogram of the training rows."""
     _window(axes, frame)
     if "grid_log_prob" in arrays:
         side = math.isqrt(len(arrays["grid_log_prob"]))
@@ -139,7 +140,8 @@ def _histogram(frame: Frame, rows: Array) -> Array:
     return density
 
 
-def _scatter(axes: Axes, frame: Frame, samples: Array | None, color: str) -> None:
+def draw_scatter(axes: Axes, frame: Frame, samples: Array | None, color: str) -> None:
+    """Show samples (N, 2) in a window."""
     _window(axes, frame)
     if samples is None:
         _say(axes, "no samples")
@@ -243,9 +245,11 @@ def _components(axes: Axes, data: dict[str, Array], samples: Array | None) -> No
     cloud = (train - centre) @ directions
     frame = _frame_of(cloud)
     if samples is not None:
-        _scatter(axes, frame, cloud, DATA)
+        draw_scatter(axes, frame, cloud, DATA)
     if samples is not train:
-        _scatter(axes, frame, None if samples is None else (samples - centre) @ directions, MODEL)
+        draw_scatter(
+            axes, frame, None if samples is None else (samples - centre) @ directions, MODEL
+        )
     axes.set_xlabel("principal components", color=INK)
 
 

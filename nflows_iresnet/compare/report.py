@@ -180,9 +180,13 @@ def _pictures(record: Record, folder: Folder, dataset: DatasetSummary) -> list[s
 
 
 def _picture(folder: Folder, parts: tuple[str, ...]) -> str:
-    content = base64.b64encode(folder.picture(*parts).read_bytes()).decode()
-    name = escape(" ".join(parts))
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{content}"></figure>'
+    return f"<figure>{embed(folder.picture(*parts).read_bytes(), ' '.join(parts))}</figure>"
+
+
+def embed(png: bytes, name: str) -> str:
+    """Return a picture as an element that needs no other file."""
+    content = base64.b64encode(png).decode()
+    return f'<img alt="{escape(name)}" src="data:image/png;base64,{content}">'
 
 
 def _glossary(record: Record) -> str:

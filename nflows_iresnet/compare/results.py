@@ -170,7 +170,7 @@ def finite(value: object) -> object:
 
 @dataclass(frozen=True)
 class Folder:
-    """The output folder: results.json, runs/*.npz, *.png and report.html."""
+    """The output folder: results.json, runs/*.npz, runs/*.pt under way, *.png and report.html."""
 
     path: Path
 

@@ -87,7 +87,7 @@ def execute(
     model = None
     try:
         model = find_model(run.model, run.size.models).build(run.size).to(config.device)
-        log = _train(model, run, config, on_step, keeper)
+        log = train_run(model, run, config, on_step, keeper)
     except Exception as error:
         return _result(run, seed, model, None, Evaluation(failures=[describe(error)])), {}
     evaluation = evaluate(model, run.task.exam(config), seed)
@@ -95,13 +95,14 @@ def execute(
     return _result(run, seed, model, log, evaluation), evaluation.arrays
 
 
-def _train(
+def train_run(
     model: DensityModel,
     run: Run,
     config: RunConfig,
     on_step: OnStep,
     keeper: Keeper | None = None,
 ) -> TrainingLog:
+    """Train a model that was built for a run; it is left in its best state."""
     stream = run.task.stream(config, config.seed + run.repeat)
     plan = training_plan(config, run.task.average_decay)
     return train(model, stream, lambda: run.task.validate(model, config), plan, on_step, keeper)

@@ -45,6 +45,7 @@ class ImageResidualFlow(Flow):
         solver: strategy for the inverse; `solvers.Anderson()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`.
         coeff: bound of the Lipschitz constant of each g, in (0, 1).
+        recompute: trade time for memory, see `transforms.CompositeTransform`.
 
     Raises:
         ValueError: if a size is not positive, or the images cannot be squeezed so often.
@@ -77,6 +78,7 @@ class ImageResidualFlow(Flow):
         solver: Solver | None = None,
         activation: nn.Module | None = None,
         coeff: float = 0.97,
+        recompute: bool = False,
     ) -> None:
         depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
         layers = validated_size("num_layers", num_layers)
@@ -94,7 +96,7 @@ class ImageResidualFlow(Flow):
                 )
                 block = ResidualTransform(net, estimator=estimator, solver=solver)
                 transforms += [ActNorm(scale[0]), block]
-            return [*transforms, ActNorm(scale[0])]
+            return [CompositeTransform([*transforms, ActNorm(scale[0])], recompute=recompute)]
 
         channels, height, width = shape
         scales = multiscale(shape, num_scales, steps)

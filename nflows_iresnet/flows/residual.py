@@ -39,6 +39,7 @@ class ResidualFlow(Flow):
             `Mixed(Sine(), SmoothAbs())`.
         coeff: bound of the Lipschitz constant of each g, in (0, 1).
         norm: the norm that weights are divided by; `SchattenNorm()` by default.
+        recompute: trade time for memory, see `transforms.CompositeTransform`.
 
     References:
         Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
@@ -63,6 +64,7 @@ class ResidualFlow(Flow):
         activation: nn.Module | None = None,
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
+        recompute: bool = False,
     ) -> None:
         features = validated_size("features", features)
         layers: list[Transform] = []
@@ -78,7 +80,8 @@ class ResidualFlow(Flow):
             block = ResidualTransform(net, estimator=estimator, solver=solver)
             layers += [*_normalisation(features, context_features), block]
         layers += _normalisation(features, context_features)
-        super().__init__(CompositeTransform(layers), StandardNormal([features]))
+        transform = CompositeTransform(layers, recompute=recompute)
+        super().__init__(transform, StandardNormal([features]))
 
 
 def _normalisation(features: int, context_features: int | None) -> list[Transform]:
@@ -111,6 +114,7 @@ class InvertibleResNet(ResidualFlow):
         estimator: replaces the power series.
         solver: strategy for the inverse; `solvers.FixedPointIteration()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`; `ELU()` by default.
+        recompute: trade time for memory, see `transforms.CompositeTransform`.
 
     References:
         Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
@@ -133,6 +137,7 @@ class InvertibleResNet(ResidualFlow):
         estimator: LogDetEstimator | None = None,
         solver: Solver | None = None,
         activation: nn.Module | None = None,
+        recompute: bool = False,
     ) -> None:
         series = PowerSeries(num_terms=num_terms, probe=Gaussian(), exact_trace=False)
         super().__init__(
@@ -146,4 +151,5 @@ class InvertibleResNet(ResidualFlow):
             activation=activation or ELU(),
             coeff=coeff,
             norm=norm,
+            recompute=recompute,
         )

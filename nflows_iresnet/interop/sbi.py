@@ -14,7 +14,7 @@ from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
 
 from nflows_iresnet.flows import ResidualFlow
-from nflows_iresnet.logdet import LogDetEstimator
+from nflows_iresnet.logdet import Adaptive, LogDetEstimator
 from nflows_iresnet.solvers import Solver
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class ResidualFlowBuilder:
         z_score_theta: 'independent' standardises each parameter, 'structured' all with one mean
             and deviation, 'none' leaves them.
         z_score_x: the same for the observations, before the embedding.
-        estimator: strategy for the log-determinant, see `ResidualFlow`.
+        estimator: strategy for the log-determinant; by default exact up to 16 parameters, because a
+            posterior is evaluated far more often than it is trained.
         solver: strategy for the inverse, see `ResidualFlow`.
         coeff: bound of the Lipschitz constant of each block, in (0, 1).
 
@@ -69,7 +70,7 @@ class ResidualFlowBuilder:
     embedding_net: nn.Module = field(default_factory=nn.Identity)
     z_score_theta: ZScore = "independent"
     z_score_x: ZScore = "independent"
-    estimator: LogDetEstimator | None = None
+    estimator: LogDetEstimator | None = Adaptive(max_exact_features=16)
     solver: Solver | None = None
     coeff: float = 0.97
 

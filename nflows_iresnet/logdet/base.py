@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import Linearization, ResidualFunction, bind
+from nflows_iresnet.linearization import Linearization, ResidualFunction, bind, is_traced
 
 
 class LogDetEstimate(NamedTuple):
@@ -143,7 +143,25 @@ def log_abs_det(matrix: Tensor) -> Tensor:
         return log_abs_det(matrix.float()).to(matrix.dtype)
     if matrix.shape[-1] > 3:
         return torch.linalg.slogdet(matrix).logabsdet
+    if matrix.shape[-1] == 2 and not is_traced():
+        return _LogAbsDet2.apply(matrix)
     return _small_determinant(matrix).abs().log()
+
+
+class _LogAbsDet2(torch.autograd.Function):
+    """log|ad - bc| of 2 x 2 matrices, whose derivative is ((d, -c), (-b, a)) / (ad - bc)."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix)
+        return _small_determinant(matrix).abs().log()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (matrix,) = ctx.saved_tensors
+        a, b, c, d = matrix.flatten(start_dim=-2).unbind(-1)
+        scale = (cotangent / (a * d - b * c))[..., None, None]
+        return scale * torch.stack([d, -c, -b, a], dim=-1).unflatten(-1, (2, 2))
 
 
 def _small_determinant(matrix: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,21 +27,6 @@ class Evaluation:
     activated: Sequence[Tensor]
     hidden: Sequence[Tensor]
     slopes: Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """What pushing k tangents through the network leaves behind.
-
-    Attributes:
-        outputs: J T, shape (k, B, features).
-        units: t_i, the tangents of z_i, one per hidden layer, shapes (k, B, hidden).
-        hidden: h_i, and below it the tangents s_i o t_i of h_i, shapes (1 + k, B, hidden).
-    """
-
-    outputs: Tensor
-    units: Sequence[Tensor]
-    hidden: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,24 +66,19 @@ class DenseNet:
         value = affine(fed, self.weights[-1], self.shifts[-1])
         return Evaluation(value, units, activated, hidden, slopes)
 
-    def push(self, tangents: Tensor | None, evaluation: Evaluation) -> Pushed:
-        """Return the images of tangents: t_i = W_i (s_{i-1} o t_{i-1}), t_1 = W_1 T.
+    def push(self, tangents: Tensor | None, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tangents t_1, ..., t_n of all z_i: t_1 = W_1 T, t_i = W_i (s_{i-1} o t_{i-1}).
 
         Args:
             tangents: T, shape (k, B, features); None for all k = features coordinates, whose t_1
                 is the same for all rows and has shape (k, 1, hidden).
-            evaluation: what `evaluate` returned.
+            slopes: s_i, shapes (B, hidden).
         """
         first = self.weights[0]
-        tangent = first.mT[:, None, :] if tangents is None else F.linear(tangents, first)
-        units, below = [], []
-        for weight, hidden, slope in zip(
-            self.weights[1:], evaluation.hidden, evaluation.slopes, strict=True
-        ):
-            units.append(tangent)
-            below.append(torch.cat([hidden[None], tangent * slope]))
-            tangent = F.linear(below[-1][1:], weight)
-        return Pushed(tangent, units, below)
+        pushed = [first.mT[:, None, :] if tangents is None else F.linear(tangents, first)]
+        for weight, slope in zip(self.weights[1:], slopes, strict=True):
+            pushed.append(F.linear(pushed[-1] * slope, weight))
+        return pushed
 
 
 def _value_and_slope(activation: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -228,7 +228,8 @@ def _of_one_size(
     is_turned = [stack.shape != stacks[0].shape for stack in stacks]
     alike = [stack.mT if turned else stack for stack, turned in zip(stacks, is_turned, strict=True)]
     states = [layer.norm_state() for layer in chain.from_iterable(places)]
-    values, gradients = places[0][0].norm.of_stack(torch.cat(alike), states)
+    together = alike[0] if len(alike) == 1 else torch.cat(alike)
+    values, gradients = places[0][0].norm.of_stack(together, states)
     count = len(stacks[0])
     parts = zip(values.split(count), gradients.split(count), is_turned, strict=True)
     return [(value, each.mT if turned else each) for value, each, turned in parts]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.activations import Activation
-from nflows_iresnet.nn.dense_net import DenseNet, Evaluation, Pushed
+from nflows_iresnet.nn.dense_net import DenseNet, Evaluation
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ def can_record(net: DenseNet) -> bool:
         len(net.activations) > 0
         and all(isinstance(each, Activation) and each.has_curvature for each in net.activations)
         and not is_traced()
-        and torch.autograd.forward_ad._current_level < 0
     )
 
 
@@ -75,22 +74,23 @@ class _Pushforward(torch.autograd.Function):
         tangents: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        pushed = net.push(tangents, evaluation)
-        ctx.save_for_backward(inputs, tangents, *tensors)
-        ctx.activations, ctx.evaluation, ctx.pushed = net.activations, evaluation, pushed
+        *below, pushed = net.push(tangents, evaluation.slopes)
+        ctx.activations, ctx.num_tensors = net.activations, len(tensors)
+        ctx.save_for_backward(inputs, tangents, *tensors, *_Kept.of(net, evaluation, below).flat)
         ctx.set_materialize_grads(False)
         slopes = [slope.detach() for slope in evaluation.slopes]
-        return evaluation.value.detach(), pushed.outputs.detach(), *slopes
+        return evaluation.value.detach(), pushed.detach(), *slopes
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, tangents, *tensors = ctx.saved_tensors
-        net = _rebuilt(ctx.activations, tensors)
-        evaluation, pushed = ctx.evaluation, ctx.pushed
+        inputs, tangents, *saved = ctx.saved_tensors
+        net = _rebuilt(ctx.activations, saved[: ctx.num_tensors])
         if torch.is_grad_enabled():
             evaluation = net.evaluate(inputs)
-            pushed = net.push(tangents, evaluation)
-        pull_back = _Pullback(net, evaluation, pushed, inputs, tangents)
+            kept = _Kept.of(net, evaluation, net.push(tangents, evaluation.slopes)[:-1])
+        else:
+            kept = _Kept.unflatten(saved[ctx.num_tensors :], len(ctx.activations))
+        pull_back = _Pullback(net, kept, inputs, tangents)
         return None, None, *pull_back(cotangents, ctx.needs_input_grad[2:])
 
 
@@ -105,12 +105,49 @@ def _rebuilt(activations: Sequence[Activation], tensors: Sequence[Tensor]) -> De
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """What the way back needs, per hidden layer.
+
+    Attributes:
+        slopes: s_i, shapes (B, hidden).
+        tangents: t_i, shapes (k, B, hidden) or (k, 1, hidden).
+        hidden: h_i, shapes (B, hidden).
+        units: u_i, where there are stretches.
+        activated: a(u_i), where there are stretches; h_i otherwise.
+    """
+
+    slopes: Sequence[Tensor]
+    tangents: Sequence[Tensor]
+    hidden: Sequence[Tensor]
+    units: Sequence[Tensor]
+    activated: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, net: DenseNet, evaluation: Evaluation, tangents: Sequence[Tensor]) -> _Kept:
+        is_stretched = len(net.stretches) > 0
+        units = evaluation.units if is_stretched else []
+        activated = evaluation.activated if is_stretched else []
+        return cls(evaluation.slopes, tangents, evaluation.hidden, units, activated)
+
+    @property
+    def flat(self) -> list[Tensor]:
+        return [*self.slopes, *self.tangents, *self.hidden, *self.units, *self.activated]
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor], count: int) -> _Kept:
+        groups = [tensors[start : start + count] for start in range(0, 5 * count, count)]
+        return cls(*groups)
+
+    def activated_at(self, hidden: int) -> Tensor:
+        return self.activated[hidden] if self.activated else self.hidden[hidden]
+
+
+@dataclass(frozen=True)
 class _Pullback:
     """The formulas of this module's docstring; p and q are stacked, as (1 + k, B, out)."""
 
     net: DenseNet
-    evaluation: Evaluation
-    pushed: Pushed
+    kept: _Kept
     inputs: Tensor
     tangents: Tensor | None
 
@@ -129,7 +166,7 @@ class _Pullback:
         stacked = self._stacked(cotangents[0], cotangents[1])
         for index in reversed(range(1, len(self.net.weights))):
             is_frozen = not is_needed[2 + index]
-            weights.append(None if is_frozen else _outer(stacked, self.pushed.hidden[index - 1]))
+            weights.append(None if is_frozen else self._of_weight(index, stacked))
             shifts.append(self._of_shift(index, stacked[0]))
             stacked = stacked @ self.net.weights[index]
             of_slope = self._of_slope(index - 1, stacked[1:], cotangents[1 + index])
@@ -137,7 +174,7 @@ class _Pullback:
             if self.net.stretches:
                 stretches.append(self._of_stretch(index - 1, stacked[0], bend))
                 bend = bend / self.net.stretches[index - 1]
-            stacked = stacked * self.evaluation.slopes[index - 1]
+            stacked = stacked * self.kept.slopes[index - 1]
             stacked[0] += bend
         of_units, of_tangents = stacked[0], stacked[1:]
         weights.append(self._of_first_weight(of_units, of_tangents) if is_needed[2] else None)
@@ -148,27 +185,30 @@ class _Pullback:
         return [of_inputs, of_given, *weights[::-1], *shifts[::-1], *stretches[::-1]]
 
     def _stacked(self, of_value: Tensor | None, of_outputs: Tensor | None) -> Tensor:
-        value, outputs = self.evaluation.value, self.pushed.outputs
-        return torch.cat(
-            [
-                torch.zeros_like(value)[None] if of_value is None else of_value[None],
-                torch.zeros_like(outputs) if of_outputs is None else of_outputs,
-            ]
-        )
+        count = self.inputs.shape[1] if self.tangents is None else len(self.tangents)
+        stacked = self.inputs.new_zeros(1 + count, len(self.inputs), len(self.net.weights[-1]))
+        parts = [stacked[:1] if of_value is None else of_value[None]]
+        parts.append(stacked[1:] if of_outputs is None else of_outputs)
+        return torch.cat(parts)
 
     def _of_shift(self, index: int, of_units: Tensor) -> Tensor:
         return of_units.sum(0) if self.net.shifts[index].dim() == 1 else of_units
 
     def _of_slope(self, hidden: int, of_tangents: Tensor, given: Tensor | None) -> Tensor:
         """Return the cotangent of s_i: from the tangents s_i o t_i, and what was given."""
-        paired = (of_tangents * self.pushed.units[hidden]).sum(0)
+        paired = (of_tangents * self.kept.tangents[hidden]).sum(0)
         return paired if given is None else paired + given
 
     def _of_stretch(self, hidden: int, of_hidden: Tensor, bend: Tensor) -> Tensor:
         """Return the gradient of e in e a(z / e) and in its slope a'(z / e)."""
-        units, slopes = self.evaluation.units[hidden], self.evaluation.slopes[hidden]
-        from_value = of_hidden * (self.evaluation.activated[hidden] - units * slopes)
+        units, slopes = self.kept.units[hidden], self.kept.slopes[hidden]
+        from_value = of_hidden * (self.kept.activated_at(hidden) - units * slopes)
         return from_value - bend * units / self.net.stretches[hidden]
+
+    def _of_weight(self, index: int, stacked: Tensor) -> Tensor:
+        """Return the sum of p h^T and q (s o t)^T over rows and tangents."""
+        tangents = self.kept.tangents[index - 1] * self.kept.slopes[index - 1]
+        return stacked[0].mT @ self.kept.hidden[index - 1] + _outer(stacked[1:], tangents)
 
     def _of_first_weight(self, of_units: Tensor, of_tangents: Tensor) -> Tensor:
         gradient = of_units.mT @ self.inputs
@@ -178,9 +218,7 @@ class _Pullback:
 
     def _curvature(self, hidden: int) -> Tensor:
         activation = cast(Activation, self.net.activations[hidden])
-        return activation.curvature(
-            self.evaluation.activated[hidden], self.evaluation.slopes[hidden]
-        )
+        return activation.curvature(self.kept.activated_at(hidden), self.kept.slopes[hidden])
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

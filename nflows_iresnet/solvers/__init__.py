@@ -16,11 +16,11 @@ iteration and keeps its guarantee; `FixedPointIteration` is the method of the pa
 from nflows_iresnet.solvers.base import (
     Accelerator,
     FixedPointNotConverged,
-    Progress,
     Solution,
     Solver,
 )
 from nflows_iresnet.solvers.methods import Anderson, FixedPointIteration
+from nflows_iresnet.solvers.progress import Progress, SelectableMap
 
 __all__ = [
     "Accelerator",
@@ -28,6 +28,7 @@ __all__ = [
     "FixedPointIteration",
     "FixedPointNotConverged",
     "Progress",
+    "SelectableMap",
     "Solution",
     "Solver",
 ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Map = Callable[[Tensor], Tensor]
+from nflows_iresnet.solvers.progress import Map, Progress, SelectableMap
 
-_STALL_STEPS = 100
-"""A row is given up when its best residual has not improved for this many steps."""
+_STALL_STEPS = 50
+"""A row is given up when its best residual has not improved between two multiples of this."""
+
+_FEW_ROWS = 64
+_SHRINK = 0.75
+"""Rows that are done are left out when no more than this part of at least `_FEW_ROWS` is open."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Solution:
         """
         if not 0 <= lipschitz < 1:
             raise ValueError(f"the Lipschitz bound must be in [0, 1), got {lipschitz}")
-        rounding = 4 * torch.finfo(self.value.dtype).eps * _row_norm(self.value)
+        rounding = 4 * torch.finfo(self.value.dtype).eps * row_norm(self.value)
         return (self.residual + rounding) / (1 - lipschitz)
 
 
@@ -107,7 +110,8 @@ class Solver(ABC):
         """Solve x = fn(x) from `init`; no gradient is recorded.
 
         Args:
-            fn: maps (B, *) to (B, *), row by row, contracting.
+            fn: maps (B, *) to (B, *), row by row, contracting. If it has a method `select(rows)`,
+                see `SelectableMap`, rows that are done are no longer evaluated.
             init: the first guess, shape (B, *).
             lipschitz: a bound L < 1 of Lip(fn), if one is known.
 
@@ -119,28 +123,44 @@ class Solver(ABC):
                 tolerance, or is above it after `max_steps` evaluations.
         """
         with torch.no_grad():
-            return self._solve(fn, init.detach().flatten(start_dim=1), init.shape, lipschitz)
-
-    def _solve(self, fn: Map, init: Tensor, shape: torch.Size, lipschitz: float | None) -> Solution:
-        accelerator, point, best = self.start(init), init, Progress(init)
-        for step in range(1, self.max_steps + 1):
-            image = fn(point.reshape(shape)).flatten(start_dim=1)
-            scale = _row_norm(point) + _row_norm(image)
-            if step == 1:
-                farthest = scale * _farthest(lipschitz)
-            residual_norm = torch.where(scale <= farthest, _row_norm(image - point), torch.inf)
-            best.update(point, image - point, residual_norm, self._tolerance(scale), step)
-            if not best.residual_norm.isfinite().all():
-                solution = best.solution(shape)
-                raise FixedPointNotConverged(_not_finite(solution), solution)
-            best.give_up_stalled(step, self._rounding(scale, lipschitz))
-            if best.finished():
-                break
-            point = accelerator.propose(point, image, best)
-        solution = best.solution(shape)
+            best = self._iterate(fn, init.detach(), lipschitz)
+        solution = Solution(
+            best.value.reshape(init.shape), best.residual_norm, best.tolerance, best.num_steps
+        )
+        if not bool(solution.residual.isfinite().all()):
+            raise FixedPointNotConverged(_not_finite(solution), solution)
         if not bool(solution.converged.all()):
-            raise FixedPointNotConverged(_not_converged(solution, step), solution)
+            raise FixedPointNotConverged(_not_converged(solution), solution)
         return solution
+
+    def _iterate(self, fn: Map, init: Tensor, lipschitz: float | None) -> Progress:
+        flat = init.flatten(start_dim=1)
+        accelerator, point, best = self.start(flat), flat, Progress(flat)
+        everything, rows = best, torch.arange(len(flat), device=flat.device)
+        farthest = torch.full_like(best.residual_norm, torch.inf)
+        for step in range(1, self.max_steps + 1):
+            image = fn(point.reshape(-1, *init.shape[1:])).flatten(start_dim=1)
+            scale = row_norm(point) + row_norm(image)
+            farthest = scale * _farthest(lipschitz) if step == 1 else farthest
+            residual = image - point
+            norm = torch.where(scale <= farthest, row_norm(residual), torch.inf)
+            best.update(point, residual, norm, self._tolerance(scale))
+            if step % _STALL_STEPS == 0:
+                best.close_stalled(self._rounding(scale, lipschitz))
+            num_open = int(best.is_open.sum())
+            if num_open == 0 or (step == 1 and not bool(norm.isfinite().all())):
+                break
+            if isinstance(fn, SelectableMap) and _FEW_ROWS <= num_open <= _SHRINK * len(point):
+                keep = best.is_open.nonzero()[:, 0]
+                if best is not everything:
+                    everything.write(rows, best)
+                fn, best, rows = fn.select(keep), best.select(keep), rows[keep]
+                point, image, farthest = point[keep], image[keep], farthest[keep]
+                accelerator.select(keep)
+            point = accelerator.propose(point, image, best)
+        if best is not everything:
+            everything.write(rows, best)
+        return everything
 
     def _tolerance(self, scale: Tensor) -> Tensor:
         is_double = scale.dtype == torch.float64
@@ -155,62 +175,21 @@ class Solver(ABC):
         return 32 * torch.finfo(scale.dtype).eps * scale / (1 - lipschitz)
 
 
-class Progress:
-    """The best point of each row so far, and which rows are accepted."""
-
-    def __init__(self, init: Tensor) -> None:
-        rows = init[:, 0] if init.shape[1] else init.sum(1)
-        self.value, self.residual = init, torch.zeros_like(init)
-        self.residual_norm = torch.full_like(rows, torch.inf)
-        self.tolerance = torch.zeros_like(rows)
-        self.accepted = torch.zeros_like(rows, dtype=torch.bool)
-        self.given_up = torch.zeros_like(rows, dtype=torch.bool)
-        self.improved = torch.ones_like(rows, dtype=torch.bool)
-        self.num_steps = torch.zeros_like(rows, dtype=torch.int64)
-        self.last_improvement = torch.zeros_like(rows, dtype=torch.int64)
-
-    def update(
-        self, point: Tensor, residual: Tensor, norm: Tensor, tolerance: Tensor, step: int
-    ) -> None:
-        """Take a new point into account; rows that are accepted stay as they are."""
-        is_open = self._open()
-        self.improved = is_open & (norm < self.residual_norm)
-        column = self.improved[:, None]
-        self.value = torch.where(column, point, self.value)
-        self.residual = torch.where(column, residual, self.residual)
-        self.tolerance = torch.where(self.improved, tolerance, self.tolerance)
-        self.residual_norm = torch.where(self.improved, norm, self.residual_norm)
-        self.num_steps = torch.where(is_open, step, self.num_steps)
-        self.last_improvement = torch.where(self.improved, step, self.last_improvement)
-        self.accepted = self.accepted | (self.residual_norm <= self.tolerance)
-
-    def give_up_stalled(self, step: int, rounding: Tensor) -> None:
-        """Close the rows that have not improved for many steps; accept those down to rounding."""
-        stalled = self._open() & (step - self.last_improvement >= _STALL_STEPS)
-        self.tolerance = torch.where(stalled, self.tolerance.maximum(rounding), self.tolerance)
-        self.accepted = self.accepted | (stalled & (self.residual_norm <= self.tolerance))
-        self.given_up = self.given_up | (stalled & ~self.accepted)
-
-    def finished(self) -> bool:
-        """Whether every row is accepted or given up."""
-        return not bool(self._open().any())
-
-    def _open(self) -> Tensor:
-        return ~self.accepted & ~self.given_up
-
-    def solution(self, shape: torch.Size) -> Solution:
-        """Return the best points in the shape of the caller."""
-        return Solution(
-            self.value.reshape(shape), self.residual_norm, self.tolerance, self.num_steps
-        )
-
-
 class Accelerator(ABC):
     """Proposes the next point of one solve from what has been seen."""
 
     @abstractmethod
     def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
-        """Return the next point, shape (B, D); rows in `best.accepted` are ignored."""
+        """Return the next point, shape (B, D); rows that are not `best.is_open` are ignored.
+
+        Args:
+            point: the latest point, shape (B, D).
+            image: f(point), shape (B, D).
+            best: the best points so far, and the norm of the latest residual.
+        """
+
+    def select(self, rows: Tensor) -> None:  # noqa: B027
+        """Go on with these rows only; does nothing by default."""
 
 
 def _farthest(lipschitz: float | None) -> float:
@@ -222,7 +201,8 @@ def _farthest(lipschitz: float | None) -> float:
     return 1e3 if lipschitz is None else 1 + 2 / (1 - lipschitz)
 
 
-def _row_norm(rows: Tensor) -> Tensor:
+def row_norm(rows: Tensor) -> Tensor:
+    """Return the 2-norm of each row, shape (B,)."""
     return torch.linalg.vector_norm(rows.flatten(start_dim=1), dim=1)
 
 
@@ -234,13 +214,14 @@ def _not_finite(solution: Solution) -> str:
     )
 
 
-def _not_converged(solution: Solution, step: int) -> str:
+def _not_converged(solution: Solution) -> str:
     bad = ~solution.converged
     worst = int(torch.where(bad, solution.residual, -torch.inf).argmax())
     return (
-        f"no fixed point within the tolerance after {step} steps: {int(bad.sum())} of {len(bad)} "
-        f"rows have a residual above it, the worst {solution.residual[worst]:.3g} > "
-        f"{solution.tolerance[worst]:.3g} (row {worst}). Either the map is no contraction (check "
-        "that Lip(g) < 1), or it needs more max_steps or solvers.Anderson, or the tolerance is "
-        f"below what {solution.value.dtype} resolves: use .double(), or larger atol and rtol"
+        f"no fixed point within the tolerance after {int(solution.num_steps.max())} steps: "
+        f"{int(bad.sum())} of {len(bad)} rows have a residual above it, the worst "
+        f"{solution.residual[worst]:.3g} > {solution.tolerance[worst]:.3g} (row {worst}). Either "
+        "the map is no contraction (check that Lip(g) < 1), or it needs more max_steps or "
+        f"solvers.Anderson, or the tolerance is below what {solution.value.dtype} resolves: use "
+        ".double(), or larger atol and rtol"
     )

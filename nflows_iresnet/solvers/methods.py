@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nflows_iresnet.solvers.base import Accelerator, Progress, Solver
+from nflows_iresnet.solvers.base import Accelerator, Solver
+from nflows_iresnet.solvers.progress import Progress
 
 
 class _Plain(Accelerator):
@@ -50,34 +51,62 @@ _GROWTH = 2.0
 
 
 class _AndersonMemory(Accelerator):
-    def __init__(self, history: int) -> None:
-        self._history = history
-        self._points: list[Tensor] = []
-        self._images: list[Tensor] = []
+    """The last differences of residuals and images, (B, history, D), and their inner products.
+
+    Slots that are not filled yet hold zeros, and get the coefficient zero.
+    """
+
+    def __init__(self, history: int, init: Tensor) -> None:
+        self._history, self._count = history, -1
+        self._residual_steps = init.new_zeros(len(init), history, init.shape[1])
+        self._image_steps = torch.zeros_like(self._residual_steps)
+        self._gram = init.new_zeros(len(init), history, history)
+        self._identity = torch.eye(history, dtype=init.dtype, device=init.device)[None]
+        self._residual = self._image = init
+
+    def select(self, rows: Tensor) -> None:
+        """Forget the other rows."""
+        for name, values in vars(self).items():
+            if isinstance(values, Tensor) and values is not self._identity:
+                setattr(self, name, values[rows])
 
     def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
-        self._points = [*self._points[-self._history :], point]
-        self._images = [*self._images[-self._history :], image]
+        """Extrapolate from points near the best one, else take the plain step from the best."""
         plain = best.value + best.residual
-        if len(self._points) < 2:
+        is_near = (best.latest_norm <= _GROWTH * best.residual_norm)[:, None]
+        residual = torch.where(is_near, image - point, best.residual)
+        image = torch.where(is_near, image, plain)
+        self._remember(residual, image)
+        if self._count < 1:
             return plain
-        residual = image - point
-        near_best = torch.linalg.vector_norm(residual, dim=1) <= _GROWTH * best.residual_norm
-        return torch.where(near_best[:, None], self._extrapolate(residual, image), plain)
+        return torch.where(is_near, self._extrapolate(residual, image), plain)
+
+    def _remember(self, residual: Tensor, image: Tensor) -> None:
+        if self._count >= 0:
+            slot = self._count % self._history
+            step = residual - self._residual
+            self._residual_steps[:, slot] = step
+            self._image_steps[:, slot] = image - self._image
+            products = _inner_products(self._residual_steps, step)
+            self._gram[:, slot] = products
+            self._gram[:, :, slot] = products
+        self._residual, self._image = residual, image
+        self._count += 1
 
     def _extrapolate(self, residual: Tensor, image: Tensor) -> Tensor:
         """Combine the images so that the same combination of residuals is smallest."""
-        images = torch.stack(self._images, dim=1)
-        residuals = images - torch.stack(self._points, dim=1)
-        residual_steps, image_steps = residuals.diff(dim=1), images.diff(dim=1)
-        gram = residual_steps @ residual_steps.mT
-        ridge = torch.finfo(gram.dtype).eps * gram.diagonal(dim1=1, dim2=2).sum(-1)
-        tiny = torch.finfo(gram.dtype).tiny
-        gram = gram + torch.diag_embed((ridge + tiny)[:, None].expand(gram.shape[:2]))
-        right = residual_steps @ residual[:, :, None]
-        coefficients = solve_small(gram, right)
-        accelerated = image - (image_steps.mT @ coefficients).squeeze(-1)
-        return torch.where(accelerated.isfinite().all(1, keepdim=True), accelerated, image)
+        eps, tiny = torch.finfo(residual.dtype).eps, torch.finfo(residual.dtype).tiny
+        size = self._gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        products = _inner_products(self._residual_steps, residual)
+        coefficients = solve_small(
+            self._gram + (eps * size + tiny) * self._identity, products[:, :, None]
+        )
+        return image - (self._image_steps.mT @ coefficients).squeeze(2)
+
+
+def _inner_products(steps: Tensor, vector: Tensor) -> Tensor:
+    """Return <step, vector> for steps (B, m, D) and vectors (B, D), shape (B, m)."""
+    return (steps @ vector[:, :, None]).squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -117,4 +146,4 @@ class Anderson(Solver):
 
     def start(self, init: Tensor) -> Accelerator:
         """Return an empty memory."""
-        return _AndersonMemory(min(self.history, max(1, init.shape[1])))
+        return _AndersonMemory(min(self.history, max(1, init.shape[1])), init)

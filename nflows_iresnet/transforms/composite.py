@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeGuard
 
 import torch
 from nflows.transforms import CompositeTransform as _NflowsCompositeTransform
+from nflows.transforms import Transform
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nflows_iresnet.linearization import ResidualFunction, bind_all
 from nflows_iresnet.transforms.precision import full_precision, like_weights
@@ -26,12 +28,22 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     Args:
         transforms: the transforms, from data to noise.
+        recompute: keep nothing but the inputs of each transform for the backward pass, and evaluate
+            the transform again there, with the same random numbers: the memory for activations is
+            that of one block, whatever the depth, for about a third more time. Same gradients.
+
+    References:
+        Chen, Xu, Zhang, Guestrin. Training deep nets with sublinear memory cost, 2016.
 
     Example:
         >>> from nflows_iresnet.nn import LipschitzMLP
         >>> blocks = [ResidualTransform(LipschitzMLP(2, [16])) for _ in range(3)]
         >>> outputs, logabsdet = CompositeTransform(blocks)(torch.zeros(5, 2))
     """
+
+    def __init__(self, transforms: Iterable[Transform], *, recompute: bool = False) -> None:
+        super().__init__(transforms)
+        self.recompute = recompute
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
@@ -42,6 +54,8 @@ class CompositeTransform(_NflowsCompositeTransform):
             else partial(each, context=context)
             for each in self._transforms
         ]
+        if self.recompute and torch.is_grad_enabled():
+            steps = [partial(checkpoint, step, use_reentrant=False) for step in steps]
         return _cascade(steps, inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,6 +76,10 @@ class CompositeTransform(_NflowsCompositeTransform):
         with full_precision(inputs.device):
             functions = bind_all([block.net for block in blocks], like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
+
+    def extra_repr(self) -> str:
+        """Show whether activations are kept."""
+        return "recompute=True" if self.recompute else ""
 
 
 def _is_plain_block(transform: torch.nn.Module) -> TypeGuard[ResidualTransform]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,15 +122,27 @@ class ResidualTransform(Transform):
         return f"estimator={self.estimator}, solver={self.solver}"
 
 
+@dataclass(frozen=True)
+class _FixedPointMap:
+    """x -> y - g(x), whose fixed point is the inverse of y."""
+
+    function: ResidualFunction
+    targets: Tensor
+
+    def __call__(self, point: Tensor) -> Tensor:
+        return self.targets - self.function(point)
+
+    def select(self, rows: Tensor) -> _FixedPointMap:
+        return _FixedPointMap(self.function.select(rows), self.targets[rows])
+
+
 class _ImplicitInverse(torch.autograd.Function):
     """The identity on a solution, whose backward solves the adjoint equation."""
 
     @staticmethod
     def solve(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
         targets = inputs.detach()
-        solution = solver(
-            lambda point: targets - function(point), targets, function.lipschitz
-        ).value
+        solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value
         if not torch.is_grad_enabled():
             return solution
         attached = inputs - function(solution)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nflows_iresnet.compare.bench import accuracy, implicit, inverses, likelihood, quality, steps
+from nflows_iresnet.compare.bench import (
+    accuracy,
+    compiled,
+    implicit,
+    inverses,
+    likelihood,
+    quality,
+    steps,
+)
 from nflows_iresnet.compare.bench.items import Item
 from nflows_iresnet.compare.config import suggest
 
@@ -13,6 +21,7 @@ ITEMS: dict[str, Item] = {
     "step-batch-2": steps.STEP_BATCH_2,
     "step-batch-64": steps.STEP_BATCH_64,
     "step-depth": steps.STEP_DEPTH,
+    "step-compiled": compiled.STEP_COMPILED,
     "memory": steps.STEP_MEMORY,
     "likelihood": likelihood.EXACT_LIKELIHOOD,
     "inverse": inverses.INVERSE,

@@ -75,7 +75,8 @@ def trained_problem(features: int, batch: int, settings: Settings, dtype: torch.
     branch = trained_branch(features, settings)
     net = copy.deepcopy(branch.net).to(dtype)
     rows = branch.inputs.repeat(-(-batch // len(branch.inputs)), 1)[:batch]
-    return make_problem(net, FrozenNet(net), rows)
+    frozen = FrozenNet(net)
+    return make_problem(frozen, frozen, rows)
 
 
 def our_solver() -> Solver:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -48,6 +50,13 @@ class CaseProgress:
     def finish(self) -> None:
         """Count a case as finished."""
         self._bar.update(self._task, advance=1, refresh=self._console.is_terminal)
+
+    @contextmanager
+    def stage(self, label: str) -> Iterator[None]:
+        """Show a case for the duration of a block, and count it."""
+        self.begin(label)
+        yield
+        self.finish()
 
     def hide(self) -> None:
         """Take the bar away until the next `begin`, so that something else can be printed."""

@@ -106,15 +106,20 @@ HIDDEN = {2: 64, 8: 64, 16: 64, 64: 128, 256: 256, 512: 512}
 """Hidden width for each dimension."""
 
 
+def _flow(features: int) -> Size:
+    """Return a flow of six blocks; of two where they are wide."""
+    return Size(features, HIDDEN[features], 2 if features >= 256 else 6, bare=False)
+
+
 def _over_dimension(settings: Settings) -> list[Case]:
     chosen = _subset(settings.quick, (2, 16, 64, 512), HIDDEN)
-    return [step_case(Size(features, HIDDEN[features]), 128) for features in chosen]
+    return [step_case(_flow(features), 128) for features in chosen]
 
 
 def _over_batch(features: int) -> Callable[[Settings], list[Case]]:
     def cases(settings: Settings) -> list[Case]:
         chosen = _subset(settings.quick, (32, 1024), (32, 128, 1024, 8192))
-        return [step_case(Size(features, HIDDEN[features]), batch, TRIO) for batch in chosen]
+        return [step_case(_flow(features), batch, TRIO) for batch in chosen]
 
     return cases
 
@@ -142,7 +147,7 @@ def _above_floor(result: CaseResult) -> float | None:
 
 
 STEP_DIMENSION = Item(
-    "training step of one block over the dimension, hidden width 64 to 512, B = 128",
+    "training step of six blocks (two from d = 256 on) over the dimension, B = 128",
     _over_dimension,
     targets=(
         Target("step at d = 2, times faster", 3.0, our_speed, lambda p: p["d"] == 2),
@@ -153,13 +158,13 @@ STEP_DIMENSION = Item(
     variable="d",
 )
 STEP_BATCH_2 = Item(
-    "training step of one block over the batch, d = 2",
+    "training step of six blocks over the batch, d = 2",
     _over_batch(2),
     targets=(Target("step at B = 1024, times faster", 2.0, our_speed, lambda p: p["B"] == 1024),),
     variable="B",
 )
 STEP_BATCH_64 = Item(
-    "training step of one block over the batch, d = 64",
+    "training step of six blocks over the batch, d = 64",
     _over_batch(64),
     targets=STEP_BATCH_2.targets,
     variable="B",

@@ -1,0 +1,76 @@
+"""The state of a solve: the best point of each row, and which rows are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class SelectableMap(Protocol):
+    """A map that can be had for some rows alone, so that rows that are done cost nothing."""
+
+    def __call__(self, point: Tensor, /) -> Tensor:
+        """Return f(point), shape (B, *)."""
+
+    def select(self, rows: Tensor, /) -> SelectableMap:
+        """Return the map for the rows with these indices."""
+
+
+class Progress:
+    """The best point of each row so far, and which rows are done.
+
+    Attributes:
+        value: the best point, shape (B, D).
+        residual: f(value) - value, shape (B, D).
+        residual_norm: its 2-norm, shape (B,).
+        tolerance: what it was asked to be at most, shape (B,).
+        latest_norm: that of the residual of the latest point, shape (B,).
+        is_open: whether the row is neither accepted nor given up, shape (B,).
+        num_steps: evaluations that the row took part in while it was open, shape (B,).
+    """
+
+    def __init__(self, init: Tensor) -> None:
+        infinite = init.new_full((len(init),), torch.inf)
+        self.value, self.residual = init, torch.zeros_like(init)
+        self.residual_norm = self.latest_norm = self._norm_before = infinite
+        self.tolerance = torch.zeros_like(infinite)
+        self.is_open = torch.ones_like(infinite, dtype=torch.bool)
+        self.num_steps = torch.zeros_like(infinite, dtype=torch.int64)
+
+    def update(self, point: Tensor, residual: Tensor, norm: Tensor, tolerance: Tensor) -> None:
+        """Take a new point of the open rows into account; one that is not a number is no better."""
+        is_better = (norm < self.residual_norm) & self.is_open
+        column = is_better[:, None]
+        self.latest_norm = norm
+        self.value = torch.where(column, point, self.value)
+        self.residual = torch.where(column, residual, self.residual)
+        self.residual_norm = torch.where(is_better, norm, self.residual_norm)
+        self.tolerance = torch.where(is_better, tolerance, self.tolerance)
+        self.num_steps = self.num_steps + self.is_open
+        self.is_open = self.is_open & ~(self.residual_norm <= self.tolerance)
+
+    def close_stalled(self, rounding: Tensor) -> None:
+        """Close the rows that have not improved since the last call, at best within rounding."""
+        is_stalled = self.is_open & ~(self.residual_norm < self._norm_before)
+        self._norm_before = self.residual_norm
+        self.tolerance = torch.where(is_stalled, self.tolerance.maximum(rounding), self.tolerance)
+        self.is_open = self.is_open & ~is_stalled
+
+    def select(self, rows: Tensor) -> Progress:
+        """Return the state of some rows."""
+        selected = copy(self)
+        for name, values in vars(self).items():
+            setattr(selected, name, values[rows])
+        return selected
+
+    def write(self, rows: Tensor, selected: Progress) -> None:
+        """Take over the state of rows that were selected."""
+        for name, values in vars(selected).items():
+            setattr(self, name, getattr(self, name).index_copy(0, rows, values))

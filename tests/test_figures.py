@@ -1,0 +1,182 @@
+"""`nflows-iresnet figures`: what is counted is right, and what is written is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from nflows_iresnet.compare.cli import main
+from nflows_iresnet.compare.figures import digits, dynamics
+from nflows_iresnet.compare.figures.catalogue import FIGURES
+from nflows_iresnet.compare.figures.paths import count_crossings, find_crossings, smallest_gap
+
+PNG = b"\x89PNG"
+
+# --- crossings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], 0),
+        ([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], 3),
+        ([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]], 2),
+        ([[0.0, 1.0, 2.0], [0.0, 2.0, 1.0], [0.0, 2.0, 1.0]], 1),
+        ([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]], 1),
+        ([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]], 1),
+        ([[0.0, 1.0], [0.5, 0.5], [0.0, 1.0]], 0),
+        ([[1.0, 0.0], [0.0, 1.0]], 1),
+        ([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], 1),
+        ([[0.0], [5.0]], 0),
+    ],
+    ids=[
+        "parallel",
+        "reversal of three",
+        "there and back",
+        "neighbours once",
+        "through a meeting",
+        "through a long meeting",
+        "touching",
+        "unsorted start",
+        "a common start",
+        "one path",
+    ],
+)
+def test_crossings_of_known_paths(paths: list[list[float]], expected: int) -> None:
+    assert count_crossings(np.array(paths)) == expected
+
+
+def test_a_reversal_has_every_pair_once() -> None:
+    points = np.random.default_rng(0).normal(size=20)
+    assert count_crossings(np.stack([points, -points])) == 20 * 19 // 2
+
+
+def test_crossings_are_where_the_lines_meet() -> None:
+    paths = np.array([[0.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
+    assert find_crossings(paths) == pytest.approx(np.array([[0.75, 1.25]]))
+    assert find_crossings(np.array([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])).shape == (1, 2)
+
+
+def test_the_smallest_gap() -> None:
+    assert smallest_gap(np.array([[0.0, 1.0, 3.0], [5.0, 0.0, 0.5]])) == 0.5
+
+
+# --- dynamics -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", dynamics.TARGETS)
+@pytest.mark.parametrize("coeff", [0.5, 0.9])
+def test_paths_of_an_invertible_net_never_cross(name: str, coeff: float) -> None:
+    """In training, with weights thrown far, its gaps are above those that the certificate gives."""
+    torch.manual_seed(0)
+    chain = dynamics.invertible_chain(4, coeff)
+    dynamics.fit(chain, dynamics.TARGETS[name], steps=15, learning_rate=0.1)
+    numbers = dynamics.trace(chain, dynamics.TARGETS[name]).numbers
+    assert numbers["crossings"] == 0
+    assert numbers["largest_lipschitz_bound"] <= coeff
+    assert numbers["smallest_gap"] >= numbers["guaranteed_gap"] > 0
+
+
+def test_paths_of_a_plain_net_may_cross() -> None:
+    torch.manual_seed(0)
+    chain = dynamics.plain_chain(1)
+    dynamics.fit(chain, dynamics.TARGETS["reflection"], steps=150)
+    fitted = dynamics.trace(chain, dynamics.TARGETS["reflection"], num_paths=9)
+    assert fitted.numbers["crossings"] == 9 * 8 // 2
+    assert fitted.numbers["rms_error"] < fitted.numbers["least_monotone_error"] / 4
+    assert "guaranteed_gap" not in fitted.numbers
+
+
+def test_the_least_error_of_a_monotone_map() -> None:
+    points = torch.linspace(-2, 2, 33, dtype=torch.float64)[:, None]
+    least = dynamics.least_monotone_error
+    assert least({1.0: points}) == 0
+    assert least({1.0: -points}) == pytest.approx(float(points.std(correction=0)))
+    assert least({0.5: -points, 1.0: -points}) == pytest.approx(2**0.5 * least({1.0: -points}))
+
+
+# --- digits ---------------------------------------------------------------------------------------
+
+
+def test_interpolations_start_and_end_at_the_images_and_keep_norms() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 3, 400, dtype=torch.float64)
+    between = digits.interpolate(first, second, 5)
+    assert between.shape == (3, 5, 400)
+    torch.testing.assert_close(between[:, 0], first)
+    torch.testing.assert_close(between[:, -1], second)
+    assert bool(((between.norm(dim=2) / 20 - 1).abs() < 0.15).all())
+
+
+# --- command --------------------------------------------------------------------------------------
+
+
+def run(out: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["figures", "--quick", "--out", str(out), *arguments]) == 0
+    content: dict[str, Any] = json.loads((out / "figures.json").read_text())
+    return content
+
+
+def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = run(tmp_path, "--steps", "3", "--seed", "5", "--quiet")
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert content["arguments"] == {"only": list(FIGURES), "steps": 3, "seed": 5, "quick": True}
+    assert list(content["figures"]) == list(FIGURES)
+    for name, entry in content["figures"].items():
+        picture = (tmp_path / entry["picture"]).read_bytes()
+        assert picture.startswith(PNG)
+        assert len(picture) > 10_000
+        assert f'<img alt="{name}"' in page
+    assert page.count("<figcaption>") == len(FIGURES)
+    assert "--steps 3 --seed 5 --quick" in page
+    networks = content["figures"]["dynamics"]["networks"]
+    assert networks["reflection/invertible"]["crossings"] == 0
+    densities = content["figures"]["densities"]
+    assert densities["configuration"]["seed"] == 5
+    assert [each["failures"] for each in densities["results"]] == [[]] * 4
+    assert content["figures"]["digits"]["pixels_changed"] == 0
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
+    arguments = ("--only", "dynamics", "--steps", "4", "--quiet")
+    first, second = (run(tmp_path / name, *arguments)["figures"]["dynamics"] for name in "ab")
+    other = run(tmp_path / "c", *arguments, "--seed", "1")["figures"]["dynamics"]
+    assert first["networks"] == second["networks"] != other["networks"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "dynamic"], "did you mean 'dynamics'"),
+        (["--steps", "0"], "'0' is not a positive integer"),
+        (["--seed", "-1"], "'-1' is not an integer from 0"),
+    ],
+    ids=["figure", "steps", "seed"],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["figures", *arguments, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_folder_with_figures_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "figures.json").write_text("{}")
+    assert main(["figures", "--out", str(tmp_path)]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["figures", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot write" in capsys.readouterr().err
