@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "nn": BASE | {"linearization"},
     "transforms": BASE | {"nflows", "linearization", "logdet", "solvers"},
     "flows": BASE | {"nflows", "linearization", "logdet", "solvers", "nn", "transforms"},
+    "classifiers": BASE | {"nflows", "logdet", "solvers", "nn", "transforms"},
     "interop": BASE
     | {"nflows", "normflows", "transforms", "flows", "nn", "logdet", "solvers", "sbi"},
 }

@@ -23,6 +23,7 @@ from nflows_iresnet.compare.models import MODELS, Architecture
 from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.training import TrainingLog, seed_everything, train
+from tests.optional import named
 
 STEPS = 20
 PLAN = TrainingPlan(1e-2, Steps(STEPS), validations=10, patience=100, average_decay=0.9)
@@ -164,7 +165,7 @@ MODELS_AND_SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS_AND_SIZES)
+@pytest.mark.parametrize("name", named(MODELS_AND_SIZES))
 def test_every_model_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
     """Also those that keep state outside their parameters, or draw from numpy."""
     spec, size = MODELS_AND_SIZES[name]

@@ -23,6 +23,7 @@ from nflows_iresnet.compare.report import render
 from nflows_iresnet.compare.results import Folder
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.training import seed_everything, train
+from tests.optional import named
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -52,14 +53,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- fair -----------------------------------------------------------------------------------------
 
 
-SIZES = [
-    pytest.param(name, features, marks=[pytest.mark.slow] if "normflows" in name else [])
-    for name in MODELS
-    for features in (2, 10, 64)
-]
-
-
-@pytest.mark.parametrize(("name", "features"), SIZES)
+@pytest.mark.parametrize("features", [2, 10, 64])
+@pytest.mark.parametrize("name", named(MODELS, slow=["normflows-residual"]))
 def test_parameter_counts_are_within_ten_percent(name: str, features: int) -> None:
     reference = Architecture(features, 64, 3, 2)
     target = count_parameters(MODELS["residual-flow"].build(reference))
@@ -126,7 +121,7 @@ def test_training_stops_early() -> None:
 # --- exact ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", named(MODELS))
 def test_exact_log_prob_and_round_trip(name: str) -> None:
     """Against slogdet of the Jacobian of the whole model, after steps that move it off zero."""
     size = Architecture(features=3, hidden_features=16, num_layers=2, num_blocks_per_layer=2)

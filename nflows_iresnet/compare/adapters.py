@@ -35,6 +35,13 @@ class DensityModel(nn.Module, ABC):
 
     estimates = False
     """Whether `log_prob` is an estimate, so that `exact_log_prob` costs more."""
+    flow: Any
+
+    @property
+    def flow_class(self) -> str:
+        """Return the full name of the class of the flow."""
+        kind = type(self.flow)
+        return f"{kind.__module__}.{kind.__qualname__}"
 
     @abstractmethod
     def log_prob(self, inputs: Tensor) -> Tensor:
@@ -125,7 +132,6 @@ class _NormflowsFlow(Protocol):
 class NormflowsResidualModel(DensityModel):
     """A `normflows.NormalizingFlow` of `Residual` blocks, run as its documentation runs it."""
 
-    flow: Any
     estimates = True
 
     def __init__(self, flow: nn.Module) -> None:

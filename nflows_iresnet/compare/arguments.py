@@ -9,37 +9,23 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from nflows_iresnet.compare.config import (
-    DEFAULT_STEPS,
-    IMAGE_DEFAULTS,
-    RunConfig,
-    resolve_device,
-)
-from nflows_iresnet.compare.imagemodels import DEFAULT_IMAGE_MODELS, IMAGE_MODELS
-from nflows_iresnet.compare.models import DEFAULT_MODELS, MODELS
+from nflows_iresnet import datasets
+from nflows_iresnet.compare.config import IMAGE_DEFAULTS, RunConfig, resolve_device
+from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
+from nflows_iresnet.compare.models import MODELS
+from nflows_iresnet.compare.presets import QUICK, Preset
 
 Number = TypeVar("Number", int, float)
 
-DEFAULT_DATASETS = ("moons", "8-gaussians", "checkerboard")
-DEFAULT_IMAGES = ("digits",)
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RunConfig)}
-
-EPILOG = f"""\
+MODELS_TEXT = f"""\
 models:
 {chr(10).join(f"  {name:20}{spec.description}" for name, spec in MODELS.items())}
 
 models with --images:
 {chr(10).join(f"  {name:20}{spec.description}" for name, spec in IMAGE_MODELS.items())}
-
-examples:
-  nflows-iresnet compare                                  three toy densities, five models
-  nflows-iresnet compare my.csv --steps 3000 --out here   your own rows (.csv or .npy)
-  nflows-iresnet compare moons --models residual-flow normflows-residual --repeats 3
-  nflows-iresnet compare digits --budget 60               one minute of training per model
-  nflows-iresnet compare my.csv --steps 3000 --out here --resume    go on after an interruption
-  nflows-iresnet compare digits --images                  multi-scale flows, bits per dimension
-  nflows-iresnet compare mnist --images --data-dir data --device cuda --amp --budget 3600
-
+"""
+CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
 at --hidden-features and --num-layers. A training under way is saved every few minutes, and goes on
 from there with --resume. The exit status is 0 when the comparison is complete (a model
@@ -47,43 +33,59 @@ that fails is a result), 2 for arguments or data that cannot work, 130 after Ctr
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+def epilog(preset: Preset) -> str:
+    """Return what `--help` shows after the arguments."""
+    return "\n".join([MODELS_TEXT, preset.examples, CLOSING])
+
+
+def add_arguments(parser: argparse.ArgumentParser, preset: Preset) -> None:
+    """Declare the arguments of a subcommand."""
+    parser.set_defaults(preset=preset)
     parser.add_argument(
         "datasets",
         nargs="*",
         metavar="DATASET",
         help="name (see --list), or path of a .csv or .npy file with a row per sample "
-        f"(default: {' '.join(DEFAULT_DATASETS)}; with --images: {' '.join(DEFAULT_IMAGES)})",
+        f"(default: {_words(preset.datasets)}; with --images: {_words(preset.image_datasets)})",
     )
     parser.add_argument("--list", action="store_true", help="list data sets and models, and stop")
-    _add_what(parser.add_argument_group("what is compared"))
-    _add_images(parser.add_argument_group("images"))
-    _add_how(parser.add_argument_group("how it is trained"))
-    _add_where(parser.add_argument_group("where the results go"))
+    _add_what(parser.add_argument_group("what is compared"), preset)
+    _add_images(parser.add_argument_group("images"), preset)
+    _add_how(parser.add_argument_group("how it is trained"), preset)
+    _add_where(parser.add_argument_group("where the results go"), preset)
 
 
-def _add_what(group: argparse._ActionsContainer) -> None:
+def _words(names: tuple[str, ...]) -> str:
+    return " ".join(names)
+
+
+def _add_what(group: argparse._ActionsContainer, preset: Preset) -> None:
     group.add_argument(
         "--models",
         nargs="+",
         metavar="MODEL",
-        help=f"models to compare (default: {' '.join(DEFAULT_MODELS)}; with --images: "
-        f"{' '.join(DEFAULT_IMAGE_MODELS)})",
+        help=f"models to compare (default: {_words(preset.models)}; with --images: "
+        f"{_words(preset.image_models)})",
     )
     group.add_argument(
         "--data-dir",
         metavar="DIR",
         help="folder that holds the real data sets (for images also: $NFLOWS_IRESNET_DATA)",
     )
-    _add_number(group, "--hidden-features", positive_int, "width of ResidualFlow's networks")
-    _add_number(group, "--num-layers", positive_int, "transforms in each flow, or scale")
-    _add_number(group, "--num-blocks-per-layer", positive_int, "depth of each network")
-    _add_number(group, "--repeats", positive_int, "train each model R times, seeds S, S+1, ...")
-    _add_number(group, "--seed", natural_int, "reproduces data, weights, batches and samples")
+    _add_number(
+        group, preset, "--hidden-features", positive_int, "width of ResidualFlow's networks"
+    )
+    _add_number(group, preset, "--num-layers", positive_int, "transforms in each flow, or scale")
+    _add_number(group, preset, "--num-blocks-per-layer", positive_int, "depth of each network")
+    _add_number(
+        group, preset, "--repeats", positive_int, "train each model R times, seeds S, S+1, ..."
+    )
+    _add_number(
+        group, preset, "--seed", natural_int, "reproduces data, weights, batches and samples"
+    )
 
 
-def _add_images(group: argparse._ActionsContainer) -> None:
+def _add_images(group: argparse._ActionsContainer, preset: Preset) -> None:
     group.add_argument(
         "--images", action="store_true", help="the data sets are images: multi-scale models"
     )
@@ -96,7 +98,7 @@ def _add_images(group: argparse._ActionsContainer) -> None:
         help="compute coupling networks in bfloat16 while training; log-determinants, and residual "
         "blocks, which need it, stay in full precision",
     )
-    _add_number(group, "--num-scales", positive_int, "halvings of height and width")
+    _add_number(group, preset, "--num-scales", positive_int, "halvings of height and width")
     group.add_argument(
         "--exact-images",
         type=positive_int,
@@ -104,16 +106,21 @@ def _add_images(group: argparse._ActionsContainer) -> None:
         help="test images that get the exact log-determinant where a model estimates it "
         "(default: 256, fewer where images are large)",
     )
-    _add_number(group, "--dequantisations", positive_int, "draws of noise in tests")
+    _add_number(group, preset, "--dequantisations", positive_int, "draws of noise in tests")
 
 
-def _add_how(group: argparse._ActionsContainer) -> None:
+def _add_how(group: argparse._ActionsContainer, preset: Preset) -> None:
+    group.add_argument(
+        "--quick",
+        action="store_true",
+        help="few steps of small models, unless told otherwise: does it run?",
+    )
     length = group.add_mutually_exclusive_group()
     length.add_argument(
         "--steps",
         type=positive_int,
         metavar="N",
-        help=f"optimiser steps per model (default: {DEFAULT_STEPS})",
+        help=f"optimiser steps per model (default: {preset.steps})",
     )
     length.add_argument(
         "--budget",
@@ -121,17 +128,20 @@ def _add_how(group: argparse._ActionsContainer) -> None:
         metavar="SECONDS",
         help="the same training time for every model instead of the same steps",
     )
-    _add_number(group, "--batch-size", positive_int, "rows per step")
-    _add_number(group, "--learning-rate", positive_float, "of Adam, annealed to zero by a cosine")
+    _add_number(group, preset, "--batch-size", positive_int, "rows per step")
+    _add_number(
+        group, preset, "--learning-rate", positive_float, "of Adam, annealed to zero by a cosine"
+    )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    _add_number(group, "--threads", positive_int, "CPU threads")
+    _add_number(group, preset, "--threads", positive_int, "CPU threads")
 
 
-def _add_where(group: argparse._ActionsContainer) -> None:
+def _add_where(group: argparse._ActionsContainer, preset: Preset) -> None:
     group.add_argument(
         "--out",
         metavar="DIR",
-        help="folder for results.json, pictures and report.html (default: results/compare-TIME)",
+        help="folder for results.json, pictures and report.html "
+        f"(default: results/{preset.command}-TIME)",
     )
     group.add_argument(
         "--resume", action="store_true", help="keep what is finished in --out and do the rest"
@@ -147,10 +157,14 @@ def _add_where(group: argparse._ActionsContainer) -> None:
 
 
 def _add_number(
-    group: argparse._ActionsContainer, flag: str, kind: Callable[[str], float], text: str
+    group: argparse._ActionsContainer,
+    preset: Preset,
+    flag: str,
+    kind: Callable[[str], float],
+    text: str,
 ) -> None:
     name = flag.strip("-").replace("-", "_")
-    default = str(DEFAULTS[name])
+    default = str(preset.options.get(name, DEFAULTS[name]))
     if name in IMAGE_DEFAULTS:
         default += f"; with --images: {IMAGE_DEFAULTS[name]}"
     group.add_argument(flag, type=kind, metavar="X", help=f"{text} (default: {default})")
@@ -162,10 +176,15 @@ def to_config(parsed: argparse.Namespace) -> RunConfig:
     Raises:
         ValueError: a value cannot work here; the message names it.
     """
-    defaults = {**DEFAULTS, **(IMAGE_DEFAULTS if parsed.images else {})}
-    defaults["datasets"] = DEFAULT_IMAGES if parsed.images else DEFAULT_DATASETS
-    defaults["models"] = DEFAULT_IMAGE_MODELS if parsed.images else DEFAULT_MODELS
-    defaults["steps"] = DEFAULT_STEPS if parsed.budget is None else None
+    preset: Preset = parsed.preset
+    images = parsed.images or (preset.finds_images and _are_images(parsed.datasets))
+    defaults = {**DEFAULTS, **preset.options, **(IMAGE_DEFAULTS if images else {})}
+    defaults["datasets"] = preset.image_datasets if images else preset.datasets
+    defaults["models"] = preset.image_models if images else preset.models
+    defaults["steps"] = preset.steps
+    defaults |= QUICK if parsed.quick else {}
+    if parsed.budget is not None:
+        defaults["steps"] = None
     given = {name: getattr(parsed, name) for name in DEFAULTS}
     chosen = {
         name: default if given[name] in (None, []) else given[name]
@@ -173,7 +192,13 @@ def to_config(parsed: argparse.Namespace) -> RunConfig:
     }
     for name in ("datasets", "models"):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
-    return RunConfig(**{**chosen, "device": resolve_device(parsed.device)})
+    return RunConfig(**{**chosen, "images": images, "device": resolve_device(parsed.device)})
+
+
+def _are_images(names: list[str]) -> bool:
+    """Whether every name is that of images, and of nothing else."""
+    known = datasets.available_images().keys() - datasets.available().keys()
+    return bool(names) and known.issuperset(names)
 
 
 def positive_int(text: str) -> int:

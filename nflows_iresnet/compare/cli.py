@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from nflows_iresnet import __version__
@@ -15,6 +16,8 @@ from nflows_iresnet.compare.bench import command as bench_command
 from nflows_iresnet.compare.config import UsageError
 from nflows_iresnet.compare.figures import arguments as figures_arguments
 from nflows_iresnet.compare.figures import command as figures_command
+from nflows_iresnet.compare.presets import COMPARE, TABLE2, Preset
+from nflows_iresnet.compare.table1 import command as table1
 
 PROGRAM = "nflows-iresnet"
 
@@ -36,8 +39,14 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
+def _densities(preset: Preset) -> Command:
+    add_arguments = partial(arguments.add_arguments, preset=preset)
+    return Command(preset.help, arguments.epilog(preset), add_arguments, command.run)
+
+
 COMMANDS: dict[str, Command] = {
-    "compare": Command(command.HELP, arguments.EPILOG, arguments.add_arguments, command.run),
+    **{preset.command: _densities(preset) for preset in (COMPARE, TABLE2)},
+    "table1": Command(table1.HELP, table1.EPILOG, table1.add_arguments, table1.run),
     "bench": Command(
         bench_arguments.HELP,
         bench_arguments.EPILOG,

@@ -1,4 +1,4 @@
-"""`nflows-iresnet compare`: check everything, then run, save after each model, and report."""
+"""`nflows-iresnet compare` and `table2`: check everything, run, save after each model, report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,11 @@ from nflows_iresnet.compare.environment import check_extra, describe_environment
 from nflows_iresnet.compare.files import write_atomically
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.models import MODELS, ModelSpec
-from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
+from nflows_iresnet.compare.presets import Preset
+from nflows_iresnet.compare.results import DatasetSummary, Folder, Record, Result
 
 if TYPE_CHECKING:
     from nflows_iresnet.compare.progress import LiveProgress
-
-HELP = "Train flows on the same data and report which wins, at what cost."
 
 
 @dataclass
@@ -121,8 +121,9 @@ def open_session(parsed: argparse.Namespace) -> Session:
         raise ValueError("--resume needs the --out folder of the run to go on with")
     config = to_config(parsed)
     runs = runner.prepare(config)
-    record = _fresh_record(config, runs)
-    folder = Folder(Path(parsed.out or f"results/compare-{datetime.now():%Y%m%d-%H%M%S}"))
+    preset: Preset = parsed.preset
+    record = _fresh_record(config, runs, preset)
+    folder = Folder(Path(parsed.out or f"results/{preset.command}-{datetime.now():%Y%m%d-%H%M%S}"))
     if parsed.resume:
         record = _resumed(folder, record)
     elif folder.results.exists():
@@ -143,18 +144,21 @@ def open_session(parsed: argparse.Namespace) -> Session:
     return session
 
 
-def _fresh_record(config: RunConfig, runs: list[runner.Run]) -> Record:
+def _fresh_record(config: RunConfig, runs: list[runner.Run], preset: Preset) -> Record:
     tasks = {run.task.name: run.task for run in runs}
     return Record(
         arguments=config.as_arguments(),
         environment=describe_environment(config.device),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         datasets=tuple(task.summarise() for task in tasks.values()),
+        command=preset.command,
+        published=preset.published,
     )
 
 
 def _resumed(folder: Folder, now: Record) -> Record:
     then = folder.load_record()
+    _check_same(folder, {"the command": then.command}, {"the command": now.command})
     _check_same(folder, _flags(then), _flags(now))
     _check_same(folder, then.environment["versions"], now.environment["versions"])
     if then.datasets != now.datasets:
@@ -195,23 +199,45 @@ def _work(session: Session) -> None:
 
 def _finish(session: Session, item: runner.Run, progress: LiveProgress) -> None:
     dataset, keeper = session.summary(item.task.name), session.keeper(item)
-    progress.begin(item.key, dataset)
+    progress.begin(_label(item.key), partial(_loss, dataset))
     result, arrays = runner.execute(item, session.config, progress.step, keeper)
     session.folder.save_arrays(item.key, arrays)
     session.record = replace(session.record, results=(*session.record.results, result))
     session.folder.save_record(session.record)
     keeper.discard()
-    progress.finish(result, dataset)
+    progress.finish(_line(result, dataset))
+
+
+def _label(key: tuple[str, str, int]) -> str:
+    dataset, model, repeat = key
+    return f"{dataset} · {model}" + (f" · repeat {repeat + 1}" if repeat else "")
+
+
+def _loss(data: DatasetSummary, nats: float) -> str:
+    """Return the loss of a training under way, of images in bits per dimension."""
+    bits = None if data.shape is None else data.bits_per_dim(nats)
+    return f"loss {nats:.3f}" if bits is None else f"{bits:.3f} bits/dim"
+
+
+def _line(result: Result, data: DatasetSummary) -> str:
+    label = f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: "
+    nll, bits = result.metrics.test_nll, result.metrics.bits_per_dim
+    if nll is not None:
+        label += "test NLL " + (f"{nll:.3f} nats" if bits is None else f"{bits:.3f} bits/dim")
+    return label + "".join(f"; FAILED {failure}" for failure in result.failures)
 
 
 def _show(session: Session, name: str) -> None:
-    from nflows_iresnet.compare import imageplots, plots, tables
+    from nflows_iresnet.compare import bars, imageplots, plots, tables
 
     task = next(run.task for run in session.runs if run.task.name == name)
     summary = session.summary(name)
     session.folder.save_arrays((name,), task.arrays())
     draw = plots.draw if summary.shape is None else imageplots.draw
-    for path, picture in draw(session.record, session.folder, summary).items():
+    pictures = draw(session.record, session.folder, summary)
+    if session.record.published:
+        pictures |= bars.draw(session.record, session.folder, summary)
+    for path, picture in pictures.items():
         write_atomically(path, picture)
     if not session.quiet:
         tables.print_table(tables.make_console(), session.record, session.folder, summary)

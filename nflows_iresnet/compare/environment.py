@@ -13,7 +13,7 @@ import torch
 
 from nflows_iresnet import __version__
 
-_PACKAGES = ("torch", "nflows", "normflows", "numpy", "scikit-learn", "matplotlib", "rich")
+_PACKAGES = ("torch", "nflows", "normflows", "numpy", "scikit-learn", "matplotlib", "rich", "zuko")
 _EXTRA = ("matplotlib", "rich")
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from nflows.transforms import Transform
 from torch import Tensor, nn
 
 from nflows_iresnet.compare.adapters import DensityModel, NflowsModel, ResidualModel
-from nflows_iresnet.compare.models import Architecture, ModelSpec
-
-if TYPE_CHECKING:
-    from nflows.transforms import Transform
+from nflows_iresnet.compare.models import MODELS, Architecture, ModelSpec
 
 Shape = tuple[int, int, int]
 Steps = Callable[[Shape], Sequence["Transform"]]
@@ -63,6 +60,39 @@ class CouplingNet(nn.Module):
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=enabled):
             outputs: Tensor = self.net(inputs)
         return outputs.to(inputs.dtype)
+
+
+class FlattenTransform(Transform):
+    """(B, C, H, W) -> (B, C H W).
+
+    Args:
+        shape: (C, H, W).
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (the rows, 0), shapes (B, C H W) and (B,)."""
+        return inputs.flatten(start_dim=1), inputs.new_zeros(len(inputs))
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (the images, 0), shapes (B, C, H, W) and (B,)."""
+        return inputs.reshape(-1, *self.shape), inputs.new_zeros(len(inputs))
+
+
+class TruncatedModel(ResidualModel):
+    """A residual flow that is trained by a truncated series, and evaluated without its bias."""
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the flow's own estimate in training, and an unbiased one in evaluation."""
+        from nflows_iresnet import logdet, transforms
+
+        if self.training:
+            return super().log_prob(inputs)
+        with transforms.using(self.flow, estimator=logdet.Adaptive()):
+            return super().log_prob(inputs)
 
 
 def _coupling(size: ImageArchitecture, mask: Tensor) -> Transform:
@@ -170,6 +200,55 @@ def _glow_normflows(size: ImageArchitecture) -> DensityModel:
     return _flow(size, lambda shape: [block(shape[0]) for _ in range(size.num_layers)])
 
 
+def _flat(name: str) -> Callable[[ImageArchitecture], DensityModel]:
+    """Return what builds a model for vectors on the flattened logits of the pixels."""
+
+    def build(size: ImageArchitecture) -> DensityModel:
+        from nflows.transforms import CompositeTransform
+
+        from nflows_iresnet.flows import Flow, StandardNormal
+
+        vector = MODELS[name].build(Architecture(*size.as_tuple()))
+        transform = CompositeTransform([_flat_logits(size), vector.flow._transform])
+        return NflowsModel(Flow(transform, StandardNormal([size.features])))
+
+    return build
+
+
+def _flat_logits(size: ImageArchitecture) -> Transform:
+    from nflows.transforms import CompositeTransform
+
+    from nflows_iresnet.transforms import ActNorm, LogitTransform
+
+    flatten = FlattenTransform(size.shape)
+    return CompositeTransform([LogitTransform(size.levels), flatten, ActNorm(size.features)])
+
+
+def _ffjord(size: ImageArchitecture) -> DensityModel:
+    from nflows_iresnet.compare.continuous import ffjord
+
+    depth = size.num_blocks_per_layer
+    return ffjord(size.features, size.hidden_features, depth, _flat_logits(size))
+
+
+def _i_resnet(size: ImageArchitecture) -> DensityModel:
+    from nflows_iresnet import nn as lipschitz_nn
+    from nflows_iresnet.flows import ImageResidualFlow
+    from nflows_iresnet.logdet import Gaussian, PowerSeries
+    from nflows_iresnet.solvers import FixedPointIteration
+
+    flow = ImageResidualFlow(
+        *(size.shape, size.hidden_features, size.num_layers, size.num_blocks_per_layer),
+        num_scales=size.num_scales,
+        levels=size.levels,
+        estimator=PowerSeries(num_terms=10, probe=Gaussian(), exact_trace=False),
+        solver=FixedPointIteration(),
+        activation=lipschitz_nn.ELU(),
+        coeff=0.9,
+    )
+    return TruncatedModel(flow)
+
+
 def _residual_flow(size: ImageArchitecture) -> DensityModel:
     from nflows_iresnet.flows.image import ImageResidualFlow
 
@@ -189,6 +268,11 @@ IMAGE_MODELS: dict[str, ModelSpec] = {
     "residual-flow": ModelSpec("images: ImageResidualFlow of this library", _residual_flow),
     "glow": ModelSpec("images: Glow from nflows' parts", _glow),
     "realnvp": ModelSpec("images: Real NVP from nflows' parts", _realnvp),
+    "i-resnet": ModelSpec("images: ImageResidualFlow with the i-ResNet's strategies", _i_resnet),
+    "nice": ModelSpec("images: nice on flattened logits", _flat("nice"), is_coarse=True),
+    "made": ModelSpec("images: made on flattened logits", _flat("made"), is_coarse=True),
+    "maf": ModelSpec("images: maf on flattened logits", _flat("maf"), is_coarse=True),
+    "ffjord": ModelSpec("images: ffjord on flattened logits", _ffjord, is_coarse=True),
     "glow-normflows": ModelSpec("images: GlowBlock of normflows", _glow_normflows),
 }
 DEFAULT_IMAGE_MODELS = ("residual-flow", "glow", "realnvp")

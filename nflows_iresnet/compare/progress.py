@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -16,8 +16,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nflows_iresnet.compare.results import DatasetSummary, Result
-
 _RESOLUTION = 0.02
 """Updates are this fraction of a run apart, so that the time left is estimated over many runs."""
 
@@ -30,7 +28,7 @@ class LiveProgress:
         self._console = Console(stderr=True, quiet=quiet)
         self._done = done
         self._shown = 0.0
-        self._data: DatasetSummary | None = None
+        self._describe: Callable[[float], str] = _plain
         self._bar = Progress(
             BarColumn(bar_width=24),
             TaskProgressColumn(),
@@ -67,11 +65,9 @@ class LiveProgress:
         yield
         self.__enter__()
 
-    def begin(self, key: tuple[str, str, int], data: DatasetSummary) -> None:
-        """Show which run is under way, on which data."""
-        dataset, model, repeat = key
-        label = f"{dataset} · {model}" + (f" · repeat {repeat + 1}" if repeat else "")
-        self._data = data
+    def begin(self, label: str, describe: Callable[[float], str] | None = None) -> None:
+        """Show what is under way, and how its loss in nats is to be described."""
+        self._describe = describe or _plain
         self._bar.update(self._task, description=label, loss="-")
 
     def step(self, done: float, loss: float) -> None:
@@ -79,27 +75,15 @@ class LiveProgress:
         if 0 <= done - self._shown < _RESOLUTION:
             return
         self._shown = done
-        bits = None if self._data is None else _bits(self._data, loss)
-        shown = f"loss {loss:.3f}" if bits is None else bits
-        self._bar.update(self._task, completed=self._done + done, loss=shown)
+        self._bar.update(self._task, completed=self._done + done, loss=self._describe(loss))
 
-    def finish(self, result: Result, data: DatasetSummary) -> None:
-        """Count a run as finished."""
+    def finish(self, line: str) -> None:
+        """Count a run as finished; without a terminal, print a line about it."""
         self._done += 1
         self._bar.update(self._task, completed=self._done)
         if not self._console.is_terminal:
-            self._console.print(_line(result, data), highlight=False, soft_wrap=True)
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
-def _bits(data: DatasetSummary, nats: float) -> str | None:
-    """Return the loss of images in bits per dimension."""
-    bits = None if data.shape is None else data.bits_per_dim(nats)
-    return None if bits is None else f"{bits:.3f} bits/dim"
-
-
-def _line(result: Result, data: DatasetSummary) -> str:
-    label = f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: "
-    nll = result.metrics.test_nll
-    if nll is not None:
-        label += f"test NLL {_bits(data, nll) or f'{nll:.3f} nats'}"
-    return label + "".join(f"; FAILED {failure}" for failure in result.failures)
+def _plain(loss: float) -> str:
+    return f"loss {loss:.3f}"

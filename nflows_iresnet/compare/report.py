@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import base64
 import shlex
+from collections.abc import Sequence
 from html import escape
 
+from nflows_iresnet.compare.cells import Column, R, best
+from nflows_iresnet.compare.columns import columns_for
 from nflows_iresnet.compare.memory import MEASURE
 from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
-from nflows_iresnet.compare.summary import best, caption, columns_for, rows_of, verdict
+from nflows_iresnet.compare.summary import caption, rows_of, verdict
 
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nflows-iresnet compare: {names}</title>
+<title>nflows-iresnet {subcommand}: {names}</title>
 <style>{style}</style>
 </head>
 <body>
@@ -54,11 +57,15 @@ pre { background: #f5f6f9; padding: .8rem 1rem; overflow-x: auto; border-radius:
 
 _FAIRNESS = (
     "Every model sees the same splits and the same batches in the same order, has the parameter "
-    "count of ResidualFlow within 10% (its width is chosen for that; masked weights count), and is "
+    "count of ResidualFlow within 10%, or as near as a flow on flattened images comes (its width "
+    "is chosen for that; masked weights count), and is "
     "trained by Adam with the same learning rate, cosine schedule and gradient clipping. The state "
     "with the best validation NLL is kept. The best value of a column is bold. "
 )
-_ROWS = "Validation and test likelihoods are exact for every model. "
+_ROWS = (
+    "Validation and test likelihoods are exact for every model. Rows that were quantised get fresh "
+    "uniform noise in each training batch, the same for every model, and fixed noise in tests. "
+)
 _IMAGES = (
     "Images are dequantised with fresh uniform noise in training, the same for every model, and "
     "with fixed noise in tests; what is validated and tested is the moving average of the weights. "
@@ -74,6 +81,7 @@ def render(record: Record, folder: Folder) -> str:
     return _PAGE.format(
         names=escape(", ".join(dataset.name for dataset in record.datasets)),
         style=STYLE,
+        subcommand=record.command,
         started=escape(record.started),
         device=escape(str(record.environment["device_name"])),
         version=versions["nflows-iresnet"],
@@ -86,8 +94,8 @@ def render(record: Record, folder: Folder) -> str:
         + _exactness(record)
         + f"Memory counts {MEASURE[record.environment['device']]}.",
         command=escape(command_line(record)),
-        arguments=_pairs(record.arguments),
-        environment=_pairs({**versions, **_rest(record.environment)}),
+        arguments=pairs(record.arguments),
+        environment=pairs({**versions, **_rest(record.environment)}),
     )
 
 
@@ -97,7 +105,7 @@ def _exactness(record: Record) -> str:
 
 def command_line(record: Record) -> str:
     """Return the command that repeats the run."""
-    words = ["nflows-iresnet compare", *map(shlex.quote, record.arguments["datasets"])]
+    words = [f"nflows-iresnet {record.command}", *map(shlex.quote, record.arguments["datasets"])]
     for name, value in record.arguments.items():
         if name == "datasets" or value is None or value is False:
             continue
@@ -121,15 +129,15 @@ def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> str:
         f'<p class="caption">{escape(caption(dataset))}. Source: {escape(dataset.source)}. '
         f"{escape(' '.join(dataset.notes))}</p>",
         f"<p><strong>{escape(verdict(record, folder, dataset.name))}</strong></p>",
-        _table(record, dataset),
+        table(columns_for(record, dataset), rows_of(record, dataset.name)),
         _failures(record, dataset),
         *_pictures(record, folder, dataset),
     ]
     return "\n".join(parts)
 
 
-def _table(record: Record, dataset: DatasetSummary) -> str:
-    columns, rows = columns_for(record, dataset), rows_of(record, dataset.name)
+def table(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
+    """Render rows and columns, the best of each column in bold."""
     head = "".join(f"<th>{_lines(c.title)}</th>" for c in columns)
     winners = [best(rows, column) for column in columns]
     body = "".join(
@@ -163,7 +171,11 @@ def _failures(record: Record, dataset: DatasetSummary) -> str:
 def _pictures(record: Record, folder: Folder, dataset: DatasetSummary) -> list[str]:
     models = dict.fromkeys(result.model for result in record.of(dataset.name))
     kinds = ("samples", "reconstructions")
-    parts = [(dataset.name,), *((dataset.name, model, kind) for model in models for kind in kinds)]
+    parts = [
+        (dataset.name, "bars"),
+        (dataset.name,),
+        *((dataset.name, model, kind) for model in models for kind in kinds),
+    ]
     return [_picture(folder, each) for each in parts if folder.picture(*each).exists()]
 
 
@@ -179,9 +191,14 @@ def embed(png: bytes, name: str) -> str:
 
 def _glossary(record: Record) -> str:
     columns = {c.title: c for dataset in record.datasets for c in columns_for(record, dataset)}
+    return glossary(list(columns.values()))
+
+
+def glossary(columns: Sequence[Column[R]]) -> str:
+    """Render what each column means."""
     return "".join(
         f"<dt>{escape(_one_line(column.title))}</dt><dd>{escape(column.help)}</dd>"
-        for column in columns.values()
+        for column in columns
     )
 
 
@@ -189,7 +206,8 @@ def _one_line(title: str) -> str:
     return title.replace("-\n", "").replace("\n", " ")
 
 
-def _pairs(values: dict[str, object]) -> str:
+def pairs(values: dict[str, object]) -> str:
+    """Render the rows of a table of names and values."""
     return "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(_plain(value))}</td></tr>"
         for name, value in values.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Result:
         failures: what went wrong, in words; empty if nothing did.
         training: the log, or None if training failed.
         metrics: the measurements.
+        model_class: the class of what was trained.
     """
 
     dataset: str
@@ -90,6 +91,7 @@ class Result:
     failures: tuple[str, ...]
     training: TrainingLog | None
     metrics: Metrics
+    model_class: str | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -120,6 +122,8 @@ class Record:
         started: ISO date and time.
         datasets: the data sets, in the order of the arguments.
         results: what is finished, in the order of its end.
+        command: the subcommand.
+        published: by model and data set, numbers to be shown beside those measured.
     """
 
     arguments: dict[str, Any]
@@ -127,6 +131,8 @@ class Record:
     started: str
     datasets: tuple[DatasetSummary, ...]
     results: tuple[Result, ...] = ()
+    command: str = "compare"
+    published: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def of(self, dataset: str) -> list[Result]:
         """Return the results on one data set."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from nflows_iresnet.compare.adapters import DensityModel
 from nflows_iresnet.compare.checkpoints import Keeper
 from nflows_iresnet.compare.config import RunConfig, slug
-from nflows_iresnet.compare.evaluation import Array, Evaluation, describe, evaluate
+from nflows_iresnet.compare.evaluation import Array, Evaluation, Metrics, describe, evaluate
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.imagetasks import ImageTask
 from nflows_iresnet.compare.models import (
@@ -19,7 +20,7 @@ from nflows_iresnet.compare.models import (
     match_parameters,
 )
 from nflows_iresnet.compare.plan import Seconds, Steps, TrainingPlan
-from nflows_iresnet.compare.results import Result
+from nflows_iresnet.compare.results import DatasetSummary, Result
 from nflows_iresnet.compare.tasks import RowTask, Task
 from nflows_iresnet.compare.training import TrainingLog, seed_everything, train
 
@@ -56,11 +57,18 @@ def prepare(config: RunConfig) -> list[Run]:
     tasks = [load(name, config) for name in config.datasets]
     _check_distinct([task.name for task in tasks])
     return [
-        Run(task, model, match_parameters(model, task.reference(config)), repeat)
+        Run(task, model, _size(model, task.reference(config)), repeat)
         for task in tasks
         for model in config.models
         for repeat in range(config.repeats)
     ]
+
+
+def _size(model: str, reference: Architecture) -> Architecture:
+    try:
+        return match_parameters(model, reference)
+    except ImportError:
+        return reference  # the row of the table says what is not installed
 
 
 def _check_distinct(names: list[str]) -> None:
@@ -76,12 +84,14 @@ def execute(
     """Train and evaluate one model; whatever the model does wrong is part of the result."""
     seed = config.seed + run.repeat
     seed_everything(seed)
-    model = find_model(run.model, run.size.models).build(run.size).to(config.device)
+    model = None
     try:
+        model = find_model(run.model, run.size.models).build(run.size).to(config.device)
         log = train_run(model, run, config, on_step, keeper)
     except Exception as error:
         return _result(run, seed, model, None, Evaluation(failures=[describe(error)])), {}
     evaluation = evaluate(model, run.task.exam(config), seed)
+    evaluation.metrics = _with_bits(evaluation.metrics, run.task.summarise())
     return _result(run, seed, model, log, evaluation), evaluation.arrays
 
 
@@ -104,8 +114,21 @@ def training_plan(config: RunConfig, average_decay: float | None = None) -> Trai
     return TrainingPlan(config.learning_rate, length, average_decay=average_decay)
 
 
+def _with_bits(metrics: Metrics, data: DatasetSummary) -> Metrics:
+    """Add bits per dimension of quantised data, where the units of the model are others."""
+    nll, error = metrics.test_nll, metrics.test_nll_se
+    if nll is None or metrics.bits_per_dim is not None or data.levels is None:
+        return metrics
+    bits_se = None if error is None else error / (data.features * math.log(2))
+    return replace(metrics, bits_per_dim=data.bits_per_dim(nll), bits_per_dim_se=bits_se)
+
+
 def _result(
-    run: Run, seed: int, model: DensityModel, log: TrainingLog | None, evaluation: Evaluation
+    run: Run,
+    seed: int,
+    model: DensityModel | None,
+    log: TrainingLog | None,
+    evaluation: Evaluation,
 ) -> Result:
     return Result(
         dataset=run.task.name,
@@ -113,8 +136,9 @@ def _result(
         repeat=run.repeat,
         seed=seed,
         hyperparameters=asdict(run.size),
-        num_parameters=count_parameters(model),
+        num_parameters=0 if model is None else count_parameters(model),
         failures=tuple(evaluation.failures),
         training=log,
         metrics=evaluation.metrics,
+        model_class=None if model is None else model.flow_class,
     )

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nflows_iresnet.compare.cells import Column, R, best
+from nflows_iresnet.compare.columns import columns_for
 from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
-from nflows_iresnet.compare.summary import Column, best, caption, columns_for, rows_of, verdict
+from nflows_iresnet.compare.summary import caption, rows_of, verdict
 
 _WIDE = 124
 
 
-def make_console() -> Console:
+def make_console(width: int = _WIDE) -> Console:
     """Return a console on stdout; without a terminal it is wide enough for the table."""
     console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
+    return console if console.is_terminal else Console(width=width)
 
 
 def print_table(console: Console, record: Record, folder: Folder, dataset: DatasetSummary) -> None:
     """Print one data set: its table, what failed, and who won."""
     console.print(f"\n[bold]{escape(dataset.name)}[/]: {caption(dataset)}", highlight=False)
-    wide = _table(record, dataset, folded=False)
-    fits = Console(width=1000).measure(wide).maximum <= console.width
-    console.print(wide if fits else _table(record, dataset, folded=True))
-    for row in rows_of(record, dataset.name):
+    rows = rows_of(record, dataset.name)
+    print_grid(console, columns_for(record, dataset), rows)
+    for row in rows:
         for failure in row.failures:
             console.print(f"{row.model} FAILED {failure}", style="red", markup=False)
     console.print(verdict(record, folder, dataset.name), highlight=False)
 
 
-def _table(record: Record, dataset: DatasetSummary, *, folded: bool) -> Table:
-    columns, rows = columns_for(record, dataset), rows_of(record, dataset.name)
+def print_grid(console: Console, columns: Sequence[Column[R]], rows: Sequence[R]) -> None:
+    """Print rows and columns, the best of each column in bold, folded where they are too wide."""
+    wide = _table(columns, rows, folded=False)
+    fits = Console(width=1000).measure(wide).maximum <= console.width
+    console.print(wide if fits else _table(columns, rows, folded=True))
+
+
+def _table(columns: Sequence[Column[R]], rows: Sequence[R], *, folded: bool) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -53,7 +62,7 @@ def _table(record: Record, dataset: DatasetSummary, *, folded: bool) -> Table:
     return table
 
 
-def _add_column(table: Table, column: Column, folded: bool) -> None:
+def _add_column(table: Table, column: Column[R], folded: bool) -> None:
     title = column.title.replace(" ", "\n") if folded else column.title
     if column.title == "model":
         table.add_column(title, vertical="bottom", no_wrap=True)

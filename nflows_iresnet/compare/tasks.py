@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch import Generator, Tensor
 
 from nflows_iresnet import datasets
 from nflows_iresnet.compare.adapters import DensityModel
@@ -121,7 +122,7 @@ class RowTask(Task):
             notes=self.data.notes,
         )
 
-    def _true_log_prob(self) -> torch.Tensor | None:
+    def _true_log_prob(self) -> Tensor | None:
         density = self.data.density
         return None if density is None else density.log_prob(self.data.test)
 
@@ -141,8 +142,18 @@ class RowTask(Task):
         return arrays
 
     def stream(self, config: RunConfig, seed: int) -> Batches:
-        """Return the training batches."""
-        return Batches(self.data.train.to(config.device), config.batch_size, seed)
+        """Return the training batches; quantised rows get fresh noise in each."""
+        data, device, levels = self.data, config.device, self.data.levels
+        if levels is None:
+            return Batches(data.train.to(device), config.batch_size, seed)
+        location, scale = data.location.to(device), data.scale.to(device)
+        rows = ((data.train.to(device) * scale + location) * levels).floor()
+
+        def with_noise(batch: Tensor, generator: Generator) -> Tensor:
+            noise = torch.rand(batch.shape, generator=generator).to(batch)
+            return (((batch + noise) / levels - location) / scale).to(data.train.dtype)
+
+        return Batches(rows, config.batch_size, seed, with_noise)
 
     def validate(self, model: DensityModel, config: RunConfig) -> float:
         """Return the exact NLL of the first validation rows."""
@@ -154,7 +165,7 @@ class RowTask(Task):
         plane = data.features == 2
         return Exam(
             test=data.test.to(device),
-            batch=data.train[: config.batch_size].to(device),
+            batch=next(self.stream(config, config.seed)),
             true_log_prob=None if true is None else true.to(device),
             grid=Frame.around(data.train).grid().to(device) if plane else None,
         )

@@ -1,0 +1,64 @@
+"""Every choice that a table of classifiers depends on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DEFAULT_COEFFS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Equal settings give equal results.
+
+    Args:
+        dataset: name of a set of images.
+        coeffs: bounds of Lip(g) of the invertible classifiers, each in (0, 1).
+        steps: optimiser steps per model.
+        repeats: how often each model is trained, with seeds and splits `seed, seed + 1, ...`.
+        seed: seed of the splits, the initial weights and the batches.
+        batch_size: images per step.
+        learning_rate: initial learning rate of Adam.
+        hidden_channels: channels of the hidden layers of each residual branch.
+        num_blocks: residual blocks per scale.
+        num_scales: how often the images are squeezed.
+        padding: channels of zeros that are appended to the images.
+        num_train: training images to keep, or None for all.
+        data_dir: folder of the data sets, or None.
+        device: "cpu" or "cuda".
+        threads: CPU threads that torch uses.
+
+    Raises:
+        ValueError: a coefficient is not in (0, 1).
+    """
+
+    dataset: str = "digits"
+    coeffs: tuple[float, ...] = DEFAULT_COEFFS
+    steps: int = 300
+    repeats: int = 3
+    seed: int = 0
+    batch_size: int = 128
+    learning_rate: float = 5e-3
+    hidden_channels: int = 32
+    num_blocks: int = 4
+    num_scales: int = 1
+    padding: int = 3
+    num_train: int | None = None
+    data_dir: str | None = None
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the coefficients."""
+        for coeff in self.coeffs:
+            if not 0 < coeff < 1:
+                raise ValueError(f"coeffs must be in (0, 1), got {coeff}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {**asdict(self), "coeffs": list(self.coeffs)}
+
+
+QUICK: dict[str, Any] = {"steps": 20, "repeats": 1, "num_blocks": 2, "coeffs": (0.9, 0.5)}
+"""What --quick changes."""
