@@ -162,7 +162,14 @@ class OpaqueFunction(ResidualFunction):
 
     def select(self, rows: Tensor | slice) -> OpaqueFunction:
         """Return the same function with the context of `rows` only."""
-        return self if self._context is None else OpaqueFunction(self._net, self._context[rows])
+        if self._context is None:
+            return self
+        return OpaqueFunction(self._net, select_rows(self._context, rows))
+
+
+def select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
+    """Return some rows of values (B, *); a single row that stands for all stays as it is."""
+    return values if len(values) == 1 else values[rows]
 
 
 def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualFunction:

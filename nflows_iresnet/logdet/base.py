@@ -159,9 +159,9 @@ class _LogAbsDet2(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:
         (matrix,) = ctx.saved_tensors
-        a, b, c, d = matrix.flatten(start_dim=-2).unbind(-1)
-        scale = (cotangent / (a * d - b * c))[..., None, None]
-        return scale * torch.stack([d, -c, -b, a], dim=-1).unflatten(-1, (2, 2))
+        a, b, c, d = matrix.reshape(*matrix.shape[:-2], 4).unbind(-1)
+        adjugate = torch.stack([d, -c, -b, a], dim=-1).reshape(matrix.shape)
+        return (cotangent / (a * d - b * c))[..., None, None] * adjugate
 
 
 def _small_determinant(matrix: Tensor) -> Tensor:

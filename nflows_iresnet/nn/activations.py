@@ -49,6 +49,21 @@ class Activation(nn.Module, ABC):
         return self.value_and_slope(inputs)[0]
 
 
+def knows_curvature(activation: nn.Module) -> bool:
+    """Whether an activation's `curvature` is that of its own values and slopes.
+
+    A subclass that replaces `value_and_slope` has to replace `curvature` too, and parameters would
+    need derivatives of their own.
+    """
+    if not isinstance(activation, Activation) or not activation.has_curvature:
+        return False
+    owners = {
+        next(kind for kind in type(activation).__mro__ if name in vars(kind))
+        for name in ("value_and_slope", "curvature")
+    }
+    return len(owners) == 1 and next(activation.parameters(), None) is None
+
+
 class SmoothAbs(Activation):
     r"""Smooth absolute value, a(x) = sqrt(1 + x^2) - 1.
 
@@ -123,7 +138,7 @@ class Mixed(Activation):
         super().__init__()
         self.first, self.second = first, second
         self.lipschitz = max(first.lipschitz, second.lipschitz)
-        self.has_curvature = first.has_curvature and second.has_curvature
+        self.has_curvature = knows_curvature(first) and knows_curvature(second)
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values and slopes of both halves, side by side."""

@@ -25,7 +25,9 @@ class DenseFunction(LayeredFunction):
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""
         net = DenseNet(self.weights, self.shifts, self.activations, self.stretches)
-        return RecordedLinearization(net, inputs) if can_record(net) else super().linearize(inputs)
+        if inputs.dim() == 2 and can_record(net):
+            return RecordedLinearization(net, inputs)
+        return super().linearize(inputs)
 
     def _linearization(self, value: Tensor, slopes: list[Tensor]) -> Linearization:
         return DenseLinearization(value, self._widened_weights(), slopes)

@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.linearization import AutogradLinearization, Linearization, ResidualFunction
+from nflows_iresnet.linearization import (
+    AutogradLinearization,
+    Linearization,
+    ResidualFunction,
+    select_rows,
+)
 from nflows_iresnet.nn.activations import Activation
 
 
@@ -87,8 +92,9 @@ class LayeredFunction(ResidualFunction):
 
     def select(self, rows: Tensor | slice) -> LayeredFunction:
         """Return the same function with the shifts and stretches of `rows` only."""
-        shifts = [shift if shift.dim() == 1 else shift[rows] for shift in self.shifts]
-        return replace(self, shifts=shifts, stretches=[each[rows] for each in self.stretches])
+        shifts = [shift if shift.dim() == 1 else select_rows(shift, rows) for shift in self.shifts]
+        stretches = [select_rows(stretch, rows) for stretch in self.stretches]
+        return replace(self, shifts=shifts, stretches=stretches)
 
 
 def _stretched(

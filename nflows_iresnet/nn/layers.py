@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.bounds import spectral_norm_bound
-from nflows_iresnet.nn.norms import MatrixNorm, OperatorNorm, SchattenNorm, State
+from nflows_iresnet.nn.norms import NOT_FINITE, MatrixNorm, OperatorNorm, SchattenNorm, State
 
 
 def validated_coeff(coeff: float) -> float:
@@ -55,6 +56,8 @@ class NormedLayer(nn.Module):
     def _adopt(self, norm: OperatorNorm, kind: type[object]) -> None:
         if not isinstance(norm, kind):
             raise ValueError(f"{type(self).__name__} needs a {kind.__name__}, got {norm!r}")
+        if type(norm).__hash__ is None:
+            raise ValueError(f"{norm!r} must be hashable: make its class a frozen dataclass")
         self.norm = norm
         state = norm.initial_state(self.weight.detach())
         self._state_names = tuple(state)
@@ -176,8 +179,9 @@ def normalised(
     if torch.is_grad_enabled():
         for layer in chain.from_iterable(places):
             layer.advance_norm()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(stacks[0].device.type, enabled=False):
         values, gradients = _norms_and_gradients(places, stacks)
+        _check_finite(values)
         norms = values.clamp_min(_TINY)
         excess = (norms.log().sum(0) - log_budget).clamp_min(0)
         factors = (-excess / len(places)).exp()
@@ -196,6 +200,12 @@ def normalised(
 
 
 _TINY = torch.finfo(torch.float64).tiny
+
+
+def _check_finite(norms: Tensor) -> None:
+    """Say that training has diverged; only where asking costs nothing."""
+    if norms.device.type == "cpu" and not is_traced() and not bool(norms.isfinite().all()):
+        raise ValueError(f"the norm of a weight cannot be computed: {NOT_FINITE}")
 
 
 def stacked(tensors: Iterable[Tensor]) -> Tensor:

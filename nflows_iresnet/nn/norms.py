@@ -215,10 +215,16 @@ class SchattenNorm(MatrixNorm):
 
 
 def _products_are_single() -> bool:
-    """Whether float32 products are just that, not TensorFloat-32 or bfloat16 (nor known here)."""
+    """Whether float32 products are known to be just that, not TensorFloat-32 or bfloat16.
+
+    torch raises where the precision was set per backend.
+    """
     if torch.compiler.is_compiling():
         return False
-    return torch.get_float32_matmul_precision() == "highest"
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        return False
 
 
 def _is_small(weight: Tensor) -> bool:

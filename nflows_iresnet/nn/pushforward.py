@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import is_traced
-from nflows_iresnet.nn.activations import Activation
+from nflows_iresnet.nn.activations import Activation, knows_curvature
 from nflows_iresnet.nn.dense_net import DenseNet, Evaluation
 
 
@@ -43,7 +43,7 @@ def can_record(net: DenseNet) -> bool:
     """
     return (
         len(net.activations) > 0
-        and all(isinstance(each, Activation) and each.has_curvature for each in net.activations)
+        and all(knows_curvature(each) for each in net.activations)
         and not is_traced()
     )
 
@@ -175,7 +175,7 @@ class _Pullback:
                 stretches.append(self._of_stretch(index - 1, stacked[0], bend))
                 bend = bend / self.net.stretches[index - 1]
             stacked = stacked * self.kept.slopes[index - 1]
-            stacked[0] += bend
+            stacked = torch.cat([stacked[:1] + bend, stacked[1:]])
         of_units, of_tangents = stacked[0], stacked[1:]
         weights.append(self._of_first_weight(of_units, of_tangents) if is_needed[2] else None)
         shifts.append(self._of_shift(0, of_units))
@@ -223,4 +223,4 @@ class _Pullback:
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """Return the sum of the outer products over tangents and rows."""
-    return left.flatten(0, 1).mT @ right.flatten(0, 1)
+    return left.reshape(-1, left.shape[-1]).mT @ right.reshape(-1, right.shape[-1])

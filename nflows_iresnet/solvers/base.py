@@ -144,13 +144,14 @@ class Solver(ABC):
             farthest = scale * _farthest(lipschitz) if step == 1 else farthest
             residual = image - point
             norm = torch.where(scale <= farthest, row_norm(residual), torch.inf)
-            best.update(point, residual, norm, self._tolerance(scale))
+            best.update(point, residual, norm, scale, self._tolerance(scale))
             if step % _STALL_STEPS == 0:
-                best.close_stalled(self._rounding(scale, lipschitz))
+                best.close_stalled(self._rounding(best.scale, lipschitz))
             num_open = int(best.is_open.sum())
             if num_open == 0 or (step == 1 and not bool(norm.isfinite().all())):
                 break
-            if isinstance(fn, SelectableMap) and _FEW_ROWS <= num_open <= _SHRINK * len(point):
+            is_worth_it = _FEW_ROWS <= num_open <= _SHRINK * len(point)
+            if is_worth_it and isinstance(fn, SelectableMap) and accelerator.can_select:
                 keep = best.is_open.nonzero()[:, 0]
                 if best is not everything:
                     everything.write(rows, best)
@@ -176,7 +177,15 @@ class Solver(ABC):
 
 
 class Accelerator(ABC):
-    """Proposes the next point of one solve from what has been seen."""
+    """Proposes the next point of one solve from what has been seen.
+
+    Rows that are done are left out only for accelerators that override `select`.
+    """
+
+    @property
+    def can_select(self) -> bool:
+        """Whether `select` is implemented."""
+        return type(self).select is not Accelerator.select
 
     @abstractmethod
     def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
@@ -189,7 +198,11 @@ class Accelerator(ABC):
         """
 
     def select(self, rows: Tensor) -> None:  # noqa: B027
-        """Go on with these rows only; does nothing by default."""
+        """Go on with these rows only.
+
+        Args:
+            rows: indices into the rows so far.
+        """
 
 
 def _farthest(lipschitz: float | None) -> float:

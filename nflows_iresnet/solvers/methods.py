@@ -15,6 +15,9 @@ class _Plain(Accelerator):
     def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
         return image
 
+    def select(self, rows: Tensor) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class FixedPointIteration(Solver):

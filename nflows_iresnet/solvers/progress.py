@@ -30,7 +30,8 @@ class Progress:
         value: the best point, shape (B, D).
         residual: f(value) - value, shape (B, D).
         residual_norm: its 2-norm, shape (B,).
-        tolerance: what it was asked to be at most, shape (B,).
+        scale: |value| + |f(value)|, by which rounding is judged, shape (B,).
+        tolerance: what the residual was asked to be at most, shape (B,).
         latest_norm: that of the residual of the latest point, shape (B,).
         is_open: whether the row is neither accepted nor given up, shape (B,).
         num_steps: evaluations that the row took part in while it was open, shape (B,).
@@ -40,11 +41,13 @@ class Progress:
         infinite = init.new_full((len(init),), torch.inf)
         self.value, self.residual = init, torch.zeros_like(init)
         self.residual_norm = self.latest_norm = self._norm_before = infinite
-        self.tolerance = torch.zeros_like(infinite)
+        self.tolerance = self.scale = torch.zeros_like(infinite)
         self.is_open = torch.ones_like(infinite, dtype=torch.bool)
         self.num_steps = torch.zeros_like(infinite, dtype=torch.int64)
 
-    def update(self, point: Tensor, residual: Tensor, norm: Tensor, tolerance: Tensor) -> None:
+    def update(
+        self, point: Tensor, residual: Tensor, norm: Tensor, scale: Tensor, tolerance: Tensor
+    ) -> None:
         """Take a new point of the open rows into account; one that is not a number is no better."""
         is_better = (norm < self.residual_norm) & self.is_open
         column = is_better[:, None]
@@ -52,6 +55,7 @@ class Progress:
         self.value = torch.where(column, point, self.value)
         self.residual = torch.where(column, residual, self.residual)
         self.residual_norm = torch.where(is_better, norm, self.residual_norm)
+        self.scale = torch.where(is_better, scale, self.scale)
         self.tolerance = torch.where(is_better, tolerance, self.tolerance)
         self.num_steps = self.num_steps + self.is_open
         self.is_open = self.is_open & ~(self.residual_norm <= self.tolerance)

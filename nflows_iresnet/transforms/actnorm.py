@@ -18,7 +18,7 @@ class ActNorm(_NflowsActNorm):
       standard deviation is bounded below, and a single value only centres. An empty batch starts
       nothing.
     * Where several processes train one model, they start from the statistics of the joined batch
-      (one `all_reduce`, in which every process takes part): replicas that started from their own
+      (three `all_reduce`, in which every process takes part): replicas that started from their own
       batches would differ ever after.
     * A model that is trained through its inverse (variational inference) keeps what it learns: the
       first inverse with gradients ends the waiting for a batch, which would otherwise overwrite
@@ -79,16 +79,13 @@ class ActNorm(_NflowsActNorm):
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
         rows = inputs.movedim(1, -1).reshape(-1, inputs.shape[1]).double()
-        ones = rows.new_ones(1)
-        moments = torch.cat([len(rows) * ones, rows.sum(0), rows.square().sum(0)])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(moments)
-        count, total, squares = moments.split([1, rows.shape[1], rows.shape[1]])
+        count = _sum_over_processes(rows.new_tensor(float(len(rows))))
         if count == 0:
             return
-        mean = total / count
-        variance = (squares / count - mean.square()) * count / (count - 1).clamp_min(1)
-        std = variance.clamp_min(0).sqrt() if count > 1 else torch.ones_like(mean)
+        mean = _sum_over_processes(rows.sum(0)) / count
+        squares = _sum_over_processes((rows - mean).square().sum(0))
+        variance = squares / (count - 1).clamp_min(1)
+        std = variance.sqrt() if count > 1 else torch.ones_like(mean)
         std = std.clamp_min(self._min_std)
         self.log_scale.copy_(-std.log())
         self.shift.copy_(-mean / std)
@@ -97,3 +94,9 @@ class ActNorm(_NflowsActNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._has_started = False
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values

@@ -12,7 +12,7 @@ from nflows.transforms import Transform
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nflows_iresnet.linearization import ResidualFunction, bind_all
+from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
 from nflows_iresnet.transforms.precision import full_precision, like_weights
 from nflows_iresnet.transforms.residual import ResidualTransform
 
@@ -28,9 +28,11 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     Args:
         transforms: the transforms, from data to noise.
-        recompute: keep nothing but the inputs of each transform for the backward pass, and evaluate
-            the transform again there, with the same random numbers: the memory for activations is
-            that of one block, whatever the depth, for about a third more time. Same gradients.
+        recompute: keep only the inputs of each residual block for the backward pass, and evaluate
+            the block again there, with the same weights, estimator and random numbers: the memory
+            for activations is that of one block, whatever the depth, for about a third more time.
+            Same gradients. It concerns the blocks that are bound together, not what is nested in
+            other transforms, overrides methods or has hooks.
 
     References:
         Chen, Xu, Zhang, Guestrin. Training deep nets with sublinear memory cost, 2016.
@@ -49,14 +51,16 @@ class CompositeTransform(_NflowsCompositeTransform):
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         bound = self._bind(inputs, context)
         steps: list[Step] = [
-            partial(each.forward_bound, bound[each])
-            if each in bound
-            else partial(each, context=context)
+            self._block_step(each, bound[each]) if each in bound else partial(each, context=context)
             for each in self._transforms
         ]
-        if self.recompute and torch.is_grad_enabled():
-            steps = [partial(checkpoint, step, use_reentrant=False) for step in steps]
         return _cascade(steps, inputs)
+
+    def _block_step(self, block: ResidualTransform, function: ResidualFunction) -> Step:
+        step = partial(block.forward_bound, function, estimator=block.estimator)
+        if self.recompute and torch.is_grad_enabled() and not is_traced():
+            return partial(checkpoint, step, use_reentrant=False)
+        return step
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
@@ -82,12 +86,17 @@ class CompositeTransform(_NflowsCompositeTransform):
         return "recompute=True" if self.recompute else ""
 
 
+_METHODS = ("forward", "inverse", "bind", "forward_bound", "inverse_bound")
+
+
 def _is_plain_block(transform: torch.nn.Module) -> TypeGuard[ResidualTransform]:
     """Whether calling the block is the same as calling its methods: no override, no hook."""
     return (
         isinstance(transform, ResidualTransform)
-        and type(transform).forward is ResidualTransform.forward
-        and type(transform).inverse is ResidualTransform.inverse
+        and all(
+            getattr(type(transform), name) is vars(ResidualTransform)[name] for name in _METHODS
+        )
+        and not any(name in vars(transform) for name in _METHODS)
         and not transform._forward_hooks
         and not transform._forward_pre_hooks
         and not transform._backward_hooks

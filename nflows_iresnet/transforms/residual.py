@@ -88,11 +88,22 @@ class ResidualTransform(Transform):
         with full_precision(next(self.net.parameters(), torch.empty(0)).device):
             return bind(self.net, like_weights(context, self.net))
 
-    def forward_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `forward` does, for a g that is bound already."""
+    def forward_bound(
+        self,
+        function: ResidualFunction,
+        inputs: Tensor,
+        estimator: LogDetEstimator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `forward` does, for a g that is bound already.
+
+        Args:
+            function: g, as `bind` returns it.
+            inputs: x, shape (B, *).
+            estimator: in place of the block's own.
+        """
         with full_precision(inputs.device):
             inputs = like_weights(inputs, self.net)
-            residual, logabsdet = self.estimator(function, inputs)
+            residual, logabsdet = (estimator or self.estimator)(function, inputs)
             return inputs + residual, logabsdet
 
     def inverse_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:

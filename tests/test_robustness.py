@@ -1,0 +1,234 @@
+"""Claims that are wrong, modules changed from outside, precisions that nobody asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from nflows_iresnet import ResidualFlow, logdet, nn, transforms
+from nflows_iresnet.linearization import OpaqueFunction, ResidualFunction
+from nflows_iresnet.solvers import (
+    Accelerator,
+    Anderson,
+    FixedPointIteration,
+    FixedPointNotConverged,
+    Progress,
+    Solver,
+)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), FixedPointIteration()])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: 2 * x + 1,
+        lambda x: x.square() + 1,
+        lambda x: x.exp(),
+        lambda x: torch.where(x < 1.5, x + 1, x * torch.inf),
+    ],
+    ids=["expanding", "square", "exp", "overflowing"],
+)
+def test_a_false_bound_does_not_make_a_solution(
+    solver: Solver, fn: Callable[[Tensor], Tensor]
+) -> None:
+    """The rounding that is allowed is that of the point returned, not of where it escaped to."""
+    try:
+        solution = solver(fn, torch.ones(1, 1), 0.97)
+    except FixedPointNotConverged:
+        return
+    torch.testing.assert_close(fn(solution.value), solution.value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_recomputing_uses_the_estimator_of_the_forward_pass(recompute: bool, inside: bool) -> None:
+    short = logdet.PowerSeries(num_terms=1, exact_trace=False)
+    long = logdet.PowerSeries(num_terms=20, exact_trace=False)
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    flow = ResidualFlow(4, 16, 2, recompute=recompute, estimator=short)
+    expected = ResidualFlow(4, 16, 2, estimator=long)
+    flow.log_prob(inputs)
+    expected.load_state_dict(flow.state_dict())
+    torch.manual_seed(2)
+    with transforms.using(flow, estimator=long):
+        loss = flow.log_prob(inputs).mean()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    torch.manual_seed(2)
+    expected.log_prob(inputs).mean().backward()
+    for left, right in zip(flow.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad)
+
+
+def test_recomputing_leaves_stateful_norms_alone() -> None:
+    """Power iteration advances once per step, wherever its block is."""
+    inputs, results = torch.randn(8, 4), []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        norm = nn.PowerIteration(num_initial_steps=1)
+        blocks = [transforms.ResidualTransform(nn.LipschitzMLP(4, [16], norm=norm)) for _ in "ab"]
+        blocks[0].register_forward_hook(lambda *_: None)
+        nested = transforms.CompositeTransform(blocks)
+        composite = transforms.CompositeTransform([nested, *blocks], recompute=recompute)
+        composite(inputs)[0].square().sum().backward()
+        buffers = list(composite.buffers())
+        results.append([*buffers, *[each.grad for each in composite.parameters()]])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_precision_set_per_backend_is_taken_for_a_short_one() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert nn.SchattenNorm()._dtype(torch.zeros(64, 64)) == torch.float64
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_the_certificate_holds_inside_autocast() -> None:
+    """bfloat16 products would make a norm of rank-one weights too small."""
+    torch.manual_seed(0)
+    for _ in range(20):
+        net = nn.LipschitzMLP(17, [17])
+        with torch.no_grad():
+            for layer in net.layers:
+                rank_one = torch.outer(torch.randn(17), torch.randn(17))
+                layer.weight.copy_(5 * rank_one)  # type: ignore[operator]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net.lipschitz_bound() <= 0.97
+
+
+class FastSine(nn.Sine):
+    """Another slope, and the curvature of the sine that it inherits."""
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return (2 * inputs).sin() / 2, (2 * inputs).cos()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.value_and_slope(inputs)[0]
+
+
+class LearnedSine(nn.Sine):
+    """A parameter, which no hand-written derivative knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = torch.nn.Parameter(torch.zeros(()))
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return (inputs + self.phase).sin(), (inputs + self.phase).cos()
+
+    def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
+        return -value
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.value_and_slope(inputs)[0]
+
+
+@pytest.mark.parametrize(
+    "activation", [FastSine(), LearnedSine(), nn.Mixed(FastSine(), nn.SmoothAbs())]
+)
+def test_activations_of_ones_own_have_their_own_derivatives(activation: nn.Activation) -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [6, 6], activation=activation).double()
+    block = transforms.ResidualTransform(net, estimator=logdet.Exact())
+    inputs = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(block, (inputs,))
+    block(inputs)[1].sum().backward()
+    phases = [value for name, value in net.named_parameters() if "phase" in name]
+    assert all(phase.grad is not None and phase.grad != 0 for phase in phases)
+
+
+def test_one_context_for_all_rows() -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [6, 5], 3).double()
+    block = transforms.ResidualTransform(net)
+    inputs = torch.randn(400, 2).double() * torch.logspace(-6, 6, 400).double()[:, None]
+    context = torch.randn(1, 3).double()
+    outputs, _ = block(inputs, context)
+    torch.testing.assert_close(block.inverse(outputs, context)[0], inputs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("features", [2, 8])
+def test_batched_gradients(features: int) -> None:
+    torch.manual_seed(0)
+    flow = ResidualFlow(features, 8, 2, estimator=logdet.Exact()).double()
+    inputs = torch.randn(4, features).double()
+    flow.log_prob(inputs)
+    both = [
+        torch.autograd.functional.jacobian(flow.log_prob, inputs, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    torch.testing.assert_close(both[0], both[1])
+
+
+class Halved(transforms.ResidualTransform):
+    """Overrides what it is bound to."""
+
+    def bind(self, context: Tensor | None = None) -> ResidualFunction:
+        function = super().bind(context)
+        halved = OpaqueFunction(lambda inputs: 0.5 * function(inputs))
+        halved.lipschitz = 0.5
+        return halved
+
+
+def test_a_composite_respects_overrides_of_classes_and_of_instances() -> None:
+    torch.manual_seed(0)
+    halved = Halved(nn.LipschitzMLP(2, [8]))
+    inputs = torch.randn(4, 2)
+    composite = transforms.CompositeTransform([halved])
+    torch.testing.assert_close(composite(inputs)[0], halved(inputs)[0])
+    wrapped = transforms.ResidualTransform(nn.LipschitzMLP(2, [8]))
+    setattr(wrapped, "forward", lambda inputs, context=None: (inputs, inputs.sum(1)))  # noqa: B010
+    torch.testing.assert_close(transforms.CompositeTransform([wrapped])(inputs)[0], inputs)
+
+
+@dataclass
+class Remembering(Accelerator):
+    """Keeps a tensor per row, and does not know that rows can be left out."""
+
+    before: list[Tensor] = field(default_factory=list)
+
+    def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
+        self.before.append(image)
+        return image + 0 * self.before[0]
+
+
+@dataclass(frozen=True)
+class RememberingSolver(Solver):
+    """A solver of a user."""
+
+    def start(self, init: Tensor) -> Accelerator:
+        return Remembering()
+
+
+def test_accelerators_that_cannot_select_keep_all_rows() -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [8]).double()
+    block = transforms.ResidualTransform(net, solver=RememberingSolver())
+    inputs = torch.randn(1000, 2).double() * torch.logspace(-3, 4, 1000).double()[:, None]
+    outputs, _ = block(inputs)
+    torch.testing.assert_close(block.inverse(outputs)[0], inputs, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    net = nn.LipschitzMLP(2, [8])
+    with torch.no_grad():
+        net.layers[0].weight.fill_(torch.nan)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="training has diverged"):
+        net(torch.zeros(3, 2))
+
+
+def test_act_norm_starts_right_far_from_zero() -> None:
+    """Time stamps in seconds: squares of 1e9 leave nothing of a variance of one."""
+    torch.manual_seed(0)
+    inputs = 1.6e9 + torch.randn(2000, 2, dtype=torch.float64)
+    outputs, _ = transforms.ActNorm(2).double()(inputs)
+    torch.testing.assert_close(outputs.std(0), torch.ones(2).double(), rtol=0.01, atol=0)
