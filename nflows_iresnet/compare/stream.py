@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from nflows_iresnet.datasets import Dataset
+
 Prepare = Callable[[Tensor, Generator], Tensor]
 _OTHER_SEED = 2**32
 """Added to the seed of the shuffles, for the noise."""
@@ -63,3 +65,27 @@ class Batches(Iterator[Tensor]):
         self._start_epoch()
         self._position = state["position"]
         self._noise.set_state(state["noise"])
+
+
+def training_batches(
+    data: Dataset, batch_size: int, seed: int, device: str | torch.device = "cpu"
+) -> Batches:
+    """Return batches of the training rows; quantised rows get fresh noise in each.
+
+    Args:
+        data: the data set.
+        batch_size: rows per batch.
+        seed: of order and noise.
+        device: where the rows are.
+    """
+    train, levels = data.train.to(device), data.levels
+    if levels is None:
+        return Batches(train, batch_size, seed)
+    location, scale = data.location.to(device), data.scale.to(device)
+    rows = ((train * scale + location) * levels).floor()
+
+    def with_noise(batch: Tensor, generator: Generator) -> Tensor:
+        noise = torch.rand(batch.shape, generator=generator).to(batch)
+        return (((batch + noise) / levels - location) / scale).to(train.dtype)
+
+    return Batches(rows, batch_size, seed, with_noise)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from nflows_iresnet import datasets
 from nflows_iresnet.compare.adapters import DensityModel
@@ -143,17 +142,7 @@ class RowTask(Task):
 
     def stream(self, config: RunConfig, seed: int) -> Batches:
         """Return the training batches; quantised rows get fresh noise in each."""
-        data, device, levels = self.data, config.device, self.data.levels
-        if levels is None:
-            return Batches(data.train.to(device), config.batch_size, seed)
-        location, scale = data.location.to(device), data.scale.to(device)
-        rows = ((data.train.to(device) * scale + location) * levels).floor()
-
-        def with_noise(batch: Tensor, generator: Generator) -> Tensor:
-            noise = torch.rand(batch.shape, generator=generator).to(batch)
-            return (((batch + noise) / levels - location) / scale).to(data.train.dtype)
-
-        return Batches(rows, config.batch_size, seed, with_noise)
+        return training_batches(self.data, config.batch_size, seed, config.device)
 
     def validate(self, model: DensityModel, config: RunConfig) -> float:
         """Return the exact NLL of the first validation rows."""

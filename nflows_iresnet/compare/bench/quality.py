@@ -25,7 +25,7 @@ from nflows_iresnet.compare.bench.items import (
 )
 from nflows_iresnet.compare.bench.steps import training_step
 from nflows_iresnet.compare.evaluation import exact_nll
-from nflows_iresnet.compare.stream import Batches
+from nflows_iresnet.compare.stream import training_batches
 from nflows_iresnet.compare.training import seed_everything
 
 NLL = Figure("nll", "best test\nNLL", ".3f", baseline=None)
@@ -87,23 +87,24 @@ def checkpoints(budget: float) -> list[float]:
     return [budget * 2 ** (-k / 2) for k in reversed(range(_CHECKPOINTS))]
 
 
-def _trainee(name: str, train: Tensor, size: Size, seed: int, learning_rate: float) -> Trainee:
+def _trainee(
+    name: str, dataset: datasets.Dataset, size: Size, seed: int, settings: Settings
+) -> Trainee:
     seed_everything(seed)
     model = CONTESTANTS[name].build(size)
     assert isinstance(model, DensityModel)
-    model.to(train.device)
-    return Trainee(name, model, training_step(model, Batches(train, BATCH, seed), learning_rate))
+    model.to(settings.device)
+    stream = training_batches(dataset, BATCH, seed, settings.device)
+    return Trainee(name, model, training_step(model, stream, settings.learning_rate))
 
 
 def train_side_by_side(case: Case, settings: Settings, clock: Clock) -> tuple[Cell, ...]:
     """Train the contestants in turns, from one checkpoint to the next."""
     seed = int(case.parameters["seed"])
     dataset = datasets.load(case.label.split()[0], seed=seed)
-    train, test = (rows.to(settings.device) for rows in (dataset.train, dataset.test[:TEST_ROWS]))
+    test = dataset.test[:TEST_ROWS].to(settings.device)
     size = Size(dataset.features, HIDDEN[dataset.name], BLOCKS, bare=False)
-    trainees = [
-        _trainee(name, train, size, seed, settings.learning_rate) for name in (OURS, BASELINE)
-    ]
+    trainees = [_trainee(name, dataset, size, seed, settings) for name in (OURS, BASELINE)]
     for seconds in checkpoints(_budget(settings)):
         for trainee in trainees:
             trainee.train_until(seconds, clock, on_cpu_time=settings.trusts_cpu_time)
