@@ -20,7 +20,7 @@ from nflows_iresnet.compare.evaluation import (
 from nflows_iresnet.compare.frame import Frame
 from nflows_iresnet.compare.models import Architecture
 from nflows_iresnet.compare.results import DatasetSummary
-from nflows_iresnet.compare.stream import Batches
+from nflows_iresnet.compare.stream import Batches, training_batches
 from nflows_iresnet.datasets import Dataset
 
 NUM_PICTURE_ROWS = 4_000
