@@ -226,12 +226,19 @@ def bind_all(
 
 
 def _binds_together(net: object) -> bool:
-    """Whether the class has a `bind_all` that knows of its `bind`: neither was replaced alone."""
-    owners = {
-        next((kind for kind in type(net).__mro__ if name in vars(kind)), None)
-        for name in ("bind", "bind_all")
-    }
-    return len(owners) == 1 and None not in owners and "bind" not in vars(net)
+    """Whether the class has a `bind_all` that knows of its `bind`."""
+    return defined_together(type(net), "bind", "bind_all") and "bind" not in vars(net)
+
+
+def defined_together(kind: type, *names: str) -> bool:
+    """Whether one class defines all these attributes, so that none of them was replaced alone.
+
+    Args:
+        kind: the class that has or inherits them.
+        names: of the attributes.
+    """
+    owners = {next((each for each in kind.__mro__ if name in vars(each)), None) for name in names}
+    return len(owners) == 1 and None not in owners
 
 
 def linearize(

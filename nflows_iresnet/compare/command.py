@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,7 +25,7 @@ from nflows_iresnet.compare.files import write_atomically
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.models import MODELS, ModelSpec
 from nflows_iresnet.compare.presets import Preset
-from nflows_iresnet.compare.results import DatasetSummary, Folder, Record, Result
+from nflows_iresnet.compare.results import DatasetSummary, Folder, Record, Result, flags
 
 if TYPE_CHECKING:
     from nflows_iresnet.compare.progress import LiveProgress
@@ -126,11 +126,8 @@ def open_session(parsed: argparse.Namespace) -> Session:
     folder = Folder(Path(parsed.out or f"results/{preset.command}-{datetime.now():%Y%m%d-%H%M%S}"))
     if parsed.resume:
         record = _resumed(folder, record)
-    elif folder.results.exists():
-        raise ValueError(
-            f"{str(folder.path)!r} already holds results: add --resume to go on with them, "
-            "or choose another --out"
-        )
+    else:
+        folder.refuse_results()
     session = Session(config, runs, folder, record, parsed.quiet, 60.0 * parsed.checkpoint_minutes)
     keepers = [session.keeper(item) for item in session.pending]
     if parsed.resume:
@@ -158,29 +155,12 @@ def _fresh_record(config: RunConfig, runs: list[runner.Run], preset: Preset) -> 
 
 def _resumed(folder: Folder, now: Record) -> Record:
     then = folder.load_record()
-    _check_same(folder, {"the command": then.command}, {"the command": now.command})
-    _check_same(folder, _flags(then), _flags(now))
-    _check_same(folder, then.environment["versions"], now.environment["versions"])
+    folder.check_same({"the command": then.command}, {"the command": now.command})
+    folder.check_same(flags(then.arguments), flags(now.arguments))
+    folder.check_same(then.environment["versions"], now.environment["versions"])
     if then.datasets != now.datasets:
         raise ValueError(f"cannot resume {str(folder.path)!r}: the data have changed since")
     return then
-
-
-def _flags(record: Record) -> dict[str, Any]:
-    return {f"--{name.replace('_', '-')}": value for name, value in record.arguments.items()}
-
-
-def _check_same(folder: Folder, then: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in {**then, **now}:
-        if then.get(name) != now.get(name):
-            raise ValueError(
-                f"cannot resume {str(folder.path)!r}: {name} was {_shown(then.get(name))} "
-                f"there and is {_shown(now.get(name))} now; use the same, or another --out"
-            )
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _work(session: Session) -> None:

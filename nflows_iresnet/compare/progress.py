@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,11 +17,41 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+Bar = TypeVar("Bar", bound="TerminalBar")
 _RESOLUTION = 0.02
 """Updates are this fraction of a run apart, so that the time left is estimated over many runs."""
 
 
-class LiveProgress:
+class TerminalBar:
+    """A bar that is shown on a terminal for the duration of a block."""
+
+    _console: Console
+    _bar: Progress
+
+    def __enter__(self: Bar) -> Bar:
+        """Show the bar."""
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the bar away, so that something else can be printed."""
+        self._bar.stop()
+        yield
+        self.__enter__()
+
+
+class LiveProgress(TerminalBar):
     """A bar over all runs; without a terminal, one line per finished run."""
 
     def __init__(self, total: int, done: int, *, quiet: bool) -> None:
@@ -42,28 +73,6 @@ class LiveProgress:
             speed_estimate_period=600.0,
         )
         self._task = self._bar.add_task("preparing", total=total, completed=done, loss="-")
-
-    def __enter__(self) -> LiveProgress:
-        """Show the bar."""
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Remove the bar."""
-        self._bar.stop()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Take the bar away, so that something else can be printed."""
-        self._bar.stop()
-        yield
-        self.__enter__()
 
     def begin(self, label: str, describe: Callable[[float], str] | None = None) -> None:
         """Show what is under way, and how its loss in nats is to be described."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from nflows_iresnet.compare.files import write_atomically as write_atomically
 from nflows_iresnet.compare.training import CurvePoint, TrainingLog
 
 FORMAT = 1
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,22 @@ class Record:
         Raises:
             ValueError: not a record of this format.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise ValueError(f"not results of format {FORMAT}")
+        data = parse(text, FORMAT)
         data["datasets"] = tuple(DatasetSummary.from_json(item) for item in data["datasets"])
         data["results"] = tuple(Result.from_json(item) for item in data["results"])
         return cls(**data)
+
+
+def parse(text: str, version: int | str) -> dict[str, Any]:
+    """Return the content of a file of results without its format.
+
+    Raises:
+        ValueError: not results of this format.
+    """
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.pop("format", None) != version:
+        raise ValueError(f"not results of format {version}")
+    return data
 
 
 def finite(value: object) -> object:
@@ -195,18 +207,54 @@ class Folder:
                 "choose another one with --out"
             ) from error
 
+    def refuse_results(self) -> None:
+        """Make sure that no results are overwritten.
+
+        Raises:
+            ValueError: the folder holds some.
+        """
+        if self.results.exists():
+            raise ValueError(
+                f"{str(self.path)!r} already holds results: add --resume to go on with them, "
+                "or choose another --out"
+            )
+
+    def check_same(self, then: dict[str, Any], now: dict[str, Any]) -> None:
+        """Make sure that a run goes on as it began.
+
+        Args:
+            then: choices by name, as the folder has them.
+            now: as they are asked for.
+
+        Raises:
+            ValueError: one differs; the message names it.
+        """
+        for name in {**then, **now}:
+            if then.get(name) != now.get(name):
+                raise ValueError(
+                    f"cannot resume {str(self.path)!r}: {name} was {_shown(then.get(name))} "
+                    f"there and is {_shown(now.get(name))} now; use the same, or another --out"
+                )
+
     def save_record(self, record: Record) -> None:
         """Write results.json."""
         write_atomically(self.results, record.as_json().encode())
 
     def load_record(self) -> Record:
+        """Read results.json; see `load`."""
+        return self.load(Record.from_json)
+
+    def load(self, from_json: Callable[[str], Loaded]) -> Loaded:
         """Read results.json.
+
+        Args:
+            from_json: rebuilds the record that it holds.
 
         Raises:
             ValueError: it is not there or not readable.
         """
         try:
-            return Record.from_json(self.results.read_text())
+            return from_json(self.results.read_text())
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"cannot resume from {str(self.results)!r}: {error}; start anew without --resume"
@@ -235,3 +283,12 @@ class Folder:
 
     def _arrays(self, key: tuple[str | int, ...]) -> Path:
         return self.path / "runs" / ("--".join(slug(str(part)) for part in key) + ".npz")
+
+
+def flags(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments by the names that they have on the command line."""
+    return {f"--{name.replace('_', '-')}": value for name, value in arguments.items()}
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

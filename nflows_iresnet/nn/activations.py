@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nflows_iresnet.linearization import defined_together
+
 
 class Activation(nn.Module, ABC):
     """A unit-wise activation: values and slopes. Units lie along the last dimension.
@@ -57,11 +59,8 @@ def knows_curvature(activation: nn.Module) -> bool:
     """
     if not isinstance(activation, Activation) or not activation.has_curvature:
         return False
-    owners = {
-        next(kind for kind in type(activation).__mro__ if name in vars(kind))
-        for name in ("value_and_slope", "curvature")
-    }
-    return len(owners) == 1 and next(activation.parameters(), None) is None
+    is_its_own = defined_together(type(activation), "value_and_slope", "curvature")
+    return is_its_own and next(activation.parameters(), None) is None
 
 
 class SmoothAbs(Activation):

@@ -132,9 +132,8 @@ def _work(session: Session) -> None:
         for name, item in session.record.items.items():
             for case in session.cases[name]:
                 _measure(session, name, case, progress)
-            progress.hide()
-            _show(session, name, item)
-            progress.show()
+            with progress.paused():
+                _show(session, name, item)
     _close(session)
 
 

@@ -15,7 +15,6 @@ from torch.nn.parameter import Parameter
 
 from nflows_iresnet import logdet
 from nflows_iresnet.compare.adapters import NormflowsResidualModel, ResidualModel
-from nflows_iresnet.compare.bench.functions import values_of
 from nflows_iresnet.compare.bench.items import BASELINE, FLOOR, OURS
 from nflows_iresnet.compare.models import MODELS, Architecture
 from nflows_iresnet.flows import ResidualFlow
@@ -139,7 +138,7 @@ def _plain_branch(size: Size) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index, layer in enumerate(net.layers):
         assert isinstance(layer, nn.Linear)
-        layers += [values_of(copy.deepcopy(net.activations[index - 1]))] if index else []
+        layers += [copy.deepcopy(net.activations[index - 1])] if index else []
         layers.append(nn.Linear(layer.in_features, layer.out_features))
     return nn.Sequential(*layers)
 

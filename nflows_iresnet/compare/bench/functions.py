@@ -11,36 +11,7 @@ from torch.nn import functional as F
 
 from nflows_iresnet.linearization import Linearization, ResidualFunction, bind
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
-from nflows_iresnet.nn import LipschitzMLP, Mixed, Sine, SmoothAbs
-
-
-class _Values(nn.Module):
-    """The values of an activation of this library, without its slopes."""
-
-    def __init__(self, activation: nn.Module) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return _values(self.activation, inputs)
-
-
-def _values(activation: nn.Module, inputs: Tensor) -> Tensor:
-    if isinstance(activation, Sine):
-        return inputs.sin()
-    if isinstance(activation, SmoothAbs):
-        return torch.hypot(inputs, inputs.new_ones(())) - 1
-    if isinstance(activation, Mixed):
-        half = inputs.shape[-1] // 2
-        first = _values(activation.first, inputs[..., :half])
-        return torch.cat([first, _values(activation.second, inputs[..., half:])], dim=-1)
-    values: Tensor = activation(inputs)
-    return values
-
-
-def values_of(activation: nn.Module) -> nn.Module:
-    """Return an activation that spends nothing on slopes that a contestant does not use."""
-    return _Values(activation)
+from nflows_iresnet.nn import LipschitzMLP
 
 
 class FrozenNet(nn.Module):
@@ -59,7 +30,7 @@ class FrozenNet(nn.Module):
             self._function = net.bind()
         self.weights = _frozen(self._function.weights)
         self.shifts = _frozen(self._function.shifts)
-        self.activations = nn.ModuleList(values_of(each) for each in net.activations)
+        self.activations = nn.ModuleList(net.activations)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return g(inputs), (B, d) -> (B, d)."""

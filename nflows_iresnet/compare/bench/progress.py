@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nflows_iresnet.compare.progress import TerminalBar
 
-class CaseProgress:
+
+class CaseProgress(TerminalBar):
     """A bar over all cases. It has no thread of its own, which would be timed with the work."""
 
     def __init__(self, total: int, *, quiet: bool) -> None:
@@ -25,21 +26,6 @@ class CaseProgress:
             auto_refresh=False,
         )
         self._task = self._bar.add_task("preparing", total=total)
-
-    def __enter__(self) -> CaseProgress:
-        """Show the bar."""
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Remove the bar."""
-        self._bar.stop()
 
     def begin(self, label: str) -> None:
         """Show which case is under way; without a terminal, print it."""
@@ -57,11 +43,3 @@ class CaseProgress:
         self.begin(label)
         yield
         self.finish()
-
-    def hide(self) -> None:
-        """Take the bar away until the next `begin`, so that something else can be printed."""
-        self._bar.stop()
-
-    def show(self) -> None:
-        """Bring the bar back."""
-        self.__enter__()

@@ -18,7 +18,7 @@ from nflows_iresnet.compare.checkpoints import Keeper
 from nflows_iresnet.compare.config import UsageError, resolve_device
 from nflows_iresnet.compare.environment import check_extra, describe_environment
 from nflows_iresnet.compare.files import write_atomically
-from nflows_iresnet.compare.results import Folder
+from nflows_iresnet.compare.results import Folder, flags
 from nflows_iresnet.compare.table1.models import Contestant, contestants
 from nflows_iresnet.compare.table1.record import DataSummary, Outcome, Record
 from nflows_iresnet.compare.table1.settings import DEFAULT_COEFFS, QUICK, Settings
@@ -143,11 +143,8 @@ class _Session:
         self.record = self._fresh()
         if parsed.resume:
             self.record = _resumed(self.folder, self.record)
-        elif self.folder.results.exists():
-            raise ValueError(
-                f"{str(self.folder.path)!r} already holds results: add --resume to go on with "
-                "them, or choose another --out"
-            )
+        else:
+            self.folder.refuse_results()
         _check_sizes(self.contestants, self.data[0], self.settings)
         self.folder.create()
 
@@ -238,19 +235,8 @@ def _summarise(data: list[ImageDataset]) -> DataSummary:
 
 
 def _resumed(folder: Folder, now: Record) -> Record:
-    try:
-        then = Record.from_json(folder.results.read_text())
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"cannot resume from {str(folder.results)!r}: {error}; start anew without --resume"
-        ) from error
-    for name, value in now.arguments.items():
-        if then.arguments.get(name) != value:
-            raise ValueError(
-                f"cannot resume {str(folder.path)!r}: --{name.replace('_', '-')} was "
-                f"{then.arguments.get(name)} there and is {value} now; use the same, or another "
-                "--out"
-            )
+    then = folder.load(Record.from_json)
+    folder.check_same(flags(then.arguments), flags(now.arguments))
     return then
 
 

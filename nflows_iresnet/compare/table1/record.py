@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nflows_iresnet.compare.results import finite
+from nflows_iresnet.compare.results import finite, parse
 from nflows_iresnet.compare.table1.inversion import Inversion
 
 FORMAT = "table1-1"
@@ -169,9 +169,7 @@ class Record:
         Raises:
             ValueError: not a record of this format.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise ValueError(f"not results of format {FORMAT}")
+        data = parse(text, FORMAT)
         data.pop("table")
         data["data"]["shape"] = tuple(data["data"]["shape"])
         data["data"] = DataSummary(**data["data"])
