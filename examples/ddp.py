@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+import torch.distributed.nn  # before there is a process group: see `main`
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,6 +54,13 @@ def largest_difference_between_replicas(module: nn.Module) -> float:
 
 
 def main() -> None:
+    """Train, compare the replicas, and leave no thread behind.
+
+    `torch.distributed.nn` takes the process group of the moment of its import for its default
+    arguments. DistributedDataParallel imports it; were that the first time, the group and its
+    threads would outlive `destroy_process_group`, and a thread that lets go of a tensor while the
+    interpreter shuts down aborts the process.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
     steps = parser.parse_args().steps

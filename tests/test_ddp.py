@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.nn  # before there is a process group, as examples/ddp.py explains
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
@@ -61,6 +62,13 @@ def worker(rank: int, folder: str) -> None:
         step(DistributedDataParallel(build()), rows[half], context[half]), f"{folder}/{rank}.pt"
     )
     distributed.destroy_process_group()
+    assert not threads_of_the_group()
+
+
+def threads_of_the_group() -> list[str]:
+    """Those that still run could abort the process at its end; empty off Linux."""
+    names = [each.read_text() for each in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
 
 
 @pytest.mark.slow
