@@ -153,15 +153,19 @@ class _LogAbsDet2(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        ctx.save_for_backward(matrix)
-        return _small_determinant(matrix).abs().log()
+        determinant = _small_determinant(matrix)
+        ctx.save_for_backward(matrix, determinant)
+        return determinant.abs().log()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-        (matrix,) = ctx.saved_tensors
-        a, b, c, d = matrix.reshape(*matrix.shape[:-2], 4).unbind(-1)
-        adjugate = torch.stack([d, -c, -b, a], dim=-1).reshape(matrix.shape)
-        return (cotangent / (a * d - b * c))[..., None, None] * adjugate
+        matrix, determinant = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            determinant = _small_determinant(matrix)
+        plus = cotangent / determinant
+        minus = -plus
+        signed = torch.stack([plus, minus, minus, plus], dim=-1).reshape(matrix.shape)
+        return signed * matrix.flip(-2, -1)
 
 
 def _small_determinant(matrix: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class SmoothAbs(Activation):
 
     @staticmethod
     def _root(inputs: Tensor) -> Tensor:
-        return torch.hypot(inputs, torch.ones((), dtype=inputs.dtype, device=inputs.device))
+        return torch.hypot(inputs, inputs.new_ones(()))
 
 
 class Sine(Activation):
@@ -141,15 +141,15 @@ class Mixed(Activation):
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values and slopes of both halves, side by side."""
-        half = inputs.shape[-1] // 2
-        value, slope = self.first.value_and_slope(inputs[..., :half])
-        other_value, other_slope = self.second.value_and_slope(inputs[..., half:])
+        first, second = _halves(inputs)
+        value, slope = self.first.value_and_slope(first)
+        other_value, other_slope = self.second.value_and_slope(second)
         return torch.cat([value, other_value], dim=-1), torch.cat([slope, other_slope], dim=-1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the values of both halves, side by side."""
-        half = inputs.shape[-1] // 2
-        return torch.cat([self.first(inputs[..., :half]), self.second(inputs[..., half:])], dim=-1)
+        first, second = _halves(inputs)
+        return torch.cat([self.first(first), self.second(second)], dim=-1)
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return the curvatures of both halves, side by side."""
@@ -157,6 +157,12 @@ class Mixed(Activation):
         first = self.first.curvature(value[..., :half], slope[..., :half])
         second = self.second.curvature(value[..., half:], slope[..., half:])
         return torch.cat([first, second], dim=-1)
+
+
+def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the units in two; copies, because functions of strided memory cost more than that."""
+    half = values.shape[-1] // 2
+    return values[..., :half].contiguous(), values[..., half:].contiguous()
 
 
 class Tanh(Activation):

@@ -175,7 +175,7 @@ class _Pullback:
                 stretches.append(self._of_stretch(index - 1, stacked[0], bend))
                 bend = bend / self.net.stretches[index - 1]
             stacked = stacked * self.kept.slopes[index - 1]
-            stacked = torch.cat([stacked[:1] + bend, stacked[1:]])
+            stacked[0] += bend
         of_units, of_tangents = stacked[0], stacked[1:]
         weights.append(self._of_first_weight(of_units, of_tangents) if is_needed[2] else None)
         shifts.append(self._of_shift(0, of_units))
@@ -186,10 +186,12 @@ class _Pullback:
 
     def _stacked(self, of_value: Tensor | None, of_outputs: Tensor | None) -> Tensor:
         count = self.inputs.shape[1] if self.tangents is None else len(self.tangents)
-        stacked = self.inputs.new_zeros(1 + count, len(self.inputs), len(self.net.weights[-1]))
-        parts = [stacked[:1] if of_value is None else of_value[None]]
-        parts.append(stacked[1:] if of_outputs is None else of_outputs)
-        return torch.cat(parts)
+        rows, outputs = len(self.inputs), len(self.net.weights[-1])
+        if of_value is None:
+            of_value = self.inputs.new_zeros(rows, outputs)
+        if of_outputs is None:
+            of_outputs = self.inputs.new_zeros(count, rows, outputs)
+        return torch.cat([of_value[None], of_outputs])
 
     def _of_shift(self, index: int, of_units: Tensor) -> Tensor:
         return of_units.sum(0) if self.net.shifts[index].dim() == 1 else of_units
