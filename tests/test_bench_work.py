@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nflows_iresnet.compare.bench import accuracy, implicit, problems, quality, steps
+from nflows_iresnet.compare.bench import accuracy, imagesteps, implicit, problems, quality, steps
 from nflows_iresnet.compare.bench.contestants import CONTESTANTS, PlainNet, Size, contestants_for
 from nflows_iresnet.compare.bench.functions import Counted, FrozenNet, SlowestMap
 from nflows_iresnet.compare.bench.items import (
@@ -173,3 +173,27 @@ def test_seconds_to_a_likelihood() -> None:
     assert trainee.seconds_to(2.0) is None
     trainee.curve.insert(0, (0.5, math.nan))
     assert trainee.best == 3.0
+
+
+@pytest.mark.parametrize("name", imagesteps.BUILDERS)
+def test_every_contestant_takes_steps_on_images(name: str) -> None:
+    size = imagesteps.ImageSize(channels=2, pixels=4, hidden=4)
+    model = imagesteps.BUILDERS[name](size)
+    rows = torch.randn(3, *size.shape)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step = steps.training_step(model, iter([rows, rows]), learning_rate=0.1)
+    step()
+    step()
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert any(changed)
+    assert model.log_prob(rows).shape == (3,)
+
+
+def test_kernels_of_all_image_contestants_have_the_same_shapes() -> None:
+    size = imagesteps.ImageSize(channels=2, pixels=4, hidden=4)
+    shapes = {
+        name: sorted(p.shape for p in build(size).parameters() if p.dim() == 4)
+        for name, build in imagesteps.BUILDERS.items()
+    }
+    assert shapes[OURS] == shapes[BASELINE] == shapes[FLOOR]
+    assert len(shapes[OURS]) == 6

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nflows_iresnet import nn
 from nflows_iresnet.linearization import AutogradLinearization
@@ -177,3 +178,52 @@ def test_activations_that_mix_channels_sort_channels() -> None:
     pairs = [torch.maximum(units[:, :3], units[:, 3:]), torch.minimum(units[:, :3], units[:, 3:])]
     expected = convolve(torch.cat(pairs, dim=1), last, "zeros", bias_of(net, 1))
     torch.testing.assert_close(net(inputs), expected)
+
+
+# --- convolutions as products of matrices ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel"),
+    [(5, 3, (1, 1)), (9, 1, (3, 3)), (32, 2, (3, 5)), (18, 2, (3, 3)), (4, 4, (1, 1))],
+)
+def test_products_of_matrices_are_the_convolution(
+    channels: int, outputs: int, kernel: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, channels, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(outputs, channels, *kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(outputs, dtype=torch.float64, requires_grad=True)
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return convolve(tensors[0], tensors[1], "zeros", tensors[2])
+
+    found, leaves = ours(inputs, weight, bias), (inputs, weight, bias)
+    assert not uses_convolution(found)
+    expected = F.conv2d(inputs, weight, bias, padding=(kernel[0] // 2, kernel[1] // 2))
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    pairs = zip(
+        torch.autograd.grad(found, leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        strict=True,
+    )
+    for gradient, slow in pairs:
+        torch.testing.assert_close(gradient, slow)
+    assert torch.autograd.gradgradcheck(ours, leaves, fast_mode=True)
+
+
+def uses_convolution(outputs: Tensor) -> bool:
+    nodes, found = [outputs.grad_fn], False
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            found = found or "Convolution" in node.name()
+            nodes += [each for each, _ in node.next_functions]
+    return found
+
+
+def test_no_image_and_wide_kernels_take_the_convolution() -> None:
+    empty = convolve(torch.zeros(0, 9, 4, 4), torch.zeros(1, 9, 3, 3), "zeros")
+    assert empty.shape == (0, 1, 4, 4)
+    assert convolve(torch.zeros(0, 3, 4, 4), torch.zeros(2, 3, 1, 1), "zeros").shape == (0, 2, 4, 4)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from nflows_iresnet.linearization import is_traced
 
 PaddingMode = Literal["zeros", "circular"]
 
@@ -42,10 +45,41 @@ def padded(inputs: Tensor, weight: Tensor, padding_mode: PaddingMode) -> Tensor:
 def convolve(
     inputs: Tensor, weight: Tensor, padding_mode: PaddingMode, bias: Tensor | None = None
 ) -> Tensor:
-    """Return the convolution of images (B, in, H, W) with an odd kernel: (B, out, H, W)."""
+    """Return the convolution of images (B, in, H, W) with an odd kernel: (B, out, H, W).
+
+    On the CPU 1 x 1 kernels, and kernels that end in few channels, are products of matrices, which
+    take a third to two thirds of the time of torch's convolution there, with their gradients.
+    """
+    if inputs.device.type == "cpu" and not is_traced():
+        if weight.shape[2:].numel() == 1:
+            return _with_bias(_pointwise(inputs, weight[:, :, 0, 0]), bias)
+        is_thin = weight[:, 0].numel() <= weight.shape[1]
+        if is_thin and padding_mode == "zeros":
+            return _with_bias(_scattered(inputs, weight), bias)
     if padding_mode == "zeros":
         return F.conv2d(inputs, weight, bias, padding=half_widths(weight))
     return F.conv2d(padded(inputs, weight, padding_mode), weight, bias)
+
+
+def _with_bias(outputs: Tensor, bias: Tensor | None) -> Tensor:
+    return outputs if bias is None else outputs + bias[:, None, None]
+
+
+def _pointwise(inputs: Tensor, matrix: Tensor) -> Tensor:
+    """Apply a matrix (out, in) to every pixel."""
+    pixels = torch.bmm(matrix.expand(len(inputs), -1, -1), inputs.flatten(start_dim=2))
+    return pixels.view(len(inputs), len(matrix), *inputs.shape[2:])
+
+
+def _scattered(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Convolve by what each pixel adds to its neighbours: one product, then one sum over entries.
+
+    Entry a of the kernel links output p to input p + a, so input q gives to output q - a.
+    """
+    _, in_channels, rows, columns = weight.shape
+    spread = weight.flip(2, 3).movedim(1, -1).reshape(-1, in_channels)
+    given = torch.bmm(spread.expand(len(inputs), -1, -1), inputs.flatten(start_dim=2))
+    return F.fold(given, inputs.shape[2:], (rows, columns), padding=half_widths(weight))
 
 
 def adjoint_kernel(weight: Tensor) -> Tensor:

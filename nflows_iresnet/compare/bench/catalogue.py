@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from nflows_iresnet.compare.bench import (
     accuracy,
     compiled,
+    imagesteps,
     implicit,
     inverses,
     likelihood,
@@ -21,6 +22,7 @@ ITEMS: dict[str, Item] = {
     "step-batch-2": steps.STEP_BATCH_2,
     "step-batch-64": steps.STEP_BATCH_64,
     "step-depth": steps.STEP_DEPTH,
+    "step-image": imagesteps.STEP_IMAGE,
     "step-compiled": compiled.STEP_COMPILED,
     "memory": steps.STEP_MEMORY,
     "likelihood": likelihood.EXACT_LIKELIHOOD,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -115,21 +115,29 @@ def _normflows(size: Size) -> Model:
 
 
 class PlainNet(nn.Module):
-    """x + g(x) with ordinary linear layers, scored without a log-determinant: the floor."""
+    """x + g(x) with ordinary layers, scored without a log-determinant: the floor.
 
-    def __init__(self, size: Size) -> None:
+    Args:
+        branches: the functions g, one per block.
+    """
+
+    def __init__(self, branches: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(_plain_branch(size) for _ in range(size.blocks))
+        self.branches = nn.ModuleList(branches)
 
     def log_prob(self, inputs: Tensor) -> Tensor:
-        """Return the log-density of the outputs under a standard normal, (B, d) -> (B,)."""
+        """Return the log-density of the outputs under a standard normal, (B, *) -> (B,)."""
         for branch in self.branches:
             inputs = inputs + branch(inputs)
-        constant = 0.5 * inputs.shape[1] * math.log(2 * math.pi)
-        return -0.5 * inputs.square().sum(1) - constant
+        constant = 0.5 * inputs.shape[1:].numel() * math.log(2 * math.pi)
+        return -0.5 * inputs.square().flatten(start_dim=1).sum(1) - constant
 
     def after_step(self) -> None:
         """Do nothing."""
+
+
+def _plain(size: Size) -> PlainNet:
+    return PlainNet(_plain_branch(size) for _ in range(size.blocks))
 
 
 def _plain_branch(size: Size) -> nn.Sequential:
@@ -191,7 +199,7 @@ CONTESTANTS: dict[str, Contestant] = {
         affords=lambda size, batch: size.bare and size.blocks == 1,
         package="torchflows",
     ),
-    FLOOR: Contestant("x + g(x) of the same widths, no bound and no log-determinant", PlainNet),
+    FLOOR: Contestant("x + g(x) of the same widths, no bound and no log-determinant", _plain),
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nflows_iresnet.compare.bench.clock import Work
-from nflows_iresnet.compare.bench.contestants import Contestant, Model, Size, contestants_for
+from nflows_iresnet.compare.bench.contestants import Model, Size, contestants_for
 from nflows_iresnet.compare.bench.items import (
     BASELINE,
     FLOOR,
@@ -62,6 +63,30 @@ def _memory(work: Work, device: torch.device) -> dict[str, float]:
     return {MEMORY.key: peak_megabytes(work, device)}
 
 
+def step_entrant(
+    name: str,
+    build: Callable[[], Model],
+    shape: Sequence[int],
+    settings: Settings,
+    figures: Figures = _no_figures,
+) -> Entrant:
+    """Return a contestant that takes steps on one batch of normal numbers.
+
+    Args:
+        name: of the contestant.
+        build: makes its model.
+        shape: of the batch, (B, *).
+        settings: of the benchmark.
+        figures: what is measured beside the time.
+    """
+    seed_everything(settings.seed)
+    batch = torch.randn(*shape).to(settings.device)
+    model = build()
+    model.to(settings.device)
+    step = training_step(model, itertools.repeat(batch))
+    return Entrant(name, step, lambda: figures(step, settings.device))
+
+
 def step_case(
     size: Size, batch: int, names: tuple[str, ...] = (), figures: Figures = _no_figures
 ) -> Case:
@@ -76,17 +101,9 @@ def step_case(
 
     def enter(settings: Settings) -> list[Entrant]:
         return [
-            _entrant(name, contestant, settings)
-            for name, contestant in contestants_for(size, batch, names).items()
+            step_entrant(name, partial(each.build, size), (batch, size.features), settings, figures)
+            for name, each in contestants_for(size, batch, names).items()
         ]
-
-    def _entrant(name: str, contestant: Contestant, settings: Settings) -> Entrant:
-        seed_everything(settings.seed)
-        rows = torch.randn(batch, size.features).to(settings.device)
-        model = contestant.build(size)
-        model.to(settings.device)
-        step = training_step(model, itertools.repeat(rows))
-        return Entrant(name, step, lambda: figures(step, settings.device))
 
     parameters: dict[str, float] = {
         "d": size.features,
