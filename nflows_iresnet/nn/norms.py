@@ -18,8 +18,8 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 _TINY = torch.finfo(torch.float64).tiny
-_LARGE = 2**17
-"""Matrices of more elements gain nothing from being handled together, which takes memory."""
+_LARGE = 2**15
+"""Matrices of more elements gain nothing from being handled together, and leave the caches."""
 
 NOT_FINITE = (
     "it has entries that are not finite or overflow when squared; training has diverged: lower the "
