@@ -28,7 +28,7 @@ class SchattenNorm(MatrixNorm):
     With G = W^T W, p = 2^{s+1} + 2 and P = G^{2^{s-1}} from s - 1 squarings, \|W\|_p^p =
     \|W P\|_F^2, and the gradient is (W P) P / \|W\|_p^{p-1}. Smooth where singular values cross,
     no decomposition, no wait for a GPU. At most n^{1/p} above \|W\|_2, n = min(out, in): 1.6 % for
-    64 equal singular values at s = 7, and usually far less.
+    64 equal singular values at s = 7, and usually far less. (s = 0 takes \|G\|_F and W G.)
 
     Cost: s + 2 products of size n, without a graph; G in float64, the others in float32 for float32
     weights as long as that adds at most 0.5 % (n <= 608 at s = 7), otherwise in float64.
@@ -36,7 +36,7 @@ class SchattenNorm(MatrixNorm):
     **Rounding.** The value is multiplied by 1 + e (0.6 + 4 (s + 1) / p) + v m (2 n + 128), which
     makes it an upper bound of \|W\|_2: with e = u (n + 3) (1 + sqrt(n) / 2)^2, m = max(out, in),
     u the unit roundoff of the products and v that of float64; 0.09 % for n = 256, 0.34 % for
-    n = 512 in float32. The proof needs e (4 + sqrt(n)) <= 1 only:
+    n = 512 in float32. The proof needs e (4 + sqrt(n)) <= 1, true for all n < 20000:
 
     Let |A| have the absolute values of the entries of A, norms be 2-norms, l = \|G\|. *A positive
     semidefinite Q has \| |Q| \| <= h \|Q\|, h = (1 + sqrt(n)) / 2*: for \|Q\| = 1 it is
