@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import nn
-from nflows_iresnet.nn.norms import FrobeniusNorm, PowerIteration, SchattenNorm, SpectralNorm
+from nflows_iresnet.nn.norms import FrobeniusNorm, PowerIteration, SpectralNorm
+from nflows_iresnet.nn.schatten import SchattenNorm
 from tests import theory
 
 SHAPES = [(4, 4), (7, 3), (3, 8)]

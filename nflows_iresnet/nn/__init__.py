@@ -29,9 +29,9 @@ from nflows_iresnet.nn.norms import (
     MatrixNorm,
     OperatorNorm,
     PowerIteration,
-    SchattenNorm,
     SpectralNorm,
 )
+from nflows_iresnet.nn.schatten import SchattenNorm
 
 __all__ = [
     "ELU",

@@ -108,7 +108,8 @@ class BalancedNet(nn.Module):
         shapes = tuple(layer.weight.shape for layer in layers)
         norms = tuple(layer.norm for layer in layers)
         weight = layers[0].weight
-        return shapes, norms, weight.dtype, weight.device, len(self.log_scales), self._log_budget()
+        budget = self.coeff, self._activation_constant()
+        return shapes, norms, weight.dtype, weight.device, len(self.log_scales), budget
 
     def _log_budget(self) -> float:
         """Return log of the coefficient, less what activations and rounding may use of it."""

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.bounds import spectral_norm_bound
-from nflows_iresnet.nn.norms import NOT_FINITE, MatrixNorm, OperatorNorm, SchattenNorm, State
+from nflows_iresnet.nn.norms import NOT_FINITE, MatrixNorm, OperatorNorm, State
+from nflows_iresnet.nn.schatten import SchattenNorm
 
 
 def validated_coeff(coeff: float) -> float:

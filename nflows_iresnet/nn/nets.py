@@ -10,7 +10,8 @@ from nflows_iresnet.nn.balanced import BalancedNet, default_activation, validate
 from nflows_iresnet.nn.bounds import spectral_norm_bound
 from nflows_iresnet.nn.dense import DenseFunction
 from nflows_iresnet.nn.layers import NormedLinear, validated_size
-from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm
+from nflows_iresnet.nn.norms import MatrixNorm
+from nflows_iresnet.nn.schatten import SchattenNorm
 
 
 class LipschitzMLP(BalancedNet):

@@ -9,7 +9,6 @@ All allow for the rounding of their arithmetic, and none over- or underflows for
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 _TINY = torch.finfo(torch.float64).tiny
-_LARGE = 2**17
-"""Matrices of more elements gain nothing from being handled together, which takes memory."""
+_LARGE = 2**15
+"""Matrices of more elements gain nothing from being handled together, and leave the caches."""
 
 NOT_FINITE = (
     "it has entries that are not finite or overflow when squared; training has diverged: lower the "
@@ -131,104 +130,6 @@ class SpectralNorm(MatrixNorm):
         value = torch.linalg.matrix_norm(left)
         outer = left / value.clamp_min(_TINY)[..., None, None] @ right.mT
         return value * _rounding_allowance(weight), _like(outer, weight)
-
-
-@dataclass(frozen=True)
-class SchattenNorm(MatrixNorm):
-    r"""The Schatten norm \|W\|_p = (sum_i sigma_i^p)^{1/p} >= \|W\|_2, from matrix products alone.
-
-    With G = W W^T, p = 2^{s+1} + 2 and H = G^{2^s} from s squarings, \|W\|_p^p = tr(H G), and the
-    gradient is H W / \|W\|_p^{p-1}. Smooth where singular values cross, no decomposition, no wait
-    for a GPU. At most min(out, in)^{1/p} above \|W\|_2: 1.6 % for 64 equal singular values at
-    s = 7, and usually far less.
-
-    Cost: s + 2 products of size n = min(out, in), without a graph; in float32 for float32 weights
-    of up to 256 x 256 (an allowance of at most 0.8 %), otherwise in float64.
-
-    **Rounding.** Let x be the top eigenvector of G, G x = l x, P_0 = G, P_j the computed
-    P_{j-1}^2 with an error of at most g \|P_{j-1}\|_F^2 <= g n l^{2^j} in any norm, g = n u with
-    the unit roundoff u. By Cauchy-Schwarz x^T P_j x >= (x^T P_{j-1} x)^2 - g n l^{2^j}: relative
-    errors double and g n is added, so x^T P_{s-1} x >= l^{2^{s-1}} (1 - 2^{s-1} g n). As
-    G >= l x x^T, tr(P_{s-1} G P_{s-1}) >= l (x^T P_{s-1} x)^2, and the last product adds at most
-    g n sqrt(n) to the relative error of tr(H G) = \|W\|_p^p. The p-th root divides by
-    p > 2^{s+1}, which leaves g n / 2 + g n sqrt(n) / p for the norm; G itself is off by at most
-    max(out, in) u n relatively. So the value is multiplied by 1 + u n (out + in + n sqrt(n) / p).
-
-    Args:
-        num_squarings: s.
-
-    References:
-        Delattre, Barthelemy, Araujo, Allauzen. Efficient bound of Lipschitz constant for
-        convolutional layers by Gram iteration, 2023 (the iteration; the gradient here is exact).
-    """
-
-    num_squarings: int = 7
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.num_squarings <= 20:
-            raise ValueError(f"num_squarings must be between 0 and 20, got {self.num_squarings}")
-
-    def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Return the Schatten norms of order 2^{s+1} + 2 and their gradients."""
-        dtype = self._dtype(weight)
-        size = torch.linalg.vector_norm(weight.to(dtype), math.inf, dim=(-2, -1), keepdim=True)
-        scale = size.reciprocal().clamp_max(torch.finfo(dtype).max / 2)
-        unit = _tall(weight).to(dtype) * scale
-        power, log_trace = self._power(unit.mT @ unit)
-        norm = torch.exp(log_trace / self._order)
-        gradient = unit @ power * norm[..., None, None].to(dtype)
-        value = norm / scale[..., 0, 0].double() * self._allowance(weight)
-        return torch.where(size[..., 0, 0] == 0, 0.0, value), _like(gradient, weight)
-
-    @property
-    def _order(self) -> int:
-        return 2 ** (self.num_squarings + 1) + 2
-
-    def _dtype(self, weight: Tensor) -> torch.dtype:
-        is_worth_it = min(weight.shape[-2:]) > 16 and _is_small(weight)
-        is_single = weight.dtype == torch.float32 and _products_are_single()
-        return torch.float32 if is_worth_it and is_single else torch.float64
-
-    def _allowance(self, weight: Tensor) -> float:
-        """Return the allowance of the docstring, the same for a float32 model and its double."""
-        unit_roundoff = 2.0**-24 if _is_small(weight) else 2.0**-53
-        size = min(weight.shape[-2:])
-        return 1 + unit_roundoff * size * (sum(weight.shape[-2:]) + size**1.5 / self._order)
-
-    def _power(self, gram: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return H / tr(H G) and log tr(H G).
-
-        Every two squarings (in float64: six) H is divided by its Frobenius norm, so that its
-        largest eigenvalue is between n^{-1/2} and 1 before, and at least n^{-2} (n^{-32}) after
-        them: nothing that matters is lost to underflow for any n below 10^9.
-        """
-        period = 2 if gram.dtype == torch.float32 else 6
-        power, log_scale = gram, torch.zeros_like(gram[..., 0, 0], dtype=torch.float64)
-        for index in range(self.num_squarings):
-            if index % period == 0:
-                size = torch.linalg.matrix_norm(power).clamp_min(torch.finfo(power.dtype).tiny)
-                power = power * size.reciprocal()[..., None, None]
-                log_scale = log_scale + size.double().log()
-            power, log_scale = power @ power, 2 * log_scale
-        trace = (power * gram).sum((-2, -1)).clamp_min(torch.finfo(power.dtype).tiny)
-        return power * trace.reciprocal()[..., None, None], trace.double().log() + log_scale
-
-
-def _products_are_single() -> bool:
-    """Whether float32 products are known to be just that, not TensorFloat-32 or bfloat16.
-
-    torch raises where the precision was set per backend.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:
-        return False
-
-
-def _is_small(weight: Tensor) -> bool:
-    return min(weight.shape[-2:]) * sum(weight.shape[-2:]) <= 2**17
 
 
 @dataclass(frozen=True)
