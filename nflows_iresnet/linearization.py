@@ -62,9 +62,12 @@ class Linearization(ABC):
     def jvp(self, tangent: Tensor) -> Tensor:
         """Return J v for a tangent v of shape (B, *)."""
 
-    def pairing(self, cotangent: Tensor, tangent: Tensor) -> Tensor:
-        """Return w^T J v for w and v of shape (B, *), shape (B,), by the cheaper product."""
-        return (self.vjp(cotangent) * tangent).flatten(start_dim=1).sum(dim=1)
+    def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+        """Return w^T J v, shape (B,), for each of several w and one v of shape (B, *).
+
+        Cost: one jvp for all w where that is as cheap as a vjp, else one vjp for each w.
+        """
+        return [row_products(self.vjp(cotangent), tangent) for cotangent in cotangents]
 
     def jacobian(self) -> Tensor:
         """Return J as matrices of shape (B, D, D), D the number of values per row.
@@ -77,6 +80,11 @@ class Linearization(ABC):
     def trace(self) -> Tensor:
         """Return tr J, shape (B,)."""
         return self.jacobian().diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the scalar product of each row with the other tensor's, (B, *) -> (B,)."""
+    return (left * right).flatten(start_dim=1).sum(dim=1)
 
 
 def _basis_like(value: Tensor) -> list[Tensor]:

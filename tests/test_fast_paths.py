@@ -67,7 +67,7 @@ def answers(at: Linearization) -> list[Tensor]:
     return [
         at.jvp(tangent),
         at.jacobian(),
-        at.pairing(cotangent, tangent),
+        *at.pairings([cotangent, tangent], tangent),
         at.vjp(cotangent),
         at.trace(),
         at.value,

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import logdet, nn
-from nflows_iresnet.linearization import linearize
-from nflows_iresnet.logdet.series import weighted_series
 from nflows_iresnet.testing import Subject, exact_logabsdet
 from nflows_iresnet.transforms import ResidualTransform
 from tests.cases import FixedLinear
@@ -160,25 +158,6 @@ def test_the_roulette_refuses_nets_without_a_guarantee() -> None:
         logdet.RussianRoulette()(torch.nn.Linear(2, 2), torch.zeros(1, 2))
 
 
-def test_the_graph_does_not_grow_with_the_number_of_terms() -> None:
-    net = nn.LipschitzMLP(6, [16, 16], coeff=0.9)
-    inputs = torch.randn(32, 6)
-
-    def saved_elements(num_terms: int) -> int:
-        elements = 0
-
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal elements
-            elements += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            logdet.PowerSeries(num_terms=num_terms)(net, inputs)
-        return elements
-
-    assert saved_elements(3) == saved_elements(100) > 0
-
-
 def test_only_torch_decides_and_a_generator_too() -> None:
     net, inputs = FixedLinear(3).double(), torch.zeros(2, 3, dtype=torch.float64)
     estimator = logdet.RussianRoulette(num_probes=2)
@@ -235,14 +214,6 @@ def test_log_det_is_the_trace_of_the_log() -> None:
     assert float(sign) == 1.0
 
 
-def test_weighted_series_without_terms_beyond_the_trace() -> None:
-    net = nn.LipschitzMLP(3, [4]).double()
-    at_inputs = linearize(net, torch.randn(2, 3, dtype=torch.float64))
-    probe = torch.ones(2, 3, dtype=torch.float64)
-    value = weighted_series(at_inputs, probe, [1.0], exact_trace=True)
-    torch.testing.assert_close(value, at_inputs.trace())
-
-
 @dataclass(frozen=True)
 class Bad:
     factory: type
@@ -259,6 +230,8 @@ class Bad:
         Bad(logdet.RussianRoulette, {"num_exact_terms": 0}, "num_exact_terms"),
         Bad(logdet.RussianRoulette, {"lipschitz": 1.0}, "less than 1"),
         Bad(logdet.GeometricTail, {"continuation": 1.0}, "continuation"),
+        Bad(logdet.MatchedTail, {"power": -1.0}, "power"),
+        Bad(logdet.MatchedTail, {"power": math.inf}, "power"),
     ],
     ids=lambda bad: f"{bad.factory.__name__}-{bad.message}",
 )

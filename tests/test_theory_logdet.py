@@ -113,6 +113,7 @@ def test_hutchinson_with_gaussians() -> None:
 LAWS = {
     "matched": logdet.RussianRoulette(),
     "matched-one": logdet.RussianRoulette(num_exact_terms=1),
+    "matched-1/k": logdet.RussianRoulette(truncation=logdet.MatchedTail(power=1)),
     "geometric": logdet.RussianRoulette(truncation=logdet.GeometricTail(0.9)),
 }
 
@@ -141,6 +142,22 @@ def test_the_matched_law_has_finite_variance_and_its_bound_is_attained(lipschitz
     assert mean == pytest.approx(-math.log1p(-lipschitz), abs=1e-6)
     assert second == pytest.approx(estimator.variance_bound(lipschitz, features=1), rel=1e-4)
     assert second - mean**2 < second < math.inf
+
+
+@pytest.mark.parametrize("power", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("lipschitz", [0.5, 0.97, 0.99999])
+def test_the_expected_number_of_terms_is_bounded_for_every_bound(
+    power: float, lipschitz: float
+) -> None:
+    """E[N] = n + sum_{k > n} L^{k-n} (n / k)^s < n + n / (s - 1): the sum is below the integral."""
+    for num_exact in (1, 4):
+        estimator = logdet.RussianRoulette(
+            num_exact_terms=num_exact, truncation=logdet.MatchedTail(power)
+        )
+        tail = num_exact / (power - 1)
+        assert estimator.expected_terms(lipschitz) - num_exact < tail
+        if lipschitz > 0.9999 and num_exact == 4:
+            assert estimator.expected_terms(lipschitz) - num_exact > 0.7 * tail
 
 
 def estimate_at(number: float, estimator: logdet.RussianRoulette, lipschitz: float) -> float:

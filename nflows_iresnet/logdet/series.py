@@ -8,18 +8,20 @@ and tr(J^k) = E[v^T J^k v] for a random probe v. Both estimators below weight th
 c_k, with c_k = 1 for k <= N (truncation) or c_k = 1{k <= N} / P(N >= k) (roulette).
 
 **Value.** u_k = (J^T)^k v is built by repeated products, and the estimate is
-sum_k (-1)^{k+1} c_k u_k . v / k: an estimate of the log-determinant itself, in training too.
+sum_k (-1)^{k+1} c_k u_k . v / k = s^T J v with s = sum_{k >= 1} (-1)^{k+1} c_k u_{k-1} / k: an
+estimate of the log-determinant itself, in training too.
 
 **Derivative.** d tr(J^k) = k tr(J^{k-1} dJ), so the derivative of the weighted series is
 sum_k (-1)^{k-1} c_k tr(J^{k-1} dJ) = E[w^T dJ v] with w = sum_{j >= 0} (-1)^j c_{j+1} (J^T)^j v.
 The u_j are computed without a graph, w is a constant, and the surrogate w^T J v is differentiated
-through ONE product with J: memory does not grow with the number of terms, and the derivative is
-right for any upstream gradient because the surrogate is a value per row. This is for first
+through ONE product with J, which is also the last one that the value needs: memory does not grow
+with the number of terms, and the derivative is right for any upstream gradient because the
+surrogate is a value per row. This is for first
 derivatives: a second derivative would treat w as the constant that it is not. Where second
 derivatives are needed (Hessians, score matching), use `Exact`.
 
 **Control variate.** Where the network knows tr J exactly and cheaply, the term k = 1 is that exact
-trace instead of v^T J v (and c_1 v is left out of w): the same expectation, less variance.
+trace instead of v^T J v (and c_1 v is left out of s and w): the same expectation, less variance.
 """
 
 from __future__ import annotations
@@ -48,35 +50,46 @@ def weighted_series(
         exact_trace: replace v^T J v by tr J in the first term.
 
     Returns:
-        Shape (B,). Cost: one product with J per term, and one more where a gradient is recorded.
+        Shape (B,). Cost: one product with J per term. (With a linearisation whose `pairings` takes
+        one for each vector: one more where a gradient is recorded.)
     """
     with torch.no_grad():
-        power = probe
-        adjoint, summed = torch.zeros_like(probe), torch.zeros_like(probe)
-        for index, weight in enumerate(weights):
-            if index % 4 == 3 and _is_negligible(power):
-                break
-            signed = -weight if index % 2 else weight
-            is_estimated = index > 0 or not exact_trace
-            adjoint = adjoint.add(power, alpha=signed) if is_estimated else adjoint
-            power = linearization.vjp(power)
-            summed = summed.add(power, alpha=signed / (index + 1)) if is_estimated else summed
-        value = (summed * probe).flatten(start_dim=1).sum(dim=1)
+        sums = _weighted_sums(linearization, probe, weights, exact_trace)
     if torch.is_grad_enabled():
-        surrogate = linearization.pairing(adjoint, probe)
-        value = value + surrogate - surrogate.detach()
+        surrogate, value = linearization.pairings(sums, probe)
+        value = value.detach() + (surrogate - surrogate.detach())
+    else:
+        (value,) = linearization.pairings(sums[1:], probe)
     return value + weights[0] * linearization.trace() if exact_trace else value
+
+
+def _weighted_sums(
+    linearization: Linearization, probe: Tensor, weights: Sequence[float], exact_trace: bool
+) -> list[Tensor]:
+    """Return w and s, the vectors of the derivative and of the value."""
+    power = probe
+    for_derivative, for_value = torch.zeros_like(probe), torch.zeros_like(probe)
+    for index, weight in enumerate(weights):
+        if index % 4 == 0 and index > 0 and _is_negligible(power):
+            break
+        power = linearization.vjp(power) if index > 0 else power
+        if index > 0 or not exact_trace:
+            signed = -weight if index % 2 else weight
+            for_derivative = for_derivative.add(power, alpha=signed)
+            for_value = for_value.add(power, alpha=signed / (index + 1))
+    return [for_derivative, for_value]
 
 
 def _is_negligible(power: Tensor) -> bool:
     """Whether the remaining terms are lost in rounding; asked on the CPU alone.
 
     There the products with subnormal numbers that would follow are a hundred times slower than
-    others. On a GPU they are not, and asking would make it wait.
+    others; the threshold is far above them, because the products inside a network meet them
+    before the result does. On a GPU they are not slow, and asking would make it wait.
     """
     if power.device.type != "cpu" or is_traced() or power.numel() == 0:
         return False
-    return float(power.abs().amax()) < torch.finfo(power.dtype).tiny ** 0.8
+    return float(power.abs().amax()) < torch.finfo(power.dtype).tiny ** 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +174,8 @@ def validated_lipschitz(lipschitz: float) -> float:
 class PowerSeries(SeriesEstimator):
     """The power series cut after `num_terms` terms: biased, with a rigorous bound of the bias.
 
-    Cost: `num_terms` vjps per probe, and one more where a gradient is recorded. Memory O(1) in the
-    number of terms.
+    Cost: `num_terms` products with J per probe; for networks without structure one more where a
+    gradient is recorded. Memory O(1) in the number of terms.
 
     Args:
         num_terms: N, the number of terms kept.

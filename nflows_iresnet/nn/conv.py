@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import Linearization
+from nflows_iresnet.linearization import Linearization, row_products
 from nflows_iresnet.nn.convolution import PaddingMode, adjoint_kernel, convolve, half_widths
 from nflows_iresnet.nn.layered import LayeredFunction
 
@@ -114,6 +114,11 @@ class ConvLinearization(Linearization):
         for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
             product = self._convolve(product * slope, weight)
         return product
+
+    def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+        """Return w^T J v for each w, shape (B,), from one J v."""
+        pushed = self.jvp(tangent)
+        return [row_products(cotangent, pushed) for cotangent in cotangents]
 
     def _convolve(self, inputs: Tensor, weight: Tensor) -> Tensor:
         return convolve(inputs, weight, self._padding_mode)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import Linearization
+from nflows_iresnet.linearization import Linearization, row_products
 from nflows_iresnet.nn.dense_net import DenseNet, affine
 from nflows_iresnet.nn.layered import LayeredFunction
 from nflows_iresnet.nn.pushforward import Recorded, can_record, record
@@ -71,6 +71,11 @@ class DenseLinearization(Linearization):
         for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
             product = F.linear(product * slope, weight)
         return product
+
+    def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+        """Return w^T J v for each w, shape (B,), from one J v."""
+        pushed = self.jvp(tangent)
+        return [row_products(cotangent, pushed) for cotangent in cotangents]
 
     def jacobian(self) -> Tensor:
         """Return J, shape (B, features, features), from the tangents of all coordinates at once."""
@@ -152,7 +157,3 @@ class RecordedLinearization(DenseLinearization):
     def jacobian(self) -> Tensor:
         """Return J, shape (B, features, features)."""
         return self._record(None).pushed.permute(1, 2, 0)
-
-    def pairing(self, cotangent: Tensor, tangent: Tensor) -> Tensor:
-        """Return w^T J v, shape (B,)."""
-        return (cotangent * self.jvp(tangent)).sum(1)
