@@ -111,6 +111,14 @@ def _preset(flow: nn.Module) -> nn.Module:
     return transform
 
 
+def _spline() -> nn.Module:
+    torch.manual_seed(3)
+    spline = transforms.MarginalSpline(3, num_bins=4, bound=2.0)
+    for parameter in spline.parameters():
+        nn.init.normal_(parameter)
+    return spline
+
+
 def _coupling() -> nn.Module:
     return nflows_transforms.AffineCouplingTransform(
         torch.tensor([1, -1, 1]), lambda i, o: ResidualNet(i, o, 8, context_features=2)
@@ -210,6 +218,7 @@ CASES: dict[str, Case] = {
         lambda: transforms.ConditionalAffine(lipschitz_nn.context_mlp(2, [4], 6), 3),
         context_features=2,
     ),
+    "marginal-spline": Case(_spline),
     "act-norm": Case(lambda: transforms.ActNorm(3)),
     "act-norm-images": Case(lambda: transforms.ActNorm(2), shape=(2, 2, 3)),
     "residual-flow": Case(

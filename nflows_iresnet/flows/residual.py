@@ -1,6 +1,8 @@
-"""Named models: residual blocks, ActNorm between them, and a standard normal."""
+"""Named models: residual blocks, ActNorm between them, a spline of each feature, a normal."""
 
 from __future__ import annotations
+
+import operator
 
 from nflows.transforms import Transform
 from torch import nn
@@ -14,12 +16,24 @@ from nflows_iresnet.transforms import (
     ActNorm,
     CompositeTransform,
     ConditionalAffine,
+    MarginalSpline,
     ResidualTransform,
 )
 
 
 class ResidualFlow(Flow):
     r"""A residual flow for vectors: `num_layers` times ActNorm and y = x + g(x), then ActNorm.
+
+    After the first ActNorm a `MarginalSpline` takes over the shape of the marginals, which dense
+    networks learn slowly and, from few rows, by heart; a step takes 6 to 7 % longer. Measured (6
+    blocks, best test NLL in nats, three seeds, 200 steps on digits and 300 on the others):
+
+    | `marginal_bins` | 0 | 8 |
+    |---|---|---|
+    | digits, 1,439 rows, 64-D | 49.4 to 52.2 | 33.2 to 34.3 |
+    | checkerboard | 3.67 to 3.72 | 3.62 to 3.66 |
+    | two spirals | 2.68 to 2.74 | 2.69 to 2.72 |
+    | moons | 2.38 to 2.43 | 2.39 to 2.44 |
 
     With a context, a `ConditionalAffine` map follows each ActNorm. A flow that was built with
     `context_features` also works without a context: as another, unconditional density.
@@ -40,6 +54,7 @@ class ResidualFlow(Flow):
         coeff: bound of the Lipschitz constant of each g, in (0, 1).
         norm: the norm that weights are divided by; `SchattenNorm()` by default.
         recompute: trade time for memory, see `transforms.CompositeTransform`.
+        marginal_bins: bins of the spline of each feature; 0 leaves the splines out.
 
     References:
         Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
@@ -65,6 +80,7 @@ class ResidualFlow(Flow):
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
         recompute: bool = False,
+        marginal_bins: int = 8,
     ) -> None:
         features = validated_size("features", features)
         layers: list[Transform] = []
@@ -80,6 +96,8 @@ class ResidualFlow(Flow):
             block = ResidualTransform(net, estimator=estimator, solver=solver)
             layers += [*_normalisation(features, context_features), block]
         layers += _normalisation(features, context_features)
+        if operator.index(marginal_bins):
+            layers.insert(1, MarginalSpline(features, marginal_bins))
         transform = CompositeTransform(layers, recompute=recompute)
         super().__init__(transform, StandardNormal([features]))
 
@@ -95,11 +113,11 @@ def _normalisation(features: int, context_features: int | None) -> list[Transfor
 class InvertibleResNet(ResidualFlow):
     r"""The i-ResNet of Behrmann et al.: truncated series, spectral normalisation, plain iteration.
 
-    The difference to `ResidualFlow` is in the strategies: the power series cut after `num_terms`
-    terms (biased by at most `estimator.bias_bound(coeff, features)` nats per block) with Gaussian
-    probes as in the paper, ELU activations, and fixed-point iteration for the inverse. Two things
-    are stricter than in the paper: the norm is exact, not estimated by power iteration, so that
-    the certificate holds, and `coeff` bounds each whole g, not each layer.
+    The difference to `ResidualFlow` is that there are no splines, and in the strategies: the power
+    series cut after `num_terms` terms (biased by at most `estimator.bias_bound(coeff, features)`
+    nats per block) with Gaussian probes as in the paper, ELU activations, and fixed-point iteration
+    for the inverse. Two things are stricter than in the paper: the norm is exact, not estimated by
+    power iteration, so that the certificate holds, and `coeff` bounds each whole g, not each layer.
 
     Args:
         features: number of dimensions of the data.
@@ -152,4 +170,5 @@ class InvertibleResNet(ResidualFlow):
             coeff=coeff,
             norm=norm,
             recompute=recompute,
+            marginal_bins=0,
         )
