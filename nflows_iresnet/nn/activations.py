@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,25 @@ class Activation(nn.Module, ABC):
         """Return a(x), shape (*, widening * units)."""
         return self.value_and_slope(inputs)[0]
 
+    def overwrite(self, inputs: Tensor) -> Tensor:
+        """Return a(x), written over the inputs where that is faster; without a graph."""
+        return self.forward(inputs)
+
+
+def overwrite(activation: nn.Module, inputs: Tensor) -> Tensor:
+    """Return activation(inputs), where no graph is recorded and nobody needs the inputs again.
+
+    A subclass that replaces `forward` has to replace `overwrite` too, or is called as it is.
+    """
+    if _knows_overwrite(type(activation)):
+        return activation.overwrite(inputs)  # type: ignore[no-any-return, operator]
+    return activation(inputs)  # type: ignore[no-any-return]
+
+
+@cache
+def _knows_overwrite(kind: type) -> bool:
+    return defined_together(kind, "value_and_slope", "forward", "overwrite")
+
 
 def knows_curvature(activation: nn.Module) -> bool:
     """Whether an activation's `curvature` is that of its own values and slopes.
@@ -85,6 +105,10 @@ class SmoothAbs(Activation):
         """Return sqrt(1 + x^2) - 1."""
         return self._root(inputs) - 1
 
+    def overwrite(self, inputs: Tensor) -> Tensor:
+        """Return the same in place."""
+        return inputs.hypot_(inputs.new_ones(())).sub_(1)
+
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return (1 + x^2)^{-3/2}."""
         inverse_root = (value + 1).reciprocal()
@@ -107,6 +131,10 @@ class Sine(Activation):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return sin x."""
         return inputs.sin()
+
+    def overwrite(self, inputs: Tensor) -> Tensor:
+        """Return the same in place."""
+        return inputs.sin_()
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return -sin x."""
@@ -150,6 +178,15 @@ class Mixed(Activation):
         """Return the values of both halves, side by side."""
         half = inputs.shape[-1] // 2
         return torch.cat([self.first(inputs[..., :half]), self.second(inputs[..., half:])], dim=-1)
+
+    def overwrite(self, inputs: Tensor) -> Tensor:
+        """Return the same in place."""
+        half = inputs.shape[-1] // 2
+        for each, part in (self.first, inputs[..., :half]), (self.second, inputs[..., half:]):
+            value = overwrite(each, part)
+            if value is not part:
+                part.copy_(value)
+        return inputs
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return the curvatures of both halves, side by side."""

@@ -137,20 +137,19 @@ class Solver(ABC):
         flat = init.flatten(start_dim=1)
         accelerator, point, best = self.start(flat), flat, Progress(flat)
         everything, rows = best, torch.arange(len(flat), device=flat.device)
-        farthest = torch.full_like(best.residual_norm, torch.inf)
         for step in range(1, self.max_steps + 1):
             image = fn(point.reshape(-1, *init.shape[1:])).flatten(start_dim=1)
             scale = row_norm(point) + row_norm(image)
-            farthest = scale * _farthest(lipschitz) if step == 1 else farthest
+            if step == 1:
+                farthest = scale * _farthest(lipschitz)
             residual = image - point
             norm = torch.where(scale <= farthest, row_norm(residual), torch.inf)
             best.update(point, residual, norm, scale, self._tolerance(scale))
             if step % _STALL_STEPS == 0:
                 best.close_stalled(self._rounding(best.scale, lipschitz))
-            num_open = int(best.is_open.sum())
-            if num_open == 0 or (step == 1 and not bool(norm.isfinite().all())):
+            if best.num_open == 0 or (step == 1 and not best.is_latest):
                 break
-            is_worth_it = _FEW_ROWS <= num_open <= _SHRINK * len(point)
+            is_worth_it = _FEW_ROWS <= best.num_open <= _SHRINK * len(point)
             if is_worth_it and isinstance(fn, SelectableMap) and accelerator.can_select:
                 keep = best.is_open.nonzero()[:, 0]
                 if best is not everything:

@@ -33,7 +33,9 @@ class Progress:
         scale: |value| + |f(value)|, by which rounding is judged, shape (B,).
         tolerance: what the residual was asked to be at most, shape (B,).
         latest_norm: that of the residual of the latest point, shape (B,).
+        is_latest: whether all rows are open or were until now, and their latest points their best.
         is_open: whether the row is neither accepted nor given up, shape (B,).
+        num_open: how many rows are open.
         num_steps: evaluations that the row took part in while it was open, shape (B,).
     """
 
@@ -44,37 +46,51 @@ class Progress:
         self.tolerance = self.scale = torch.zeros_like(infinite)
         self.is_open = torch.ones_like(infinite, dtype=torch.bool)
         self.num_steps = torch.zeros_like(infinite, dtype=torch.int64)
+        self.num_open, self.is_latest = len(init), False
 
     def update(
         self, point: Tensor, residual: Tensor, norm: Tensor, scale: Tensor, tolerance: Tensor
     ) -> None:
         """Take a new point of the open rows into account; one that is not a number is no better."""
-        is_better = (norm < self.residual_norm) & self.is_open
-        column = is_better[:, None]
+        is_better = norm < self.residual_norm
         self.latest_norm = norm
-        self.value = torch.where(column, point, self.value)
-        self.residual = torch.where(column, residual, self.residual)
-        self.residual_norm = torch.where(is_better, norm, self.residual_norm)
-        self.scale = torch.where(is_better, scale, self.scale)
-        self.tolerance = torch.where(is_better, tolerance, self.tolerance)
+        self.is_latest = self.num_open == len(norm) and bool(is_better.all())
+        if self.is_latest:
+            self.value, self.residual, self.residual_norm = point, residual, norm
+            self.scale, self.tolerance = scale, tolerance
+        else:
+            is_better &= self.is_open
+            column = is_better[:, None]
+            self.value = torch.where(column, point, self.value)
+            self.residual = torch.where(column, residual, self.residual)
+            self.residual_norm = torch.where(is_better, norm, self.residual_norm)
+            self.scale = torch.where(is_better, scale, self.scale)
+            self.tolerance = torch.where(is_better, tolerance, self.tolerance)
         self.num_steps = self.num_steps + self.is_open
-        self.is_open = self.is_open & ~(self.residual_norm <= self.tolerance)
+        self._close(self.residual_norm > self.tolerance)
+
+    def _close(self, is_left: Tensor) -> None:
+        self.is_open = self.is_open & is_left
+        self.num_open = int(self.is_open.sum())
 
     def close_stalled(self, rounding: Tensor) -> None:
         """Close the rows that have not improved since the last call, at best within rounding."""
         is_stalled = self.is_open & ~(self.residual_norm < self._norm_before)
         self._norm_before = self.residual_norm
         self.tolerance = torch.where(is_stalled, self.tolerance.maximum(rounding), self.tolerance)
-        self.is_open = self.is_open & ~is_stalled
+        self._close(~is_stalled)
 
     def select(self, rows: Tensor) -> Progress:
         """Return the state of some rows."""
         selected = copy(self)
-        for name, values in vars(self).items():
+        for name, values in self._tensors():
             setattr(selected, name, values[rows])
         return selected
 
     def write(self, rows: Tensor, selected: Progress) -> None:
         """Take over the state of rows that were selected."""
-        for name, values in vars(selected).items():
+        for name, values in selected._tensors():
             setattr(self, name, getattr(self, name).index_copy(0, rows, values))
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, each) for name, each in vars(self).items() if isinstance(each, Tensor)]
