@@ -3,6 +3,7 @@ r"""Anderson acceleration, guarded so that it cannot diverge."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -35,33 +36,33 @@ class _Guarded(Accelerator):
         """Remember a residual and an image, (B, D), and return the next point."""
 
 
-@dataclass(frozen=True)
 class _Step:
-    """A difference d of two residuals, |d|^2, and the difference of their images."""
+    """A difference d of two residuals, |d|^2 with a reserve, and the difference of their images."""
 
-    residual: Tensor
-    image: Tensor
-    size: Tensor
+    def __init__(self, residual: Tensor, image: Tensor, reserve: Tensor | None = None) -> None:
+        self.residual, self.image = residual, image
+        size = torch.linalg.vecdot(residual, residual)
+        kind = torch.finfo(size.dtype)
+        rounding = (8 * kind.eps) ** 2
+        # Of two parallel steps rounding is left, which is not to be divided by its own square.
+        is_first = reserve is None
+        self.size = size.clamp_(min=kind.tiny / rounding) if is_first else size.add_(reserve, alpha=rounding)
 
     def select(self, rows: Tensor) -> _Step:
-        return _Step(self.residual[rows], self.image[rows], self.size[rows])
+        selected = copy(self)
+        for name, values in vars(self).items():
+            setattr(selected, name, values[rows])
+        return selected
 
     def along(self, other: Tensor) -> Tensor:
-        """Return <d, other> / |d|^2, shape (B, 1); 0 where d is 0."""
-        safe = self.size.clamp_min(torch.finfo(self.size.dtype).tiny)
-        return (torch.linalg.vecdot(self.residual, other) / safe)[:, None]
+        """Return <d, other> / |d|^2, shape (B, 1)."""
+        return (torch.linalg.vecdot(self.residual, other) / self.size)[:, None]
 
     def without(self, other: _Step) -> _Step:
-        """Return the step less its part along another.
-
-        Of two parallel steps rounding is left, which is not to be divided by its own square.
-        """
+        """Return the step less its part along another."""
         share = other.along(self.residual)
         residual = torch.addcmul(self.residual, share, other.residual, value=-1)
-        image = torch.addcmul(self.image, share, other.image, value=-1)
-        rounding = (8 * torch.finfo(residual.dtype).eps) ** 2
-        size = torch.linalg.vecdot(residual, residual).add_(self.size, alpha=rounding)
-        return _Step(residual, image, size)
+        return _Step(residual, torch.addcmul(self.image, share, other.image, value=-1), self.size)
 
 
 class _ShortMemory(_Guarded):
@@ -85,8 +86,7 @@ class _ShortMemory(_Guarded):
         before, self._before = self._before, (residual, image)
         if before is None:
             return image
-        change = residual - before[0]
-        step = _Step(change, image - before[1], torch.linalg.vecdot(change, change))
+        step = _Step(residual - before[0], image - before[1])
         point = torch.addcmul(image, step.along(residual), step.image, value=-1)
         if self._older is not None:
             older = self._older.without(step)
