@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +63,10 @@ def overwrite(activation: nn.Module, inputs: Tensor) -> Tensor:
 
     A subclass that replaces `forward` has to replace `overwrite` too, or is called as it is.
     """
-    if _knows_overwrite(type(activation)):
-        return activation.overwrite(inputs)  # type: ignore[no-any-return, operator]
-    return activation(inputs)  # type: ignore[no-any-return]
+    if isinstance(activation, Activation) and _knows_overwrite(cast("Hashable", type(activation))):
+        return activation.overwrite(inputs)
+    outputs: Tensor = activation(inputs)
+    return outputs
 
 
 @cache

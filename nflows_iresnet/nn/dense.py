@@ -39,7 +39,7 @@ class DenseFunction(LayeredFunction):
             return self._without_graph(inputs)
         starts = range(0, len(inputs), rows)
         parts = [slice(start, start + rows) for start in starts]
-        return torch.cat([self.select(part)._without_graph(inputs[part]) for part in parts])
+        return torch.cat([self.select(part)(inputs[part]) for part in parts])
 
     def _without_graph(self, inputs: Tensor) -> Tensor:
         hidden = inputs

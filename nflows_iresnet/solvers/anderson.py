@@ -3,7 +3,6 @@ r"""Anderson acceleration, guarded so that it cannot diverge."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -37,32 +36,40 @@ class _Guarded(Accelerator):
 
 
 class _Step:
-    """A difference d of two residuals, |d|^2 with a reserve, and the difference of their images."""
+    """A difference d of two residuals, |d|^2 for divisions, and the difference of their images."""
 
-    def __init__(self, residual: Tensor, image: Tensor, reserve: Tensor | None = None) -> None:
-        self.residual, self.image = residual, image
-        size = torch.linalg.vecdot(residual, residual)
-        kind = torch.finfo(size.dtype)
-        rounding = (8 * kind.eps) ** 2
-        # Of two parallel steps rounding is left, which is not to be divided by its own square.
-        is_first = reserve is None
-        self.size = size.clamp_(min=kind.tiny / rounding) if is_first else size.add_(reserve, alpha=rounding)
+    def __init__(self, residual: Tensor, image: Tensor, size: Tensor) -> None:
+        self.residual, self.image, self.size = residual, image, size
+
+    @classmethod
+    def between(cls, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> _Step:
+        """Return the step between two pairs of a residual and its image."""
+        residual, image = now[0] - before[0], now[1] - before[1]
+        kind = torch.finfo(residual.dtype)
+        smallest = kind.tiny / _rounding(residual)
+        return cls(residual, image, torch.linalg.vecdot(residual, residual).clamp_(smallest))
 
     def select(self, rows: Tensor) -> _Step:
-        selected = copy(self)
-        for name, values in vars(self).items():
-            setattr(selected, name, values[rows])
-        return selected
+        return _Step(self.residual[rows], self.image[rows], self.size[rows])
 
     def along(self, other: Tensor) -> Tensor:
         """Return <d, other> / |d|^2, shape (B, 1)."""
         return (torch.linalg.vecdot(self.residual, other) / self.size)[:, None]
 
     def without(self, other: _Step) -> _Step:
-        """Return the step less its part along another."""
+        """Return the step less its part along another.
+
+        Of two parallel steps rounding is left, which is not to be divided by its own square.
+        """
         share = other.along(self.residual)
         residual = torch.addcmul(self.residual, share, other.residual, value=-1)
-        return _Step(residual, torch.addcmul(self.image, share, other.image, value=-1), self.size)
+        image = torch.addcmul(self.image, share, other.image, value=-1)
+        size = torch.linalg.vecdot(residual, residual).add_(self.size, alpha=_rounding(residual))
+        return _Step(residual, image, size)
+
+
+def _rounding(values: Tensor) -> float:
+    return (8 * torch.finfo(values.dtype).eps) ** 2
 
 
 class _ShortMemory(_Guarded):
@@ -86,7 +93,7 @@ class _ShortMemory(_Guarded):
         before, self._before = self._before, (residual, image)
         if before is None:
             return image
-        step = _Step(residual - before[0], image - before[1])
+        step = _Step.between(before, self._before)
         point = torch.addcmul(image, step.along(residual), step.image, value=-1)
         if self._older is not None:
             older = self._older.without(step)
@@ -113,13 +120,12 @@ class _LongMemory(_Guarded):
         self._residual_steps = init.new_zeros(len(init), history, init.shape[1])
         self._image_steps = torch.zeros_like(self._residual_steps)
         self._gram = init.new_zeros(len(init), history, history)
-        self._identity = torch.eye(history, dtype=init.dtype, device=init.device)
         self._residual = self._image = init
 
     def select(self, rows: Tensor) -> None:
         """Forget the other rows."""
         for name, values in vars(self).items():
-            if isinstance(values, Tensor) and values is not self._identity:
+            if isinstance(values, Tensor):
                 setattr(self, name, values[rows])
 
     def _extrapolate(self, residual: Tensor, image: Tensor) -> Tensor:
@@ -132,15 +138,18 @@ class _LongMemory(_Guarded):
         slot = (self._count - 1) % self._history
         self._residual_steps[:, slot] = step
         self._image_steps[:, slot] = image_step
-        products = self._residual_steps @ torch.stack([step, residual], dim=2)
-        self._gram[:, slot] = self._gram[:, :, slot] = products[:, :, 0]
-        coefficients = solve_small(self._regularised(), products[:, :, 1:])
-        return image - (coefficients.mT @ self._image_steps).squeeze(1)
+        products = torch.stack([step, residual], dim=1) @ self._residual_steps.mT
+        self._gram[:, slot] = self._gram[:, :, slot] = products[:, 0]
+        coefficients = solve_small(self._regularised(), products[:, 1, :, None])
+        for share, taken in zip(coefficients.unbind(1), self._image_steps.unbind(1), strict=True):
+            image = torch.addcmul(image, share, taken, value=-1)
+        return image
 
     def _regularised(self) -> Tensor:
-        kind = torch.finfo(self._gram.dtype)
-        size = self._gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        return torch.addcmul(self._gram, kind.eps * size + kind.tiny, self._identity)
+        """Lift each diagonal element by its own rounding: recent steps are the small ones."""
+        kind, matrix = torch.finfo(self._gram.dtype), self._gram.clone()
+        matrix.diagonal(dim1=1, dim2=2).mul_(1 + 8 * kind.eps).add_(kind.tiny)
+        return matrix
 
 
 @dataclass(frozen=True)

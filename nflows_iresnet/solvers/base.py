@@ -37,7 +37,7 @@ class Solution:
     @property
     def converged(self) -> Tensor:
         """Whether the residual is a number and at most the tolerance, shape (B,)."""
-        return (self.residual <= self.tolerance) & self.residual.isfinite()
+        return (self.residual <= self.tolerance) & (self.residual < torch.inf)
 
     def error_bound(self, lipschitz: float) -> Tensor:
         r"""Return a bound of \|x - x*\|, shape (B,): residual / (1 - L), plus rounding.
@@ -151,9 +151,7 @@ class Solver(ABC):
                 best.close_stalled(self._at_rounding(best.scale, lipschitz))
             if best.num_open == 0 or (step == 1 and not best.is_latest):
                 break
-            if (
-                _is_worth_it(best) and accelerator.can_select and isinstance(fn, SelectableMap)
-            ):
+            if _is_worth_it(best) and accelerator.can_select and isinstance(fn, SelectableMap):
                 keep = best.is_open.nonzero()[:, 0]
                 if best is not everything:
                     everything.write(rows, best)
