@@ -63,15 +63,16 @@ def overwrite(activation: nn.Module, inputs: Tensor) -> Tensor:
 
     A subclass that replaces `forward` has to replace `overwrite` too, or is called as it is.
     """
-    if isinstance(activation, Activation) and _knows_overwrite(cast("Hashable", type(activation))):
-        return activation.overwrite(inputs)
+    if _knows_overwrite(cast("Hashable", type(activation))):
+        return cast("Activation", activation).overwrite(inputs)
     outputs: Tensor = activation(inputs)
     return outputs
 
 
 @cache
 def _knows_overwrite(kind: type) -> bool:
-    return defined_together(kind, "value_and_slope", "forward", "overwrite")
+    names = ("value_and_slope", "forward", "overwrite")
+    return issubclass(kind, Activation) and defined_together(kind, *names)
 
 
 def knows_curvature(activation: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,12 +35,15 @@ class DenseFunction(LayeredFunction):
         """Return g(inputs), shape (B, features)."""
         if torch.is_grad_enabled() or self.stretches or is_traced():
             return super().__call__(inputs)
-        rows = max(1, _CHUNK // max(len(weight) for weight in self.weights))
-        if inputs.dim() != 2 or len(inputs) <= rows or inputs.device.type != "cpu":
+        count, rows = inputs.shape[0], self._chunk_rows
+        if inputs.dim() != 2 or count <= rows or inputs.device.type != "cpu":
             return self._without_graph(inputs)
-        starts = range(0, len(inputs), rows)
-        parts = [slice(start, start + rows) for start in starts]
+        parts = [slice(start, start + rows) for start in range(0, count, rows)]
         return torch.cat([self.select(part)(inputs[part]) for part in parts])
+
+    @cached_property
+    def _chunk_rows(self) -> int:
+        return max(1, _CHUNK // max(weight.shape[0] for weight in self.weights))
 
     def _without_graph(self, inputs: Tensor) -> Tensor:
         hidden = inputs

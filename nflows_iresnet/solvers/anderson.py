@@ -148,7 +148,7 @@ class _LongMemory(_Guarded):
     def _regularised(self) -> Tensor:
         """Lift each diagonal element by its own rounding: recent steps are the small ones."""
         kind, matrix = torch.finfo(self._gram.dtype), self._gram.clone()
-        matrix.diagonal(dim1=1, dim2=2).mul_(1 + 8 * kind.eps).add_(kind.tiny)
+        matrix.diagonal(dim1=1, dim2=2).mul_(1 + 64 * kind.eps).add_(kind.tiny)
         return matrix
 
 

@@ -230,8 +230,9 @@ def _farthest(lipschitz: float | None) -> float:
 
 
 def _is_worth_it(best: Progress) -> bool:
-    num_done = len(best.value) - best.num_open
-    return num_done * best.value.shape[1] >= _FEW_VALUES and num_done >= _DONE * len(best.value)
+    num_rows, size = best.value.shape
+    num_done = num_rows - best.num_open
+    return num_done * size >= _FEW_VALUES and num_done >= _DONE * num_rows
 
 
 def _not_finite(solution: Solution) -> str:

@@ -64,7 +64,7 @@ class Progress:
         """
         self._steps += 1
         is_better = (norm < self.residual_norm) & is_near
-        self.is_latest = self.num_open == len(norm) and bool(is_better.all())
+        self.is_latest = self.num_open == norm.shape[0] and bool(is_better.all())
         if self.is_latest:
             self.latest_norm, self._is_best = norm, is_better
             self.value, self.residual, self.residual_norm = point, residual, norm
