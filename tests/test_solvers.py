@@ -224,3 +224,31 @@ def test_rows_that_are_done_do_not_move_while_others_go_on() -> None:
         solution = solver(problem, start, 0.97)
         assert torch.equal(solution.value[0], start[0])
         assert int(solution.num_steps[0]) == 1 < int(solution.num_steps[1:].min())
+
+
+class Jump(solvers.Accelerator):
+    """Proposes a point far away once, then plain steps from the best point."""
+
+    has_jumped = False
+
+    def propose(self, point: Tensor, image: Tensor, best: solvers.Progress) -> Tensor:
+        plain = best.value + best.residual
+        proposal = plain if self.has_jumped else torch.full_like(point, 1e9)
+        self.has_jumped = True
+        return proposal
+
+
+class JumpingSolver(solvers.Solver):
+    """A solver that tries what an extrapolation might."""
+
+    def start(self, init: Tensor) -> solvers.Accelerator:
+        return Jump()
+
+
+def test_a_point_too_far_away_to_be_the_solution_is_none() -> None:
+    """Rounding hides any residual of a point that is far enough."""
+    for lipschitz in (0.5, None):
+        solution = JumpingSolver()(
+            lambda x: torch.where(x > 1e8, x, 0.5 * x + 1), torch.zeros(3, 2), lipschitz
+        )
+        torch.testing.assert_close(solution.value, torch.full((3, 2), 2.0), rtol=1e-5, atol=0)
