@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nflows_iresnet.linearization import Linearization, is_traced
-from nflows_iresnet.nn.activations import overwrite
+from nflows_iresnet.nn.activation import overwrite
 from nflows_iresnet.nn.dense_net import DenseNet, affine
 from nflows_iresnet.nn.layered import LayeredFunction
 from nflows_iresnet.nn.pushforward import Recorded, can_record, record
