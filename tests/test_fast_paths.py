@@ -220,3 +220,44 @@ def test_a_bind_of_ones_own_is_used() -> None:
     torch.manual_seed(0)
     net = OwnBinding(3, [4]).double()
     torch.testing.assert_close(bind_all([net])[0](rows()), net.bind()(rows()))
+
+
+class OwnSine(nn.Sine):
+    """Replaces what the sine returns, and inherits how the sine writes in place."""
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return (2 * inputs).sin() / 2, (2 * inputs).cos()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.value_and_slope(inputs)[0]
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.Sine(),
+        nn.SmoothAbs(),
+        nn.Mixed(nn.Sine(), nn.SmoothAbs()),
+        nn.Mixed(OwnSine(), nn.Tanh()),
+        OwnSine(),
+        nn.CLipSwish(),
+        nn.MaxMin(),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+@pytest.mark.parametrize("context_features", [None, 2])
+def test_values_without_a_graph_are_those_with_one(
+    activation: torch.nn.Module, context_features: int | None
+) -> None:
+    """In place and in parts: more rows than are computed together."""
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [64, 64], context_features, activation=activation).double()
+    inputs, before = (torch.randn(2500, 2).double() for _ in range(2))
+    context = torch.randn(2500, 2).double() if context_features else None
+    function = net.bind(context)
+    before.copy_(inputs)
+    with torch.no_grad():
+        fast = function(inputs)
+    torch.testing.assert_close(fast, function(inputs).detach(), rtol=1e-13, atol=1e-13)
+    assert torch.equal(inputs, before)
+    assert fast.shape == (2500, 2)

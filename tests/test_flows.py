@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -192,3 +193,27 @@ def test_recomputing_gives_the_same_gradients_and_keeps_less() -> None:
     recomputing, again = _peak_and_gradients(recompute=True)
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
     assert recomputing < 0.5 * kept
+
+
+def test_samples_need_no_log_determinant() -> None:
+    """The estimator is not asked, the samples are those of the inverse, and gradients flow."""
+
+    @dataclass(frozen=True)
+    class Refusing(logdet.LogDetEstimator):
+        def estimate(self, *_: object, **__: object) -> logdet.LogDetEstimate:
+            raise RuntimeError("nobody reads this")
+
+    torch.manual_seed(0)
+    flow = flows.ResidualFlow(2, 8, num_layers=2)
+    flow.log_prob(torch.randn(16, 2))
+    with transforms.using(flow, estimator=Refusing()):
+        torch.manual_seed(1)
+        samples = flow.sample(5)
+        with pytest.raises(RuntimeError, match="nobody"):
+            flow.sample_and_log_prob(5)
+    torch.manual_seed(1)
+    noise = flow._distribution.sample(5)
+    torch.testing.assert_close(samples, flow._transform.inverse(noise)[0])
+    samples.sum().backward()
+    assert all(parameter.grad is not None for parameter in flow.parameters())
+    assert bool(flow.sample_and_log_prob(5)[1].isfinite().all())

@@ -173,3 +173,82 @@ def test_the_banach_rate_of_plain_iteration() -> None:
         point = problem(point)
         error = torch.linalg.vector_norm(point - problem.fixed_point, dim=1)
         assert bool((error <= 0.9**step / 0.1 * first_step * (1 + 1e-9)).all())
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-6, 1e-2, 0.3, 0.6])
+@pytest.mark.parametrize("atol", [1e-9, 1e-2, 1.0])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_row_is_accepted_at_the_first_point_within_its_tolerance(
+    rtol: float, atol: float, known: bool
+) -> None:
+    problem = Contraction(0.9)
+    solver = solvers.FixedPointIteration(atol=atol, rtol=rtol)
+    solution = solver(problem, problem.offset, 0.9 if known else None)
+    point, first = problem.offset, torch.zeros(5, dtype=torch.int64)
+    for step in range(1, 300):
+        image = problem(point)
+        tolerance = atol + rtol * (point.norm(dim=1) + image.norm(dim=1))
+        is_within = (image - point).norm(dim=1) <= tolerance
+        first = torch.where((first == 0) & is_within, step, first)
+        point = image
+    assert solution.num_steps.tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_as_many_differences_as_dimensions_solve_a_linear_map(history: int) -> None:
+    """Two evaluations give the first difference; each later one gives another."""
+    problem = Contraction(0.97, features=history)
+    solver = solvers.Anderson(history=history, atol=1e-9, rtol=0.0)
+    solution = solver(problem, problem.offset)
+    assert int(solution.num_steps.max()) <= history + 2
+
+
+@pytest.mark.parametrize("history", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parallel_differences_do_no_harm(history: int, dtype: torch.dtype) -> None:
+    """A map of rank one: from the second on, all differences point the same way."""
+    direction = torch.nn.functional.normalize(torch.arange(1.0, 7.0, dtype=dtype), dim=0)
+    offset = torch.linspace(-3, 5, 24, dtype=dtype).reshape(4, 6)
+    solution = solvers.Anderson(history=history)(
+        lambda x: offset - 0.97 * (x @ direction)[:, None].sin() * direction, offset, 0.97
+    )
+    assert int(solution.num_steps.max()) < 40
+
+
+def test_rows_that_are_done_do_not_move_while_others_go_on() -> None:
+    """The first row is a fixed point from the start."""
+    problem = Contraction(0.97)
+    start = problem.offset.clone()
+    start[0] = problem.fixed_point[0]
+    for solver in SOLVERS.values():
+        solution = solver(problem, start, 0.97)
+        assert torch.equal(solution.value[0], start[0])
+        assert int(solution.num_steps[0]) == 1 < int(solution.num_steps[1:].min())
+
+
+class Jump(solvers.Accelerator):
+    """Proposes a point far away once, then plain steps from the best point."""
+
+    has_jumped = False
+
+    def propose(self, point: Tensor, image: Tensor, best: solvers.Progress) -> Tensor:
+        plain = best.value + best.residual
+        proposal = plain if self.has_jumped else torch.full_like(point, 1e9)
+        self.has_jumped = True
+        return proposal
+
+
+class JumpingSolver(solvers.Solver):
+    """A solver that tries what an extrapolation might."""
+
+    def start(self, init: Tensor) -> solvers.Accelerator:
+        return Jump()
+
+
+def test_a_point_too_far_away_to_be_the_solution_is_none() -> None:
+    """Rounding hides any residual of a point that is far enough."""
+    for lipschitz in (0.5, None):
+        solution = JumpingSolver()(
+            lambda x: torch.where(x > 1e8, x, 0.5 * x + 1), torch.zeros(3, 2), lipschitz
+        )
+        torch.testing.assert_close(solution.value, torch.full((3, 2), 2.0), rtol=1e-5, atol=0)

@@ -9,6 +9,8 @@ from nflows.distributions import StandardNormal as _NflowsStandardNormal
 from nflows.flows import Flow as _NflowsFlow
 from torch import Tensor
 
+from nflows_iresnet.transforms.residual import inverse_values_only
+
 
 class StandardNormal(_NflowsStandardNormal):
     """The standard normal of nflows, sampled in the precision of the flow.
@@ -33,8 +35,8 @@ class StandardNormal(_NflowsStandardNormal):
 class Flow(_NflowsFlow):
     """A flow of nflows whose `sample` takes any integers and any batch size.
 
-    nflows refuses numpy integers, and fails to join batches of unequal size where there is a
-    context.
+    nflows refuses numpy integers, fails to join batches of unequal size where there is a context,
+    and computes log-determinants that it drops.
     """
 
     def sample(
@@ -55,6 +57,7 @@ class Flow(_NflowsFlow):
             )
         batches = []
         while remaining:
-            batches.append(super().sample(min(size, remaining), context))
+            with inverse_values_only():
+                batches.append(super().sample(min(size, remaining), context))
             remaining -= min(size, remaining)
         return torch.cat(batches, dim=0 if context is None else 1)

@@ -1,8 +1,8 @@
 """Networks with a certified Lipschitz bound: layers, activations, norms, bounds."""
 
+from nflows_iresnet.nn.activation import Activation
 from nflows_iresnet.nn.activations import (
     ELU,
-    Activation,
     CLipSwish,
     LipSwish,
     MaxMin,

@@ -8,59 +8,12 @@ slopes a' beside the values, from which a network assembles its Jacobian.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import defined_together
-
-
-class Activation(nn.Module, ABC):
-    """A unit-wise activation: values and slopes. Units lie along the last dimension.
-
-    Networks of images hand over their channels as the last dimension.
-
-    Attributes:
-        lipschitz: certified Lipschitz constant of the map with respect to the 2-norm.
-        widening: the number of output units per input unit. Output unit `j + i * n` of n inputs
-            depends on input unit `j` alone.
-        has_curvature: whether `curvature` is implemented; only for activations without parameters
-            and without widening. It makes training faster and changes nothing else.
-    """
-
-    lipschitz: float = 1.0
-    widening: int = 1
-    has_curvature: bool = False
-
-    @abstractmethod
-    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (a(x), a'(x)), both of shape (*, widening * units)."""
-
-    def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
-        """Return a''(x) where a(x) = value and a'(x) = slope.
-
-        Raises:
-            NotImplementedError: unless `has_curvature`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no curvature")
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return a(x), shape (*, widening * units)."""
-        return self.value_and_slope(inputs)[0]
-
-
-def knows_curvature(activation: nn.Module) -> bool:
-    """Whether an activation's `curvature` is that of its own values and slopes.
-
-    A subclass that replaces `value_and_slope` has to replace `curvature` too, and parameters would
-    need derivatives of their own.
-    """
-    if not isinstance(activation, Activation) or not activation.has_curvature:
-        return False
-    is_its_own = defined_together(type(activation), "value_and_slope", "curvature")
-    return is_its_own and next(activation.parameters(), None) is None
+from nflows_iresnet.nn.activation import Activation, knows_curvature, overwrite
 
 
 class SmoothAbs(Activation):
@@ -85,6 +38,10 @@ class SmoothAbs(Activation):
         """Return sqrt(1 + x^2) - 1."""
         return self._root(inputs) - 1
 
+    def overwrite(self, inputs: Tensor) -> Tensor:
+        """Return the same in place."""
+        return inputs.hypot_(inputs.new_ones(())).sub_(1)
+
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return (1 + x^2)^{-3/2}."""
         inverse_root = (value + 1).reciprocal()
@@ -107,6 +64,10 @@ class Sine(Activation):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return sin x."""
         return inputs.sin()
+
+    def overwrite(self, inputs: Tensor) -> Tensor:
+        """Return the same in place."""
+        return inputs.sin_()
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return -sin x."""
@@ -150,6 +111,15 @@ class Mixed(Activation):
         """Return the values of both halves, side by side."""
         first, second = _halves(inputs)
         return torch.cat([self.first(first), self.second(second)], dim=-1)
+
+    def overwrite(self, inputs: Tensor) -> Tensor:
+        """Return the same in place."""
+        half = inputs.shape[-1] // 2
+        for each, part in (self.first, inputs[..., :half]), (self.second, inputs[..., half:]):
+            value = overwrite(each, part)
+            if value is not part:
+                part.copy_(value)
+        return inputs
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return the curvatures of both halves, side by side."""

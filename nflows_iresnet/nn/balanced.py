@@ -10,7 +10,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.nn.activations import Activation, Mixed, Sine, SmoothAbs
+from nflows_iresnet.nn.activation import Activation
+from nflows_iresnet.nn.activations import Mixed, Sine, SmoothAbs
 from nflows_iresnet.nn.bounds import lipschitz_bound
 from nflows_iresnet.nn.conditioning import bounded_exp, context_mlp
 from nflows_iresnet.nn.layered import LayeredFunction

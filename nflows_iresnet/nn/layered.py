@@ -15,7 +15,7 @@ from nflows_iresnet.linearization import (
     ResidualFunction,
     select_rows,
 )
-from nflows_iresnet.nn.activations import Activation
+from nflows_iresnet.nn.activation import Activation
 
 
 @dataclass(frozen=True)

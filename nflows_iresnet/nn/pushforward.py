@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import is_traced
-from nflows_iresnet.nn.activations import Activation, knows_curvature
+from nflows_iresnet.nn.activation import Activation, knows_curvature
 from nflows_iresnet.nn.dense_net import DenseNet, Evaluation
 
 

@@ -13,13 +13,14 @@ How to choose: `Anderson` (the default) needs two to four times fewer evaluation
 iteration and keeps its guarantee; `FixedPointIteration` is the method of the papers.
 """
 
+from nflows_iresnet.solvers.anderson import Anderson
 from nflows_iresnet.solvers.base import (
     Accelerator,
     FixedPointNotConverged,
     Solution,
     Solver,
 )
-from nflows_iresnet.solvers.methods import Anderson, FixedPointIteration
+from nflows_iresnet.solvers.picard import FixedPointIteration
 from nflows_iresnet.solvers.progress import Progress, SelectableMap
 
 __all__ = [

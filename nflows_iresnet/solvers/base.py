@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nflows_iresnet.solvers.progress import Map, Progress, SelectableMap
+from nflows_iresnet.solvers.progress import Map, Progress, SelectableMap, row_norm
 
 _STALL_STEPS = 50
 """A row is given up when its best residual has not improved between two multiples of this."""
 
-_FEW_ROWS = 64
-_SHRINK = 0.75
-"""Rows that are done are left out when no more than this part of at least `_FEW_ROWS` is open."""
+_FEW_VALUES = 512
+_DONE = 0.25
+"""Rows that are done are left out when they are this part, and have `_FEW_VALUES` values."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Solution:
 
     @property
     def converged(self) -> Tensor:
-        """Whether the residual is at most the tolerance, shape (B,); False for NaN."""
-        return self.residual <= self.tolerance
+        """Whether the residual is a number and at most the tolerance, shape (B,)."""
+        return (self.residual <= self.tolerance) & (self.residual < torch.inf)
 
     def error_bound(self, lipschitz: float) -> Tensor:
         r"""Return a bound of \|x - x*\|, shape (B,): residual / (1 - L), plus rounding.
@@ -127,53 +127,68 @@ class Solver(ABC):
         solution = Solution(
             best.value.reshape(init.shape), best.residual_norm, best.tolerance, best.num_steps
         )
-        if not bool(solution.residual.isfinite().all()):
-            raise FixedPointNotConverged(_not_finite(solution), solution)
         if not bool(solution.converged.all()):
-            raise FixedPointNotConverged(_not_converged(solution), solution)
+            is_finite = bool(solution.residual.isfinite().all())
+            message = _not_converged if is_finite else _not_finite
+            raise FixedPointNotConverged(message(solution), solution)
         return solution
 
     def _iterate(self, fn: Map, init: Tensor, lipschitz: float | None) -> Progress:
         flat = init.flatten(start_dim=1)
         accelerator, point, best = self.start(flat), flat, Progress(flat)
         everything, rows = best, torch.arange(len(flat), device=flat.device)
-        farthest = torch.full_like(best.residual_norm, torch.inf)
         for step in range(1, self.max_steps + 1):
             image = fn(point.reshape(-1, *init.shape[1:])).flatten(start_dim=1)
-            scale = row_norm(point) + row_norm(image)
-            farthest = scale * _farthest(lipschitz) if step == 1 else farthest
-            residual = image - point
-            norm = torch.where(scale <= farthest, row_norm(residual), torch.inf)
-            best.update(point, residual, norm, scale, self._tolerance(scale))
+            if step == 1:
+                farthest = (row_norm(point) + row_norm(image)) * _farthest(lipschitz)
+                loosest = self._loosest(farthest)
+            residual, point_norm = image - point, row_norm(point)
+            norm = row_norm(residual)
+            best.update(point, residual, norm, point_norm <= farthest)
+            if bool((norm <= loosest).any()):
+                best.accept(self._tolerance(point_norm + row_norm(image)))
             if step % _STALL_STEPS == 0:
-                best.close_stalled(self._rounding(best.scale, lipschitz))
-            num_open = int(best.is_open.sum())
-            if num_open == 0 or (step == 1 and not bool(norm.isfinite().all())):
+                best.close_stalled(self._at_rounding(best.scale, lipschitz))
+            if best.num_open == 0 or (step == 1 and not best.is_latest):
                 break
-            is_worth_it = _FEW_ROWS <= num_open <= _SHRINK * len(point)
-            if is_worth_it and isinstance(fn, SelectableMap) and accelerator.can_select:
+            if _is_worth_it(best) and accelerator.can_select and isinstance(fn, SelectableMap):
                 keep = best.is_open.nonzero()[:, 0]
                 if best is not everything:
                     everything.write(rows, best)
                 fn, best, rows = fn.select(keep), best.select(keep), rows[keep]
-                point, image, farthest = point[keep], image[keep], farthest[keep]
+                point, image = point[keep], image[keep]
+                farthest, loosest = farthest[keep], loosest[keep]
                 accelerator.select(keep)
             point = accelerator.propose(point, image, best)
+        if best.num_open > 0:
+            best.close(self._tolerance(best.scale))
         if best is not everything:
             everything.write(rows, best)
         return everything
 
     def _tolerance(self, scale: Tensor) -> Tensor:
-        is_double = scale.dtype == torch.float64
-        eps = torch.finfo(scale.dtype).eps
-        atol = (1e-12 if is_double else 8 * eps) if self.atol is None else self.atol
-        rtol = (1e-14 if is_double else 4 * eps) if self.rtol is None else self.rtol
-        return atol + rtol * scale
+        return self._atol(scale.dtype) + self._rtol(scale.dtype) * scale
 
-    def _rounding(self, scale: Tensor, lipschitz: float | None) -> Tensor:
+    def _atol(self, dtype: torch.dtype) -> float:
+        default = 1e-12 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps
+        return default if self.atol is None else self.atol
+
+    def _rtol(self, dtype: torch.dtype) -> float:
+        default = 1e-14 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+        return default if self.rtol is None else self.rtol
+
+    def _loosest(self, farthest: Tensor) -> Tensor:
+        """Return what no residual that is accepted exceeds: its scale is at most 2 |x| + itself."""
+        rtol = self._rtol(farthest.dtype)
+        if rtol >= 0.5:
+            return torch.full_like(farthest, torch.inf)
+        return self._tolerance(2 * farthest) * (1.01 / (1 - rtol))
+
+    def _at_rounding(self, scale: Tensor, lipschitz: float | None) -> Tensor:
         if self.rtol is not None or lipschitz is None:
-            return torch.zeros_like(scale)
-        return 32 * torch.finfo(scale.dtype).eps * scale / (1 - lipschitz)
+            return self._tolerance(scale)
+        rounding = 32 * torch.finfo(scale.dtype).eps * scale / (1 - lipschitz)
+        return self._tolerance(scale).maximum(rounding)
 
 
 class Accelerator(ABC):
@@ -214,9 +229,10 @@ def _farthest(lipschitz: float | None) -> float:
     return 1e3 if lipschitz is None else 1 + 2 / (1 - lipschitz)
 
 
-def row_norm(rows: Tensor) -> Tensor:
-    """Return the 2-norm of each row, shape (B,)."""
-    return torch.linalg.vector_norm(rows.flatten(start_dim=1), dim=1)
+def _is_worth_it(best: Progress) -> bool:
+    num_rows, size = best.value.shape
+    num_done = num_rows - best.num_open
+    return num_done * size >= _FEW_VALUES and num_done >= _DONE * num_rows
 
 
 def _not_finite(solution: Solution) -> str:

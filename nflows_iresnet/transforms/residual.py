@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,8 @@ class ResidualTransform(Transform):
         with full_precision(inputs.device):
             inputs = like_weights(inputs, self.net)
             outputs = _ImplicitInverse.solve(function, inputs, self.solver)
+            if not _NEEDS_LOGABSDET.get():
+                return outputs, outputs.new_full((len(outputs),), torch.nan)
             _, logabsdet = self.estimator(function, outputs)
             return outputs, -logabsdet
 
@@ -199,6 +202,22 @@ def solve_adjoint(
         lambda point: target - at_solution.vjp(point), target, function.lipschitz
     ).value
     return adjoint * scale
+
+
+_NEEDS_LOGABSDET: ContextVar[bool] = ContextVar("needs_logabsdet", default=True)
+
+
+@contextmanager
+def inverse_values_only() -> Iterator[None]:
+    """Let the inverses of residual blocks return NaN for the log-determinant that nobody reads.
+
+    It concerns this thread alone. Samples are the same; estimators are not asked, and draw nothing.
+    """
+    token = _NEEDS_LOGABSDET.set(False)
+    try:
+        yield
+    finally:
+        _NEEDS_LOGABSDET.reset(token)
 
 
 @contextmanager
