@@ -34,12 +34,15 @@ class Size:
         hidden: width of the hidden layers, h.
         blocks: residual blocks.
         bare: leave out the ActNorm beside each block.
+        marginal_bins: bins of this library's splines, None for its default; by default none, so
+            that all contestants do the same work.
     """
 
     features: int
     hidden: int
     blocks: int = 1
     bare: bool = True
+    marginal_bins: int | None = 0
 
     @property
     def architecture(self) -> Architecture:
@@ -90,7 +93,11 @@ class Contestant:
 
 def our_flow(size: Size, estimator: logdet.LogDetEstimator | None = None) -> Flow:
     """Build a flow of this library; bare, it is the residual block of `ResidualFlow` alone."""
-    flow = ResidualFlow(size.features, size.hidden, size.blocks, HIDDEN_LAYERS, estimator=estimator)
+    sizes = (size.features, size.hidden, size.blocks, HIDDEN_LAYERS)
+    if size.marginal_bins is None:
+        flow = ResidualFlow(*sizes, estimator=estimator)
+    else:
+        flow = ResidualFlow(*sizes, estimator=estimator, marginal_bins=size.marginal_bins)
     return flow if not size.bare else Flow(residual_block(flow), StandardNormal([size.features]))
 
 
@@ -188,7 +195,7 @@ def _affords_jacobian(size: Size, batch: int) -> bool:
 
 
 CONTESTANTS: dict[str, Contestant] = {
-    OURS: Contestant("this library, ResidualFlow's defaults", _ours()),
+    OURS: Contestant("this library, ResidualFlow's defaults (splines in quality only)", _ours()),
     "ours-exact": Contestant("logdet.Exact", _ours(logdet.Exact()), _affords_jacobian),
     "ours-series": Contestant("logdet.PowerSeries", _ours(logdet.PowerSeries())),
     "ours-roulette": Contestant("logdet.RussianRoulette", _ours(logdet.RussianRoulette())),

@@ -103,7 +103,7 @@ def train_side_by_side(case: Case, settings: Settings, clock: Clock) -> tuple[Ce
     seed = int(case.parameters["seed"])
     dataset = datasets.load(case.label.split()[0], seed=seed)
     test = dataset.test[:TEST_ROWS].to(settings.device)
-    size = Size(dataset.features, HIDDEN[dataset.name], BLOCKS, bare=False)
+    size = Size(dataset.features, HIDDEN[dataset.name], BLOCKS, bare=False, marginal_bins=None)
     trainees = [_trainee(name, dataset, size, seed, settings) for name in (OURS, BASELINE)]
     for seconds in checkpoints(_budget(settings)):
         for trainee in trainees:
