@@ -81,6 +81,12 @@ def _residual_flow(size: Architecture) -> DensityModel:
     return ResidualModel(ResidualFlow(*size.as_tuple()))
 
 
+def _residual_flow_plain(size: Architecture) -> DensityModel:
+    from nflows_iresnet.flows import ResidualFlow
+
+    return ResidualModel(ResidualFlow(*size.as_tuple(), marginal_bins=0))
+
+
 def _i_resnet(size: Architecture) -> DensityModel:
     from nflows_iresnet.flows import InvertibleResNet
 
@@ -203,6 +209,7 @@ def _normflows_residual(size: Architecture) -> DensityModel:
 
 MODELS: dict[str, ModelSpec] = {
     "residual-flow": ModelSpec("ResidualFlow of this library", _residual_flow),
+    "residual-flow-plain": ModelSpec("the same without splines", _residual_flow_plain),
     "i-resnet": ModelSpec("InvertibleResNet of this library", _i_resnet),
     "realnvp": ModelSpec("SimpleRealNVP of nflows: affine couplings", _realnvp),
     "maf": ModelSpec("MaskedAutoregressiveFlow of nflows", _maf),

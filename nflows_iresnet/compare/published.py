@@ -11,6 +11,7 @@ BITS_PER_DIM: dict[str, dict[str, str]] = {
     "ffjord": {"MNIST": "0.99", "CIFAR-10": "3.40"},
     "i-resnet": {"MNIST": "1.06", "CIFAR-10": "3.45"},
     "residual-flow": {"MNIST": "0.970", "CIFAR-10": "3.280"},
+    "residual-flow-plain": {"MNIST": "0.970", "CIFAR-10": "3.280"},
 }
 BITS_PER_DIM |= {f"{name}-scaled": BITS_PER_DIM[name] for name in ("nice", "realnvp")}
 """Behrmann et al., Invertible residual networks, 2019; Chen et al., Residual flows, 2019, for the
