@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext
 
 import torch
 from nflows.distributions import StandardNormal as _NflowsStandardNormal
 from nflows.flows import Flow as _NflowsFlow
-from torch import Tensor
+from nflows.transforms import Transform
+from torch import Tensor, nn
 
 from nflows_iresnet.transforms.residual import inverse_values_only
 
@@ -57,7 +59,27 @@ class Flow(_NflowsFlow):
             )
         batches = []
         while remaining:
-            with inverse_values_only():
-                batches.append(super().sample(min(size, remaining), context))
+            batches.append(super().sample(min(size, remaining), context))
             remaining -= min(size, remaining)
         return torch.cat(batches, dim=0 if context is None else 1)
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        """Return samples without log-determinants, where no transform could ask for those."""
+        embedded = self._embedding_net(context)
+        noise = self._distribution.sample(num_samples, context=embedded)
+        if embedded is not None:
+            noise = noise.flatten(start_dim=0, end_dim=1)
+            embedded = embedded.repeat_interleave(num_samples, dim=0)
+        is_known = all(map(_ignores_logabsdet, self._transform.modules()))
+        with inverse_values_only() if is_known else nullcontext():
+            samples: Tensor = self._transform.inverse(noise, context=embedded)[0]
+        return samples if embedded is None else samples.unflatten(0, (-1, num_samples))
+
+
+_KNOWN_PACKAGES = ("nflows", "nflows_iresnet")
+
+
+def _ignores_logabsdet(module: nn.Module) -> bool:
+    """Whether a transform adds up the log-determinants of its parts and looks at none."""
+    package = type(module).__module__.partition(".")[0]
+    return not isinstance(module, Transform) or package in _KNOWN_PACKAGES

@@ -201,12 +201,21 @@ class RussianRoulette(SeriesEstimator):
         if not self.truncation.has_finite_variance(bound):
             return math.inf
         remaining = -math.log1p(-bound)
-        total, term, size = 0.0, 1, bound
-        while size > 1e-12:
-            pairs = size * (2 * remaining - size) / self.survival(term, bound)
+        total, term, size, pairs = 0.0, 1, bound, 0.0
+        while size > _SMALL or pairs > 1e-16 * total:
+            survival = self.survival(term, bound)
+            if survival == 0:
+                return math.inf
+            rest = remaining if size > _SMALL else size / (1 - bound)
+            pairs = size * (2 * rest - size) / survival
             total, remaining, term = total + pairs, remaining - size, term + 1
             size = bound**term / term
-        return features**2 * total
+        return features**2 * total * (1 + _SMALL)
+
+
+_SMALL = 1e-9
+"""Terms below are summed with a bound of those after them, which rounding would otherwise swamp;
+relatively, it is also more than is left out in the end."""
 
 
 def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:

@@ -53,16 +53,27 @@ class Activation(nn.Module, ABC):
 def overwrite(activation: nn.Module, inputs: Tensor) -> Tensor:
     """Return activation(inputs), where no graph is recorded and nobody needs the inputs again.
 
-    A subclass that replaces `forward` has to replace `overwrite` too, or is called as it is.
+    A subclass that replaces `forward` has to replace `overwrite` too, or is called as it is; so is
+    one with hooks.
     """
-    if _knows_overwrite(cast("Hashable", type(activation))):
+    if knows_overwrite(activation):
         return cast("Activation", activation).overwrite(inputs)
     outputs: Tensor = activation(inputs)
     return outputs
 
 
+def knows_overwrite(activation: nn.Module) -> bool:
+    """Whether an activation's `overwrite` is all that a call of it would do."""
+    is_called_as_it_is = (
+        not activation._forward_hooks
+        and not activation._forward_pre_hooks
+        and "forward" not in vars(activation)
+    )
+    return is_called_as_it_is and _defines_overwrite(cast("Hashable", type(activation)))
+
+
 @cache
-def _knows_overwrite(kind: type) -> bool:
+def _defines_overwrite(kind: type) -> bool:
     names = ("value_and_slope", "forward", "overwrite")
     return issubclass(kind, Activation) and defined_together(kind, *names)
 

@@ -36,7 +36,8 @@ class DenseFunction(LayeredFunction):
         if torch.is_grad_enabled() or self.stretches or is_traced():
             return super().__call__(inputs)
         count, rows = inputs.shape[0], self._chunk_rows
-        if inputs.dim() != 2 or count <= rows or inputs.device.type != "cpu":
+        is_large = inputs.dim() == 2 and count > rows and inputs.device.type == "cpu"
+        if not is_large or any(len(s) not in (1, count) for s in self.shifts if s.dim() == 2):
             return self._without_graph(inputs)
         parts = [slice(start, start + rows) for start in range(0, count, rows)]
         return torch.cat([self.select(part)(inputs[part]) for part in parts])

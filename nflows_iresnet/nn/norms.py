@@ -61,7 +61,7 @@ class OperatorNorm(ABC):
         gradient held constant the product has the derivative of the norm, and nothing of how the
         gradient was computed needs to be recorded.
         """
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             value, gradient = self.value_and_gradient(weight.detach(), state or {})
         paired = (gradient * weight.double()).sum()
         return value + paired - paired.detach()

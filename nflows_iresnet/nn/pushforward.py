@@ -164,6 +164,7 @@ class _Pullback:
         shifts: list[Tensor | None] = []
         stretches: list[Tensor | None] = []
         stacked = self._stacked(cotangents[0], cotangents[1])
+        is_fed = cotangents[0] is not None or cotangents[1] is not None
         for index in reversed(range(1, len(self.net.weights))):
             is_frozen = not is_needed[2 + index]
             weights.append(None if is_frozen else self._of_weight(index, stacked))
@@ -175,7 +176,10 @@ class _Pullback:
                 stretches.append(self._of_stretch(index - 1, stacked[0], bend))
                 bend = bend / self.net.stretches[index - 1]
             stacked = stacked * self.kept.slopes[index - 1]
-            stacked[0] += bend
+            if is_fed:
+                stacked[0] += bend
+            else:  # the zeros have no room for a batch of cotangents
+                stacked = torch.cat([stacked[:1] + bend, stacked[1:]])
         of_units, of_tangents = stacked[0], stacked[1:]
         weights.append(self._of_first_weight(of_units, of_tangents) if is_needed[2] else None)
         shifts.append(self._of_shift(0, of_units))

@@ -36,19 +36,21 @@ class SchattenNorm(MatrixNorm):
     **Rounding.** The value is multiplied by 1 + e (0.6 + 4 (s + 1) / p) + v m (2 n + 128), which
     makes it an upper bound of \|W\|_2: with e = u (n + 3) (1 + sqrt(n) / 2)^2, m = max(out, in),
     u the unit roundoff of the products and v that of float64; 0.09 % for n = 256, 0.34 % for
-    n = 512 in float32. The proof needs e (4 + sqrt(n)) <= 1, true for all n < 20000:
+    n = 512 in float32. The proof needs e (4 + sqrt(n)) <= 1, true for n < 10^6 in float64 and for
+    all n that float32 is used for:
 
     Let |A| have the absolute values of the entries of A, norms be 2-norms, l = \|G\|. *A positive
     semidefinite Q has \| |Q| \| <= h \|Q\|, h = (1 + sqrt(n)) / 2*: for \|Q\| = 1 it is
     |Q| <= (I + |2 Q - I|) / 2, and \|2 Q - I\| <= 1 has a Frobenius norm of at most sqrt(n).
 
     The computed matrices are P_0 = G + E_0 and P_j = Q_j + E_j, Q_j = P_{j-1}^T P_{j-1}, up to
-    factors that are recorded; let q_j = \|Q_j\|, q_0 = l. A product of n terms and a rescaling give
-    |E_j| <= (n + 3) u |P_{j-1}|^T |P_{j-1}|. If \| |E_{j-1}| \| <= e q_{j-1}, then \| |P_{j-1}| \|
-    <= (h + e) q_{j-1} and q_j = \|P_{j-1}\|^2 >= (1 - e)^2 q_{j-1}^2, so \| |E_j| \| <= e q_j, as
-    e (4 + sqrt(n)) <= 1 says that (h + e) / (1 - e) <= 1 + sqrt(n) / 2. Hence, with e_0 = v (m + 3)
-    n + u h for the float64 product G and its rounding, q_{s-1} is at least l^{2^{s-1}}
-    (1 - e_0)^{2^{s-1}} (1 - e)^{2^{s-1} - 2}, and \|P\| >= (1 - e) q_{s-1} for P = P_{s-1}.
+    factors that are recorded (e stands for the larger of e and e_0 below); let q_j = \|Q_j\|, q_0 =
+    l. A product of n terms and a rescaling give |E_j| <= (n + 3) u |P_{j-1}|^T |P_{j-1}|. If \|
+    |E_{j-1}| \| <= e q_{j-1}, then \| |P_{j-1}| \| <= (h + e) q_{j-1} and q_j = \|P_{j-1}\|^2 >= (1
+    - e)^2 q_{j-1}^2, so \| |E_j| \| <= e q_j, as e (4 + sqrt(n)) <= 1 says that (h + e) / (1 - e)
+    <= 1 + sqrt(n) / 2. Hence, with e_0 = v (m + 3) n + u h for the float64 product G and its
+    rounding, q_{s-1} is at least l^{2^{s-1}} (1 - e_0)^{2^{s-1}} (1 - e)^{2^{s-1} - 2} (the last
+    factor for s > 1), and \|P\| >= (1 - e) q_{s-1} for P = P_{s-1}.
 
     Let y and z be the top singular vectors, P z = \|P\| y. From (y^T Q z)^2 <= y^T Q y z^T Q z
     follows \|P_{s-2} y\| >= (1 - 2 e) \|P_{s-2}\|; and y^T Q y >= \|Q y\|^2 / \|Q\| gives
@@ -160,8 +162,8 @@ def _squarable(weight: Tensor) -> tuple[Tensor, Tensor | float]:
     """Return a copy with squares in the range of float64, and what it was divided by."""
     if weight.dtype != torch.float64:
         return weight.double(), 1.0
-    largest = weight.abs().amax((-2, -1), keepdim=True)
-    return weight / largest.clamp_min(torch.finfo(torch.float64).tiny), largest
+    largest = weight.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return weight / largest, largest
 
 
 def _frobenius(matrix: Tensor) -> Tensor:

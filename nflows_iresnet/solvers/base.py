@@ -138,7 +138,7 @@ class Solver(ABC):
         accelerator, point, best = self.start(flat), flat, Progress(flat)
         everything, rows = best, torch.arange(len(flat), device=flat.device)
         for step in range(1, self.max_steps + 1):
-            image = fn(point.reshape(-1, *init.shape[1:])).flatten(start_dim=1)
+            image = fn(point.reshape(len(point), *init.shape[1:])).flatten(start_dim=1)
             if step == 1:
                 farthest = (row_norm(point) + row_norm(image)) * _farthest(lipschitz)
                 loosest = self._loosest(farthest)

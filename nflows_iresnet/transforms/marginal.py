@@ -78,7 +78,9 @@ class MarginalSpline(Transform):
     projections of all, which with few rows it learns by heart. Where marginals are far from normal
     (peaks, gaps, limits) one such map takes over what needs no other feature.
 
-    Cost: some thirty operations per value; the log-determinant is exact.
+    Cost: some thirty operations per value, in float64. Value, inverse and log-determinant are exact
+    but for the rounding of what goes in and comes out; the inverse amplifies that of y by 1 / S_j',
+    at most e^5 / 0.01 times.
 
     Args:
         features: number of features of x.
@@ -108,34 +110,37 @@ class MarginalSpline(Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, sum_j log S_j'(x_j)), shapes (B, features) and (B,)."""
-        inside = self._inside(inputs)
+        inside, beyond = self._split(inputs)
         knots = self._knots()
         bins = self._bins(inside, knots, knots[0])
         outputs, log_slope = bins.value_and_log_slope((inside - bins.left) / bins.width)
-        return outputs + (inputs - inside), log_slope.sum(1)
+        return (outputs + beyond).to(inputs.dtype), log_slope.sum(1).to(inputs.dtype)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, -sum_j log S_j'(x_j)), shapes (B, features) and (B,)."""
-        inside = self._inside(inputs)
+        inside, beyond = self._split(inputs)
         knots = self._knots()
         bins = self._bins(inside, knots, knots[1])
         part = bins.part_at(inside)
-        outputs = bins.left + bins.width * part
-        return outputs + (inputs - inside), -bins.value_and_log_slope(part)[1].sum(1)
+        outputs = bins.left + bins.width * part + beyond
+        logabsdet = -bins.value_and_log_slope(part)[1].sum(1)
+        return outputs.to(inputs.dtype), logabsdet.to(inputs.dtype)
 
-    def _inside(self, inputs: Tensor) -> Tensor:
-        """Return the nearest values within the knots: what is beyond is carried over as it is."""
+    def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nearest values within the knots, and what they lack, in float64."""
         features = self.sizes.shape[1]
         if inputs.dim() != 2 or inputs.shape[1] != features:
             raise ValueError(
                 f"expected inputs of shape (batch, {features}), got {tuple(inputs.shape)}"
             )
-        return inputs.clamp(-self.bound, self.bound)
+        double = inputs.double()
+        inside = double.clamp(-self.bound, self.bound)
+        return inside, double - inside
 
     def _knots(self) -> Tensor:
         """Return the knots and their images, (2, features, K + 1)."""
         num_bins = self.sizes.shape[2]
-        shares = _MIN_SIZE / num_bins + (1 - _MIN_SIZE) * self.sizes.softmax(2)
+        shares = _MIN_SIZE / num_bins + (1 - _MIN_SIZE) * self.sizes.double().softmax(2)
         inner = self.bound * (2 * shares[..., :-1].cumsum(2) - 1)
         return F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
 
@@ -148,7 +153,7 @@ class MarginalSpline(Transform):
 
     def _table(self, knots: Tensor) -> Tensor:
         """Return the eight numbers of each bin, (8, features * K)."""
-        bounded = _MAX_LOG_SLOPE * (self.log_slopes / _MAX_LOG_SLOPE).tanh()
+        bounded = _MAX_LOG_SLOPE * (self.log_slopes.double() / _MAX_LOG_SLOPE).tanh()
         slopes = F.pad(bounded.exp(), (1, 1), value=1.0)
         (left, bottom), (width, height) = knots[..., :-1], knots.diff(dim=2)
         first, last, mean = slopes[:, :-1], slopes[:, 1:], height / width
