@@ -149,7 +149,7 @@ def _fresh_record(config: RunConfig, runs: list[runner.Run], preset: Preset) -> 
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         datasets=tuple(task.summarise() for task in tasks.values()),
         command=preset.command,
-        published=preset.published,
+        published=preset.published_beside(images=config.images),
     )
 
 

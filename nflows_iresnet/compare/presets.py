@@ -45,6 +45,14 @@ class Preset:
         steps: int = self.options.get("steps", DEFAULT_STEPS)
         return steps
 
+    def published_beside(self, *, images: bool) -> dict[str, dict[str, str]]:
+        """Return the published numbers of the models that are those of the papers.
+
+        For rows that is the residual flow without splines; for images there are none.
+        """
+        other = "residual-flow-plain" if images else "residual-flow"
+        return {model: row for model, row in self.published.items() if model != other}
+
 
 COMPARE = Preset(
     command="compare",
