@@ -47,6 +47,8 @@ class ResidualFlowBuilder:
             posterior is evaluated far more often than it is trained.
         solver: strategy for the inverse, see `ResidualFlow`.
         coeff: bound of the Lipschitz constant of each block, in (0, 1).
+        marginal_bins: bins of the spline of each parameter, see `ResidualFlow`; none by default,
+            because posteriors were measured without.
 
     Raises:
         ValueError: if `z_score_theta` or `z_score_x` is none of the three.
@@ -73,6 +75,7 @@ class ResidualFlowBuilder:
     estimator: LogDetEstimator | None = Adaptive(max_exact_features=16)
     solver: Solver | None = None
     coeff: float = 0.97
+    marginal_bins: int = 0
 
     def __post_init__(self) -> None:
         for name in ("z_score_theta", "z_score_x"):
@@ -102,6 +105,7 @@ class ResidualFlowBuilder:
             estimator=self.estimator,
             solver=self.solver,
             coeff=self.coeff,
+            marginal_bins=self.marginal_bins,
         )
         transform = CompositeTransform([*self._standardised(theta), flow._transform])
         context_net = nn.Sequential(embedding_net, flow._embedding_net)
