@@ -25,7 +25,7 @@ class ResidualFlow(Flow):
     r"""A residual flow for vectors: `num_layers` times ActNorm and y = x + g(x), then ActNorm.
 
     After the first ActNorm a `MarginalSpline` takes over the shape of the marginals, which dense
-    networks learn slowly and, from few rows, by heart; a step takes 6 to 7 % longer. Measured (6
+    networks learn slowly and, from few rows, by heart; a step takes 6 to 9 % longer. Measured (6
     blocks, best test NLL in nats, three seeds, 200 steps on digits and 300 on the others):
 
     | `marginal_bins` | 0 | 8 |
