@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from nflows_iresnet.compare.bench import accuracy, imagesteps, implicit, problems, quality, steps
-from nflows_iresnet.compare.bench.contestants import CONTESTANTS, PlainNet, Size, contestants_for
+from nflows_iresnet.compare.bench.contestants import (
+    CONTESTANTS,
+    Model,
+    PlainNet,
+    Size,
+    contestants_for,
+)
 from nflows_iresnet.compare.bench.functions import Counted, FrozenNet, SlowestMap
 from nflows_iresnet.compare.bench.items import (
     BASELINE,
@@ -33,16 +39,17 @@ TINY = Settings(quick=True, repeats=2)
 
 @pytest.mark.parametrize("name", [name for name in CONTESTANTS if CONTESTANTS[name].is_available])
 def test_every_contestant_takes_steps(name: str) -> None:
-    size = Size(3, 8)
-    model = CONTESTANTS[name].build(size)
-    rows = torch.randn(16, 3)
+    assert_takes_steps(CONTESTANTS[name].build(Size(3, 8)), torch.randn(16, 3))
+
+
+def assert_takes_steps(model: Model, rows: torch.Tensor) -> None:
     before = [parameter.detach().clone() for parameter in model.parameters()]
     step = steps.training_step(model, iter([rows, rows]), learning_rate=0.1)
     step()
     step()
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert any(changed)
-    assert model.log_prob(rows).shape == (16,)
+    assert model.log_prob(rows).shape == (len(rows),)
 
 
 def test_floor_has_the_widths_of_ours() -> None:
@@ -178,15 +185,7 @@ def test_seconds_to_a_likelihood() -> None:
 @pytest.mark.parametrize("name", imagesteps.BUILDERS)
 def test_every_contestant_takes_steps_on_images(name: str) -> None:
     size = imagesteps.ImageSize(channels=2, pixels=4, hidden=4)
-    model = imagesteps.BUILDERS[name](size)
-    rows = torch.randn(3, *size.shape)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    step = steps.training_step(model, iter([rows, rows]), learning_rate=0.1)
-    step()
-    step()
-    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
-    assert any(changed)
-    assert model.log_prob(rows).shape == (3,)
+    assert_takes_steps(imagesteps.BUILDERS[name](size), torch.randn(3, *size.shape))
 
 
 def test_kernels_of_all_image_contestants_have_the_same_shapes() -> None:
