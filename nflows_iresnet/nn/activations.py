@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.nn.activation import Activation, knows_curvature, knows_overwrite, overwrite
+from nflows_iresnet.nn.activation import Activation, knows_curvature, knows_overwrite
 
 
 class SmoothAbs(Activation):
@@ -116,9 +116,8 @@ class Mixed(Activation):
         """Return the same in place."""
         half = inputs.shape[-1] // 2
         for each, part in (self.first, inputs[..., :half]), (self.second, inputs[..., half:]):
-            if not knows_overwrite(each):
-                part.copy_(each(part.clone()))
-            elif (value := overwrite(each, part)) is not part:
+            value = each.overwrite(part) if knows_overwrite(each) else each(part.clone())
+            if value is not part:
                 part.copy_(value)
         return inputs
 

@@ -93,13 +93,13 @@ def _rounding_allowance(weight: Tensor) -> float:
     return 1 + 64 * max(weight.shape[-2:]) * torch.finfo(torch.float64).eps
 
 
-def _tall(weight: Tensor) -> Tensor:
+def tall_side(weight: Tensor) -> Tensor:
     """Return the weights or their transposes: at least as many rows as columns."""
     return weight if weight.shape[-2] >= weight.shape[-1] else weight.mT
 
 
-def _like(tall: Tensor, weight: Tensor) -> Tensor:
-    """Undo `_tall`."""
+def undo_tall_side(tall: Tensor, weight: Tensor) -> Tensor:
+    """Undo `tall_side`."""
     return tall if weight.shape[-2] >= weight.shape[-1] else tall.mT
 
 
@@ -124,12 +124,12 @@ class SpectralNorm(MatrixNorm):
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the largest singular values and u v^T."""
-        tall = _tall(weight.double())
+        tall = tall_side(weight.double())
         right = eigenvectors(tall.mT @ tall)[..., -1:]
         left = tall @ right
         value = torch.linalg.matrix_norm(left)
         outer = left / value.clamp_min(_TINY)[..., None, None] @ right.mT
-        return value * _rounding_allowance(weight), _like(outer, weight)
+        return value * _rounding_allowance(weight), undo_tall_side(outer, weight)
 
 
 @dataclass(frozen=True)

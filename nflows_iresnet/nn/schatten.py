@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import is_traced
-from nflows_iresnet.nn.norms import MatrixNorm, State
+from nflows_iresnet.nn.norms import MatrixNorm, State, tall_side, undo_tall_side
 
 _MAX_ALLOWANCE = 0.005
 """What float32 may add to a norm; above, the products are float64."""
@@ -76,8 +76,7 @@ class SchattenNorm(MatrixNorm):
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the Schatten norms of order 2^{s+1} + 2 and their gradients."""
-        is_tall = weight.shape[-2] >= weight.shape[-1]
-        double, largest = _squarable(weight if is_tall else weight.mT)
+        double, largest = _squarable(tall_side(weight))
         gram = gram_matrix(double)
         size = _frobenius(gram)
         scale, dtype = size.sqrt(), self._dtype(weight)
@@ -89,7 +88,7 @@ class SchattenNorm(MatrixNorm):
         factor = norm / root_norm.square().clamp_min(torch.finfo(torch.float64).tiny)
         left = root if self.num_squarings > 0 else unit
         gradient = _product(left, power * factor.to(dtype))
-        return (norm * scale * largest)[..., 0, 0], gradient if is_tall else gradient.mT
+        return (norm * scale * largest)[..., 0, 0], undo_tall_side(gradient, weight)
 
     @property
     def _order(self) -> int:

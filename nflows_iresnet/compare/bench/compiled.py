@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from nflows_iresnet import logdet
 from nflows_iresnet.compare.adapters import ResidualModel
 from nflows_iresnet.compare.bench.contestants import Size, our_flow
 from nflows_iresnet.compare.bench.items import Case, Entrant, Figure, Item, Settings
-from nflows_iresnet.compare.bench.steps import TRIO, step_case, training_step
-from nflows_iresnet.compare.training import seed_everything
+from nflows_iresnet.compare.bench.steps import TRIO, step_case, step_entrant
 
 COMPILED = "ours-compiled"
 COMPILE_SECONDS = Figure("compile_seconds", "compile\ns", ".0f", baseline=None)
@@ -45,15 +44,14 @@ class CompiledModel(ResidualModel):
 
 
 def _compiled_entrant(size: Size, batch: int, settings: Settings) -> Entrant:
-    seed_everything(settings.seed)
-    model = CompiledModel(size).to(settings.device)
-    rows = torch.randn(batch, size.features).to(settings.device)
-    step = training_step(model, itertools.repeat(rows))
-    step()
+    shape = (batch, size.features)
+    entrant = step_entrant(COMPILED, partial(CompiledModel, size), shape, settings)
+    assert entrant.work is not None
+    entrant.work()
     started = time.perf_counter()
-    step()
+    entrant.work()
     seconds = time.perf_counter() - started
-    return Entrant(COMPILED, step, lambda: {COMPILE_SECONDS.key: seconds})
+    return replace(entrant, figures=lambda: {COMPILE_SECONDS.key: seconds})
 
 
 def _case(size: Size, batch: int) -> Case:

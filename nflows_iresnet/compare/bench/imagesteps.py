@@ -106,14 +106,7 @@ def image_step_case(size: ImageSize, batch: int) -> Case:
             for name, build in BUILDERS.items()
         ]
 
-    parameters: dict[str, float] = {
-        "c": size.channels,
-        "pixels": size.pixels,
-        "h": size.hidden,
-        "B": batch,
-    }
-    label = " ".join(f"{name}={value}" for name, value in parameters.items())
-    return Case(label, parameters, enter)
+    return Case.of(enter, c=size.channels, pixels=size.pixels, h=size.hidden, B=batch)
 
 
 def _cases(settings: Settings) -> list[Case]:

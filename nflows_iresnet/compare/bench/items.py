@@ -87,6 +87,12 @@ class Case:
     parameters: dict[str, float]
     enter: Callable[[Settings], list[Entrant]]
 
+    @classmethod
+    def of(cls, enter: Callable[[Settings], list[Entrant]], **parameters: int) -> Case:
+        """Return a case that is labelled by its parameters."""
+        label = " ".join(f"{name}={value}" for name, value in parameters.items())
+        return cls(label, dict(parameters), enter)
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -105,14 +105,7 @@ def step_case(
             for name, each in contestants_for(size, batch, names).items()
         ]
 
-    parameters: dict[str, float] = {
-        "d": size.features,
-        "h": size.hidden,
-        "B": batch,
-        "blocks": size.blocks,
-    }
-    label = " ".join(f"{name}={value}" for name, value in parameters.items())
-    return Case(label, parameters, enter)
+    return Case.of(enter, d=size.features, h=size.hidden, B=batch, blocks=size.blocks)
 
 
 def _subset(quick: bool, few: Iterable[int], all_of_them: Iterable[int]) -> Iterable[int]:
