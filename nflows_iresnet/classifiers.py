@@ -13,7 +13,6 @@ from torch import nn as torch_nn
 
 from nflows_iresnet import nn
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
-from nflows_iresnet.nn.layers import validated_size
 from nflows_iresnet.solvers import Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -22,6 +21,7 @@ from nflows_iresnet.transforms import (
     ResidualTransform,
     SqueezeTransform,
 )
+from nflows_iresnet.validation import validated_size
 
 Shape = tuple[int, int, int]
 _POOLED = 2

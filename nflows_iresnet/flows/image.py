@@ -8,7 +8,6 @@ from torch import nn
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.nn import LipschitzCNN
-from nflows_iresnet.nn.layers import validated_size
 from nflows_iresnet.solvers import Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -17,6 +16,7 @@ from nflows_iresnet.transforms import (
     ResidualTransform,
     multiscale,
 )
+from nflows_iresnet.validation import validated_size
 
 Shape = tuple[int, int, int]
 

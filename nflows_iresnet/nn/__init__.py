@@ -1,5 +1,6 @@
 """Networks with a certified Lipschitz bound: layers, activations, norms, bounds."""
 
+from nflows_iresnet.conditioning import context_mlp
 from nflows_iresnet.nn.activation import Activation
 from nflows_iresnet.nn.activations import (
     ELU,
@@ -18,7 +19,6 @@ from nflows_iresnet.nn.bounds import (
     spectral_norm_bound,
     spectral_penalty,
 )
-from nflows_iresnet.nn.conditioning import context_mlp
 from nflows_iresnet.nn.conv_layers import LipschitzConv2d
 from nflows_iresnet.nn.conv_nets import LipschitzCNN
 from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, SymbolNorm

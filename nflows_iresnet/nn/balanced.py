@@ -10,10 +10,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet.conditioning import bounded_exp, context_mlp
 from nflows_iresnet.nn.activation import Activation
 from nflows_iresnet.nn.activations import Mixed, Sine, SmoothAbs
 from nflows_iresnet.nn.bounds import lipschitz_bound
-from nflows_iresnet.nn.conditioning import bounded_exp, context_mlp
 from nflows_iresnet.nn.layered import LayeredFunction
 from nflows_iresnet.nn.layers import (
     NormedLayer,
@@ -21,8 +21,8 @@ from nflows_iresnet.nn.layers import (
     rounding_margin,
     stacked,
     validated_coeff,
-    validated_size,
 )
+from nflows_iresnet.validation import validated_size
 
 INITIAL_SCALE = 0.2
 """Start of the balancing scales t. Weights that respect a Lipschitz budget are small: with t = 1 a

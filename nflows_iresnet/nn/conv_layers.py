@@ -15,8 +15,8 @@ from nflows_iresnet.nn.layers import (
     normalised,
     rounding_margin,
     validated_coeff,
-    validated_size,
 )
+from nflows_iresnet.validation import validated_size
 
 
 class NormedConv2d(NormedLayer, nn.Conv2d):

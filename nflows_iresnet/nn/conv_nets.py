@@ -12,7 +12,7 @@ from nflows_iresnet.nn.conv import ConvFunction
 from nflows_iresnet.nn.conv_layers import NormedConv2d
 from nflows_iresnet.nn.conv_norms import ConvNorm, SymbolNorm
 from nflows_iresnet.nn.convolution import PaddingMode, validated_padding_mode
-from nflows_iresnet.nn.layers import validated_size
+from nflows_iresnet.validation import validated_size
 
 
 class LipschitzCNN(BalancedNet):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
@@ -25,13 +24,6 @@ def validated_coeff(coeff: float) -> float:
             "be invertible only for Lip(g) < 1; try 0.97"
         )
     return float(coeff)
-
-
-def validated_size(name: str, value: int) -> int:
-    """Return a size as an int, numpy integers included, if it is at least 1."""
-    if operator.index(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return operator.index(value)
 
 
 def rounding_margin(weight: Tensor) -> float:

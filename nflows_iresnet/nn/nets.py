@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from nflows_iresnet.nn.balanced import BalancedNet, default_activation, validated_hidden, widened
 from nflows_iresnet.nn.bounds import spectral_norm_bound
 from nflows_iresnet.nn.dense import DenseFunction
-from nflows_iresnet.nn.layers import NormedLinear, validated_size
+from nflows_iresnet.nn.layers import NormedLinear
 from nflows_iresnet.nn.norms import MatrixNorm
 from nflows_iresnet.nn.schatten import SchattenNorm
+from nflows_iresnet.validation import validated_size
 
 
 class LipschitzMLP(BalancedNet):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
-from nflows_iresnet.transforms.precision import full_precision, like_weights
+from nflows_iresnet.precision import context_like_weights, full_precision
 from nflows_iresnet.transforms.residual import ResidualTransform
 
 Step = Callable[..., tuple[Tensor, Tensor]]
@@ -78,7 +78,9 @@ class CompositeTransform(_NflowsCompositeTransform):
     ) -> dict[torch.nn.Module, ResidualFunction]:
         blocks = [each for each in self._transforms if _is_plain_block(each)]
         with full_precision(inputs.device):
-            functions = bind_all([block.net for block in blocks], like_weights(context, self))
+            functions = bind_all(
+                [block.net for block in blocks], context_like_weights(context, self)
+            )
         return dict(zip(blocks, functions, strict=True))
 
     def extra_repr(self) -> str:

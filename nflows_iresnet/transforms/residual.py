@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from nflows_iresnet.linearization import ResidualFunction, bind
 from nflows_iresnet.logdet import Adaptive, LogDetEstimator
+from nflows_iresnet.precision import context_like_weights, full_precision, like_weights
 from nflows_iresnet.solvers import Anderson, Solver
-from nflows_iresnet.transforms.precision import full_precision, like_weights
 
 
 class ResidualTransform(Transform):
@@ -87,7 +87,7 @@ class ResidualTransform(Transform):
     def bind(self, context: Tensor | None = None) -> ResidualFunction:
         """Return g for the present weights and one context, see `linearization.bind`."""
         with full_precision(next(self.net.parameters(), torch.empty(0)).device):
-            return bind(self.net, like_weights(context, self.net))
+            return bind(self.net, context_like_weights(context, self.net))
 
     def forward_bound(
         self,
