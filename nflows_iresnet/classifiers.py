@@ -21,7 +21,7 @@ from nflows_iresnet.transforms import (
     ResidualTransform,
     SqueezeTransform,
 )
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import validated_size, validated_strategy
 
 Shape = tuple[int, int, int]
 _POOLED = 2
@@ -44,7 +44,7 @@ class _NoLogDet(LogDetEstimator):
     ) -> LogDetEstimate:
         """Return g(x) and NaN."""
         outputs = net(inputs) if context is None else net(inputs, context)
-        return LogDetEstimate(outputs, inputs.new_full((len(inputs),), math.nan), None)
+        return LogDetEstimate(outputs, inputs.new_full(inputs.shape[:1], math.nan), None)
 
 
 class ResidualClassifier(torch_nn.Module):
@@ -69,7 +69,8 @@ class ResidualClassifier(torch_nn.Module):
         solver: strategy for the inverse; `solvers.Anderson()` by default.
 
     Raises:
-        ValueError: if a size is not positive, or the images cannot be squeezed so often.
+        ValueError: if a size is not positive, the images cannot be squeezed so often, or `branch`
+            or `solver` is none.
     """
 
     def __init__(
@@ -85,16 +86,23 @@ class ResidualClassifier(torch_nn.Module):
         solver: Solver | None = None,
     ) -> None:
         super().__init__()
+        num_scales = validated_size("num_scales", num_scales)
         if len(shape) != 3 or any(side % 2**num_scales for side in shape[1:]):
             raise ValueError(
                 f"images of shape {tuple(shape)} cannot be squeezed {num_scales} times: choose "
                 "another num_scales, or pad the images"
             )
+        if not callable(branch) or isinstance(branch, torch_nn.Module):
+            raise ValueError(
+                f"branch must make a network for a number of channels, such as "
+                f"lambda channels: nn.LipschitzCNN(channels, [16, 16]), got {branch!r}"
+            )
+        if solver is not None:
+            validated_strategy("solver", solver, Solver, "solvers.Anderson()")
         blocks = validated_size("num_blocks", num_blocks)
-        channels = shape[0] + padding
-        scale = PointwiseAffineTransform(shift=-0.5, scale=1 / (levels - 1))
-        layers: list[Transform] = [scale, InjectivePadding(padding)]
-        for _ in range(validated_size("num_scales", num_scales)):
+        channels = validated_size("channels of the images", shape[0]) + padding
+        layers: list[Transform] = [_centred(levels), InjectivePadding(padding)]
+        for _ in range(num_scales):
             channels *= 4
             layers.append(SqueezeTransform())
             for _ in range(blocks):
@@ -151,6 +159,15 @@ class ResidualClassifier(torch_nn.Module):
         return bound is not None and bound < 1
 
 
+def _centred(levels: int) -> Transform:
+    """Return x / (levels - 1) - 1/2; nflows looks at the scale, which no meta device can show."""
+    if validated_size("levels", levels) < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}")
+    with torch.device("cpu"):
+        transform = PointwiseAffineTransform(shift=-0.5, scale=1 / (levels - 1))
+    return transform.to(torch.get_default_device())
+
+
 class InvertibleClassifier(ResidualClassifier):
     r"""A classifier whose features are invertible by certificate: Lip(g) <= coeff in every block.
 
@@ -196,12 +213,16 @@ class InvertibleClassifier(ResidualClassifier):
         norm: nn.ConvNorm | None = None,
         solver: Solver | None = None,
     ) -> None:
-        hidden: Sequence[int] = [hidden_channels] * 2
+        hidden: Sequence[int] = [validated_size("hidden_channels", hidden_channels)] * 2
+        chosen = validated_strategy(
+            "activation",
+            nn.ELU() if activation is None else activation,
+            torch_nn.Module,
+            "nn.ELU()",
+        )
 
         def branch(channels: int) -> torch_nn.Module:
-            return nn.LipschitzCNN(
-                channels, hidden, activation=activation or nn.ELU(), coeff=coeff, norm=norm
-            )
+            return nn.LipschitzCNN(channels, hidden, activation=chosen, coeff=coeff, norm=norm)
 
         super().__init__(
             shape,

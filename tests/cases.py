@@ -215,7 +215,7 @@ CASES: dict[str, Case] = {
     ),
     "cnn-roulette": Case(lambda: _block(_cnn(5, 4, channels=2), _roulette()), shape=(2, 3, 3)),
     "conditional-affine": Case(
-        lambda: transforms.ConditionalAffine(lipschitz_nn.context_mlp(2, [4], 6), 3),
+        lambda: transforms.ConditionalAffine(3, 2, net=lipschitz_nn.context_mlp(2, [4], 6)),
         context_features=2,
     ),
     "marginal-spline": Case(_spline),

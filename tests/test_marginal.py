@@ -129,7 +129,7 @@ def test_impossible_sizes_are_named(arguments: dict[str, float]) -> None:
     (name,) = arguments
     with pytest.raises(ValueError, match=f"{name} must be"):
         transforms.MarginalSpline(**{"features": 2, **arguments})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="num_bins"):
+    with pytest.raises(ValueError, match="marginal_bins"):
         flows.ResidualFlow(2, 8, 1, marginal_bins=-1)
 
 

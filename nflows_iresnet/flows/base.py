@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import operator
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from nflows.distributions import StandardNormal as _NflowsStandardNormal
@@ -11,15 +13,19 @@ from nflows.flows import Flow as _NflowsFlow
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
+from nflows_iresnet.conditioning import check_context
+from nflows_iresnet.flows.lipschitz import FlowLipschitz, certified_blocks, lipschitz_constants
+from nflows_iresnet.precision import context_like_weights
 from nflows_iresnet.transforms.residual import inverse_values_only
+from nflows_iresnet.validation import validated_size
 
 
 class StandardNormal(_NflowsStandardNormal):
     """The standard normal of nflows, sampled in the precision of the flow.
 
     nflows draws float32 samples whatever the precision of the model, so that a flow in float64
-    cannot sample. A buffer without elements that follows `.double()` and `.to(device)` tells the
-    precision here.
+    cannot sample, and keeps the constant of the density in a buffer that is not saved, so that a
+    model built on the meta device never gets it. Here it is a number, and no buffer is left.
 
     Args:
         shape: the shape of one sample.
@@ -27,19 +33,119 @@ class StandardNormal(_NflowsStandardNormal):
 
     def __init__(self, shape: tuple[int, ...] | list[int]) -> None:
         super().__init__(shape)
-        self.register_buffer("_like", torch.zeros(0), persistent=False)
+        del self._log_z
+        self._log_z = 0.5 * math.log(2 * math.pi) * self._shape.numel()
+        like = torch.zeros(0)
+        self._like = torch.zeros(0, device="cpu") if like.is_meta else like
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StandardNormal:
+        """Let the precision and device of samples follow `.double()` and `.to(device)`."""
+        super()._apply(fn, recurse)
+        like = fn(self._like)
+        self._like = self._like.to(like.dtype) if like.is_meta else like
+        return self
+
+    def draw(self, num_samples: int, context: Tensor | None, like: Tensor) -> Tensor:
+        """Return samples of the precision and on the device of a tensor.
+
+        Args:
+            num_samples: samples to draw, for each row of the context.
+            context: shape (B, C), or None; its number of rows matters alone.
+            like: any tensor.
+        """
+        leading = [num_samples] if context is None else [context.shape[0], num_samples]
+        return torch.randn(*leading, *self._shape, dtype=like.dtype, device=like.device)
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
-        leading = [num_samples] if context is None else [len(context), num_samples]
-        return torch.randn(*leading, *self._shape, dtype=self._like.dtype, device=self._like.device)
+        return self.draw(num_samples, context, self._like)
+
+    def _mean(self, context: Tensor | None) -> Tensor:
+        leading = [] if context is None else [context.shape[0]]
+        return self._like.new_zeros(*leading, *self._shape)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a flow is to be given, checked where it comes in.
+
+    Attributes:
+        shape: of one row of the data.
+        context_features: number of values of a context, after the embedding; None for none.
+        optional_context: whether a flow with context may be called without one.
+    """
+
+    shape: tuple[int, ...]
+    context_features: int | None = None
+    optional_context: bool = False
+
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Raise unless inputs have the shape (B, *shape)."""
+        if inputs.dim() == 0 or inputs.shape[1:] != self.shape:
+            raise ValueError(
+                f"expected inputs of shape (batch, {', '.join(map(str, self.shape))}), "
+                f"got {tuple(inputs.shape)}"
+            )
+
+    def check_context(self, context: Tensor | None) -> None:
+        """Raise unless a context has the shape (B, context_features), or may be None and is."""
+        check_context(context, self.context_features, optional=self.optional_context)
 
 
 class Flow(_NflowsFlow):
-    """A flow of nflows whose `sample` takes any integers and any batch size.
+    """A flow of nflows that checks what it is given, and samples any numbers in its own precision.
 
     nflows refuses numpy integers, fails to join batches of unequal size where there is a context,
     and computes log-determinants that it drops.
+
+    Args:
+        transform: from data to noise.
+        distribution: of the noise.
+        embedding_net: maps a context to the one that the transform takes; the identity by default.
+        expects: what the flow is to be given; left to the transforms by default.
     """
+
+    _expects: Expected | None = None
+
+    def __init__(
+        self,
+        transform: Transform,
+        distribution: nn.Module,
+        embedding_net: nn.Module | None = None,
+        *,
+        expects: Expected | None = None,
+    ) -> None:
+        super().__init__(transform, distribution, embedding_net)
+        self._expects = expects
+
+    def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the log-density of rows, shape (B,).
+
+        Args:
+            inputs: shape (B, *).
+            context: shape (B, C), or None.
+
+        Raises:
+            ValueError: if inputs or context are not what the flow was built for.
+        """
+        self._check(inputs, context)
+        log_prob: Tensor = super().log_prob(inputs, context)
+        return log_prob
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        embedded = self._embedded(context)
+        noise, logabsdet = self._transform(inputs, context=embedded)
+        log_prob: Tensor = self._distribution.log_prob(noise, context=embedded)
+        return log_prob + logabsdet
+
+    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the noise that rows of data are mapped to, shape (B, *).
+
+        Raises:
+            ValueError: if inputs or context are not what the flow was built for.
+        """
+        self._check(inputs, context)
+        noise: Tensor = self._transform(inputs, context=self._embedded(context))[0]
+        return noise
 
     def sample(
         self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
@@ -50,30 +156,131 @@ class Flow(_NflowsFlow):
             num_samples: samples to draw, for each row of the context.
             context: shape (B, C), or None.
             batch_size: how many to draw at a time; all by default.
+
+        Raises:
+            ValueError: if a number is not positive, or the context is not what the flow was built
+                for.
         """
-        remaining = operator.index(num_samples)
-        size = remaining if batch_size is None else operator.index(batch_size)
-        if remaining < 1 or size < 1:
-            raise ValueError(
-                f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}"
-            )
+        remaining = validated_size("num_samples", num_samples)
+        size = remaining if batch_size is None else validated_size("batch_size", batch_size)
         batches = []
         while remaining:
-            batches.append(super().sample(min(size, remaining), context))
+            batches.append(self._sample(min(size, remaining), context))
             remaining -= min(size, remaining)
         return torch.cat(batches, dim=0 if context is None else 1)
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         """Return samples without log-determinants, where no transform could ask for those."""
-        embedded = self._embedding_net(context)
-        noise = self._distribution.sample(num_samples, context=embedded)
-        if embedded is not None:
-            noise = noise.flatten(start_dim=0, end_dim=1)
-            embedded = embedded.repeat_interleave(num_samples, dim=0)
+        embedded = self._embedded(context)
+        noise, repeated = self._noise(num_samples, embedded)
         is_known = all(map(_ignores_logabsdet, self._transform.modules()))
         with inverse_values_only() if is_known else nullcontext():
-            samples: Tensor = self._transform.inverse(noise, context=embedded)[0]
-        return samples if embedded is None else samples.unflatten(0, (-1, num_samples))
+            samples: Tensor = self._transform.inverse(noise, context=repeated)[0]
+        return _grouped(samples, num_samples, embedded)
+
+    def sample_and_log_prob(
+        self, num_samples: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return samples and their log-densities, (num_samples, *) and (num_samples,).
+
+        With a context (B, C) the shapes are (B, num_samples, *) and (B, num_samples).
+
+        Raises:
+            ValueError: if `num_samples` is not positive, or the context is not what the flow was
+                built for.
+        """
+        count = validated_size("num_samples", num_samples)
+        embedded = self._embedded(context)
+        noise, repeated = self._noise(count, embedded)
+        samples, logabsdet = self._transform.inverse(noise, context=repeated)
+        log_prob = self._distribution.log_prob(noise, context=repeated) - logabsdet
+        return _grouped(samples, count, embedded), _grouped(log_prob, count, embedded)
+
+    def _noise(self, num_samples: int, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return noise (N, *) in the precision of the transform, and the context of each row."""
+        like = next(self._transform.parameters(), None)
+        if like is None:
+            noise = self._distribution.sample(num_samples, context=context)
+        elif isinstance(self._distribution, StandardNormal):
+            noise = self._distribution.draw(num_samples, context, like)
+        else:
+            noise = self._distribution.sample(num_samples, context=context).to(like)
+        if context is None:
+            return noise, None
+        return noise.flatten(0, 1), context.repeat_interleave(num_samples, dim=0)
+
+    def _check(self, inputs: Tensor, context: Tensor | None) -> None:
+        _require_tensor("inputs", inputs)
+        if self._expects is not None:
+            self._expects.check_inputs(inputs)
+        if context is None:
+            return
+        _require_tensor("context", context)
+        if inputs.shape[:1] != context.shape[:1]:
+            raise ValueError(
+                f"the context must have one row for each row of the inputs, but its shape is "
+                f"{tuple(context.shape)}, that of the inputs {tuple(inputs.shape)}"
+            )
+
+    def _embedded(self, context: Tensor | None) -> Tensor | None:
+        """Return the context that the transform takes, or raise."""
+        if context is not None:
+            _require_tensor("context", context)
+        elif self._expects is not None and self._expects.optional_context:
+            return None
+        embedded = self._embedded_by_net(context)
+        if self._expects is not None:
+            self._expects.check_context(embedded)
+        return embedded
+
+    def _embedded_by_net(self, context: Tensor | None) -> Tensor | None:
+        net = self._embedding_net
+        try:
+            embedded: Tensor | None = net(context)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            if context is None:
+                raise ValueError(
+                    f"this flow embeds its context by {type(net).__name__}, but no context was "
+                    "given: pass context=..."
+                ) from error
+            context_like_weights(context, net)
+            raise
+        return embedded
+
+    def lipschitz_bound(self) -> FlowLipschitz:
+        r"""Return certified Lipschitz constants of the blocks and of the whole transform.
+
+        The whole is bounded by the product of its parts, in float64 and rounded up: correct, but
+        loose for many layers, whose extremes rarely meet. What is known of no part is infinite.
+
+        Returns:
+            The bounds of Lip(g) of the residual blocks in their order from data to noise, and those
+            of x -> noise and of noise -> x, for a fixed context.
+
+        Example:
+            >>> from nflows_iresnet.flows import ResidualFlow
+            >>> bound = ResidualFlow(2, 16, num_layers=3, coeff=0.9).lipschitz_bound()
+            >>> len(bound.blocks), max(bound.blocks) <= 0.9
+            (3, True)
+        """
+        return FlowLipschitz(
+            certified_blocks(self._transform), *lipschitz_constants(self._transform)
+        )
+
+
+def _grouped(values: Tensor, num_samples: int, context: Tensor | None) -> Tensor:
+    """Return values (N, *) as (B, num_samples, *) for the B rows of a context, if there is one."""
+    if context is None:
+        return values
+    return values.unflatten(0, (context.shape[0], num_samples))
+
+
+def _require_tensor(name: str, values: object) -> None:
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"the {name} must be a tensor, got {type(values).__name__}: convert by "
+            "torch.as_tensor(..., dtype=torch.float32), or what precision the flow has"
+        )
 
 
 _KNOWN_PACKAGES = ("nflows", "nflows_iresnet")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-
 from nflows.transforms import Transform
 from torch import nn
 
-from nflows_iresnet.flows.base import Flow, StandardNormal
+from nflows_iresnet.flows.base import Expected, Flow, StandardNormal
 from nflows_iresnet.logdet import Gaussian, LogDetEstimator, PowerSeries
-from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm, context_mlp
+from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm
 from nflows_iresnet.solvers import FixedPointIteration, Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -18,7 +16,7 @@ from nflows_iresnet.transforms import (
     MarginalSpline,
     ResidualTransform,
 )
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import validated_size, validated_strategy
 
 
 class ResidualFlow(Flow):
@@ -35,11 +33,11 @@ class ResidualFlow(Flow):
     | two spirals | 2.68 to 2.74 | 2.69 to 2.72 |
     | moons | 2.38 to 2.43 | 2.39 to 2.44 |
 
-    With a context, a `ConditionalAffine` map follows each ActNorm. A flow that was built with
-    `context_features` also works without a context: as another, unconditional density.
+    With a context, a `ConditionalAffine` map follows each ActNorm. To forget the context is an
+    error: without one it would be another density. With `optional_context=True` it is that density.
 
-    Takes the arguments of nflows' `SimpleRealNVP` and `MaskedAutoregressiveFlow` in their order,
-    so that one line swaps the model.
+    Takes the four sizes of nflows' `SimpleRealNVP` and `MaskedAutoregressiveFlow` in their order,
+    so that one line swaps the model, and all else by keyword.
 
     Args:
         features: number of dimensions of the data.
@@ -47,6 +45,7 @@ class ResidualFlow(Flow):
         num_layers: number of residual blocks.
         num_blocks_per_layer: number of hidden layers of each g.
         context_features: number of context values, or None.
+        optional_context: whether it may be called without its context, too.
         estimator: strategy for the log-determinant; `logdet.Adaptive()` by default.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`; by default
@@ -55,6 +54,9 @@ class ResidualFlow(Flow):
         norm: the norm that weights are divided by; `SchattenNorm()` by default.
         recompute: trade time for memory, see `transforms.CompositeTransform`.
         marginal_bins: bins of the spline of each feature; 0 leaves the splines out.
+
+    Raises:
+        ValueError: if a size is not positive or another argument is none of its kind.
 
     References:
         Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
@@ -72,8 +74,9 @@ class ResidualFlow(Flow):
         hidden_features: int,
         num_layers: int,
         num_blocks_per_layer: int = 2,
-        context_features: int | None = None,
         *,
+        context_features: int | None = None,
+        optional_context: bool = False,
         estimator: LogDetEstimator | None = None,
         solver: Solver | None = None,
         activation: nn.Module | None = None,
@@ -83,31 +86,41 @@ class ResidualFlow(Flow):
         marginal_bins: int = 8,
     ) -> None:
         features = validated_size("features", features)
+        hidden = validated_size("hidden_features", hidden_features)
+        depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
+        if activation is not None:
+            validated_strategy("activation", activation, nn.Module, "nn.ELU()")
         layers: list[Transform] = []
         for _ in range(validated_size("num_layers", num_layers)):
             net = LipschitzMLP(
                 features,
-                [hidden_features] * validated_size("num_blocks_per_layer", num_blocks_per_layer),
+                [hidden] * depth,
                 context_features,
+                optional_context=optional_context,
                 activation=activation,
                 coeff=coeff,
                 norm=norm,
             )
             block = ResidualTransform(net, estimator=estimator, solver=solver)
-            layers += [*_normalisation(features, context_features), block]
-        layers += _normalisation(features, context_features)
-        if operator.index(marginal_bins):
-            layers.insert(1, MarginalSpline(features, marginal_bins))
-        transform = CompositeTransform(layers, recompute=recompute)
-        super().__init__(transform, StandardNormal([features]))
+            layers += [*_normalisation(features, context_features, optional_context), block]
+        layers += _normalisation(features, context_features, optional_context)
+        if isinstance(marginal_bins, bool) or marginal_bins != 0:
+            bins = validated_size("marginal_bins", marginal_bins)
+            layers.insert(1, MarginalSpline(features, bins))
+        super().__init__(
+            CompositeTransform(layers, recompute=recompute),
+            StandardNormal([features]),
+            expects=Expected((features,), context_features, optional_context),
+        )
 
 
-def _normalisation(features: int, context_features: int | None) -> list[Transform]:
+def _normalisation(
+    features: int, context_features: int | None, optional_context: bool
+) -> list[Transform]:
     if context_features is None:
         return [ActNorm(features)]
-    context_features = validated_size("context_features", context_features)
-    net = context_mlp(context_features, (64, 64), 2 * features)
-    return [ActNorm(features), ConditionalAffine(net, features, context_features)]
+    affine = ConditionalAffine(features, context_features, optional_context=optional_context)
+    return [ActNorm(features), affine]
 
 
 class InvertibleResNet(ResidualFlow):
@@ -125,6 +138,7 @@ class InvertibleResNet(ResidualFlow):
         num_layers: number of residual blocks.
         num_blocks_per_layer: number of hidden layers of each g.
         context_features: number of context values, or None.
+        optional_context: whether it may be called without its context, too.
         coeff: c, the bound of Lip(g); the paper uses 0.5 to 0.99.
         num_terms: terms of the power series.
         norm: the norm that weights are divided by; `nn.PowerIteration()` is the paper's, and
@@ -147,8 +161,9 @@ class InvertibleResNet(ResidualFlow):
         hidden_features: int,
         num_layers: int,
         num_blocks_per_layer: int = 2,
-        context_features: int | None = None,
         *,
+        context_features: int | None = None,
+        optional_context: bool = False,
         coeff: float = 0.9,
         num_terms: int = 10,
         norm: MatrixNorm | None = None,
@@ -163,10 +178,11 @@ class InvertibleResNet(ResidualFlow):
             hidden_features,
             num_layers,
             num_blocks_per_layer,
-            context_features,
-            estimator=estimator or series,
-            solver=solver or FixedPointIteration(),
-            activation=activation or ELU(),
+            context_features=context_features,
+            optional_context=optional_context,
+            estimator=series if estimator is None else estimator,
+            solver=FixedPointIteration() if solver is None else solver,
+            activation=ELU() if activation is None else activation,
             coeff=coeff,
             norm=norm,
             recompute=recompute,

@@ -35,9 +35,9 @@ class ToNormflows(nf.flows.Flow):
     and log\|det dT/dx\|. Goes into `NormalizingFlow`, `ConditionalNormalizingFlow`,
     `ClassCondFlow` and `MultiscaleFlow`, with all their losses.
 
-    A transform that starts from its first batch of data, such as nflows' `ActNorm`, does so in
-    `inverse`. Where a loss only samples (`reverse_kld`), call `inverse` once before training: else
-    the first `log_prob` in training mode starts it, and overwrites what was learned.
+    `transforms.ActNorm` starts from the first batch of data, in `inverse`: samples before do not
+    matter, and what a loss on samples alone taught it (`reverse_kld`) is kept. nflows' own ActNorm
+    overwrites that with the first batch: call `inverse` once before such training.
 
     Cost: that of the transform.
 
@@ -175,7 +175,7 @@ def _per_row(logabsdet: Tensor | float, outputs: Tensor) -> Tensor:
     """Return a log-determinant of shape (B,) from one value per row, or one for all."""
     if isinstance(logabsdet, Tensor):
         logabsdet = logabsdet.reshape(-1)
-    return outputs.new_zeros(len(outputs)) + logabsdet
+    return outputs.new_zeros(outputs.shape[:1]) + logabsdet
 
 
 def _name(flow: nf.flows.Flow) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nflows_iresnet.flows import ResidualFlow
 from nflows_iresnet.logdet import Adaptive, LogDetEstimator
 from nflows_iresnet.solvers import Solver
+from nflows_iresnet.validation import validated_strategy
 
 if TYPE_CHECKING:
     from sbi.neural_nets.estimators import NFlowsFlow
@@ -51,7 +52,8 @@ class ResidualFlowBuilder:
             because posteriors were measured without.
 
     Raises:
-        ValueError: if `z_score_theta` or `z_score_x` is none of the three.
+        ValueError: if `z_score_theta` or `z_score_x` is none of the three, or `embedding_net`,
+            `estimator` or `solver` is none of its kind.
 
     References:
         Papamakarios, Murray. Fast epsilon-free inference of simulation models with Bayesian
@@ -83,6 +85,11 @@ class ResidualFlowBuilder:
                 raise ValueError(
                     f"{name} must be one of {get_args(ZScore)}, got {getattr(self, name)!r}"
                 )
+        validated_strategy("embedding_net", self.embedding_net, nn.Module, "torch.nn.Identity()")
+        if self.estimator is not None:
+            validated_strategy("estimator", self.estimator, LogDetEstimator, "logdet.Exact()")
+        if self.solver is not None:
+            validated_strategy("solver", self.solver, Solver, "solvers.Anderson()")
 
     def __call__(self, theta: Tensor, x: Tensor) -> NFlowsFlow:
         """Return an estimator of p(theta | x) that is ready to be trained.
@@ -101,7 +108,7 @@ class ResidualFlowBuilder:
             self.hidden_features,
             self.num_layers,
             self.num_blocks_per_layer,
-            context_features,
+            context_features=context_features,
             estimator=self.estimator,
             solver=self.solver,
             coeff=self.coeff,

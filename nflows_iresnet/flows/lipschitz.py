@@ -1,0 +1,148 @@
+"""Certified bi-Lipschitz constants of transforms, from those of their parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from nflows import transforms as nflows_transforms
+from torch import nn
+
+from nflows_iresnet.transforms import (
+    ActNorm,
+    CompositeTransform,
+    InjectivePadding,
+    LogitTransform,
+    ResidualTransform,
+    SqueezeTransform,
+    UniformDequantisation,
+)
+
+Constants = tuple[float, float]
+_ISOMETRY: Constants = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class FlowLipschitz:
+    """Certified Lipschitz constants of a flow.
+
+    Attributes:
+        blocks: bounds of Lip(g) of the residual blocks, from data to noise; infinite for a network
+            without a certificate.
+        forward: bound for data -> noise; infinite where none exists, or none is known.
+        inverse: bound for noise -> data; infinite where none exists, or none is known.
+    """
+
+    blocks: tuple[float, ...]
+    forward: float
+    inverse: float
+
+
+def certified_blocks(transform: nn.Module) -> tuple[float, ...]:
+    """Return the bounds of Lip(g) of all residual blocks of a transform, in their order."""
+    return tuple(
+        _residual_bound(each) for each in transform.modules() if isinstance(each, ResidualTransform)
+    )
+
+
+def lipschitz_constants(transform: nn.Module) -> Constants:
+    """Return bounds of the Lipschitz constants of a transform's forward and inverse.
+
+    A transform states its own by a method `lipschitz_constants() -> tuple[float, float]`. What has
+    none, and is none of the kinds known here (subclasses may do anything), is unknown: infinite.
+
+    Args:
+        transform: of this package, of nflows, or of yours.
+    """
+    own = getattr(transform, "lipschitz_constants", None)
+    if callable(own):
+        forward, inverse = own()
+        return float(forward), float(inverse)
+    return _CONSTANTS.get(type(transform), _unknown)(transform)
+
+
+def _residual(transform: ResidualTransform) -> Constants:
+    bound = _residual_bound(transform)
+    if bound >= 1:
+        return _up(1 + bound), math.inf
+    return _up(1 + bound), _up(1 / math.nextafter(1 - bound, 0))
+
+
+def _composite(transform: nflows_transforms.CompositeTransform) -> Constants:
+    return reduce(_chained, map(lipschitz_constants, transform._transforms), _ISOMETRY)
+
+
+def _multiscale(transform: nflows_transforms.MultiscaleCompositeTransform) -> Constants:
+    """Half of what a scale returns goes on: |(a, F(b))| <= max(1, Lip F) |(a, b)|."""
+    total = _ISOMETRY
+    for each in reversed(transform._transforms):
+        rest = max(1.0, total[0]), max(1.0, total[1])
+        total = _chained(lipschitz_constants(each), rest)
+    return total
+
+
+def _inverse(transform: nflows_transforms.InverseTransform) -> Constants:
+    forward, inverse = lipschitz_constants(transform._transform)
+    return inverse, forward
+
+
+def _pointwise_affine(transform: nflows_transforms.PointwiseAffineTransform) -> Constants:
+    scales = transform._scale.detach().double()
+    return float(scales.max()), _up(1 / float(scales.min()))
+
+
+def _logit(transform: LogitTransform) -> Constants:
+    """The logit has slopes from 4 to infinity."""
+    return math.inf, _up(_up(1 / transform._slope) / 4)
+
+
+def _dequantisation(transform: nn.Module) -> Constants:
+    """A shift for each draw of the noise; rounding down has jumps."""
+    return 1.0, math.inf
+
+
+def _isometry(transform: nn.Module) -> Constants:
+    return _ISOMETRY
+
+
+def _unknown(transform: nn.Module) -> Constants:
+    return math.inf, math.inf
+
+
+_CONSTANTS: dict[type[nn.Module], Callable[[Any], Constants]] = {
+    ResidualTransform: _residual,
+    CompositeTransform: _composite,
+    nflows_transforms.CompositeTransform: _composite,
+    nflows_transforms.MultiscaleCompositeTransform: _multiscale,
+    nflows_transforms.InverseTransform: _inverse,
+    nflows_transforms.ActNorm: ActNorm.lipschitz_constants,
+    nflows_transforms.PointwiseAffineTransform: _pointwise_affine,
+    LogitTransform: _logit,
+    UniformDequantisation: _dequantisation,
+    InjectivePadding: _isometry,
+    SqueezeTransform: _isometry,
+    nflows_transforms.SqueezeTransform: _isometry,
+    nflows_transforms.IdentityTransform: _isometry,
+    nflows_transforms.Permutation: _isometry,
+    nflows_transforms.RandomPermutation: _isometry,
+    nflows_transforms.ReversePermutation: _isometry,
+}
+
+
+def _residual_bound(block: ResidualTransform) -> float:
+    try:
+        return block.lipschitz_bound()
+    except ValueError:
+        return math.inf
+
+
+def _chained(first: Constants, second: Constants) -> Constants:
+    return _up(first[0] * second[0]), _up(first[1] * second[1])
+
+
+def _up(value: float) -> float:
+    """Return a number above the exact result of one operation that was rounded to a value."""
+    return math.nextafter(value, math.inf)
