@@ -14,8 +14,8 @@ differentiation: correct, but each product costs one backward pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,32 @@ def is_traced() -> bool:
     """
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def concrete(values: Tensor) -> Tensor:
+    """Return the tensor that transforms of `torch.func` have wrapped: all lanes of a `vmap`.
+
+    To decide by values inside `vmap`, where one lane alone has no values to decide by. Only for
+    reductions: where the lanes lie is not told.
+    """
+    if torch.compiler.is_compiling():
+        return values
+    while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        values = torch._C._functorch.get_unwrapped(values)
+    return values
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its `forward`: it has hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -52,7 +76,12 @@ class Linearization(ABC):
     @property
     def shape(self) -> torch.Size:
         """The shape of the value, (B, *)."""
-        return self.value.shape
+        return self.like.shape
+
+    @property
+    def like(self) -> Tensor:
+        """The value without a graph: its shape, dtype and device."""
+        return self.value.detach()
 
     @abstractmethod
     def vjp(self, cotangent: Tensor) -> Tensor:
@@ -62,7 +91,7 @@ class Linearization(ABC):
     def jvp(self, tangent: Tensor) -> Tensor:
         """Return J v for a tangent v of shape (B, *)."""
 
-    def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+    def bilinear(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
         """Return w^T J v, shape (B,), for each of several w and one v of shape (B, *).
 
         Cost: one jvp for all w where that is as cheap as a vjp, else one vjp for each w.
@@ -88,7 +117,7 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _basis_like(value: Tensor) -> list[Tensor]:
-    dimension = value[0].numel() if len(value) else value.shape[1:].numel()
+    dimension = value.shape[1:].numel()
     identity = torch.eye(dimension, dtype=value.dtype, device=value.device)
     return [row.reshape(value.shape[1:]).expand_as(value) for row in identity]
 
@@ -177,11 +206,27 @@ class OpaqueFunction(ResidualFunction):
 
 def select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
     """Return some rows of values (B, *); a single row that stands for all stays as it is."""
-    return values if len(values) == 1 else values[rows]
+    return values if values.shape[0] == 1 else values[rows]
+
+
+@runtime_checkable
+class BindsTogether(Protocol):
+    """A network that shares the work of `bind` with others of its class: see `bind_all`."""
+
+    def binding_key(self) -> Hashable | None:
+        """Return what networks of one class must have in common; None to be bound alone."""
+
+    @classmethod
+    def bind_together(
+        cls, nets: Sequence[Any], context: Tensor | None = None
+    ) -> list[ResidualFunction]:
+        """Return what `bind(context)` returns for each of several networks of one key."""
 
 
 def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualFunction:
     """Fix the weights and the context of a network for one call.
+
+    A network with hooks is called as it is, so that they fire, and differentiated automatically.
 
     Args:
         net: a `ResidualFunction` (returned as it is), a module with a method
@@ -200,7 +245,7 @@ def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualF
     """
     if isinstance(net, ResidualFunction):
         return net
-    if isinstance(net, nn.Module) and callable(getattr(net, "bind", None)):
+    if isinstance(net, nn.Module) and hasattr(net, "bind") and not is_hooked(net):
         return net.bind(context)  # type: ignore[operator]
     return OpaqueFunction(net, context)
 
@@ -210,8 +255,8 @@ def bind_all(
 ) -> list[ResidualFunction]:
     """Bind several networks to one context: `[bind(net, context) for net in nets]`, but cheaper.
 
-    Networks whose class offers `bind_all(nets, context)` beside `bind` share the work: many small
-    normalisations become one.
+    Networks of one class that have the same `binding_key` share the work: many small normalisations
+    become one.
 
     Args:
         nets: see `bind`.
@@ -221,32 +266,20 @@ def bind_all(
         >>> len(bind_all([torch.tanh, torch.nn.Linear(3, 3)]))
         2
     """
-    together: dict[type, list[Any]] = {}
-    for net in nets:
-        if _binds_together(net):
-            together.setdefault(type(net), []).append(net)
-    bound = {
-        id(net): function
-        for kind, alike in together.items()
-        for net, function in zip(alike, kind.bind_all(alike, context), strict=True)  # type: ignore[attr-defined]
-    }
-    return [bound[id(net)] if id(net) in bound else bind(net, context) for net in nets]
-
-
-def _binds_together(net: object) -> bool:
-    """Whether the class has a `bind_all` that knows of its `bind`."""
-    return defined_together(type(net), "bind", "bind_all") and "bind" not in vars(net)
-
-
-def defined_together(kind: type, *names: str) -> bool:
-    """Whether one class defines all these attributes, so that none of them was replaced alone.
-
-    Args:
-        kind: the class that has or inherits them.
-        names: of the attributes.
-    """
-    owners = {next((each for each in kind.__mro__ if name in vars(each)), None) for name in names}
-    return len(owners) == 1 and None not in owners
+    alike: dict[Hashable, list[int]] = {}
+    for index, net in enumerate(nets):
+        key = net.binding_key() if isinstance(net, BindsTogether) else None
+        alike.setdefault(index if key is None else (type(net), key), []).append(index)
+    bound: dict[int, ResidualFunction] = {}
+    for indices in alike.values():
+        first = nets[indices[0]]
+        functions = (
+            first.bind_together([nets[index] for index in indices], context)
+            if len(indices) > 1 and isinstance(first, BindsTogether)
+            else [bind(first, context)]
+        )
+        bound.update(zip(indices, functions, strict=True))
+    return [bound[index] for index in range(len(nets))]
 
 
 def linearize(

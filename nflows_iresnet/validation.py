@@ -52,7 +52,7 @@ def require_finite_rows(name: str, values: Tensor) -> None:
     Raises:
         ValueError: that names the first bad row.
     """
-    if values.device.type != "cpu" or is_traced() or math.isfinite(float(values.sum())):
+    if values.device.type != "cpu" or is_traced() or math.isfinite(float(values.detach().sum())):
         return
     is_bad = ~values.isfinite().flatten(start_dim=1).all(dim=1)
     if bool(is_bad.any()):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import nn
-from nflows_iresnet.nn.conv import ConvLinearization
+from nflows_iresnet.nn.cnn import ConvLinearization
 from nflows_iresnet.nn.conv_norms import between_frequencies
 from nflows_iresnet.nn.convolution import convolve
 

@@ -15,7 +15,14 @@ import nflows_iresnet
 PACKAGE = Path(nflows_iresnet.__file__).parent
 ROOT = PACKAGE.parent
 BASE = {"torch", "numpy"}
-FOUNDATIONS = BASE | {"linearization", "precision", "conditioning", "settings", "validation"}
+FOUNDATIONS = BASE | {
+    "linearization",
+    "precision",
+    "conditioning",
+    "settings",
+    "validation",
+    "renamed",
+}
 ALLOWED: dict[str, set[str]] = {
     "linearization": BASE,
     "datasets": BASE | {"sklearn"},

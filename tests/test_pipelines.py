@@ -94,7 +94,7 @@ def test_a_training_step_never_waits_for_the_device(
     Two questions are asked on the CPU alone, where nothing waits; they are left out here.
     """
     monkeypatch.setattr("nflows_iresnet.nn.layers._check_finite", lambda norms: None)
-    monkeypatch.setattr("nflows_iresnet.logdet.series._is_negligible", lambda power: False)
+    monkeypatch.setattr("nflows_iresnet.logdet.power_series._is_negligible", lambda power: False)
     flow = ResidualFlow(4, 16, 2, estimator=estimator)
     rows = torch.randn(8, 4)
     flow.log_prob(rows)

@@ -1,9 +1,9 @@
 """Networks with a certified Lipschitz bound: layers, activations, norms, bounds."""
 
 from nflows_iresnet.conditioning import context_mlp
-from nflows_iresnet.nn.activation import Activation
 from nflows_iresnet.nn.activations import (
     ELU,
+    Activation,
     CLipSwish,
     LipSwish,
     MaxMin,
@@ -13,25 +13,25 @@ from nflows_iresnet.nn.activations import (
     Softplus,
     Tanh,
 )
+from nflows_iresnet.nn.base import LipschitzNet
 from nflows_iresnet.nn.bounds import (
     conv_norm_bound,
     lipschitz_bound,
     spectral_norm_bound,
     spectral_penalty,
 )
-from nflows_iresnet.nn.conv_layers import LipschitzConv2d
-from nflows_iresnet.nn.conv_nets import LipschitzCNN
+from nflows_iresnet.nn.cnn import LipschitzCNN
 from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, SymbolNorm
-from nflows_iresnet.nn.layers import LipschitzLinear
-from nflows_iresnet.nn.nets import LipschitzMLP
+from nflows_iresnet.nn.layers import LipschitzConv2d, LipschitzLinear
+from nflows_iresnet.nn.mlp import LipschitzMLP
 from nflows_iresnet.nn.norms import (
     FrobeniusNorm,
     MatrixNorm,
     OperatorNorm,
     PowerIteration,
+    SchattenNorm,
     SpectralNorm,
 )
-from nflows_iresnet.nn.schatten import SchattenNorm
 
 __all__ = [
     "ELU",
@@ -45,6 +45,7 @@ __all__ = [
     "LipschitzConv2d",
     "LipschitzLinear",
     "LipschitzMLP",
+    "LipschitzNet",
     "MatrixNorm",
     "MaxMin",
     "Mixed",

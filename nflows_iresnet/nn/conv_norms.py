@@ -117,6 +117,10 @@ class SymbolNorm(ConvNorm):
                 f"oversampling must be one of {OVERSAMPLINGS}, got {self.oversampling}"
             )
 
+    def differentiable(self, weight: Tensor, state: State) -> Tensor:
+        """PLACEHOLDER."""
+        raise NotImplementedError
+
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the bound, and the gradient at the frequency of the maximum."""
         weight = weight.double()
@@ -258,6 +262,10 @@ class ConvPowerIteration(ConvNorm):
         for _ in range(steps):
             state["v"].copy_(_unit(convolve(state["u"], adjoint, self.padding_mode)))
             state["u"].copy_(_unit(convolve(state["v"], weight, self.padding_mode)))
+
+    def differentiable(self, weight: Tensor, state: State) -> Tensor:
+        """PLACEHOLDER."""
+        raise NotImplementedError
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return <u, W * v> and its gradient."""

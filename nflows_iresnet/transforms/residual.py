@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,10 +12,14 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from nflows_iresnet.linearization import ResidualFunction, bind
-from nflows_iresnet.logdet import Adaptive, LogDetEstimator
+from nflows_iresnet.linearization import ResidualFunction, bind, is_traced
+from nflows_iresnet.logdet import Auto, LogDetEstimator
 from nflows_iresnet.precision import context_like_weights, full_precision, like_weights
 from nflows_iresnet.solvers import Anderson, Solver
+from nflows_iresnet.validation import require_finite_rows, validated_strategy
+
+_METHODS = ("forward", "inverse", "bind")
+_EXAMPLES = {"estimator": "logdet.Exact()", "solver": "solvers.Anderson()"}
 
 
 class ResidualTransform(Transform):
@@ -30,6 +34,7 @@ class ResidualTransform(Transform):
 
       so that a cotangent v is pulled back as lambda = (I + J)^{-T} v, which the same solver finds
       as the fixed point lambda = v - J^T lambda. Memory does not grow with the number of steps.
+      Derivatives of any order, and `torch.func`'s transforms, are right too.
 
     One call sees one g: the weights are normalised once, and used for all evaluations of the call.
     Inside `torch.autocast` the block computes in the precision of its weights.
@@ -40,7 +45,7 @@ class ResidualTransform(Transform):
     Args:
         net: g, a module of (inputs) or (inputs, context) that maps (B, *) to (B, *) row by row,
             with Lip(g) < 1 in inputs. Networks of `nflows_iresnet.nn` guarantee that.
-        estimator: the strategy for the log-determinant; `logdet.Adaptive()` by default.
+        estimator: the strategy for the log-determinant; `logdet.Auto()` by default.
         solver: the strategy for the inverse; `solvers.Anderson()` by default.
 
     References:
@@ -68,52 +73,94 @@ class ResidualTransform(Transform):
         solver: Solver | None = None,
     ) -> None:
         super().__init__()
-        self.net = net
-        self.estimator = Adaptive() if estimator is None else estimator
-        self.solver = Anderson() if solver is None else solver
+        self.net = validated_strategy("net", net, nn.Module, "nn.LipschitzMLP(2, [64, 64])")
+        self.estimator = validated_strategy(
+            "estimator", estimator or Auto(), LogDetEstimator, _EXAMPLES["estimator"]
+        )
+        self.solver = validated_strategy(
+            "solver", solver or Anderson(), Solver, _EXAMPLES["solver"]
+        )
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (x + g(x), log|det|), shapes (B, *) and (B,)."""
-        return self.forward_bound(self.bind(context), inputs)
+    _keeps_methods = True
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Remember whether a subclass replaces a method that `CompositeTransform` would pass by."""
+        super().__init_subclass__(**kwargs)
+        cls._keeps_methods = cls._keeps_methods and vars(cls).keys().isdisjoint(_METHODS)
+
+    @property
+    def takes_function(self) -> bool:
+        """Whether `forward` and `inverse` may be given a g that was bound with others'.
+
+        Not where they, or `bind`, are replaced, and not with hooks before the call, which may
+        change the weights: such a block is bound by itself.
+        """
+        is_changed = self._forward_pre_hooks or not vars(self).keys().isdisjoint(_METHODS)
+        return self._keeps_methods and not is_changed
+
+    def bind(self, context: Tensor | None = None) -> ResidualFunction:
+        """Return g for the present weights and one context, see `linearization.bind`."""
+        parameter = next(self.net.parameters(), torch.empty(0))
+        with full_precision(parameter.device):
+            return bind(self.net, context_like_weights(context, self.net))
+
+    def forward(
+        self,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        *,
+        function: ResidualFunction | None = None,
+        estimator: LogDetEstimator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x + g(x), log|det|), shapes (B, *) and (B,).
+
+        Args:
+            inputs: x, shape (B, *).
+            context: shape (B, C), or None.
+            function: g where it is bound already, as `bind(context)` returns it.
+            estimator: in place of the block's own.
+
+        Raises:
+            ValueError: if inputs or context have another dtype than the weights, or shapes that the
+                network does not take; in training on a CPU, if they are not finite.
+        """
+        with full_precision(inputs.device):
+            inputs = like_weights(inputs, self.net)
+            if function is None:
+                self._require_finite(inputs, context)
+                function = self.bind(context)
+            residual, logabsdet = (estimator or self.estimator)(function, inputs)
+            return inputs + residual, logabsdet
+
+    def _require_finite(self, inputs: Tensor, context: Tensor | None) -> None:
+        if self.training and torch.is_grad_enabled():
+            require_finite_rows("inputs", inputs)
+            if context is not None:
+                require_finite_rows("context", context)
+
+    def inverse(
+        self,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        *,
+        function: ResidualFunction | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return (x, -log|det|) with x + g(x) = inputs, shapes (B, *) and (B,).
+
+        Args:
+            inputs: y, shape (B, *).
+            context: shape (B, C), or None.
+            function: g where it is bound already, as `bind(context)` returns it.
 
         Raises:
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
-        return self.inverse_bound(self.bind(context), inputs)
-
-    def bind(self, context: Tensor | None = None) -> ResidualFunction:
-        """Return g for the present weights and one context, see `linearization.bind`."""
-        with full_precision(next(self.net.parameters(), torch.empty(0)).device):
-            return bind(self.net, context_like_weights(context, self.net))
-
-    def forward_bound(
-        self,
-        function: ResidualFunction,
-        inputs: Tensor,
-        estimator: LogDetEstimator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return what `forward` does, for a g that is bound already.
-
-        Args:
-            function: g, as `bind` returns it.
-            inputs: x, shape (B, *).
-            estimator: in place of the block's own.
-        """
         with full_precision(inputs.device):
             inputs = like_weights(inputs, self.net)
-            residual, logabsdet = (estimator or self.estimator)(function, inputs)
-            return inputs + residual, logabsdet
-
-    def inverse_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `inverse` does, for a g that is bound already."""
-        with full_precision(inputs.device):
-            inputs = like_weights(inputs, self.net)
-            outputs = _ImplicitInverse.solve(function, inputs, self.solver)
+            function = self.bind(context) if function is None else function
+            outputs = _inverse(function, inputs, self.solver)
             if not _NEEDS_LOGABSDET.get():
-                return outputs, outputs.new_full((len(outputs),), torch.nan)
+                return outputs, outputs.new_full((outputs.shape[0],), torch.nan)
             _, logabsdet = self.estimator(function, outputs)
             return outputs, -logabsdet
 
@@ -150,58 +197,103 @@ class _FixedPointMap:
         return _FixedPointMap(self.function.select(rows), self.targets[rows])
 
 
-class _ImplicitInverse(torch.autograd.Function):
-    """The identity on a solution, whose backward solves the adjoint equation."""
+Product = Callable[[Tensor], Tensor]
+
+
+def _inverse(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
+    """Return x with x + g(x) = inputs, differentiable in all that g and the inputs depend on."""
+    targets = inputs.detach()
+    solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value
+
+    def solve(at: Tensor, vector: Tensor, is_transposed: bool) -> Tensor:
+        at_point = function.linearize(at)
+        products = (at_point.vjp, at_point.jvp) if is_transposed else (at_point.jvp, at_point.vjp)
+        return solve_linear(*products, vector, solver, function.lipschitz)
+
+    return _implicit(lambda: inputs - function(solution), solution, solve)
+
+
+def solve_linear(
+    product: Product,
+    transposed: Product,
+    target: Tensor,
+    solver: Solver,
+    lipschitz: float | None,
+) -> Tensor:
+    r"""Return x with (I + A) x = target to the solver's verified tolerance, differentiable too.
+
+    The equation is homogeneous, so each row is solved for its own scale: gradients of 1e-25 are
+    found to the same relative accuracy as those of 1.
+
+    Args:
+        product: v -> A v, row by row, \|A\| < 1.
+        transposed: v -> A^T v.
+        target: shape (B, *).
+        solver: of the fixed point x = target - A x.
+        lipschitz: a bound of \|A\|, if one is known.
+    """
+    with torch.no_grad():
+        largest = target.abs().flatten(start_dim=1).amax(dim=1)
+        scale = torch.where(largest > 0, largest, 1.0).reshape(-1, *[1] * (target.dim() - 1))
+        scaled = target / scale
+        solution = scale * solver(lambda x: scaled - product(x), scaled, lipschitz).value
+
+    def solve(_: Tensor, vector: Tensor, is_transposed: bool) -> Tensor:
+        products = (transposed, product) if is_transposed else (product, transposed)
+        return solve_linear(*products, vector, solver, lipschitz)
+
+    return _implicit(lambda: target - product(solution), solution, solve)
+
+
+def _implicit(
+    attached: Callable[[], Tensor],
+    solution: Tensor,
+    solve: Callable[[Tensor, Tensor, bool], Tensor],
+) -> Tensor:
+    """Return a solution with the derivative that the equation gives it.
+
+    Args:
+        attached: y - f(x*) for the equation x + f(x) = y, with the solution x* held constant: equal
+            to x*, and what the solution depends on is all in it.
+        solution: x*.
+        solve: (x, v, is_transposed) -> (I + A)^{-1} v or (I + A)^{-T} v, A = df/dx at x,
+            differentiable in x, v, and what A depends on.
+    """
+    if not torch.is_grad_enabled():
+        return solution
+    depends = attached()
+    if not depends.requires_grad and not is_traced():
+        return solution
+    outputs: Tensor = _Implicit.apply(depends, solution, solve)
+    return outputs
+
+
+class _Implicit(torch.autograd.Function):
+    """The identity on a solution, dx = (I + A)^{-1} d attached."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def solve(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
-        targets = inputs.detach()
-        solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value
-        if not torch.is_grad_enabled():
-            return solution
-        attached = inputs - function(solution)
-        if not attached.requires_grad:
-            return solution
-        outputs: Tensor = _ImplicitInverse.apply(attached, solution, function, solver)
-        return outputs
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        attached: Tensor,
-        solution: Tensor,
-        function: ResidualFunction,
-        solver: Solver,
-    ) -> Tensor:
-        ctx.save_for_backward(solution)
-        ctx.function, ctx.solver = function, solver
+    def forward(attached: Tensor, solution: Tensor, solve: Any) -> Tensor:
         return solution.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
-        (solution,) = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Any], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+        ctx.solve = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        (output,) = ctx.saved_tensors
         with full_precision(cotangent.device):
-            adjoint = solve_adjoint(ctx.function, solution, cotangent, ctx.solver)
-        return adjoint, None, None, None
+            return ctx.solve(output, cotangent, True), None, None
 
-
-def solve_adjoint(
-    function: ResidualFunction, solution: Tensor, cotangent: Tensor, solver: Solver
-) -> Tensor:
-    """Return lambda with (I + J)^T lambda = cotangent, to the solver's verified tolerance.
-
-    The equation is homogeneous, so each row is solved for its own scale: gradients of 1e-9 are
-    found to the same relative accuracy as those of 1.
-    """
-    flat = torch.linalg.vector_norm(cotangent.flatten(start_dim=1), dim=1)
-    scale = torch.where(flat > 0, flat, torch.ones_like(flat))
-    scale = scale.reshape(-1, *[1] * (cotangent.dim() - 1))
-    target, at_solution = cotangent / scale, function.linearize(solution)
-    adjoint = solver(
-        lambda point: target - at_solution.vjp(point), target, function.lipschitz
-    ).value
-    return adjoint * scale
+    @staticmethod
+    def jvp(ctx: Any, of_attached: Tensor, *_: None) -> Tensor:
+        (output,) = ctx.saved_tensors
+        tangent: Tensor = ctx.solve(output, of_attached, False)
+        return tangent
 
 
 _NEEDS_LOGABSDET: ContextVar[bool] = ContextVar("needs_logabsdet", default=True)
@@ -244,6 +336,12 @@ def using(
         >>> with using(flow, estimator=logdet.Exact()):
         ...     log_prob = flow.log_prob(torch.randn(3, 2))
     """
+    for name, value, kind in (
+        ("estimator", estimator, LogDetEstimator),
+        ("solver", solver, Solver),
+    ):
+        if value is not None:
+            validated_strategy(name, value, kind, _EXAMPLES[name])
     blocks = [block for block in module.modules() if isinstance(block, ResidualTransform)]
     if not blocks:
         raise ValueError(f"{type(module).__name__} contains no ResidualTransform to be changed")
