@@ -57,9 +57,7 @@ class Rademacher:
 
     def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return signs +1 and -1 with probability one half each."""
-        bits = torch.randint(
-            2, inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device
-        )
+        bits = torch.empty_like(inputs, requires_grad=False).random_(2, generator=generator)
         return 2 * bits - 1
 
 

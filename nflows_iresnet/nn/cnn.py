@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.linearization import Linearization, row_products
+from nflows_iresnet.linearization import Linearization, is_traced, row_products
 from nflows_iresnet.nn.activations import widening_of
 from nflows_iresnet.nn.base import (
     Evaluation,
@@ -265,7 +265,8 @@ class ConvLinearization(Linearization):
         shape, size = self.value.shape[1:], self.value.shape[1:].numel()
         identity = torch.eye(size, dtype=self.value.dtype, device=self.value.device)
         widest = max([slope.shape[1:].numel() for slope in self._slopes], default=size)
-        count = max(1, _CHUNK_ELEMENTS // max(1, self.value.shape[0] * widest))
+        rows = 1 if is_traced() else max(1, self.value.shape[0])  # which may be a symbol
+        count = max(1, _CHUNK_ELEMENTS // (rows * widest))
         chunks = [self._columns(basis.reshape(-1, *shape)) for basis in identity.split(count)]
         return torch.cat(chunks, dim=1).mT
 

@@ -90,7 +90,7 @@ class NormedLayer(nn.Module):
                 )
 
     def advance_norm(self) -> None:
-        """Improve the buffers of the norm, in training mode; `torch.func` lets nobody write them."""
+        """Improve the buffers of the norm, in training mode; not inside `torch.func`."""
         is_writable = torch.compiler.is_compiling() or not is_traced()
         if self.training and self._state_names and is_writable:
             self.norm.advance(self.weight, self.norm_state())

@@ -125,12 +125,21 @@ class ResidualTransform(Transform):
                 network does not take; in training on a CPU, if they are not finite.
         """
         with full_precision(inputs.device):
-            inputs = like_weights(inputs, self.net)
+            inputs = self._checked(inputs)
             if function is None:
                 self._require_finite(inputs, context)
                 function = self.bind(context)
             residual, logabsdet = (estimator or self.estimator)(function, inputs)
             return inputs + residual, logabsdet
+
+    def _checked(self, inputs: Tensor) -> Tensor:
+        if not isinstance(inputs, Tensor) or inputs.dim() < 2:
+            given = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(
+                f"expected inputs of shape (batch, ...), got {given}: give a tensor with one row "
+                "for each sample, inputs[None] for a single one"
+            )
+        return like_weights(inputs, self.net)
 
     def _require_finite(self, inputs: Tensor, context: Tensor | None) -> None:
         if self.training and torch.is_grad_enabled():
@@ -156,7 +165,7 @@ class ResidualTransform(Transform):
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
         with full_precision(inputs.device):
-            inputs = like_weights(inputs, self.net)
+            inputs = self._checked(inputs)
             function = self.bind(context) if function is None else function
             outputs = _inverse(function, inputs, self.solver)
             if not _NEEDS_LOGABSDET.get():
