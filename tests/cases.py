@@ -119,6 +119,14 @@ def _spline() -> nn.Module:
     return spline
 
 
+def _linear() -> nn.Module:
+    torch.manual_seed(3)
+    linear = transforms.LinearTransform(3)
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return linear
+
+
 def _coupling() -> nn.Module:
     return nflows_transforms.AffineCouplingTransform(
         torch.tensor([1, -1, 1]), lambda i, o: ResidualNet(i, o, 8, context_features=2)
@@ -219,6 +227,12 @@ CASES: dict[str, Case] = {
         context_features=2,
     ),
     "marginal-spline": Case(_spline),
+    "linear": Case(_linear),
+    "linear-images": Case(
+        lambda: transforms.LinearTransform(2, initialization="whitening"),
+        shape=(2, 2, 3),
+        is_variant=True,
+    ),
     "act-norm": Case(lambda: transforms.ActNorm(3)),
     "act-norm-images": Case(lambda: transforms.ActNorm(2), shape=(2, 2, 3)),
     "residual-flow": Case(
