@@ -86,6 +86,12 @@ def _mlp(
     return lipschitz_nn.LipschitzMLP(features, hidden, context, activation=activation, norm=norm)
 
 
+def _dense(*hidden: int, **options: Any) -> lipschitz_nn.LipschitzDenseNet:
+    torch.manual_seed(2)
+    context = options.pop("context", None)
+    return lipschitz_nn.LipschitzDenseNet(3, hidden, context, **options)
+
+
 def _cnn(
     *hidden: int, channels: int = 1, context: int | None = None, **options: Any
 ) -> lipschitz_nn.LipschitzCNN:
@@ -222,6 +228,17 @@ CASES: dict[str, Case] = {
         is_variant=True,
     ),
     "cnn-roulette": Case(lambda: _block(_cnn(5, 4, channels=2), _roulette()), shape=(2, 3, 3)),
+    "dense-net": Case(lambda: _block(_dense(6, 4))),
+    "dense-net-clipswish": Case(
+        lambda: _block(_dense(4, 3, context=2, activation=lipschitz_nn.CLipSwish())),
+        context_features=2,
+    ),
+    "dense-net-maxmin": Case(
+        lambda: _block(_dense(4, 4, activation=lipschitz_nn.MaxMin())), is_variant=True
+    ),
+    "dense-net-roulette": Case(
+        lambda: _block(_dense(4, 4, context=2), _roulette()), context_features=2, is_variant=True
+    ),
     "conditional-affine": Case(
         lambda: transforms.ConditionalAffine(lipschitz_nn.context_mlp(2, [4], 6), 3),
         context_features=2,

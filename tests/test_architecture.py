@@ -16,6 +16,7 @@ PACKAGE = Path(nflows_iresnet.__file__).parent
 ROOT = PACKAGE.parent
 BASE = {"torch", "numpy"}
 FOUNDATIONS = BASE | {
+    "differentiation",
     "linearization",
     "precision",
     "conditioning",

@@ -28,11 +28,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from nflows_iresnet.differentiation import first_derivative_only
 from nflows_iresnet.linearization import Linearization, is_traced
 from nflows_iresnet.logdet.base import LogDetEstimator
 from nflows_iresnet.validation import validated_size
@@ -93,7 +94,7 @@ def weighted_series(
     sums = [each.detach() for each in sums]  # forward mode differentiates without a graph, too
     if torch.is_grad_enabled():
         surrogate, value = linearization.bilinear(sums, probe)
-        surrogate = _once_differentiable(surrogate)
+        surrogate = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
         value = value.detach() + (surrogate - surrogate.detach())
     else:
         (value,) = linearization.bilinear(sums[1:], probe)
@@ -115,67 +116,6 @@ def _weighted_sums(
             for_derivative = for_derivative.add(power, alpha=signed)
             for_value = for_value.add(power, alpha=signed / (index + 1))
     return [for_derivative, for_value]
-
-
-class SecondDerivativeError(RuntimeError):
-    """A second derivative was asked of an estimate that has a first one only."""
-
-
-def _once_differentiable(surrogate: Tensor) -> Tensor:
-    """Return the surrogate such that to differentiate its derivative raises, whatever by."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return surrogate  # compiled graphs refuse second derivatives themselves
-    result: Tensor = _OnceDifferentiable.apply(surrogate)
-    return result
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """The identity. Its derivative is the identity on what leads to `_Refusal`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(surrogate: Tensor) -> Tensor:
-        return surrogate.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return cotangent
-        refused: Tensor = _Refusal.apply(cotangent, *ctx.saved_tensors)
-        return refused
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        refused: Tensor = _Refusal.apply(tangent, *ctx.saved_tensors)
-        return refused
-
-
-class _Refusal(torch.autograd.Function):
-    """The identity on its first argument, which cannot be differentiated by its second."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(values: Tensor, source: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
-        raise SecondDerivativeError(_NO_SECOND_DERIVATIVE)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        raise SecondDerivativeError(_NO_SECOND_DERIVATIVE)
 
 
 _NO_SECOND_DERIVATIVE = (

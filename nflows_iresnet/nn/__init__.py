@@ -22,6 +22,7 @@ from nflows_iresnet.nn.bounds import (
 )
 from nflows_iresnet.nn.cnn import LipschitzCNN
 from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, SymbolNorm
+from nflows_iresnet.nn.dense import LipschitzDenseNet
 from nflows_iresnet.nn.layers import LipschitzConv2d, LipschitzLinear
 from nflows_iresnet.nn.mlp import LipschitzMLP
 from nflows_iresnet.nn.norms import (
@@ -43,6 +44,7 @@ __all__ = [
     "LipSwish",
     "LipschitzCNN",
     "LipschitzConv2d",
+    "LipschitzDenseNet",
     "LipschitzLinear",
     "LipschitzMLP",
     "LipschitzNet",

@@ -329,6 +329,25 @@ def normalised(
     Raises:
         ValueError: if a weight is not finite, on the CPU; elsewhere the factor is not finite.
     """
+    stacks, norms = weights_and_norms(nets)
+    excess = (norms.log().sum(0) - log_budget).clamp_min(0)
+    factors = (-excess / len(stacks)).exp()
+    return stacks, factors.to(stacks[0].dtype)
+
+
+def weights_and_norms(nets: Sequence[Sequence[NormedLayer]]) -> tuple[list[Tensor], Tensor]:
+    """Return stored weights and their norms, those at the same place in several networks together.
+
+    Args:
+        nets: for each network its layers; those at the same place have the same shape and norm.
+
+    Returns:
+        For each place the stored weights of all K networks, shape (K, out, in), and the norms,
+        shape (places, K) in float64, positive and differentiable in the weights.
+
+    Raises:
+        ValueError: if a weight is not finite, on the CPU, or a layer has hooks that cannot run.
+    """
     for layer in [layer for net in nets for layer in net]:
         layer.run_weight_hooks()
         if torch.is_grad_enabled():
@@ -338,9 +357,7 @@ def normalised(
     states = [[layer.norm_state() for layer in place] for place in places]
     norms = norms_of(stacks, [place[0].norm for place in places], states)
     _check_finite(norms)
-    excess = (norms.clamp_min(_TINY).log().sum(0) - log_budget).clamp_min(0)
-    factors = (-excess / len(places)).exp()
-    return stacks, factors.to(stacks[0].dtype)
+    return stacks, norms.clamp_min(_TINY)
 
 
 _TINY = torch.finfo(torch.float64).tiny

@@ -12,6 +12,7 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
+from nflows_iresnet.differentiation import first_derivative_only
 from nflows_iresnet.linearization import ResidualFunction, bind, is_traced
 from nflows_iresnet.logdet import Auto, LogDetEstimator
 from nflows_iresnet.precision import context_like_weights, full_precision, like_weights
@@ -34,7 +35,8 @@ class ResidualTransform(Transform):
 
       so that a cotangent v is pulled back as lambda = (I + J)^{-T} v, which the same solver finds
       as the fixed point lambda = v - J^T lambda. Memory does not grow with the number of steps.
-      Derivatives of any order, and `torch.func`'s transforms, are right too.
+      Second derivatives in the inputs, `torch.func`'s transforms and forward mode are right too;
+      second derivatives in weights or context raise `SecondDerivativeError`.
 
     One call sees one g: the weights are normalised once, and used for all evaluations of the call.
     Inside `torch.autocast` the block computes in the precision of its weights.
@@ -219,7 +221,16 @@ def _inverse(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tens
         products = (at_point.vjp, at_point.jvp) if is_transposed else (at_point.jvp, at_point.vjp)
         return solve_linear(*products, vector, solver, function.lipschitz)
 
-    return _implicit(lambda: inputs - function(solution), solution, solve)
+    def attached() -> Tensor:
+        return inputs - first_derivative_only(function(solution), _NO_HIGHER_DERIVATIVE)
+
+    return _implicit(attached, solution, solve)
+
+
+_NO_HIGHER_DERIVATIVE = (
+    "through an inverse, second derivatives are right in its inputs only: those in weights or "
+    "context, and third ones, would be wrong. Differentiate `forward` instead, or use differences"
+)
 
 
 def solve_linear(
@@ -251,7 +262,10 @@ def solve_linear(
         products = (transposed, product) if is_transposed else (product, transposed)
         return solve_linear(*products, vector, solver, lipschitz)
 
-    return _implicit(lambda: target - product(solution), solution, solve)
+    def attached() -> Tensor:
+        return target - first_derivative_only(product(solution), _NO_HIGHER_DERIVATIVE)
+
+    return _implicit(attached, solution, solve)
 
 
 def _implicit(
