@@ -28,7 +28,7 @@ class Reshaped(nn.SymbolNorm):
     """The spectral norm of the kernel as a matrix (out, in k^2), as some libraries use it."""
 
     def value_and_gradient(self, weight: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        value, gradient = nn.SpectralNorm().value_and_gradient(weight.flatten(1), state)
+        value, gradient = nn.SpectralNorm().value_and_gradient(weight.flatten(-3), state)
         return value, gradient.view_as(weight)
 
 
@@ -37,8 +37,8 @@ class NoLags(nn.SymbolNorm):
     """Sums the kernel: the symbol at frequency zero alone."""
 
     def value_and_gradient(self, weight: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        value, gradient = nn.SpectralNorm().value_and_gradient(weight.sum((2, 3)), state)
-        return value, gradient[:, :, None, None].expand_as(weight)
+        value, gradient = nn.SpectralNorm().value_and_gradient(weight.sum((-2, -1)), state)
+        return value, gradient[..., None, None].expand_as(weight)
 
 
 class TraceWithoutBorder(ConvLinearization):

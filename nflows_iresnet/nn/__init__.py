@@ -21,7 +21,7 @@ from nflows_iresnet.nn.bounds import (
     spectral_penalty,
 )
 from nflows_iresnet.nn.cnn import LipschitzCNN
-from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, SymbolNorm
+from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm, SymbolNorm
 from nflows_iresnet.nn.layers import LipschitzConv2d, LipschitzLinear
 from nflows_iresnet.nn.mlp import LipschitzMLP
 from nflows_iresnet.nn.norms import (
@@ -39,6 +39,7 @@ __all__ = [
     "CLipSwish",
     "ConvNorm",
     "ConvPowerIteration",
+    "FourierNorm",
     "FrobeniusNorm",
     "LipSwish",
     "LipschitzCNN",
