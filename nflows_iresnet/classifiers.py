@@ -164,7 +164,7 @@ class InvertibleClassifier(ResidualClassifier):
         levels: how many values a pixel can take.
         coeff: c, the bound of the Lipschitz constant of each WHOLE g, in (0, 1).
         activation: of the branches; `nn.ELU()` by default.
-        norm: the norm that kernels are divided by; `nn.SymbolNorm()` by default, which certifies.
+        norm: the norm that kernels are divided by; `nn.FourierNorm()` by default, which certifies.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
 
     References:

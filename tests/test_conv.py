@@ -34,7 +34,7 @@ def test_bound_holds_for_hostile_weights(
     dtype: torch.dtype, padding_mode: PaddingMode, oversampling: int | None
 ) -> None:
     torch.manual_seed(0)
-    norm = nn.SymbolNorm(oversampling)
+    norm = nn.FourierNorm(oversampling)
     net = nn.LipschitzCNN(2, [8, 8], coeff=0.9, padding_mode=padding_mode, norm=norm).to(dtype)
     for factor in (1e6, 1e6, 1e-18, 1e-3):
         with torch.no_grad():
@@ -129,7 +129,7 @@ def test_roulette_is_unbiased(exact_trace: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"hidden_channels": [4]}, "kernel_sizes"),
+        ({"hidden_channels": [4], "kernel_sizes": (3, 1, 3)}, "kernel_sizes"),
         ({"hidden_channels": 4}, "hidden_channels"),
         ({"channels": 0}, "channels"),
         ({"kernel_sizes": (3, 2, 3)}, "odd"),
@@ -147,7 +147,7 @@ def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:
 
 def test_dense_layers_refuse_norms_of_convolutions() -> None:
     with pytest.raises(ValueError, match="MatrixNorm"):
-        nn.LipschitzLinear(2, 2, norm=nn.SymbolNorm())  # type: ignore[arg-type]
+        nn.LipschitzLinear(2, 2, norm=nn.FourierNorm())  # type: ignore[arg-type]
 
 
 def test_bad_inputs_are_refused() -> None:

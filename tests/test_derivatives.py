@@ -158,7 +158,7 @@ NORMS: dict[str, nn.MatrixNorm] = {
     "power-iteration": nn.PowerIteration(),
 }
 CONV_NORMS: dict[str, nn.ConvNorm] = {
-    "fourier": nn.SymbolNorm(),
+    "fourier": nn.FourierNorm(),
     "power-iteration": nn.ConvPowerIteration((4, 4)),
 }
 

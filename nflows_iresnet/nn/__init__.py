@@ -21,7 +21,7 @@ from nflows_iresnet.nn.bounds import (
     spectral_penalty,
 )
 from nflows_iresnet.nn.cnn import LipschitzCNN
-from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, SymbolNorm
+from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm
 from nflows_iresnet.nn.dense import LipschitzDenseNet
 from nflows_iresnet.nn.layers import LipschitzConv2d, LipschitzLinear
 from nflows_iresnet.nn.mlp import LipschitzMLP
@@ -33,6 +33,7 @@ from nflows_iresnet.nn.norms import (
     SchattenNorm,
     SpectralNorm,
 )
+from nflows_iresnet.renamed import renamed
 
 __all__ = [
     "ELU",
@@ -40,6 +41,7 @@ __all__ = [
     "CLipSwish",
     "ConvNorm",
     "ConvPowerIteration",
+    "FourierNorm",
     "FrobeniusNorm",
     "LipSwish",
     "LipschitzCNN",
@@ -58,7 +60,6 @@ __all__ = [
     "SmoothAbs",
     "Softplus",
     "SpectralNorm",
-    "SymbolNorm",
     "Tanh",
     "context_mlp",
     "conv_norm_bound",
@@ -66,3 +67,5 @@ __all__ = [
     "spectral_norm_bound",
     "spectral_penalty",
 ]
+
+__getattr__ = renamed(__name__, {"SymbolNorm": "FourierNorm"})

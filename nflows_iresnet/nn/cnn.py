@@ -19,7 +19,7 @@ from nflows_iresnet.nn.base import (
     validated_hidden,
 )
 from nflows_iresnet.nn.bounds import conv_norm_bound
-from nflows_iresnet.nn.conv_norms import ConvNorm, SymbolNorm
+from nflows_iresnet.nn.conv_norms import ConvNorm, FourierNorm
 from nflows_iresnet.nn.convolution import (
     PaddingMode,
     adjoint_kernel,
@@ -54,7 +54,7 @@ class LipschitzCNN(LayeredNet):
         padding_mode: 'zeros' or 'circular'.
         context_hidden_features: widths of the hidden layers of the context's network.
         coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
-        norm: the norm that the weights are divided by; `SymbolNorm()` by default.
+        norm: the norm that the weights are divided by; `FourierNorm()` by default.
         optional_context: whether a network with a context works without one, too: as another
             function. By default a forgotten context is an error.
 
@@ -93,7 +93,7 @@ class LipschitzCNN(LayeredNet):
         hidden = validated_hidden("hidden_channels", hidden_channels)
         kernels = _validated_kernel_sizes(kernel_sizes, len(hidden) + 1)
         activation = validated_activation(activation)
-        norm = norm if norm is not None else SymbolNorm()
+        norm = norm if norm is not None else FourierNorm()
         fed = [channels, *(width * widening_of(activation) for width in hidden)]
         sizes = zip(fed, [*hidden, channels], kernels, strict=True)
         super().__init__(

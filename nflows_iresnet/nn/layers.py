@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.bounds import conv_norm_bound, spectral_norm_bound
-from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, SymbolNorm
+from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm
 from nflows_iresnet.nn.convolution import PaddingMode, convolve, validated_padding_mode
 from nflows_iresnet.nn.norms import (
     NOT_FINITE,
@@ -249,7 +249,7 @@ class LipschitzConv2d(SettingsInState, NormedConv2d):
         bias: whether to add a bias.
         padding_mode: 'zeros' or 'circular'.
         coeff: the bound, in (0, 1).
-        norm: an upper bound of the operator norm; `SymbolNorm()` by default. With
+        norm: an upper bound of the operator norm; `FourierNorm()` by default. With
             `ConvPowerIteration` nothing is guaranteed.
 
     Raises:
@@ -282,7 +282,7 @@ class LipschitzConv2d(SettingsInState, NormedConv2d):
             kernel_size,
             bias=bias,
             padding_mode=padding_mode,
-            norm=norm or SymbolNorm(),
+            norm=norm or FourierNorm(),
         )
         self.coeff = validated_coeff(coeff)
 

@@ -238,7 +238,7 @@ def has_cheap_trace(weights: Sequence[Tensor], rows: int) -> bool:
     """Whether the one product of weights that the trace needs is small beside the batch."""
     if len(weights) <= 2:
         return True
-    if isinstance(rows, torch.SymInt):  # the size of a batch that is not known yet
+    if torch.compiler.is_compiling():  # for batches whose size is not known yet
         return len(weights) == 3
     product = weights[0].numel() * weights[2].shape[1]
     return len(weights) == 3 and 2 * product <= rows * sum(weight.numel() for weight in weights)
