@@ -430,7 +430,7 @@ class SchattenNorm(MatrixNorm):
             power = power / scale
             log_scale = log_scale + 2.0**remaining * scale.log()
         root = (unit / size.sqrt()) @ power if self.num_squarings > 0 else power
-        log_norm = torch.linalg.matrix_norm(root).log() + log_scale.sum()
+        log_norm = torch.linalg.matrix_norm(root).clamp_min(_TINY).log() + log_scale.sum()
         norm = (log_norm * (2 / self._order)).exp() * self._allowance(weight)
         return norm * size.sqrt().sum() * largest
 
