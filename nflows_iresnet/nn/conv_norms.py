@@ -110,7 +110,7 @@ class FourierNorm(ConvNorm):
     `symbol_rounding`, 1 + d with v the unit roundoff of float64. That makes it an upper bound, and
     at least the certificate `conv_norm_bound`, which adds d / 2. Let l be the largest eigenvalue
     of G at the frequency where it is largest, A_j = (G / l)^{2^j}, and P_j = A_j + D_j what is
-    computed, up to factors that are recorded, r_j = \|D_j\|_F.
+    computed there, up to factors that are recorded, r_j = \|D_j\|_F.
 
     `symbol_rounding` says that d bounds r_0, up to the first rescaling. A complex product of size n
     and a rescaling err by at most 3 (n + 2) v |P|^2 in each entry, |P| the absolute values, which
@@ -127,8 +127,12 @@ class FourierNorm(ConvNorm):
     the last term for the sum, tr A_0 A_s >= 1 and 3 n^3 v <= n e: its p-th root loses at most
     1.1 sqrt(n) e, as sqrt(n) <= p / 100. This costs less than 2 * 10^-7 up to 256 x 256 channels.
 
-    Cost: s = 9 products of Hermitian matrices of size n = 2, 10 for n <= 6, 11 for n <= 39, then
-    12, for (oversampling (k - 1))^2 / 8 frequencies; the memory of three such families.
+    Cost: for (oversampling (k - 1))^2 / 8 frequencies s = 9 products of matrices of size n = 2, 10
+    for n <= 6, 11 for n <= 39, then 12, in the memory of three such families; complex128, which no
+    setting shortens. At most 78 operations for a whole stack of weights. With its gradient, 3 x 3,
+    one CPU thread, at the defaults: 0.3 ms for 64 x 1, 1.2 ms for 64 x 4, 1.0 ms for 512 x 3,
+    1.6 ms for 128 x 12, 2.3 ms for 64 x 16, 60 ms for 128 x 48 and 120 ms for 64 x 64, where
+    eigenvalues would take half of the time.
 
     Args:
         oversampling: 4, 8, 16 or 32. By default 32 where one side has at most 8 channels, 16 up
