@@ -50,7 +50,7 @@ def test_bound_holds_for_hostile_weights(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bound_holds_after_violent_steps_and_reloading(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    net = nn.LipschitzCNN(2, [6, 6], 2, coeff=0.8).to(dtype)
+    net = nn.LipschitzCNN(2, [6, 6], 2, coeff=0.8, optional_context=True).to(dtype)
     optimizer = torch.optim.SGD(net.parameters(), lr=100.0)
     for _ in range(60):
         loss = (
@@ -61,7 +61,7 @@ def test_bound_holds_after_violent_steps_and_reloading(dtype: torch.dtype) -> No
         loss.backward()
         optimizer.step()
     assert 0.5 < net.lipschitz_bound() <= 0.8
-    fresh = nn.LipschitzCNN(2, [6, 6], 2, coeff=0.8).to(dtype)
+    fresh = nn.LipschitzCNN(2, [6, 6], 2, coeff=0.8, optional_context=True).to(dtype)
     fresh.load_state_dict(net.state_dict())
     assert fresh.lipschitz_bound() == net.lipschitz_bound()
     inputs, context = 10 * torch.randn(4, 2, 3, 3), 1e3 * torch.randn(4, 2).double()

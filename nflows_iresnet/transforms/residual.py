@@ -97,8 +97,8 @@ class ResidualTransform(Transform):
         Not where they, or `bind`, are replaced, and not with hooks before the call, which may
         change the weights: such a block is bound by itself.
         """
-        is_changed = self._forward_pre_hooks or not vars(self).keys().isdisjoint(_METHODS)
-        return self._keeps_methods and not is_changed
+        is_patched = any(name in vars(self) for name in _METHODS)
+        return self._keeps_methods and not is_patched and not self._forward_pre_hooks
 
     def bind(self, context: Tensor | None = None) -> ResidualFunction:
         """Return g for the present weights and one context, see `linearization.bind`."""
