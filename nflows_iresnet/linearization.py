@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -209,20 +209,6 @@ def select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
     return values if values.shape[0] == 1 else values[rows]
 
 
-@runtime_checkable
-class BindsTogether(Protocol):
-    """A network that shares the work of `bind` with others of its class: see `bind_all`."""
-
-    def binding_key(self) -> Hashable | None:
-        """Return what networks of one class must have in common; None to be bound alone."""
-
-    @classmethod
-    def bind_together(
-        cls, nets: Sequence[Any], context: Tensor | None = None
-    ) -> list[ResidualFunction]:
-        """Return what `bind(context)` returns for each of several networks of one key."""
-
-
 def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualFunction:
     """Fix the weights and the context of a network for one call.
 
@@ -256,7 +242,10 @@ def bind_all(
     """Bind several networks to one context: `[bind(net, context) for net in nets]`, but cheaper.
 
     Networks of one class that have the same `binding_key` share the work: many small normalisations
-    become one.
+    become one. A network takes part that has two methods beside `bind`: `binding_key()`, what it
+    must have in common with others, or None to be bound alone; and the class method
+    `bind_together(nets, context)`, which returns what `bind(context)` returns for each of several
+    networks with one key.
 
     Args:
         nets: see `bind`.
@@ -268,14 +257,15 @@ def bind_all(
     """
     alike: dict[Hashable, list[int]] = {}
     for index, net in enumerate(nets):
-        key = net.binding_key() if isinstance(net, BindsTogether) else None
+        binding_key = getattr(net, "binding_key", None)
+        key = None if binding_key is None else binding_key()
         alike.setdefault(index if key is None else (type(net), key), []).append(index)
     bound: dict[int, ResidualFunction] = {}
     for indices in alike.values():
-        first = nets[indices[0]]
+        first: Any = nets[indices[0]]
         functions = (
             first.bind_together([nets[index] for index in indices], context)
-            if len(indices) > 1 and isinstance(first, BindsTogether)
+            if len(indices) > 1
             else [bind(first, context)]
         )
         bound.update(zip(indices, functions, strict=True))

@@ -58,8 +58,10 @@ class Rademacher:
 
     def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return signs +1 and -1 with probability one half each."""
-        bits = torch.empty_like(inputs, requires_grad=False).random_(2, generator=generator)
-        return 2 * bits - 1
+        if generator is None:
+            return 2 * torch.randint_like(inputs, 2) - 1
+        kind = {"dtype": inputs.dtype, "device": inputs.device}
+        return 2 * torch.randint(2, inputs.shape, generator=generator, **kind) - 1
 
 
 @dataclass(frozen=True)

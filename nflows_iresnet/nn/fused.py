@@ -80,9 +80,11 @@ def push(
         slopes: s_i, shapes (B, hidden).
     """
     first, *others = function.weights
-    # Contiguous, because products with the slopes would otherwise take eight times as long.
-    of_all = first.mT.contiguous()[:, None, :]
-    pushed = [of_all if tangents is None else F.linear(tangents, first)]
+    if tangents is None:
+        # Contiguous, because products with the slopes would otherwise take eight times as long.
+        pushed = [first.mT.contiguous()[:, None, :]]
+    else:
+        pushed = [F.linear(tangents, first)]
     for weight, slope in zip(others, slopes, strict=True):
         pushed.append(F.linear(pushed[-1] * slope, weight))
     return pushed
