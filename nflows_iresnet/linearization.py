@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Function = Callable[[Tensor], Tensor]
+Rebuild = Callable[[Sequence[Tensor]], "ResidualFunction"]
 
 
 def is_traced() -> bool:
@@ -34,6 +37,14 @@ def is_traced() -> bool:
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def is_forward_over_forward() -> bool:
+    """Whether forward mode differentiates forward mode, as in `jacfwd(jacfwd(...))`."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
 
 
 def concrete(values: Tensor) -> Tensor:
@@ -181,6 +192,40 @@ class ResidualFunction(ABC):
         """Return the same function for some rows of the batch: its context is indexed by `rows`."""
         return self
 
+    def split(self) -> tuple[list[Tensor], Rebuild]:
+        """Return the tensors that the function is made of, and how to make it of others.
+
+        For those who save them for later, where a tensor that is only referred to would have
+        changed its meaning. Here: the fields of a dataclass that hold tensors, or sequences of
+        them; what else a function refers to stays as it is.
+        """
+        if not is_dataclass(self):
+            return [], lambda _: self
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        groups = {name: _tensors_of(value) for name, value in values.items()}
+        counts = {name: len(group) for name, group in groups.items() if group}
+        rest = {name: value for name, value in values.items() if name not in counts}
+        single = {name for name in counts if isinstance(values[name], Tensor)}
+        kind = type(self)
+
+        def rebuild(tensors: Sequence[Tensor]) -> ResidualFunction:
+            remaining = iter(tensors)
+            made: dict[str, Any] = {
+                name: list(islice(remaining, count)) for name, count in counts.items()
+            }
+            made.update({name: made[name][0] for name in single})
+            return kind(**rest, **made)
+
+        return [tensor for group in groups.values() for tensor in group], rebuild
+
+
+def _tensors_of(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)) and all(isinstance(each, Tensor) for each in value):
+        return list(value)
+    return []
+
 
 class OpaqueFunction(ResidualFunction):
     """Any callable `net(inputs)` or `net(inputs, context)` as a `ResidualFunction`.
@@ -196,6 +241,13 @@ class OpaqueFunction(ResidualFunction):
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return net(inputs), with the context where there is one."""
         return self._net(inputs) if self._context is None else self._net(inputs, self._context)
+
+    def split(self) -> tuple[list[Tensor], Rebuild]:
+        """Return the context, and how to replace it; the callable stays as it is."""
+        if self._context is None:
+            return [], lambda _: self
+        net = self._net
+        return [self._context], lambda tensors: OpaqueFunction(net, tensors[0])
 
     def select(self, rows: Tensor | slice) -> OpaqueFunction:
         """Return the same function with the context of `rows` only."""

@@ -101,6 +101,9 @@ def test_function_transforms_of_the_inverse(name: str) -> None:
     torch.testing.assert_close(jacrev(function)(at), jacobian_of(function)(at))
     torch.testing.assert_close(jacrev(jacrev(function))(at), expected)
     torch.testing.assert_close(hessian(function)(at), expected)
+    torch.testing.assert_close(jacrev(jacfwd(function))(at), expected)
+    with pytest.raises(logdet.SecondDerivativeError, match="jacfwd"):
+        jacfwd(jacfwd(function))(at)
 
 
 def test_a_batch_of_inverses_under_vmap() -> None:
@@ -122,6 +125,23 @@ def test_a_batch_of_inverses_under_vmap() -> None:
 
 def _identities(count: int) -> Tensor:
     return torch.eye(2, dtype=torch.float64).expand(count, 2, 2)
+
+
+@pytest.mark.parametrize("make", [nn.LipschitzMLP, nn.LipschitzDenseNet])
+def test_jacobians_of_the_inverse_in_its_context(make: Callable[..., torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    part = transforms.ResidualTransform(make(2, [8], 3)).double()
+    rows, context = torch.randn(4, 2).double(), torch.randn(4, 3).double()
+
+    def inverse(row: Tensor, conditions: Tensor) -> Tensor:
+        return part.inverse(row[None], conditions[None])[0][0]
+
+    found = vmap(jacrev(inverse, argnums=1))(rows, context)
+    moving = context.clone().requires_grad_()
+    outputs, _ = part.inverse(rows, moving)
+    expected = [torch.autograd.grad(each.sum(), moving, retain_graph=True)[0] for each in outputs.T]
+    torch.testing.assert_close(found, torch.stack(expected, dim=1))
+    torch.testing.assert_close(jacrev(inverse, argnums=1)(rows[0], context[0]), found[0])
 
 
 def test_forward_mode_through_the_inverse() -> None:

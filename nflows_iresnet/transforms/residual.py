@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from nflows_iresnet.differentiation import first_derivative_only
-from nflows_iresnet.linearization import ResidualFunction, bind, is_traced
+from nflows_iresnet.differentiation import SecondDerivativeError, first_derivative_only
+from nflows_iresnet.linearization import ResidualFunction, bind, is_forward_over_forward, is_traced
 from nflows_iresnet.logdet import Auto, LogDetEstimator
 from nflows_iresnet.precision import context_like_weights, full_precision, like_weights
 from nflows_iresnet.solvers import Anderson, Solver
@@ -208,23 +208,14 @@ class _FixedPointMap:
         return _FixedPointMap(self.function.select(rows), self.targets[rows])
 
 
-Product = Callable[[Tensor], Tensor]
-
-
 def _inverse(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
     """Return x with x + g(x) = inputs, differentiable in all that g and the inputs depend on."""
     targets = inputs.detach()
-    solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value
-
-    def solve(at: Tensor, vector: Tensor, is_transposed: bool) -> Tensor:
-        at_point = function.linearize(at)
-        products = (at_point.vjp, at_point.jvp) if is_transposed else (at_point.jvp, at_point.vjp)
-        return solve_linear(*products, vector, solver, function.lipschitz)
-
-    def attached() -> Tensor:
-        return inputs - first_derivative_only(function(solution), _NO_HIGHER_DERIVATIVE)
-
-    return _implicit(attached, solution, solve)
+    solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value.detach()
+    if not torch.is_grad_enabled():
+        return solution
+    attached = inputs - first_derivative_only(function(solution), _NO_HIGHER_DERIVATIVE)
+    return _implicit(attached, solution, None, function, solver, is_transposed=False)
 
 
 _NO_HIGHER_DERIVATIVE = (
@@ -234,89 +225,105 @@ _NO_HIGHER_DERIVATIVE = (
 
 
 def solve_linear(
-    product: Product,
-    transposed: Product,
+    function: ResidualFunction,
+    at: Tensor,
     target: Tensor,
     solver: Solver,
-    lipschitz: float | None,
+    *,
+    is_transposed: bool,
 ) -> Tensor:
-    r"""Return x with (I + A) x = target to the solver's verified tolerance, differentiable too.
+    r"""Return v with (I + J) v = target, or (I + J)^T v = target, J the Jacobian of g at a point.
 
-    The equation is homogeneous, so each row is solved for its own scale: gradients of 1e-25 are
-    found to the same relative accuracy as those of 1.
+    To the solver's verified tolerance, and differentiable. The equation is homogeneous, so each row
+    is solved for its own scale: gradients of 1e-25 are found to the same relative accuracy as
+    those of 1.
 
     Args:
-        product: v -> A v, row by row, \|A\| < 1.
-        transposed: v -> A^T v.
+        function: g.
+        at: the points x, shape (B, *).
         target: shape (B, *).
-        solver: of the fixed point x = target - A x.
-        lipschitz: a bound of \|A\|, if one is known.
+        solver: of the fixed point v = target - J v.
+        is_transposed: whether J is transposed.
     """
+    at_point = function.linearize(at)
+    product = at_point.vjp if is_transposed else at_point.jvp
     with torch.no_grad():
         largest = target.abs().flatten(start_dim=1).amax(dim=1)
         scale = torch.where(largest > 0, largest, 1.0).reshape(-1, *[1] * (target.dim() - 1))
         scaled = target / scale
-        solution = scale * solver(lambda x: scaled - product(x), scaled, lipschitz).value
-
-    def solve(_: Tensor, vector: Tensor, is_transposed: bool) -> Tensor:
-        products = (transposed, product) if is_transposed else (product, transposed)
-        return solve_linear(*products, vector, solver, lipschitz)
-
-    def attached() -> Tensor:
-        return target - first_derivative_only(product(solution), _NO_HIGHER_DERIVATIVE)
-
-    return _implicit(attached, solution, solve)
+        found = solver(lambda point: scaled - product(point), scaled, function.lipschitz)
+        solution = (found.value * scale).detach()  # forward mode differentiates here, too
+    if not torch.is_grad_enabled():
+        return solution
+    attached = target - first_derivative_only(product(solution), _NO_HIGHER_DERIVATIVE)
+    return _implicit(attached, solution, at, function, solver, is_transposed=is_transposed)
 
 
 def _implicit(
-    attached: Callable[[], Tensor],
+    attached: Tensor,
     solution: Tensor,
-    solve: Callable[[Tensor, Tensor, bool], Tensor],
+    at: Tensor | None,
+    function: ResidualFunction,
+    solver: Solver,
+    *,
+    is_transposed: bool,
 ) -> Tensor:
-    """Return a solution with the derivative that the equation gives it.
+    """Return a solution of x + f(x) = y with the derivative that the equation gives it.
 
     Args:
-        attached: y - f(x*) for the equation x + f(x) = y, with the solution x* held constant: equal
-            to x*, and what the solution depends on is all in it.
+        attached: y - f(x*), with the solution x* held constant: equal to x*, and all that the
+            solution depends on.
         solution: x*.
-        solve: (x, v, is_transposed) -> (I + A)^{-1} v or (I + A)^{-T} v, A = df/dx at x,
-            differentiable in x, v, and what A depends on.
+        at: where the Jacobian J of g is df/dx, or its transpose; None for x itself.
+        function: g.
+        solver: solves for the derivatives.
+        is_transposed: whether df/dx is the transpose of J.
     """
-    if not torch.is_grad_enabled():
+    if not attached.requires_grad and not is_traced():
         return solution
-    depends = attached()
-    if not depends.requires_grad and not is_traced():
-        return solution
-    outputs: Tensor = _Implicit.apply(depends, solution, solve)
+    if is_forward_over_forward():
+        raise SecondDerivativeError(
+            "forward mode over forward mode does not go through an inverse: use jacfwd(jacrev(f))"
+        )
+    tensors, rebuild = function.split()
+    outputs: Tensor = _Implicit.apply(
+        attached, solution, at, rebuild, solver, is_transposed, *tensors
+    )
     return outputs
 
 
 class _Implicit(torch.autograd.Function):
-    """The identity on a solution, dx = (I + A)^{-1} d attached."""
+    """The identity on a solution, dx = (I + df/dx)^{-1} d attached."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(attached: Tensor, solution: Tensor, solve: Any) -> Tensor:
+    def forward(attached: Tensor, solution: Tensor, *_: Any) -> Tensor:
         return solution.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Any], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
-        ctx.solve = inputs[2]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, at, ctx.rebuild, ctx.solver, ctx.is_transposed, *tensors = inputs
+        saved = [output if at is None else at, *tensors]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.num_inputs = len(inputs)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        (output,) = ctx.saved_tensors
-        with full_precision(cotangent.device):
-            return ctx.solve(output, cotangent, True), None, None
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        solved = _Implicit.solve(ctx, cotangent, is_transposed=not ctx.is_transposed)
+        return solved, *[None] * (ctx.num_inputs - 1)
 
     @staticmethod
-    def jvp(ctx: Any, of_attached: Tensor, *_: None) -> Tensor:
-        (output,) = ctx.saved_tensors
-        tangent: Tensor = ctx.solve(output, of_attached, False)
-        return tangent
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Implicit.solve(ctx, tangent, is_transposed=ctx.is_transposed)
+
+    @staticmethod
+    def solve(ctx: Any, target: Tensor, *, is_transposed: bool) -> Tensor:
+        at, *tensors = ctx.saved_tensors
+        function = ctx.rebuild(tensors)
+        with full_precision(target.device):
+            return solve_linear(function, at, target, ctx.solver, is_transposed=is_transposed)
 
 
 _NEEDS_LOGABSDET: ContextVar[bool] = ContextVar("needs_logabsdet", default=True)
