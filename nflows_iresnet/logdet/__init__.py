@@ -6,7 +6,7 @@ cost matters more than a bias whose bound you know. `Auto` is the default and ma
 two choices for you.
 """
 
-from nflows_iresnet.differentiation import SecondDerivativeError
+from nflows_iresnet.linearization import SecondDerivativeError
 from nflows_iresnet.logdet.auto import Auto
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
 from nflows_iresnet.logdet.power_series import (

@@ -33,8 +33,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nflows_iresnet.differentiation import first_derivative_only
-from nflows_iresnet.linearization import Linearization, is_traced
+from nflows_iresnet.linearization import Linearization, first_derivative_only, is_traced
 from nflows_iresnet.logdet.base import LogDetEstimator
 from nflows_iresnet.validation import validated_size
 

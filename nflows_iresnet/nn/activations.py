@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,21 +95,17 @@ class SmoothAbs(Activation):
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (sqrt(1 + x^2) - 1, x / sqrt(1 + x^2)), without overflow for large |x|."""
-        root = self._root(inputs)
+        root = torch.hypot(inputs, inputs.new_ones(()))
         return root - 1, inputs / root
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return sqrt(1 + x^2) - 1."""
-        return self._root(inputs) - 1
+        return torch.hypot(inputs, inputs.new_ones(())) - 1
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return (1 + x^2)^{-3/2}."""
         inverse_root = (value + 1).reciprocal()
         return inverse_root * inverse_root * inverse_root
-
-    @staticmethod
-    def _root(inputs: Tensor) -> Tensor:
-        return torch.hypot(inputs, inputs.new_ones(()))
 
 
 class Sine(Activation):
@@ -307,3 +304,33 @@ class MaxMin(nn.Module):
             )
         first, second = inputs.chunk(2, dim=-1)
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=-1)
+
+
+def _elu(module: nn.ELU) -> float:
+    return max(1.0, abs(module.alpha))
+
+
+def _leaky_relu(module: nn.LeakyReLU) -> float:
+    return max(1.0, abs(module.negative_slope))
+
+
+_CONSTANTS_OF_TORCH: dict[type[nn.Module], Callable[[Any], float]] = {
+    nn.ELU: _elu,
+    nn.LeakyReLU: _leaky_relu,
+    nn.Identity: lambda _: 1.0,
+    nn.ReLU: lambda _: 1.0,
+    nn.Tanh: lambda _: 1.0,
+    nn.Softplus: lambda _: 1.0,
+    nn.Sigmoid: lambda _: 0.25,
+    nn.SiLU: lambda _: 1.1,
+    nn.GELU: lambda _: 1.13,
+}
+
+
+def constant_of(activation: nn.Module) -> float | None:
+    """Return a Lipschitz constant of an activation, ours or torch's; None if none is known."""
+    of_torch = _CONSTANTS_OF_TORCH.get(type(activation))
+    if of_torch is not None:
+        return of_torch(activation)
+    constant = getattr(activation, "lipschitz", None)
+    return constant if isinstance(constant, float) else None

@@ -148,7 +148,7 @@ class DenseFunction(LayeredFunction):
         """Return g(inputs), shape (B, features); in parts where that is faster."""
         rows = max(1, _CHUNK // max(weight.shape[0] for weight in self.weights))
         if not self._can_be_cut(inputs) or inputs.shape[0] <= rows:
-            return super().__call__(inputs)
+            return self.evaluate(inputs, with_slopes=False).value
         parts = [slice(start, start + rows) for start in range(0, inputs.shape[0], rows)]
         return torch.cat([self.select(part)(inputs[part]) for part in parts])
 

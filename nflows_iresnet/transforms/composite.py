@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
-from nflows_iresnet.precision import context_like_weights, full_precision
+from nflows_iresnet.precision import context_like_weights, full_precision, require_finite_rows
 from nflows_iresnet.transforms.residual import ResidualTransform
-from nflows_iresnet.validation import require_finite_rows
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 

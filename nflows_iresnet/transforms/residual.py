@@ -12,12 +12,23 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from nflows_iresnet.differentiation import SecondDerivativeError, first_derivative_only
-from nflows_iresnet.linearization import ResidualFunction, bind, is_forward_over_forward, is_traced
+from nflows_iresnet.linearization import (
+    ResidualFunction,
+    SecondDerivativeError,
+    bind,
+    first_derivative_only,
+    is_forward_over_forward,
+    is_traced,
+)
 from nflows_iresnet.logdet import Auto, LogDetEstimator
-from nflows_iresnet.precision import context_like_weights, full_precision, like_weights
+from nflows_iresnet.precision import (
+    context_like_weights,
+    full_precision,
+    like_weights,
+    require_finite_rows,
+)
 from nflows_iresnet.solvers import Anderson, Solver
-from nflows_iresnet.validation import require_finite_rows, validated_strategy
+from nflows_iresnet.validation import validated_strategy
 
 _METHODS = ("forward", "inverse", "bind")
 _EXAMPLES = {"estimator": "logdet.Exact()", "solver": "solvers.Anderson()"}
@@ -131,8 +142,8 @@ class ResidualTransform(Transform):
             if function is None:
                 self._require_finite(inputs, context)
                 function = self.bind(context)
-            residual, logabsdet = (estimator or self.estimator)(function, inputs)
-            return inputs + residual, logabsdet
+            estimate = (estimator or self.estimator).estimate(function, inputs)
+            return inputs + estimate.outputs, estimate.logabsdet
 
     def _checked(self, inputs: Tensor) -> Tensor:
         if not isinstance(inputs, Tensor) or inputs.dim() < 2:
@@ -172,8 +183,7 @@ class ResidualTransform(Transform):
             outputs = _inverse(function, inputs, self.solver)
             if not _NEEDS_LOGABSDET.get():
                 return outputs, outputs.new_full((outputs.shape[0],), torch.nan)
-            _, logabsdet = self.estimator(function, outputs)
-            return outputs, -logabsdet
+            return outputs, -self.estimator.estimate(function, outputs).logabsdet
 
     def lipschitz_bound(self) -> float:
         """Return a certified upper bound of Lip(g) for the present weights.
