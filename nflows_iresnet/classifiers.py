@@ -13,7 +13,6 @@ from torch import nn as torch_nn
 
 from nflows_iresnet import nn
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
-from nflows_iresnet.nn.layers import validated_size
 from nflows_iresnet.solvers import Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -22,6 +21,7 @@ from nflows_iresnet.transforms import (
     ResidualTransform,
     SqueezeTransform,
 )
+from nflows_iresnet.validation import validated_size
 
 Shape = tuple[int, int, int]
 _POOLED = 2
@@ -164,7 +164,7 @@ class InvertibleClassifier(ResidualClassifier):
         levels: how many values a pixel can take.
         coeff: c, the bound of the Lipschitz constant of each WHOLE g, in (0, 1).
         activation: of the branches; `nn.ELU()` by default.
-        norm: the norm that kernels are divided by; `nn.SymbolNorm()` by default, which certifies.
+        norm: the norm that kernels are divided by; `nn.FourierNorm()` by default, which certifies.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
 
     References:

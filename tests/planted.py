@@ -35,8 +35,18 @@ class Conditional(nn.Module):
         self.context = nn.Linear(2, FEATURES, bias=False)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        shift = 0 if context is None else self.context(context)
-        return 0.7 * (inputs + shift).sin()
+        if context is None:
+            raise ValueError("a context is needed")
+        return 0.7 * (inputs + self.context(context)).sin()
+
+
+class ForgetsItsContext(Conditional):
+    """Works without a context, as another map."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is None:
+            return 0.7 * inputs.sin()
+        return super().forward(inputs, context)
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,30 @@ import nflows_iresnet
 PACKAGE = Path(nflows_iresnet.__file__).parent
 ROOT = PACKAGE.parent
 BASE = {"torch", "numpy"}
+FOUNDATIONS = BASE | {
+    "differentiation",
+    "linearization",
+    "precision",
+    "conditioning",
+    "settings",
+    "validation",
+    "renamed",
+}
 ALLOWED: dict[str, set[str]] = {
     "linearization": BASE,
     "datasets": BASE | {"sklearn"},
     "testing": BASE,
-    "logdet": BASE | {"linearization"},
-    "solvers": BASE | {"linearization"},
-    "nn": BASE | {"linearization"},
-    "transforms": BASE | {"nflows", "linearization", "logdet", "solvers"},
-    "flows": BASE | {"nflows", "linearization", "logdet", "solvers", "nn", "transforms"},
-    "classifiers": BASE | {"nflows", "logdet", "solvers", "nn", "transforms"},
-    "interop": BASE
+    "validation": BASE | {"linearization"},
+    "precision": BASE,
+    "conditioning": BASE,
+    "settings": BASE,
+    "logdet": FOUNDATIONS,
+    "solvers": FOUNDATIONS,
+    "nn": FOUNDATIONS,
+    "transforms": FOUNDATIONS | {"nflows", "logdet", "solvers"},
+    "flows": FOUNDATIONS | {"nflows", "logdet", "solvers", "nn", "transforms"},
+    "classifiers": FOUNDATIONS | {"nflows", "logdet", "solvers", "nn", "transforms"},
+    "interop": FOUNDATIONS
     | {"nflows", "normflows", "transforms", "flows", "nn", "logdet", "solvers", "sbi"},
 }
 

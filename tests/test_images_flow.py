@@ -218,3 +218,15 @@ def test_a_transform_from_the_meta_device_is_the_same(alpha: float | None) -> No
         found, found_logabsdet = empty._transform(images())
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found_logabsdet, logabsdet)
+
+
+def test_a_forgotten_context_is_an_error_unless_it_is_optional() -> None:
+    model = ImageResidualFlow((1, 4, 4), 8, 1, context_features=2, levels=17).eval()
+    for call in (lambda: model.log_prob(images()), lambda: model.sample_images(2)):
+        with pytest.raises(ValueError, match="context"):
+            call()
+    model = ImageResidualFlow(
+        (1, 4, 4), 8, 1, context_features=2, optional_context=True, levels=17
+    ).eval()
+    assert model.log_prob(images()).shape == (6,)
+    assert model.sample_images(2).shape == (2, 1, 4, 4)

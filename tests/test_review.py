@@ -132,9 +132,8 @@ def test_halves_of_mixed_activations_keep_their_inputs() -> None:
 
     keeping = Keeping()
     activation, units = nn.Mixed(keeping, nn.Sine()), torch.randn(4, 6)
-    expected = activation(units)
     before = units[:, :3].clone()
-    torch.testing.assert_close(activation.overwrite(units), expected)
+    activation(units)
     torch.testing.assert_close(keeping.seen, before)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.nn import LipschitzCNN
-from nflows_iresnet.nn.layers import validated_size
 from nflows_iresnet.solvers import Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -25,6 +24,7 @@ from nflows_iresnet.transforms.image import (
     validated_levels,
     validated_shape,
 )
+from nflows_iresnet.validation import validated_size
 
 
 class ImageResidualFlow(Flow):
@@ -52,6 +52,8 @@ class ImageResidualFlow(Flow):
         num_layers: residual blocks per scale.
         num_blocks_per_layer: hidden layers of each g: kernels 3, then 1, and 3 at the end.
         context_features: number of context values, or None.
+        optional_context: whether a flow with a context works without one, too: as another density.
+            By default a forgotten context is an error.
         num_scales: how often the image is squeezed.
         levels: how many values a pixel can take.
         alpha: of `LogitTransform`, or None for the affine map.
@@ -90,6 +92,7 @@ class ImageResidualFlow(Flow):
         num_blocks_per_layer: int = 2,
         *,
         context_features: int | None = None,
+        optional_context: bool = False,
         num_scales: int = 2,
         levels: int = 256,
         alpha: float | None = 0.05,
@@ -112,6 +115,7 @@ class ImageResidualFlow(Flow):
                     kernel_sizes=(3, *[1] * (depth - 1), 3),
                     activation=activation,
                     coeff=coeff,
+                    optional_context=optional_context,
                 )
                 block = ResidualTransform(net, estimator=estimator, solver=solver)
                 transforms += [ActNorm(scale[0]), block]

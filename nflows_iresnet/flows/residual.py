@@ -10,7 +10,6 @@ from torch import nn
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.logdet import Gaussian, LogDetEstimator, PowerSeries
 from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm, context_mlp
-from nflows_iresnet.nn.layers import validated_size
 from nflows_iresnet.solvers import FixedPointIteration, Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -19,6 +18,7 @@ from nflows_iresnet.transforms import (
     MarginalSpline,
     ResidualTransform,
 )
+from nflows_iresnet.validation import validated_size
 
 
 class ResidualFlow(Flow):

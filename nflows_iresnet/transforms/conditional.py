@@ -5,7 +5,7 @@ from __future__ import annotations
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from nflows_iresnet.transforms.precision import full_precision, like_weights
+from nflows_iresnet.precision import full_precision, like_weights
 
 
 class ConditionalAffine(Transform):

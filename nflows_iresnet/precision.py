@@ -1,0 +1,47 @@
+"""Full precision inside autocast regions: log-determinants and inverses need it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which autocast is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def like_weights(values: Tensor, module: nn.Module, name: str = "inputs") -> Tensor:
+    """Return values in the precision of a module's weights.
+
+    Half precision, as an autocast region hands over, is converted. What else differs is an error:
+    a silent conversion would change digits that the caller asked for.
+
+    Args:
+        values: any shape.
+        module: its first parameter tells the precision; without parameters anything goes.
+        name: what the values are, for the message.
+
+    Raises:
+        ValueError: if the values are integers, or of another precision than the weights.
+    """
+    parameter = next(module.parameters(), None)
+    if parameter is None or parameter.dtype == values.dtype:
+        return values
+    if values.dtype in (torch.bfloat16, torch.float16):
+        return values.to(parameter.dtype)
+    wanted, given = str(parameter.dtype), str(values.dtype)
+    raise ValueError(
+        f"the {name} are {given.removeprefix('torch.')}, the weights "
+        f"{wanted.removeprefix('torch.')}: convert the {name} by .to({wanted})"
+        + (", or the model by .double()" if values.dtype == torch.float64 else "")
+    )
+
+
+def context_like_weights(context: Tensor | None, module: nn.Module) -> Tensor | None:
+    """Return a context, if there is one, in the precision of a module's weights."""
+    return None if context is None else like_weights(context, module, "context")
