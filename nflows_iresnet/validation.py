@@ -9,8 +9,10 @@ Strategy = TypeVar("Strategy")
 
 
 def validated_size(name: str, value: int) -> int:
-    """Return a size as an int, numpy integers included, if it is at least 1."""
+    """Return a size as an int, numpy integers included, if it is at least 1; a bool is none."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         size = operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r}") from None

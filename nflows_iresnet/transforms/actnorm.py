@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 from nflows.transforms.normalization import ActNorm as _NflowsActNorm
 from torch import Tensor, distributed
 
+from nflows_iresnet.precision import like_weights
+from nflows_iresnet.validation import validated_size
+
+_ROUNDING_UNITS = 4.0
+"""A feature whose standard deviation is less than so many units in the last place is constant."""
+
 
 class ActNorm(_NflowsActNorm):
     r"""y = exp(s) x + t per feature or channel, started so that the first batch has mean 0, std 1.
 
-    Differs from `nflows.transforms.ActNorm` in the start alone:
+    Differs from `nflows.transforms.ActNorm` in the start alone, at the first forward pass in
+    training mode:
 
-    * nflows gives values that are not finite for a constant feature or a batch of one: here the
-      standard deviation is bounded below, and a single value only centres. An empty batch starts
-      nothing.
+    * It starts only what is still as it was built: s = t = 0. What was learned through the inverse
+      (variational inference), or was restored without the flag, is kept; sampling before training
+      changes nothing.
+    * Samples of its own (`log_prob(samples)` with the graph of the samples) are no data: they start
+      nothing, so that one step sees one model.
+    * Any scale of the data is taken to 1, in float64 arithmetic. A feature that is constant up to
+      its rounding, and a batch of one, are centred only. An empty batch starts nothing.
+    * A batch with values that are not finite is refused, and nothing is stored.
     * Where several processes train one model, they start from the statistics of the joined batch
-      (three `all_reduce`, in which every process takes part): replicas that started from their own
-      batches would differ ever after.
-    * A model that is trained through its inverse (variational inference) keeps what it learns: the
-      first inverse with gradients ends the waiting for a batch, which would otherwise overwrite
-      scale and shift later.
+      (three `all_reduce`, in which every process takes part, and all of them raise if one has to).
     * Once started, a forward pass neither waits for the device nor breaks a compiled graph.
 
     Args:
         features: number of features (B, F), or of channels (B, C, H, W).
+
+    Raises:
+        ValueError: if `features` is not positive; in use, if inputs have another shape or precision
+            than scale and shift, or the first batch is not finite.
 
     References:
         Kingma, Dhariwal. Glow: Generative flow with invertible 1x1 convolutions, 2018.
@@ -38,15 +51,13 @@ class ActNorm(_NflowsActNorm):
         True
     """
 
-    _min_std = 1e-3
-
     def __init__(self, features: int) -> None:
-        super().__init__(features)
+        super().__init__(validated_size("features", features))
         self._has_started = False
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, sum of s over what was scaled), shapes (B, *) and (B,)."""
-        self._check(inputs)
+        inputs = self._checked(inputs)
         if self.training and not self._has_started:
             self._start(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
@@ -54,41 +65,54 @@ class ActNorm(_NflowsActNorm):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, minus the sum of s over what was scaled), shapes (B, *) and (B,)."""
-        self._check(inputs)
-        if self.training and not self._has_started and torch.is_grad_enabled():
-            self.initialized.fill_(True)
-            self._has_started = True
+        inputs = self._checked(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
         return (inputs - shift) / scale, -self._logabsdet(inputs)
 
-    def _check(self, inputs: Tensor) -> None:
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != len(self.shift):
-            raise ValueError(
-                f"expected inputs of shape (batch, {len(self.shift)}) or (batch, "
-                f"{len(self.shift)}, height, width), got {tuple(inputs.shape)}"
-            )
+    def lipschitz_constants(self) -> tuple[float, float]:
+        """Return bounds of the Lipschitz constants of forward and inverse: the extreme scales."""
+        scales = self.log_scale.detach().double().exp()
+        return _above(float(scales.max())), _above(1 / float(scales.min()))
+
+    def _checked(self, inputs: Tensor) -> Tensor:
+        features = self.shift.shape[0]
+        if inputs.dim() in (2, 4) and inputs.shape[1] == features:
+            return like_weights(inputs, self)
+        vectors, images = f"(batch, {features})", f"(batch, {features}, height, width)"
+        kinds = {2: vectors, 4: images}
+        expected = kinds.get(inputs.dim(), f"{vectors}, or {images} for images")
+        raise ValueError(f"expected inputs of shape {expected}, got {tuple(inputs.shape)}")
 
     def _logabsdet(self, inputs: Tensor) -> Tensor:
-        return inputs.shape[2:].numel() * self.log_scale.sum().expand(len(inputs))
+        return inputs.shape[2:].numel() * self.log_scale.sum().expand(inputs.shape[0])
 
     def _start(self, inputs: Tensor) -> None:
         if not self.initialized:
-            self._initialize(inputs)
+            if self.log_scale.any() or self.shift.any():
+                self.initialized.fill_(True)
+            elif not _depends_on(inputs, (self.log_scale, self.shift)):
+                self._initialize(inputs)
         self._has_started = bool(self.initialized)
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
         rows = inputs.movedim(1, -1).reshape(-1, inputs.shape[1]).double()
-        count = _sum_over_processes(rows.new_tensor(float(len(rows))))
+        peak = _largest_over_processes(rows, inputs)
+        unit = torch.where(peak > 0, peak, 1.0)
+        rows = rows / unit
+        counted = torch.cat([rows.sum(0), rows.new_tensor([float(rows.shape[0])])])
+        totals, count = _over_processes(counted, "SUM").split([rows.shape[1], 1])
         if count == 0:
             return
-        mean = _sum_over_processes(rows.sum(0)) / count
-        squares = _sum_over_processes((rows - mean).square().sum(0))
-        variance = squares / (count - 1).clamp_min(1)
-        std = variance.sqrt() if count > 1 else torch.ones_like(mean)
-        std = std.clamp_min(self._min_std)
-        self.log_scale.copy_(-std.log())
-        self.shift.copy_(-mean / std)
+        mean = totals / count
+        squares = _over_processes((rows - mean).square().sum(0), "SUM")
+        std = (squares / (count - 1).clamp_min(1)).sqrt()
+        limits = torch.finfo(self.log_scale.dtype)
+        is_constant = std <= _ROUNDING_UNITS * limits.eps
+        log_std = torch.where(is_constant, 0.0, std.log() + unit.log())
+        largest = -math.log(limits.tiny)
+        self.log_scale.copy_(-log_std.clamp(-largest, largest))
+        self.shift.copy_(-mean * unit * self.scale.double())
         self.initialized.fill_(True)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -96,7 +120,58 @@ class ActNorm(_NflowsActNorm):
         self._has_started = False
 
 
-def _sum_over_processes(values: Tensor) -> Tensor:
+def _above(value: float) -> float:
+    """Return a number above the exact result of a few operations in float64."""
+    return value * (1 + 8 * torch.finfo(torch.float64).eps)
+
+
+def _depends_on(values: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+    """Whether values carry a graph that leads back to a parameter."""
+    waiting: list[Any] = [values.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        variable = getattr(node, "variable", None)
+        if any(variable is parameter for parameter in parameters):
+            return True
+        seen.add(node)
+        waiting += [each for each, _ in node.next_functions]
+    return False
+
+
+def _largest_over_processes(rows: Tensor, inputs: Tensor) -> Tensor:
+    """Return the largest magnitude of each feature, shape (features,), or raise in all processes.
+
+    Args:
+        rows: shape (N, features), in float64.
+        inputs: the same values as they were given, for the message.
+    """
+    zeros = rows.new_zeros(1, rows.shape[1])
+    peak = torch.cat([zeros, rows.abs()]).amax(0)
+    is_bad = (~peak.isfinite()).any()[None]
+    flag_and_peak = torch.cat([is_bad.to(peak), peak.nan_to_num(0.0, posinf=0.0)])
+    flag, largest = _over_processes(flag_and_peak, "MAX").split([1, rows.shape[1]])
+    if flag:
+        raise ValueError(
+            f"the first batch, from which ActNorm starts, is not finite: {_bad_rows(inputs)}. "
+            "Drop or impute such rows of the data (or of the context); nothing was stored"
+        )
+    return largest
+
+
+def _bad_rows(inputs: Tensor) -> str:
+    is_bad = ~inputs.isfinite().flatten(start_dim=1).all(dim=1)
+    rows = cast(list[int], is_bad.nonzero()[:, 0].tolist())
+    if not rows:
+        return "rows of another process"
+    values = inputs[rows[0]].flatten()[:8].tolist()
+    return f"{len(rows)} of {inputs.shape[0]} rows of the inputs, first row {rows[0]}: {values}"
+
+
+def _over_processes(values: Tensor, operation: str) -> Tensor:
+    """Return the sum or the maximum over all processes, if there are several."""
     if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values)
+        distributed.all_reduce(values, op=getattr(distributed.ReduceOp, operation))
     return values

@@ -1,0 +1,219 @@
+"""When ActNorm starts from data, and what it keeps."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import start_processes
+
+from nflows_iresnet import ResidualFlow, flows
+from nflows_iresnet.transforms import ActNorm
+
+# --- when it starts -------------------------------------------------------------------------------
+
+
+def far_data() -> Tensor:
+    return torch.randn(512, 2, generator=torch.Generator().manual_seed(3)) * 20 + 100
+
+
+def nll(flow: Any, *context: Tensor) -> float:
+    return float(-flow.log_prob(far_data(), *context).mean().detach())
+
+
+def vector_flow() -> ResidualFlow:
+    torch.manual_seed(0)
+    return ResidualFlow(2, 16, 2)
+
+
+BEFORE_TRAINING: dict[str, Callable[[Any], Any]] = {
+    "sample": lambda flow: flow.sample(5),
+    "sample_and_log_prob": lambda flow: flow.sample_and_log_prob(5),
+    "own-samples-scored": lambda flow: flow.log_prob(flow.sample(5)),
+    "inverse": lambda flow: flow._transform.inverse(torch.randn(4, 2)),
+    "evaluation": lambda flow: flow.eval().log_prob(far_data()),
+    "empty-batch": lambda flow: flow.log_prob(torch.zeros(0, 2)),
+    "step-without-gradient": lambda flow: torch.optim.Adam(flow.parameters()).step(),
+}
+
+
+@pytest.mark.parametrize("use", BEFORE_TRAINING.values(), ids=BEFORE_TRAINING)
+def test_what_comes_before_training_does_not_end_the_waiting_for_data(
+    use: Callable[[Any], Any],
+) -> None:
+    expected, flow = nll(vector_flow()), vector_flow()
+    use(flow)
+    assert nll(flow.train()) == pytest.approx(expected, abs=1e-4)
+    assert expected < 10
+
+
+def test_conditional_and_image_flows_wait_too() -> None:
+    def conditional() -> ResidualFlow:
+        torch.manual_seed(0)
+        return ResidualFlow(2, 16, 2, context_features=1)
+
+    used, context = conditional(), torch.zeros(512, 1)
+    used.sample_and_log_prob(3, context[:2])
+    assert nll(used, context) == pytest.approx(nll(conditional(), context), abs=1e-4)
+
+    def image() -> flows.ImageResidualFlow:
+        torch.manual_seed(0)
+        return flows.ImageResidualFlow((1, 4, 4), 8, 1, num_scales=1, levels=17, alpha=None)
+
+    pixels = 8 + torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    used_image = image()
+    used_image.sample_and_log_prob(3)
+    values = []
+    for flow in (used_image, image()):
+        torch.manual_seed(2)
+        values.append(flow.log_prob(pixels))
+    torch.testing.assert_close(*values)
+
+
+def trained_by_inverse(steps: int = 3) -> ActNorm:
+    norm = ActNorm(2)
+    optimizer = torch.optim.Adam(norm.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        outputs, logabsdet = norm.inverse(torch.randn(16, 2))
+        ((outputs - 3).square().sum(1) - logabsdet).mean().backward()
+        optimizer.step()
+    return norm
+
+
+def saved_and_loaded(norm: ActNorm) -> ActNorm:
+    stored = io.BytesIO()
+    torch.save(norm.state_dict(), stored)
+    stored.seek(0)
+    fresh = ActNorm(2)
+    fresh.load_state_dict(torch.load(stored, weights_only=True))
+    return fresh
+
+
+def parameters_alone(norm: ActNorm) -> ActNorm:
+    fresh = ActNorm(2)
+    fresh.load_state_dict(dict(norm.named_parameters()), strict=False)
+    return fresh
+
+
+def as_one_vector(norm: ActNorm) -> ActNorm:
+    fresh = ActNorm(2)
+    vector = torch.nn.utils.parameters_to_vector(norm.parameters())
+    torch.nn.utils.vector_to_parameters(vector, fresh.parameters())
+    return fresh
+
+
+WAYS: dict[str, Callable[[ActNorm], ActNorm]] = {
+    "as-it-is": lambda norm: norm,
+    "saved-and-loaded": saved_and_loaded,
+    "parameters-alone": parameters_alone,
+    "one-vector": as_one_vector,
+    "deepcopy": deepcopy,
+    "evaluation-and-back": lambda norm: norm.eval().train(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_was_learned_through_the_inverse_is_kept(
+    way: Callable[[ActNorm], ActNorm], steps: int
+) -> None:
+    norm = trained_by_inverse(steps)
+    learned = deepcopy(dict(norm.named_parameters()))
+    used = way(norm)
+    for _ in range(2):
+        used(far_data())
+    for name, parameter in used.named_parameters():
+        assert torch.equal(parameter, learned[name])
+    assert bool(used.initialized)
+    assert torch.equal(saved_and_loaded(used)(far_data())[0], norm(far_data())[0])
+
+
+def test_parameters_restored_without_the_flag_keep_their_density() -> None:
+    trained = vector_flow()
+    optimizer = torch.optim.Adam(trained.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (-trained.log_prob(far_data()).mean()).backward()
+        optimizer.step()
+    restored = ResidualFlow(2, 16, 2)
+    restored.load_state_dict(dict(trained.named_parameters()), strict=False)
+    batch = torch.randn(16, 2)
+    torch.testing.assert_close(restored.log_prob(batch), trained.log_prob(batch))
+
+
+def test_a_started_model_that_loads_an_unstarted_one_starts_again() -> None:
+    norm, fresh = ActNorm(2), ActNorm(2)
+    norm(far_data())
+    norm.load_state_dict(fresh.state_dict())
+    assert norm(far_data())[0].std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_step_that_samples_and_scores_sees_one_model() -> None:
+    flow = vector_flow()
+    samples, log_prob = flow.sample_and_log_prob(6)
+    torch.testing.assert_close(flow.log_prob(samples), log_prob, rtol=0, atol=1e-4)
+    frozen = samples.clone()
+    flow.requires_grad_(False)
+    torch.testing.assert_close(flow.log_prob(frozen), log_prob, rtol=0, atol=1e-4)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def halves() -> tuple[Tensor, Tensor]:
+    rows = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)).double() * 1e-21
+    return rows[:13], rows[13:]
+
+
+def worker(rank: int, folder: str) -> None:
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    norm, rows = ActNorm(2).double(), halves()[rank]
+    spoiled = rows.clone()
+    if rank == 1:
+        spoiled[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite" if rank == 1 else "another process"):
+        norm(spoiled)
+    assert not bool(norm.initialized)
+    norm.inverse(torch.randn(rank + 1, 2).double())
+    norm(rows if rank == 0 else rows[:0])
+    joined = ActNorm(2).double()
+    joined(rows)
+    torch.save([dict(norm.named_parameters()), dict(joined.named_parameters())], f"{folder}/{rank}")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_start_from_the_joined_batch_and_refuse_together(tmp_path: Path) -> None:
+    start_processes(worker, (str(tmp_path),), nprocs=2, start_method="spawn")
+    for index, rows in enumerate((halves()[0], torch.cat(halves()))):
+        expected = ActNorm(2).double()
+        expected(rows)
+        for rank in (0, 1):
+            found = torch.load(tmp_path / str(rank), weights_only=False)[index]
+            for name, parameter in expected.named_parameters():
+                torch.testing.assert_close(found[name], parameter, rtol=1e-12, atol=1e-12)
+
+
+def test_the_decision_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, restored = ActNorm(2), ActNorm(2)
+    started(far_data())
+    restored.load_state_dict(dict(started.named_parameters()), strict=False)
+    restored(far_data())
+
+    def refuse(tensor: Tensor) -> bool:
+        raise AssertionError("a value was asked for")
+
+    monkeypatch.setattr(Tensor, "__bool__", refuse)
+    for norm in (started, restored):
+        norm(far_data())
+        norm.inverse(far_data())
