@@ -33,7 +33,7 @@ def is_traced() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -85,7 +85,7 @@ def first_derivative_only(values: Tensor, message: str) -> Tensor:
         values: any shape.
         message: why, and what to do.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return values
     result: Tensor = _FirstDerivativeOnly.apply(values, message)
     return result

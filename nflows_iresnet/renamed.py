@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 
-def renamed(module: str, names: dict[str, str]) -> Callable[[str], object]:
+def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
     """Return a `__getattr__` for a module that still knows the old names of some attributes.
 
     Args:
@@ -15,7 +16,7 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], object]:
         names: new names by old ones.
     """
 
-    def getattr_(name: str) -> object:
+    def getattr_(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(

@@ -108,7 +108,11 @@ def _block(
 
 
 def _roulette(continuation: float | None = None, **options: float) -> logdet.RussianRoulette:
-    law = logdet.MatchedTail() if continuation is None else logdet.GeometricTail(continuation)
+    law = (
+        logdet.LipschitzTruncation()
+        if continuation is None
+        else logdet.GeometricTruncation(continuation)
+    )
     return logdet.RussianRoulette(truncation=law, **options)  # type: ignore[arg-type]
 
 

@@ -25,11 +25,11 @@ def hessian_by_differences(function: Scalar, at: Tensor, step: float = 1e-4) -> 
 
 
 def jacobian_of(function: Scalar) -> Scalar:
-    return lambda at: torch.autograd.functional.jacobian(function, at)  # type: ignore[no-untyped-call]
+    return lambda at: torch.autograd.functional.jacobian(function, at)
 
 
 def hessian_of(function: Scalar) -> Scalar:
-    return lambda at: torch.autograd.functional.hessian(function, at)  # type: ignore[no-untyped-call]
+    return lambda at: torch.autograd.functional.hessian(function, at)
 
 
 def block(

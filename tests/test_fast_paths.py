@@ -191,7 +191,7 @@ def test_a_call_normalises_all_blocks_of_a_kind_at_once(monkeypatch: pytest.Monk
 class Shouting(transforms.ResidualTransform):
     """A block of a user that does more than the library's."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         outputs, logabsdet = super().forward(inputs, context)
         return outputs + 1, logabsdet
 

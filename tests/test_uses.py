@@ -106,7 +106,7 @@ def test_a_hook_that_changes_the_network_changes_the_density() -> None:
 TRACED: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "block": (block, (2,)),
     "series": (lambda: block(8, estimator=logdet.PowerSeries(num_terms=3)), (8,)),
-    "flow": (lambda: ResidualFlow(2, 8, 2)._transform, (2,)),  # type: ignore[return-value]
+    "flow": (lambda: ResidualFlow(2, 8, 2)._transform, (2,)),
     "images": (
         lambda: transforms.ResidualTransform(nn.LipschitzCNN(1, [4, 4]), estimator=logdet.Exact()),
         (1, 4, 4),
@@ -143,7 +143,7 @@ def test_export_with_a_dynamic_batch(name: str) -> None:
 @pytest.mark.parametrize("name", TRACED)
 def test_jit_trace_with_another_batch(name: str) -> None:
     module, example, others = prepared(name)
-    traced = torch.jit.trace(module, (example,), check_trace=False)  # type: ignore[no-untyped-call]
+    traced = torch.jit.trace(module, (example,), check_trace=False)
     torch.manual_seed(0)
     expected = module(others)
     torch.manual_seed(0)

@@ -57,7 +57,7 @@ class ImageResidualFlow(Flow):
         num_scales: how often the image is squeezed.
         levels: how many values a pixel can take.
         alpha: of `LogitTransform`, or None for the affine map.
-        estimator: strategy for the log-determinant; `logdet.Adaptive()` by default.
+        estimator: strategy for the log-determinant; `logdet.Auto()` by default.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`.
         coeff: bound of the Lipschitz constant of each g, in (0, 1).

@@ -47,7 +47,7 @@ class ResidualFlow(Flow):
         num_layers: number of residual blocks.
         num_blocks_per_layer: number of hidden layers of each g.
         context_features: number of context values, or None.
-        estimator: strategy for the log-determinant; `logdet.Adaptive()` by default.
+        estimator: strategy for the log-determinant; `logdet.Auto()` by default.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`; by default
             `Mixed(Sine(), SmoothAbs())`.

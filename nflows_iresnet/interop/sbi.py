@@ -14,7 +14,7 @@ from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
 
 from nflows_iresnet.flows import ResidualFlow
-from nflows_iresnet.logdet import Adaptive, LogDetEstimator
+from nflows_iresnet.logdet import Auto, LogDetEstimator
 from nflows_iresnet.solvers import Solver
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class ResidualFlowBuilder:
     embedding_net: nn.Module = field(default_factory=nn.Identity)
     z_score_theta: ZScore = "independent"
     z_score_x: ZScore = "independent"
-    estimator: LogDetEstimator | None = Adaptive(max_exact_features=16)
+    estimator: LogDetEstimator | None = Auto(max_exact_features=16)
     solver: Solver | None = None
     coeff: float = 0.97
     marginal_bins: int = 0

@@ -59,8 +59,10 @@ class Rademacher:
         """Return signs +1 and -1 with probability one half each."""
         if generator is None:
             return 2 * torch.randint_like(inputs, 2) - 1
-        kind = {"dtype": inputs.dtype, "device": inputs.device}
-        return 2 * torch.randint(2, inputs.shape, generator=generator, **kind) - 1
+        bits = torch.randint(
+            2, inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device
+        )
+        return 2 * bits - 1
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class LipschitzDenseNet(LipschitzNet):
     def bind(self, context: Tensor | None = None) -> DenselyConnectedFunction:
         """Return x -> g(x; context), see `LipschitzNet.bind`."""
         weights, parts = self.effective_weights()
-        shifts: list[Tensor] = [layer.bias for layer in self.normed_layers]
+        shifts = [cast(Tensor, layer.bias) for layer in self.normed_layers]
         stretches = [bounded_exp(each) for each in self.log_scales]
         conditions = self.conditions(context)
         if conditions is not None:

@@ -91,7 +91,10 @@ class ResidualTransform(Transform):
             "estimator", estimator or Auto(), LogDetEstimator, _EXAMPLES["estimator"]
         )
         self.solver = validated_strategy(
-            "solver", solver or Anderson(), Solver, _EXAMPLES["solver"]
+            "solver",
+            solver or Anderson(),
+            Solver,
+            _EXAMPLES["solver"],  # type: ignore[type-abstract]
         )
 
     _keeps_methods = True
