@@ -65,7 +65,7 @@ def test_the_certificate_of_a_pruned_network_is_of_the_present_weights() -> None
     net = nn.LipschitzMLP(2, [8])
     prune.l1_unstructured(net.layers[0], "weight", 0.3)
     with torch.no_grad():
-        net.layers[0].weight_orig.mul_(1e3)
+        net.layers[0].get_parameter("weight_orig").mul_(1e3)
     expected = net.lipschitz_bound()
     net(rows())
     assert net.lipschitz_bound() == expected
