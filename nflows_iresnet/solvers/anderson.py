@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nflows_iresnet.solvers.base import Accelerator, Progress, Solver, read
+from nflows_iresnet.solvers.base import Accelerator, Progress, Solver, holds
 
 _GROWTH = 2.0
 """A residual this many times the best one makes Anderson return to the best point."""
@@ -19,49 +19,52 @@ class _Guarded(Accelerator):
 
     def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
         """Return the extrapolated points, or plain steps."""
+        unit = None if best.has_plain_squares else _unit(best)
         if best.is_latest:
-            return self._extrapolate(best.residual, image, best.residual_norm)
-        size = best.size.clamp_min(torch.finfo(point.dtype).tiny)
-        residual, unit = image - point, torch.where(best.is_open, best.residual_norm, size)
+            return self._extrapolate(best.residual, image, unit)
+        residual = image - point
         is_near = (best.latest_norm / _GROWTH <= best.residual_norm) | ~best.is_open
-        if best.looks_each_step and read(is_near).all():
+        if best.looks_each_step and holds(is_near):
             return self._extrapolate(residual, image, unit)
         column, plain = is_near[:, None], best.value + best.residual
-        residual, image = (
-            torch.where(column, residual, best.residual),
-            torch.where(column, image, plain),
-        )
+        residual = torch.where(column, residual, best.residual)
+        image = torch.where(column, image, plain)
         return torch.where(column, self._extrapolate(residual, image, unit), plain)
 
     @abstractmethod
-    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor) -> Tensor:
+    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor | None) -> Tensor:
         """Remember a residual and its image, (B, D), and return the next point.
 
         Args:
             residual: f(x) - x, shape (B, D).
             image: f(x), shape (B, D).
-            unit: the size of what the next step will change, shape (B,), in which it is stored:
-                squares of residuals as they are might over- or underflow.
+            unit: of the next step, see `_unit`.
         """
+
+
+def _unit(best: Progress) -> Tensor:
+    """Return the size of what a step changes, (B, 1), in which its square is about one.
+
+    Rows that are done change by rounding at most.
+    """
+    size = best.size.clamp_min(torch.finfo(best.size.dtype).tiny)
+    return torch.where(best.is_open, best.residual_norm, size)[:, None]
 
 
 class _Seen:
     """A residual and its image, (B, D), and the unit (B, 1) of the step that leaves them."""
 
-    def __init__(self, residual: Tensor, image: Tensor, unit: Tensor) -> None:
+    def __init__(self, residual: Tensor, image: Tensor, unit: Tensor | None) -> None:
         self.residual, self.image, self.unit = residual, image, unit
 
-    @classmethod
-    def at(cls, residual: Tensor, image: Tensor, unit: Tensor) -> _Seen:
-        return cls(residual, image, unit[:, None])
-
     def select(self, rows: Tensor) -> _Seen:
-        return _Seen(self.residual[rows], self.image[rows], self.unit[rows])
+        unit = None if self.unit is None else self.unit[rows]
+        return _Seen(self.residual[rows], self.image[rows], unit)
 
     def step_to(self, other: _Seen) -> tuple[Tensor, Tensor]:
         """Return the differences of the residuals and of the images, in the unit."""
-        residual = (other.residual - self.residual).div_(self.unit)
-        return residual, (other.image - self.image).div_(self.unit)
+        residual, image = other.residual - self.residual, other.image - self.image
+        return (residual, image) if self.unit is None else (residual / self.unit, image / self.unit)
 
 
 class _Step:
@@ -116,8 +119,8 @@ class _ShortMemory(_Guarded):
         self._before = self._before and self._before.select(rows)
         self._older = self._older and self._older.select(rows)
 
-    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor) -> Tensor:
-        before, self._before = self._before, _Seen.at(residual, image, unit)
+    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor | None) -> Tensor:
+        before, self._before = self._before, _Seen(residual, image, unit)
         if before is None:
             return image
         step = _Step.between(before, self._before)
@@ -153,9 +156,9 @@ class _LongMemory(_Guarded):
                 setattr(self, name, values[rows])
         self._before = self._before and self._before.select(rows)
 
-    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor) -> Tensor:
+    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor | None) -> Tensor:
         """Combine the images so that the same combination of residuals is smallest."""
-        before, self._before = self._before, _Seen.at(residual, image, unit)
+        before, self._before = self._before, _Seen(residual, image, unit)
         if before is None:
             return image
         step, image_step = before.step_to(self._before)

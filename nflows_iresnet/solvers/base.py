@@ -165,7 +165,7 @@ class Solver(ABC):
         is_free = next_look == 1 or point.numel() == 0
         best = everything = Progress(point, looks_each_step=is_free)
         accelerator, is_sure = self.start(point), True
-        can_select = accelerator.can_select and isinstance(fn, SelectableMap) and not is_traced()
+        can_select = accelerator.can_select and not is_traced()
         for step in range(1, self.max_steps + 1):
             image = fn(point.reshape(point.shape[0], *init.shape[1:])).flatten(start_dim=1)
             if step == 1:
@@ -181,10 +181,10 @@ class Solver(ABC):
                 remaining = best.look(tolerance, step)
                 if best.num_open == 0 or best.has_lost_rows:
                     break
-                if can_select and _is_worth_it(best):
+                if can_select and _is_worth_it(best) and isinstance(fn, SelectableMap):
                     everything.take_over(best)
                     keep = best.open_rows()
-                    best, fn = best.select(keep), fn.select(keep)  # type: ignore[attr-defined]
+                    best, fn = best.select(keep), fn.select(keep)
                     point, image = point[keep], image[keep]
                     accelerator.select(keep)
                 next_look = step + steps_to_next_look(step, remaining)
@@ -199,7 +199,7 @@ class Solver(ABC):
             everything.tolerance,
             everything.num_steps,
         )
-        if not is_sure and not read(solution.converged).all():
+        if not is_sure and not holds(solution.converged):
             raise _failure(solution)
         return solution
 
@@ -235,9 +235,9 @@ class Solver(ABC):
         times = 1e3 if lipschitz is None else 1 + 2 / (1 - lipschitz)
         if best.looks_each_step and atol >= _smallest_exact_norm(point):
             best.farthest = times * (_plain_norm(point) + _plain_norm(image))
-            if read(best.farthest < math.sqrt(kind.max)).all():
-                best.norm = _plain_norm
-        if best.norm is row_norm:
+            if holds(best.farthest < math.sqrt(kind.max)):
+                best.norm, best.has_plain_squares = _plain_norm, True
+        if not best.has_plain_squares:
             best.farthest = (times * (row_norm(point) + row_norm(image))).clamp_max(kind.max)
         if rtol < 0.5:
             best.loosest = (atol + 2 * rtol * best.farthest) * (1.01 / (1 - rtol))
@@ -289,6 +289,7 @@ class Progress:
         has_lost_rows: whether a row had no finite residual at the last look.
         num_steps: evaluations until the row was closed, shape (B,).
         norm: the 2-norm of rows, (B, D) -> (B,).
+        has_plain_squares: whether squares of residuals neither overflow nor vanish.
         farthest: the norm beyond which a point is an escape, shape (B,).
         loosest: what a residual that is not to be accepted is above, shape (B,).
     """
@@ -306,6 +307,7 @@ class Progress:
         self.num_open, self.is_latest, self.has_lost_rows = init.shape[0], False, False
         self._rows: Tensor | None = None
         self.norm: Map = row_norm
+        self.has_plain_squares = False
         self.looks_each_step, self._are_all_open = looks_each_step, True
 
     def update(self, point: Tensor, image: Tensor) -> None:
@@ -317,7 +319,7 @@ class Progress:
         norm, size = self.norm(residual), self.norm(point)
         is_near = size <= self.farthest
         if self.looks_each_step and self._are_all_open:
-            self.is_latest = bool(read((norm < self.residual_norm) & is_near).all())
+            self.is_latest = holds((norm < self.residual_norm) & is_near)
             if self.is_latest:
                 self.value, self.residual, self.size = point, residual, size
                 self.residual_norm = self.latest_norm = norm
@@ -337,7 +339,7 @@ class Progress:
         """Whether rows may be done: where looking is free, whether any residual is small enough."""
         if not self.looks_each_step or not self.is_latest:
             return True
-        return bool(read(self.latest_norm <= self.loosest).any())
+        return not holds(self.latest_norm > self.loosest)
 
     def close(self, rows: Tensor, tolerance: Tensor, step: int) -> None:
         """Close some of the open rows after `step` evaluations, at a tolerance."""
@@ -348,7 +350,9 @@ class Progress:
 
     def accept(self, tolerance: Tensor, step: int) -> None:
         """Close the open rows whose best residual is within a tolerance that is finite."""
-        is_within = (self.residual_norm <= tolerance) & (tolerance < torch.inf)
+        is_within = self.residual_norm <= tolerance
+        if not self.has_plain_squares:
+            is_within = is_within & (tolerance < torch.inf)
         self.close(is_within, tolerance, step)
 
     def close_stalled(self, tolerance: Tensor, step: int) -> None:
@@ -367,13 +371,14 @@ class Progress:
             How many evaluations the worst open row still needs at its mean rate so far, NaN if it
             has none; 1 where each step is looked at.
         """
-        is_lost = self.residual_norm == torch.inf
         if self.looks_each_step or self._first_norm is None:
             is_open = read(self.is_open)
-            self.num_open, self._are_all_open = int(is_open.sum()), bool(is_open.all())
+            self.num_open = int(np.count_nonzero(is_open))
+            self._are_all_open = self.num_open == is_open.size
             self.is_latest = self.is_latest and self._are_all_open
-            self.has_lost_rows = bool(step == 1 and read(is_lost).any())
+            self.has_lost_rows = step == 1 and not holds(self.residual_norm < torch.inf)
             return 1.0
+        is_lost = self.residual_norm == torch.inf
         now = self.residual_norm.log()
         needed = (step - 1) * (now - tolerance.log()) / (self._first_norm.log() - now)
         numbers = [each.sum() for each in (_physical(self.is_open), _physical(is_lost))]
@@ -430,7 +435,7 @@ def row_norm(rows: Tensor) -> Tensor:
         return _wide_norm(rows)
     norm = _plain_norm(rows)
     smallest = _smallest_exact_norm(rows)
-    values = read(norm if norm.dtype in (torch.float32, torch.float64) else norm.float())
+    values = read(norm.detach() if norm.dtype != torch.bfloat16 else norm.detach().float())
     if values.size == 0 or (smallest < values.min() and values.max() < math.inf):
         return norm
     return torch.where((norm > smallest) & (norm < torch.inf), norm, _wide_norm(rows))
@@ -453,6 +458,12 @@ def _smallest_exact_norm(rows: Tensor) -> float:
     return math.sqrt(rows.shape[1] * kind.tiny / kind.eps)
 
 
+def holds(mask: Tensor) -> bool:
+    """Whether a mask is true everywhere, see `read`."""
+    values = read(mask)
+    return bool(np.count_nonzero(values) == values.size)
+
+
 def read(values: Tensor) -> NDArray[Any]:
     """Return values to decide by, for which the host waits unless they are on a CPU.
 
@@ -460,7 +471,7 @@ def read(values: Tensor) -> NDArray[Any]:
     """
     if torch._C._functorch.is_functorch_wrapped_tensor(values):
         return np.array(_physical(values).tolist())
-    return values.detach().cpu().numpy()
+    return values.numpy() if values.device.type == "cpu" else values.cpu().numpy()
 
 
 def _physical(values: Tensor) -> Tensor:
