@@ -81,7 +81,7 @@ def test_only_one_file_imports_normflows() -> None:
 def test_import_is_light() -> None:
     script = (
         "import sys, nflows.flows; before = set(sys.modules)\n"
-        "import nflows_iresnet\n"
+        "from nflows_iresnet import *\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(new & {'normflows', 'matplotlib', 'rich', 'sklearn', 'sbi'}))"
     )
