@@ -248,7 +248,7 @@ CASES: dict[str, Case] = {
         lambda: _block(_dense(4, 4, context=2), _roulette()), context_features=2, is_variant=True
     ),
     "conditional-affine": Case(
-        lambda: transforms.ConditionalAffine(3, 2, net=lipschitz_nn.context_mlp(2, [4], 6)),
+        lambda: transforms.ConditionalAffine(lipschitz_nn.context_mlp(2, [4], 6), 3),
         context_features=2,
     ),
     "marginal-spline": Case(_spline),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 
 from nflows.transforms import Transform
 from torch import nn
 
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.logdet import Gaussian, LogDetEstimator, PowerSeries
-from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm
+from nflows_iresnet.nn import ELU, LipschitzMLP, MatrixNorm, context_mlp
 from nflows_iresnet.solvers import FixedPointIteration, Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -36,10 +35,11 @@ class ResidualFlow(Flow):
     | two spirals | 2.68 to 2.74 | 2.69 to 2.72 |
     | moons | 2.38 to 2.43 | 2.39 to 2.44 |
 
-    With a context, a `ConditionalAffine` map follows each ActNorm.
+    With a context, a `ConditionalAffine` map follows each ActNorm. A flow that was built with
+    `context_features` also works without a context: as another, unconditional density.
 
-    Takes the first four arguments of nflows' `SimpleRealNVP` and `MaskedAutoregressiveFlow` in
-    their order, so that one line swaps the model; all others by their names.
+    Takes the arguments of nflows' `SimpleRealNVP` and `MaskedAutoregressiveFlow` in their order,
+    so that one line swaps the model.
 
     Args:
         features: number of dimensions of the data.
@@ -47,9 +47,6 @@ class ResidualFlow(Flow):
         num_layers: number of residual blocks.
         num_blocks_per_layer: number of hidden layers of each g.
         context_features: number of context values, or None.
-        net: makes each g, as `LipschitzMLP` and `LipschitzDenseNet` do, from (features, widths of
-            hidden layers, context_features) and the keywords activation, coeff, norm and
-            optional_context.
         estimator: strategy for the log-determinant; `logdet.Auto()` by default.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`; by default
@@ -58,11 +55,6 @@ class ResidualFlow(Flow):
         norm: the norm that weights are divided by; `SchattenNorm()` by default.
         recompute: trade time for memory, see `transforms.CompositeTransform`.
         marginal_bins: bins of the spline of each feature; 0 leaves the splines out.
-        optional_context: whether a flow with a context works without one, too: as another density.
-            By default a forgotten context is an error.
-
-    Raises:
-        ValueError: if a size is not a positive whole number or `coeff` is not in (0, 1).
 
     References:
         Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
@@ -80,9 +72,8 @@ class ResidualFlow(Flow):
         hidden_features: int,
         num_layers: int,
         num_blocks_per_layer: int = 2,
-        *,
         context_features: int | None = None,
-        net: Callable[..., nn.Module] = LipschitzMLP,
+        *,
         estimator: LogDetEstimator | None = None,
         solver: Solver | None = None,
         activation: nn.Module | None = None,
@@ -90,36 +81,33 @@ class ResidualFlow(Flow):
         norm: MatrixNorm | None = None,
         recompute: bool = False,
         marginal_bins: int = 8,
-        optional_context: bool = False,
     ) -> None:
         features = validated_size("features", features)
         layers: list[Transform] = []
         for _ in range(validated_size("num_layers", num_layers)):
-            branch = net(
+            net = LipschitzMLP(
                 features,
                 [hidden_features] * validated_size("num_blocks_per_layer", num_blocks_per_layer),
                 context_features,
                 activation=activation,
                 coeff=coeff,
                 norm=norm,
-                optional_context=optional_context,
             )
-            block = ResidualTransform(branch, estimator=estimator, solver=solver)
-            layers += [*_normalisation(features, context_features, optional_context), block]
-        layers += _normalisation(features, context_features, optional_context)
+            block = ResidualTransform(net, estimator=estimator, solver=solver)
+            layers += [*_normalisation(features, context_features), block]
+        layers += _normalisation(features, context_features)
         if operator.index(marginal_bins):
             layers.insert(1, MarginalSpline(features, marginal_bins))
         transform = CompositeTransform(layers, recompute=recompute)
-        super().__init__(transform, StandardNormal([features]), data_shape=[features])
+        super().__init__(transform, StandardNormal([features]))
 
 
-def _normalisation(
-    features: int, context_features: int | None, optional_context: bool
-) -> list[Transform]:
+def _normalisation(features: int, context_features: int | None) -> list[Transform]:
     if context_features is None:
         return [ActNorm(features)]
-    affine = ConditionalAffine(features, context_features, optional_context=optional_context)
-    return [ActNorm(features), affine]
+    context_features = validated_size("context_features", context_features)
+    net = context_mlp(context_features, (64, 64), 2 * features)
+    return [ActNorm(features), ConditionalAffine(net, features, context_features)]
 
 
 class InvertibleResNet(ResidualFlow):
@@ -137,7 +125,6 @@ class InvertibleResNet(ResidualFlow):
         num_layers: number of residual blocks.
         num_blocks_per_layer: number of hidden layers of each g.
         context_features: number of context values, or None.
-        net: makes each g, see `ResidualFlow`.
         coeff: c, the bound of Lip(g); the paper uses 0.5 to 0.99.
         num_terms: terms of the power series.
         norm: the norm that weights are divided by; `nn.PowerIteration()` is the paper's, and
@@ -146,7 +133,6 @@ class InvertibleResNet(ResidualFlow):
         solver: strategy for the inverse; `solvers.FixedPointIteration()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`; `ELU()` by default.
         recompute: trade time for memory, see `transforms.CompositeTransform`.
-        optional_context: whether a flow with a context works without one, too.
 
     References:
         Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
@@ -161,9 +147,8 @@ class InvertibleResNet(ResidualFlow):
         hidden_features: int,
         num_layers: int,
         num_blocks_per_layer: int = 2,
-        *,
         context_features: int | None = None,
-        net: Callable[..., nn.Module] = LipschitzMLP,
+        *,
         coeff: float = 0.9,
         num_terms: int = 10,
         norm: MatrixNorm | None = None,
@@ -171,7 +156,6 @@ class InvertibleResNet(ResidualFlow):
         solver: Solver | None = None,
         activation: nn.Module | None = None,
         recompute: bool = False,
-        optional_context: bool = False,
     ) -> None:
         series = PowerSeries(num_terms=num_terms, probe=Gaussian(), exact_trace=False)
         super().__init__(
@@ -179,8 +163,7 @@ class InvertibleResNet(ResidualFlow):
             hidden_features,
             num_layers,
             num_blocks_per_layer,
-            context_features=context_features,
-            net=net,
+            context_features,
             estimator=estimator or series,
             solver=solver or FixedPointIteration(),
             activation=activation or ELU(),
@@ -188,5 +171,4 @@ class InvertibleResNet(ResidualFlow):
             norm=norm,
             recompute=recompute,
             marginal_bins=0,
-            optional_context=optional_context,
         )

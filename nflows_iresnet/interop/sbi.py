@@ -101,7 +101,7 @@ class ResidualFlowBuilder:
             self.hidden_features,
             self.num_layers,
             self.num_blocks_per_layer,
-            context_features=context_features,
+            context_features,
             estimator=self.estimator,
             solver=self.solver,
             coeff=self.coeff,

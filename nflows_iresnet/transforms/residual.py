@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -202,11 +201,6 @@ class ResidualTransform(Transform):
                 "nflows_iresnet.nn, or give yours a method lipschitz_bound() -> float"
             )
         return float(certify())
-
-    def lipschitz_constants(self) -> tuple[float, float]:
-        """Return bounds of the Lipschitz constants of forward, 1 + L, and inverse, 1 / (1 - L)."""
-        bound = self.lipschitz_bound()
-        return 1 + bound, 1 / (1 - bound) if bound < 1 else math.inf
 
     def extra_repr(self) -> str:
         """Show the strategies in `print(flow)`."""
