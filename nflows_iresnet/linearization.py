@@ -87,12 +87,29 @@ def first_derivative_only(values: Tensor, message: str) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return values
-    result: Tensor = _FirstDerivativeOnly.apply(values, message)
+    node = _FirstDerivativeOnlyTraced if is_traced() else _FirstDerivativeOnly
+    result: Tensor = node.apply(values, message)
     return result
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
     """The identity. Its derivative is the identity on what leads to `_Refusal`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, message: str) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.message = message
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        if not torch.is_grad_enabled():
+            return cotangent, None
+        return _Refusal.apply(cotangent, *ctx.saved_tensors, ctx.message), None
+
+
+class _FirstDerivativeOnlyTraced(torch.autograd.Function):
+    """The same inside `torch.func` and forward mode, whose way to call a function takes longer."""
 
     generate_vmap_rule = True
 
@@ -106,11 +123,7 @@ class _FirstDerivativeOnly(torch.autograd.Function):
         ctx.save_for_backward(inputs[0])
         ctx.save_for_forward(inputs[0])
 
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
-        if not torch.is_grad_enabled():
-            return cotangent, None
-        return _Refusal.apply(cotangent, *ctx.saved_tensors, ctx.message), None
+    backward = _FirstDerivativeOnly.backward
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:

@@ -64,8 +64,9 @@ class Activation(nn.Module, ABC):
     @property
     def has_curvature(self) -> bool:
         """Whether `curvature` is implemented, and is all: parameters would need derivatives too."""
-        is_stated = type(self).curvature is not Activation.curvature
-        return is_stated and next(self.parameters(), None) is None
+        if type(self).curvature is Activation.curvature or self._parameters:
+            return False
+        return not self._modules or next(self.parameters(), None) is None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return a(x), shape (*, widening * units)."""
@@ -74,7 +75,14 @@ class Activation(nn.Module, ABC):
 
 def is_unit_wise(activation: nn.Module) -> bool:
     """Whether slopes are known, and are those of a call: there are no hooks to change it."""
-    return isinstance(activation, Activation) and not any(map(is_hooked, activation.modules()))
+    return isinstance(activation, Activation) and not _has_hooks(activation)
+
+
+def _has_hooks(module: nn.Module | None) -> bool:
+    """Whether a module or a part of it has hooks."""
+    return module is not None and (
+        is_hooked(module) or any(map(_has_hooks, module._modules.values()))
+    )
 
 
 def widening_of(activation: nn.Module) -> int:
