@@ -9,19 +9,21 @@ certified Lipschitz bound), `logdet` and `solvers` (strategies), `transforms`, `
 too).
 """
 
-from nflows_iresnet import (
-    classifiers,
-    datasets,
-    flows,
-    linearization,
-    logdet,
-    nn,
-    solvers,
-    testing,
-    transforms,
-)
-from nflows_iresnet.flows import ResidualFlow
-from nflows_iresnet.transforms import ResidualTransform
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nflows_iresnet import (
+        classifiers,
+        datasets,
+        flows,
+        linearization,
+        logdet,
+        nn,
+        solvers,
+        testing,
+        transforms,
+    )
+    from nflows_iresnet.flows import ResidualFlow
+    from nflows_iresnet.transforms import ResidualTransform
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,3 +39,19 @@ __all__ = [
     "testing",
     "transforms",
 ]
+_HOMES = {"ResidualFlow": "flows", "ResidualTransform": "transforms"}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import what is asked for, so that the command can answer before torch is there."""
+        from importlib import import_module
+
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = import_module(f"{__name__}.{_HOMES.get(name, name)}")
+        globals()[name] = getattr(home, name) if name in _HOMES else home
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -98,7 +98,8 @@ class ResidualClassifier(torch_nn.Module):
                 f"lambda channels: nn.LipschitzCNN(channels, [16, 16]), got {branch!r}"
             )
         if solver is not None:
-            validated_strategy("solver", solver, Solver, "solvers.Anderson()")
+            example = "solvers.Anderson()"
+            validated_strategy("solver", solver, Solver, example)  # type: ignore[type-abstract]
         blocks = validated_size("num_blocks", num_blocks)
         channels = validated_size("channels of the images", shape[0]) + padding
         layers: list[Transform] = [_centred(levels), InjectivePadding(padding)]
@@ -181,7 +182,7 @@ class InvertibleClassifier(ResidualClassifier):
         levels: how many values a pixel can take.
         coeff: c, the bound of the Lipschitz constant of each WHOLE g, in (0, 1).
         activation: of the branches; `nn.ELU()` by default.
-        norm: the norm that kernels are divided by; `nn.SymbolNorm()` by default, which certifies.
+        norm: the norm that kernels are divided by; `nn.FourierNorm()` by default, which certifies.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
 
     References:
@@ -214,12 +215,7 @@ class InvertibleClassifier(ResidualClassifier):
         solver: Solver | None = None,
     ) -> None:
         hidden: Sequence[int] = [validated_size("hidden_channels", hidden_channels)] * 2
-        chosen = validated_strategy(
-            "activation",
-            nn.ELU() if activation is None else activation,
-            torch_nn.Module,
-            "nn.ELU()",
-        )
+        chosen = nn.ELU() if activation is None else activation
 
         def branch(channels: int) -> torch_nn.Module:
             return nn.LipschitzCNN(channels, hidden, activation=chosen, coeff=coeff, norm=norm)

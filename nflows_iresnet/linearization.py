@@ -14,13 +14,16 @@ differentiation: correct, but each product costs one backward pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Function = Callable[[Tensor], Tensor]
+Rebuild = Callable[[Sequence[Tensor]], "ResidualFunction"]
 
 
 def is_traced() -> bool:
@@ -30,9 +33,124 @@ def is_traced() -> bool:
     """
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def is_forward_over_forward() -> bool:
+    """Whether forward mode differentiates forward mode, as in `jacfwd(jacfwd(...))`."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+
+
+def concrete(values: Tensor) -> Tensor:
+    """Return the tensor that transforms of `torch.func` have wrapped: all lanes of a `vmap`.
+
+    To decide by values inside `vmap`, where one lane alone has no values to decide by. Only for
+    reductions: where the lanes lie is not told.
+    """
+    if torch.compiler.is_compiling():
+        return values
+    while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        values = torch._C._functorch.get_unwrapped(values)
+    return values
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its `forward`: it has hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class SecondDerivativeError(RuntimeError):
+    """A derivative was asked for that would have been wrong: only lower ones are right."""
+
+
+def first_derivative_only(values: Tensor, message: str) -> Tensor:
+    """Return the values, such that to differentiate their derivative raises, whatever by.
+
+    What is held constant where the values are computed makes their first derivative right, and
+    each further one wrong. That holds for graphs, `torch.func` and forward mode alike; compiled
+    graphs refuse second derivatives themselves.
+
+    Args:
+        values: any shape.
+        message: why, and what to do.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return values
+    node = _FirstDerivativeOnlyTraced if is_traced() else _FirstDerivativeOnly
+    result: Tensor = node.apply(values, message)
+    return result
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    """The identity. Its derivative is the identity on what leads to `_Refusal`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, message: str) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.message = message
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        if not torch.is_grad_enabled():
+            return cotangent, None
+        return _Refusal.apply(cotangent, *ctx.saved_tensors, ctx.message), None
+
+
+class _FirstDerivativeOnlyTraced(torch.autograd.Function):
+    """The same inside `torch.func` and forward mode, whose way to call a function takes longer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, message: str) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.message = inputs[1]
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    backward = _FirstDerivativeOnly.backward
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        refused: Tensor = _Refusal.apply(tangent, *ctx.saved_tensors, ctx.message)
+        return refused
+
+
+class _Refusal(torch.autograd.Function):
+    """The identity on its first argument, which cannot be differentiated, by its second least."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, source: Tensor, message: str) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        ctx.message = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        raise SecondDerivativeError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise SecondDerivativeError(ctx.message)
 
 
 class Linearization(ABC):
@@ -52,7 +170,12 @@ class Linearization(ABC):
     @property
     def shape(self) -> torch.Size:
         """The shape of the value, (B, *)."""
-        return self.value.shape
+        return self.like.shape
+
+    @property
+    def like(self) -> Tensor:
+        """The value without a graph: its shape, dtype and device."""
+        return self.value.detach()
 
     @abstractmethod
     def vjp(self, cotangent: Tensor) -> Tensor:
@@ -62,7 +185,7 @@ class Linearization(ABC):
     def jvp(self, tangent: Tensor) -> Tensor:
         """Return J v for a tangent v of shape (B, *)."""
 
-    def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+    def bilinear(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
         """Return w^T J v, shape (B,), for each of several w and one v of shape (B, *).
 
         Cost: one jvp for all w where that is as cheap as a vjp, else one vjp for each w.
@@ -88,7 +211,7 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _basis_like(value: Tensor) -> list[Tensor]:
-    dimension = value[0].numel() if len(value) else value.shape[1:].numel()
+    dimension = value.shape[1:].numel()
     identity = torch.eye(dimension, dtype=value.dtype, device=value.device)
     return [row.reshape(value.shape[1:]).expand_as(value) for row in identity]
 
@@ -152,6 +275,40 @@ class ResidualFunction(ABC):
         """Return the same function for some rows of the batch: its context is indexed by `rows`."""
         return self
 
+    def split(self) -> tuple[list[Tensor], Rebuild]:
+        """Return the tensors that the function is made of, and how to make it of others.
+
+        For those who save them for later, where a tensor that is only referred to would have
+        changed its meaning. Here: the fields of a dataclass that hold tensors, or sequences of
+        them; what else a function refers to stays as it is.
+        """
+        if not is_dataclass(self):
+            return [], lambda _: self
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        groups = {name: _tensors_of(value) for name, value in values.items()}
+        counts = {name: len(group) for name, group in groups.items() if group}
+        rest = {name: value for name, value in values.items() if name not in counts}
+        single = {name for name in counts if isinstance(values[name], Tensor)}
+        kind = type(self)
+
+        def rebuild(tensors: Sequence[Tensor]) -> ResidualFunction:
+            remaining = iter(tensors)
+            made: dict[str, Any] = {
+                name: list(islice(remaining, count)) for name, count in counts.items()
+            }
+            made.update({name: made[name][0] for name in single})
+            return kind(**rest, **made)
+
+        return [tensor for group in groups.values() for tensor in group], rebuild
+
+
+def _tensors_of(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)) and all(isinstance(each, Tensor) for each in value):
+        return list(value)
+    return []
+
 
 class OpaqueFunction(ResidualFunction):
     """Any callable `net(inputs)` or `net(inputs, context)` as a `ResidualFunction`.
@@ -168,6 +325,13 @@ class OpaqueFunction(ResidualFunction):
         """Return net(inputs), with the context where there is one."""
         return self._net(inputs) if self._context is None else self._net(inputs, self._context)
 
+    def split(self) -> tuple[list[Tensor], Rebuild]:
+        """Return the context, and how to replace it; the callable stays as it is."""
+        if self._context is None:
+            return [], lambda _: self
+        net = self._net
+        return [self._context], lambda tensors: OpaqueFunction(net, tensors[0])
+
     def select(self, rows: Tensor | slice) -> OpaqueFunction:
         """Return the same function with the context of `rows` only."""
         if self._context is None:
@@ -177,11 +341,13 @@ class OpaqueFunction(ResidualFunction):
 
 def select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
     """Return some rows of values (B, *); a single row that stands for all stays as it is."""
-    return values if len(values) == 1 else values[rows]
+    return values if values.shape[0] == 1 else values[rows]
 
 
 def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualFunction:
     """Fix the weights and the context of a network for one call.
+
+    A network with hooks is called as it is, so that they fire, and differentiated automatically.
 
     Args:
         net: a `ResidualFunction` (returned as it is), a module with a method
@@ -200,7 +366,7 @@ def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualF
     """
     if isinstance(net, ResidualFunction):
         return net
-    if isinstance(net, nn.Module) and callable(getattr(net, "bind", None)):
+    if isinstance(net, nn.Module) and hasattr(net, "bind") and not is_hooked(net):
         return net.bind(context)  # type: ignore[operator]
     return OpaqueFunction(net, context)
 
@@ -210,8 +376,11 @@ def bind_all(
 ) -> list[ResidualFunction]:
     """Bind several networks to one context: `[bind(net, context) for net in nets]`, but cheaper.
 
-    Networks whose class offers `bind_all(nets, context)` beside `bind` share the work: many small
-    normalisations become one.
+    Networks of one class that have the same `binding_key` share the work: many small normalisations
+    become one. A network takes part that has two methods beside `bind`: `binding_key()`, what it
+    must have in common with others, or None to be bound alone; and the class method
+    `bind_together(nets, context)`, which returns what `bind(context)` returns for each of several
+    networks with one key.
 
     Args:
         nets: see `bind`.
@@ -221,32 +390,21 @@ def bind_all(
         >>> len(bind_all([torch.tanh, torch.nn.Linear(3, 3)]))
         2
     """
-    together: dict[type, list[Any]] = {}
-    for net in nets:
-        if _binds_together(net):
-            together.setdefault(type(net), []).append(net)
-    bound = {
-        id(net): function
-        for kind, alike in together.items()
-        for net, function in zip(alike, kind.bind_all(alike, context), strict=True)  # type: ignore[attr-defined]
-    }
-    return [bound[id(net)] if id(net) in bound else bind(net, context) for net in nets]
-
-
-def _binds_together(net: object) -> bool:
-    """Whether the class has a `bind_all` that knows of its `bind`."""
-    return defined_together(type(net), "bind", "bind_all") and "bind" not in vars(net)
-
-
-def defined_together(kind: type, *names: str) -> bool:
-    """Whether one class defines all these attributes, so that none of them was replaced alone.
-
-    Args:
-        kind: the class that has or inherits them.
-        names: of the attributes.
-    """
-    owners = {next((each for each in kind.__mro__ if name in vars(each)), None) for name in names}
-    return len(owners) == 1 and None not in owners
+    alike: dict[Hashable, list[int]] = {}
+    for index, net in enumerate(nets):
+        binding_key = getattr(net, "binding_key", None)
+        key = None if binding_key is None else binding_key()
+        alike.setdefault(index if key is None else (type(net), key), []).append(index)
+    bound: dict[int, ResidualFunction] = {}
+    for indices in alike.values():
+        first: Any = nets[indices[0]]
+        functions = (
+            first.bind_together([nets[index] for index in indices], context)
+            if len(indices) > 1
+            else [bind(first, context)]
+        )
+        bound.update(zip(indices, functions, strict=True))
+    return [bound[index] for index in range(len(nets))]
 
 
 def linearize(

@@ -1,11 +1,14 @@
-"""Full precision inside autocast regions: log-determinants and inverses need it."""
+"""What comes in: finite, in the precision of the weights, and kept there inside autocast."""
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from nflows_iresnet.linearization import is_traced
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -45,3 +48,28 @@ def like_weights(values: Tensor, module: nn.Module, name: str = "inputs") -> Ten
 def context_like_weights(context: Tensor | None, module: nn.Module) -> Tensor | None:
     """Return a context, if there is one, in the precision of a module's weights."""
     return None if context is None else like_weights(context, module, "context")
+
+
+def require_finite_rows(name: str, values: Tensor) -> None:
+    """Raise if a row is not finite; only where asking costs nothing, that is on the CPU.
+
+    A single bad row in training makes the loss, then every weight, not a number: one step later
+    nobody could tell the data's fault from the learning rate's.
+
+    Args:
+        name: what the values are.
+        values: shape (B, *).
+
+    Raises:
+        ValueError: that names the first bad row.
+    """
+    if values.device.type != "cpu" or is_traced() or math.isfinite(float(values.detach().sum())):
+        return
+    is_bad = ~values.isfinite().flatten(start_dim=1).all(dim=1)
+    if bool(is_bad.any()):
+        rows = is_bad.nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"{len(rows)} of {values.shape[0]} rows of the {name} are not finite, "
+            f"first row {rows[0]}: {values[rows[0]].flatten()[:8].tolist()}; drop or impute such "
+            "rows before training"
+        )

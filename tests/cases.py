@@ -86,6 +86,12 @@ def _mlp(
     return lipschitz_nn.LipschitzMLP(features, hidden, context, activation=activation, norm=norm)
 
 
+def _dense(*hidden: int, **options: Any) -> lipschitz_nn.LipschitzDenseNet:
+    torch.manual_seed(2)
+    context = options.pop("context", None)
+    return lipschitz_nn.LipschitzDenseNet(3, hidden, context, **options)
+
+
 def _cnn(
     *hidden: int, channels: int = 1, context: int | None = None, **options: Any
 ) -> lipschitz_nn.LipschitzCNN:
@@ -102,7 +108,11 @@ def _block(
 
 
 def _roulette(continuation: float | None = None, **options: float) -> logdet.RussianRoulette:
-    law = logdet.MatchedTail() if continuation is None else logdet.GeometricTail(continuation)
+    law = (
+        logdet.LipschitzTruncation()
+        if continuation is None
+        else logdet.GeometricTruncation(continuation)
+    )
     return logdet.RussianRoulette(truncation=law, **options)  # type: ignore[arg-type]
 
 
@@ -119,6 +129,14 @@ def _spline() -> nn.Module:
     return spline
 
 
+def _linear() -> nn.Module:
+    torch.manual_seed(3)
+    linear = transforms.LinearTransform(3)
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return linear
+
+
 def _coupling() -> nn.Module:
     return nflows_transforms.AffineCouplingTransform(
         torch.tensor([1, -1, 1]), lambda i, o: ResidualNet(i, o, 8, context_features=2)
@@ -129,7 +147,7 @@ def _maf() -> nn.Module:
     return nflows_transforms.MaskedAffineAutoregressiveTransform(3, 8, num_blocks=1)
 
 
-_NEEDS_CONTEXT = {"context_matters": "nflows' ResidualNet with context cannot do without"}
+_OPTIONAL = {"forgotten_context": "a net of a user that works without its context, too"}
 _INCOMPATIBLE_WITH_VMAP = {"vmap_and_jacrev": "nflows' autoregressive inverse is not batched"}
 _AUTOCAST = {"autocast": "nflows computes in bfloat16 inside autocast: errors of 1e-2"}
 
@@ -158,7 +176,9 @@ CASES: dict[str, Case] = {
     "mlp-frobenius": Case(
         lambda: _block(_mlp(8, 8, norm=lipschitz_nn.FrobeniusNorm())), is_variant=True
     ),
-    "module-of-a-user": Case(lambda: _block(ConditionalByAutograd()), context_features=2),
+    "module-of-a-user": Case(
+        lambda: _block(ConditionalByAutograd()), context_features=2, excluded=_OPTIONAL
+    ),
     "picard": Case(
         lambda: _block(_mlp(8, 8), solver=solvers.FixedPointIteration()), is_variant=True
     ),
@@ -189,7 +209,9 @@ CASES: dict[str, Case] = {
     ),
     "roulette-probes": Case(lambda: _block(_mlp(8, 8), _roulette(num_probes=3)), num_draws=100),
     "roulette-of-a-user": Case(
-        lambda: _block(ConditionalByAutograd(), _roulette(lipschitz=0.95)), context_features=2
+        lambda: _block(ConditionalByAutograd(), _roulette(lipschitz=0.95)),
+        context_features=2,
+        excluded=_OPTIONAL,
     ),
     "mlp-context-clipswish": Case(
         lambda: _block(_mlp(4, 4, context=2, activation=lipschitz_nn.CLipSwish())),
@@ -214,11 +236,28 @@ CASES: dict[str, Case] = {
         is_variant=True,
     ),
     "cnn-roulette": Case(lambda: _block(_cnn(5, 4, channels=2), _roulette()), shape=(2, 3, 3)),
+    "dense-net": Case(lambda: _block(_dense(6, 4))),
+    "dense-net-clipswish": Case(
+        lambda: _block(_dense(4, 3, context=2, activation=lipschitz_nn.CLipSwish())),
+        context_features=2,
+    ),
+    "dense-net-maxmin": Case(
+        lambda: _block(_dense(4, 4, activation=lipschitz_nn.MaxMin())), is_variant=True
+    ),
+    "dense-net-roulette": Case(
+        lambda: _block(_dense(4, 4, context=2), _roulette()), context_features=2, is_variant=True
+    ),
     "conditional-affine": Case(
         lambda: transforms.ConditionalAffine(3, 2, net=lipschitz_nn.context_mlp(2, [4], 6)),
         context_features=2,
     ),
     "marginal-spline": Case(_spline),
+    "linear": Case(_linear),
+    "linear-images": Case(
+        lambda: transforms.LinearTransform(2, initialization="whitening"),
+        shape=(2, 2, 3),
+        is_variant=True,
+    ),
     "act-norm": Case(lambda: transforms.ActNorm(3)),
     "act-norm-images": Case(lambda: transforms.ActNorm(2), shape=(2, 2, 3)),
     "residual-flow": Case(
@@ -231,8 +270,6 @@ CASES: dict[str, Case] = {
     "nflows-lu": Case(
         lambda: nflows_transforms.LULinear(3, identity_init=False), excluded=_AUTOCAST
     ),
-    "nflows-coupling": Case(
-        _coupling, context_features=2, excluded={**_NEEDS_CONTEXT, **_AUTOCAST}
-    ),
+    "nflows-coupling": Case(_coupling, context_features=2, excluded=_AUTOCAST),
     "nflows-maf": Case(_maf, excluded=_AUTOCAST),
 }

@@ -35,8 +35,18 @@ class Conditional(nn.Module):
         self.context = nn.Linear(2, FEATURES, bias=False)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        shift = 0 if context is None else self.context(context)
-        return 0.7 * (inputs + shift).sin()
+        if context is None:
+            raise ValueError("a context is needed")
+        return 0.7 * (inputs + self.context(context)).sin()
+
+
+class ForgetsItsContext(Conditional):
+    """Works without a context, as another map."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is None:
+            return 0.7 * inputs.sin()
+        return super().forward(inputs, context)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class TwelveSteps(solvers.FixedPointIteration):
 class InverseHasForwardsSign(ResidualTransform):
     """Both directions report the same log-determinant."""
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().inverse(inputs, context)
         return outputs, -logabsdet
 
@@ -65,7 +75,7 @@ class InverseHasForwardsSign(ResidualTransform):
 class LogDetAtTheWrongPoint(ResidualTransform):
     """The inverse's log-determinant is evaluated at its inputs."""
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, _ = super().inverse(inputs, context)
         return outputs, -super().forward(inputs, context)[1]
 
@@ -73,7 +83,7 @@ class LogDetAtTheWrongPoint(ResidualTransform):
 class SeededByNumpy(ResidualTransform):
     """Something random that torch's seed does not decide."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().forward(inputs, context)
         return outputs, logabsdet + float(np.random.standard_normal())
 
@@ -81,7 +91,7 @@ class SeededByNumpy(ResidualTransform):
 class RowsSeeEachOther(ResidualTransform):
     """Subtracts the mean over the batch."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().forward(inputs, context)
         return outputs - outputs.mean(0), logabsdet
 
@@ -89,14 +99,14 @@ class RowsSeeEachOther(ResidualTransform):
 class ContextIgnored(ResidualTransform):
     """Accepts a context and does not use it."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         return super().forward(inputs)
 
 
 class ContextOfTheFirstRow(ResidualTransform):
     """Uses the first row's context for all rows."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         shared = None if context is None else context[:1].expand_as(context)
         return super().forward(inputs, shared)
 
@@ -104,7 +114,7 @@ class ContextOfTheFirstRow(ResidualTransform):
 class NeedsTwoRows(ResidualTransform):
     """Fails where a statistic over the batch does not exist."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         if len(inputs) < 2:
             raise ValueError("expected more than 1 value per channel when training")
         return super().forward(inputs, context)
@@ -136,7 +146,7 @@ class UnusedParameter(Wave):
 class DifferentiatesItsParameters(ResidualTransform):
     """Takes gradients with respect to the parameters in forward, as if all were trained."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().forward(inputs, context)
         if torch.is_grad_enabled():
             torch.autograd.grad(outputs.sum(), list(self.parameters()), retain_graph=True)
@@ -146,7 +156,7 @@ class DifferentiatesItsParameters(ResidualTransform):
 class InverseWithoutGradient(ResidualTransform):
     """The iteration is detached, and nothing takes its place."""
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().inverse(inputs, context)
         return outputs.detach(), logabsdet
 
@@ -154,7 +164,7 @@ class InverseWithoutGradient(ResidualTransform):
 class InverseLogDetWithoutGradient(ResidualTransform):
     """The inverse's log-determinant is a constant for autograd."""
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().inverse(inputs, context)
         return outputs, logabsdet.detach()
 
@@ -162,14 +172,14 @@ class InverseLogDetWithoutGradient(ResidualTransform):
 class ContextWithoutGradient(ResidualTransform):
     """An embedding of the context would not learn."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         return super().forward(inputs, None if context is None else context.detach())
 
 
 class LastStepDifferentiated(ResidualTransform):
     """x = y - g(x*) with x* constant: the gradient lacks (I + J)^-1."""
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().inverse(inputs, context)
         return inputs - self.net(outputs.detach()), logabsdet
 
@@ -177,7 +187,7 @@ class LastStepDifferentiated(ResidualTransform):
 class BranchesOnValues(ResidualTransform):
     """Asks for a number in forward, which function transforms cannot give."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         if len(inputs) and inputs.abs().max().item() > 1e6:
             raise ValueError("too large")
         return super().forward(inputs, context)
@@ -186,7 +196,7 @@ class BranchesOnValues(ResidualTransform):
 class AlwaysRecords(ResidualTransform):
     """Computes under enable_grad, whatever the caller asked for."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         with torch.enable_grad():
             return super().forward(inputs, context)
 
@@ -194,7 +204,7 @@ class AlwaysRecords(ResidualTransform):
 class WantsGradientsOfInputs(ResidualTransform):
     """Switches requires_grad on in the caller's tensor."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         if torch.is_grad_enabled() and inputs.is_leaf:
             inputs.requires_grad_(True)
         return super().forward(inputs, context)
@@ -203,7 +213,7 @@ class WantsGradientsOfInputs(ResidualTransform):
 class WritesIntoInputs(ResidualTransform):
     """Adds the branch in place."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().forward(inputs, context)
         inputs.data.copy_(outputs)
         return outputs, logabsdet
@@ -212,7 +222,7 @@ class WritesIntoInputs(ResidualTransform):
 class WritesIntoOutputs(ResidualTransform):
     """Iterates in the tensor that the caller gave to the inverse."""
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         outputs, logabsdet = super().inverse(inputs, context)
         inputs.data.copy_(outputs)
         return outputs, logabsdet
@@ -236,5 +246,5 @@ class LosesState(Wave):
 class HalfPrecision(ResidualTransform):
     """Lets autocast choose the precision of the branch."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         return inputs + self.net(inputs), super().forward(inputs, context)[1]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import nn
-from nflows_iresnet.nn.conv import ConvLinearization
+from nflows_iresnet.nn.cnn import ConvLinearization
 from nflows_iresnet.nn.conv_norms import between_frequencies
 from nflows_iresnet.nn.convolution import convolve
 
 
 @dataclass(frozen=True)
-class GridAlone(nn.SymbolNorm):
+class GridAlone(nn.FourierNorm):
     """Forgets what lies between the frequencies of the grid."""
 
     def value_and_gradient(self, weight: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -24,21 +24,21 @@ class GridAlone(nn.SymbolNorm):
 
 
 @dataclass(frozen=True)
-class Reshaped(nn.SymbolNorm):
+class Reshaped(nn.FourierNorm):
     """The spectral norm of the kernel as a matrix (out, in k^2), as some libraries use it."""
 
     def value_and_gradient(self, weight: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        value, gradient = nn.SpectralNorm().value_and_gradient(weight.flatten(1), state)
+        value, gradient = nn.SpectralNorm().value_and_gradient(weight.flatten(-3), state)
         return value, gradient.view_as(weight)
 
 
 @dataclass(frozen=True)
-class NoLags(nn.SymbolNorm):
+class NoLags(nn.FourierNorm):
     """Sums the kernel: the symbol at frequency zero alone."""
 
     def value_and_gradient(self, weight: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        value, gradient = nn.SpectralNorm().value_and_gradient(weight.sum((2, 3)), state)
-        return value, gradient[:, :, None, None].expand_as(weight)
+        value, gradient = nn.SpectralNorm().value_and_gradient(weight.sum((-2, -1)), state)
+        return value, gradient[..., None, None].expand_as(weight)
 
 
 class TraceWithoutBorder(ConvLinearization):

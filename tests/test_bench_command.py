@@ -111,6 +111,22 @@ def test_quality_trains_both_and_draws(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_that_fails_in_training_leaves_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nflows_iresnet.compare.bench.quality.HIDDEN", {"two-spirals": 8})
+    monkeypatch.setattr("nflows_iresnet.compare.bench.quality.TEST_ROWS", 50)
+    broken = CONTESTANTS[BASELINE].build(Size(3, 4))
+    monkeypatch.setitem(
+        CONTESTANTS, BASELINE, type(CONTESTANTS[BASELINE])("broken", lambda size: broken)
+    )
+    (result,) = run(tmp_path, "--only", "quality", "--seconds", "0.1")["results"]
+    ours, failed = result["cells"]
+    assert len(ours["raw"]["nll"]) == 17
+    assert failed["raw"] == {"seconds": [], "nll": []}
+    assert "RuntimeError" in failed["note"]
+
+
 @pytest.mark.usefixtures("tiny")
 def test_interruption_keeps_what_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -82,7 +82,7 @@ def row_of(*outcomes: Outcome) -> dict[str, str]:
     return {column.title: column.text(row) for column in columns_for(record)}
 
 
-class Tampered(nn.SymbolNorm):
+class Tampered(nn.FourierNorm):
     """A norm that claims a tenth of the truth."""
 
     def value_and_gradient(

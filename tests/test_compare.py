@@ -271,7 +271,10 @@ class Diverging(NflowsModel):
     ("kind", "reason"),
     [
         (Broken, "round trip: RuntimeError: the inverse did not converge"),
-        (Diverging, "TrainingDivergedError: the training loss was nan at step 1"),
+        (
+            Diverging,
+            "TrainingDivergedError: the training loss was nan at step 1; lower the learning rate",
+        ),
     ],
 )
 def test_a_failure_is_reported_and_the_rest_goes_on(

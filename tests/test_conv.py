@@ -34,7 +34,7 @@ def test_bound_holds_for_hostile_weights(
     dtype: torch.dtype, padding_mode: PaddingMode, oversampling: int | None
 ) -> None:
     torch.manual_seed(0)
-    norm = nn.SymbolNorm(oversampling)
+    norm = nn.FourierNorm(oversampling)
     net = nn.LipschitzCNN(2, [8, 8], coeff=0.9, padding_mode=padding_mode, norm=norm).to(dtype)
     for factor in (1e6, 1e6, 1e-18, 1e-3):
         with torch.no_grad():
@@ -50,7 +50,7 @@ def test_bound_holds_for_hostile_weights(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bound_holds_after_violent_steps_and_reloading(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    net = nn.LipschitzCNN(2, [6, 6], 2, coeff=0.8).to(dtype)
+    net = nn.LipschitzCNN(2, [6, 6], 2, coeff=0.8, optional_context=True).to(dtype)
     optimizer = torch.optim.SGD(net.parameters(), lr=100.0)
     for _ in range(60):
         loss = 100 * net(torch.randn(4, 2, 4, 4, dtype=dtype)).sin().sum()
@@ -58,7 +58,7 @@ def test_bound_holds_after_violent_steps_and_reloading(dtype: torch.dtype) -> No
         loss.backward()
         optimizer.step()
     assert 0.5 < net.lipschitz_bound() <= 0.8
-    fresh = nn.LipschitzCNN(2, [6, 6], 2, coeff=0.8).to(dtype)
+    fresh = nn.LipschitzCNN(2, [6, 6], 2, coeff=0.8, optional_context=True).to(dtype)
     fresh.load_state_dict(net.state_dict())
     assert fresh.lipschitz_bound() == net.lipschitz_bound()
     inputs, context = 10 * torch.randn(4, 2, 3, 3), 1e3 * torch.randn(4, 2).double()
@@ -129,7 +129,7 @@ def test_roulette_is_unbiased(exact_trace: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"hidden_channels": [4]}, "kernel_sizes"),
+        ({"hidden_channels": [4], "kernel_sizes": (3, 1, 3)}, "kernel_sizes"),
         ({"hidden_channels": 4}, "hidden_channels"),
         ({"channels": 0}, "channels"),
         ({"kernel_sizes": (3, 2, 3)}, "odd"),
@@ -147,7 +147,7 @@ def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:
 
 def test_dense_layers_refuse_norms_of_convolutions() -> None:
     with pytest.raises(ValueError, match="MatrixNorm"):
-        nn.LipschitzLinear(2, 2, norm=nn.SymbolNorm())  # type: ignore[arg-type]
+        nn.LipschitzLinear(2, 2, norm=nn.FourierNorm())  # type: ignore[arg-type]
 
 
 def test_bad_inputs_are_refused() -> None:

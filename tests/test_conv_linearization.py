@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from nflows_iresnet import nn
 from nflows_iresnet.linearization import AutogradLinearization
-from nflows_iresnet.nn import conv
-from nflows_iresnet.nn.conv import ConvFunction, ConvLinearization
+from nflows_iresnet.nn import cnn as conv
+from nflows_iresnet.nn.cnn import ConvFunction, ConvLinearization
 from nflows_iresnet.nn.convolution import PaddingMode, convolve
 from tests import planted_conv
 from tests.test_conv_norms import PADDINGS

@@ -104,6 +104,9 @@ def _text_with(cell: str) -> str:
         (_text_with("cat"), r"line 4, column b \(index 1\): 'cat' is not a number"),
         (_text_with(""), "line 4, column b .*: '' is not a number"),
         (_text_with("nan"), r"1 in column b \(index 1\); remove or fill"),
+        (_text_with("nan"), "table.csv, line 4, column b: nan; "),
+        (_text_with("inf").removeprefix("a,b\n"), "line 3, column 1: inf; "),
+        ("\n\n" + _text_with("-inf"), "line 6, column b: -inf; "),
         (_text_with("-inf"), r"1 in column b \(index 1\)"),
         (_text_with("1e200"), r"beyond 1e\+100: 1 in column b"),
         (_text_with("1,2"), "line 4: 3 cells where the first row has 2"),
@@ -126,6 +129,7 @@ def test_bad_text_is_refused_with_the_place(tmp_path: Path, text: str, message: 
         (_rows(9), "has 9 rows"),
         (np.ones((20, 2)), "constant in the training split.* column 0, 1"),
         (np.where(_rows() > 5, np.nan, _rows()), r"\d+ in column 0 \(index 0\)"),
+        (np.where(np.arange(40.0).reshape(20, 2) == 11, np.inf, 1), "row 5 .*, column 1: inf; "),
         (_rows().astype(object), "object dtype"),
         (_rows().astype(complex), "dtype complex128"),
         (_rows().astype(str), "dtype <U"),
@@ -165,6 +169,12 @@ def test_packaged_files_load_without_repeats(tmp_path: Path, name: str, filename
     assert (dataset.train.shape, dataset.test.shape) == ((24, 10), (3, 10))
     assert dataset.columns[0] == {"casp": "RMSD", "magic": "fLength"}[name]
     assert "1 repeated rows dropped" in dataset.notes
+    lines = _packaged(name).splitlines()
+    lines[7] = lines[7].replace(lines[7].split(",")[1], "nan", 1)
+    _write(tmp_path / name / filename, "\n".join(lines))
+    second = {"casp": "F1", "magic": "fWidth"}[name]
+    with pytest.raises(ValueError, match=f"{filename}, line 8, column {second}: nan; "):
+        datasets.load(name, data_dir=tmp_path)
     _write(tmp_path / name / filename, "1,2,3")
     with pytest.raises(ValueError, match="line 1: 3 cells, expected 1"):
         datasets.load(name, data_dir=tmp_path)

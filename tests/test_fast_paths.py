@@ -20,10 +20,9 @@ from nflows_iresnet.linearization import (
     bind,
     bind_all,
 )
-from nflows_iresnet.nn.dense import DenseFunction, DenseLinearization, RecordedLinearization
-from nflows_iresnet.nn.dense_net import DenseNet
-from nflows_iresnet.nn.layered import LayeredFunction
-from nflows_iresnet.nn.pushforward import record
+from nflows_iresnet.nn.base import LayeredFunction
+from nflows_iresnet.nn.fused import fused
+from nflows_iresnet.nn.mlp import DenseFunction, FusedLinearization
 
 ACTIVATIONS: dict[str, Callable[[], nn.Activation]] = {
     "mixed": lambda: nn.Mixed(nn.Sine(), nn.SmoothAbs()),
@@ -57,8 +56,7 @@ def by_autograd(function: ResidualFunction, inputs: Tensor) -> Linearization:
 
 def by_structure(function: ResidualFunction, inputs: Tensor) -> Linearization:
     assert isinstance(function, DenseFunction)
-    value, slopes = function._values_and_slopes(inputs)
-    return DenseLinearization(value, function.weights, slopes)
+    return function.structured(function.evaluate(inputs, with_slopes=True))
 
 
 def answers(at: Linearization) -> list[Tensor]:
@@ -67,7 +65,7 @@ def answers(at: Linearization) -> list[Tensor]:
     return [
         at.jvp(tangent),
         at.jacobian(),
-        *at.pairings([cotangent, tangent], tangent),
+        *at.bilinear([cotangent, tangent], tangent),
         at.vjp(cotangent),
         at.trace(),
         at.value,
@@ -104,7 +102,7 @@ def test_the_recorded_node_is_what_automatic_differentiation_finds(
         at = linearize(function, inputs)
         values = answers(at)
         results.append([value.detach() for value in values] + derivatives(values, sources))
-    assert type(bind(net, given).linearize(inputs)) is RecordedLinearization
+    assert type(bind(net, given).linearize(inputs)) is FusedLinearization
     torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-8)
 
 
@@ -125,10 +123,11 @@ def test_the_node_is_freed_without_the_garbage_collector() -> None:
     net, inputs = make_net([6, 5]), rows()
     dense = bind(net)
     assert isinstance(dense, DenseFunction)
-    parts = DenseNet(dense.weights, dense.shifts, dense.activations)
     gc.disable()
     try:
-        recorded = record(parts, parts.evaluate(inputs), inputs, None)
+        with torch.no_grad():
+            evaluation = dense.evaluate(inputs, with_slopes=True)
+        recorded = fused(dense, evaluation, inputs, None)
         outputs = [weakref.ref(each) for each in (recorded.value, recorded.pushed)]
         del recorded
         assert [each() for each in outputs] == [None, None]
@@ -192,7 +191,7 @@ def test_a_call_normalises_all_blocks_of_a_kind_at_once(monkeypatch: pytest.Monk
 class Shouting(transforms.ResidualTransform):
     """A block of a user that does more than the library's."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         outputs, logabsdet = super().forward(inputs, context)
         return outputs + 1, logabsdet
 

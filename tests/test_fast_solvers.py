@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nflows_iresnet import logdet, nn, solvers, transforms
 from nflows_iresnet.linearization import Linearization
-from nflows_iresnet.nn.dense import DenseFunction
+from nflows_iresnet.nn.mlp import DenseFunction
 
 
 class Counted:

@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from nflows_iresnet.compare import runner
 from nflows_iresnet.compare.cli import main
+from nflows_iresnet.compare.divergence import TrainingDivergedError, check_finite
 from nflows_iresnet.compare.figures import digits, dynamics
 from nflows_iresnet.compare.figures.catalogue import FIGURES
 from nflows_iresnet.compare.figures.paths import count_crossings, find_crossings, smallest_gap
@@ -151,6 +153,31 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     first, second = (run(tmp_path / name, *arguments)["figures"]["dynamics"] for name in "ab")
     other = run(tmp_path / "c", *arguments, "--seed", "1")["figures"]["dynamics"]
     assert first["networks"] == second["networks"] != other["networks"]
+
+
+def test_a_training_that_diverges_leaves_the_other_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "train_run", diverge)
+    arguments = ["--quick", "--steps", "3", "--only", "digits", "dynamics", "--out", str(tmp_path)]
+    assert main(["figures", *arguments]) == 1
+    assert "digits FAILED: the training loss was inf at step 7; lower" in capsys.readouterr().err
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert "loss was inf" in figures["digits"]["failure"]
+    assert (tmp_path / figures["dynamics"]["picture"]).read_bytes().startswith(PNG)
+    assert "Paths through" in (tmp_path / "report.html").read_text()
+
+
+def diverge(*_: object) -> None:
+    check_finite(float("inf"), 7)
+
+
+def test_a_loss_that_is_not_finite_is_noticed() -> None:
+    chain = dynamics.plain_chain(1)
+    with torch.no_grad():
+        next(chain.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingDivergedError, match="loss was nan at step 1"):
+        dynamics.fit(chain, dynamics.TARGETS["reflection"], steps=2)
 
 
 @pytest.mark.parametrize(

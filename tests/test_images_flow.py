@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -82,3 +85,148 @@ def test_recomputing_gives_the_same_gradients() -> None:
         model.log_prob(images()).mean().backward()
         results.append([each.grad for each in model.parameters()])
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+# --- samples end inside the range -----------------------------------------------------------------
+
+
+def spread(model: ImageResidualFlow) -> ImageResidualFlow:
+    """Let the noise be so wide that most of it ends beyond the first and the last level."""
+    for module in model.modules():
+        if isinstance(module, transforms.ActNorm):
+            module.initialized.fill_(True)
+            module.log_scale.data.fill_(-2.0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("alpha", [0.05, None], ids=["logit", "affine"])
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_are_images(alpha: float | None, levels: int, dtype: torch.dtype) -> None:
+    """Rounded down they are whole numbers from 0 to levels - 1: 7 % of pixels were not."""
+    torch.manual_seed(0)
+    model = ImageResidualFlow((1, 4, 4), 8, 1, levels=levels, alpha=alpha).to(dtype)
+    with torch.no_grad():
+        samples = spread(model).sample(64, batch_size=48)
+    assert samples.dtype == dtype
+    assert float(samples.floor().min()) == 0
+    assert float(samples.floor().max()) == levels - 1
+    assert float(samples.max()) < levels
+    assert model.log_prob(samples).isfinite().all()
+    found = model.sample_images(64)
+    assert found.dtype == torch.uint8
+    assert (int(found.min()), int(found.max())) == (0, levels - 1)
+    assert model.log_prob(transforms.dequantise(found, dtype=dtype)).isfinite().all()
+
+
+def test_samples_with_a_context_are_images() -> None:
+    torch.manual_seed(0)
+    model = spread(ImageResidualFlow((1, 4, 4), 8, 1, context_features=2, levels=17))
+    context = torch.randn(3, 2)
+    for samples in (
+        model.sample(5, context).floor(),
+        model.sample_images(5, context, batch_size=2),
+    ):
+        assert samples.shape == (3, 5, 1, 4, 4)
+        assert (int(samples.min()), int(samples.max())) == (0, 16)
+
+
+def test_many_levels_need_more_than_a_byte() -> None:
+    model = spread(ImageResidualFlow((1, 4, 4), 8, 1, levels=1000))
+    assert model.sample_images(4).dtype == torch.int64
+    assert int(model.sample_images(50).max()) == 999
+
+
+def test_samples_come_with_the_density_at_themselves() -> None:
+    torch.manual_seed(0)
+    model = spread(ImageResidualFlow((1, 4, 4), 8, 1, context_features=2, levels=17).double())
+    context = torch.randn(3, 2).double()
+    with transforms.using(model, estimator=logdet.Exact()):
+        samples, log_prob = (each.detach() for each in model.sample_and_log_prob(4, context))
+        expected = model.log_prob(samples.flatten(0, 1), context.repeat_interleave(4, 0)).detach()
+        torch.testing.assert_close(log_prob, expected.reshape(3, 4))
+        alone, density = spread(flow().double()).sample_and_log_prob(np.int64(20))
+    assert alone.shape == (20, 1, 4, 4)
+    assert density.shape == (20,)
+    assert float(samples.min()) == float(alone.detach().min()) == 0
+
+
+def test_one_seed_gives_one_sample_as_floats_and_as_images() -> None:
+    model = flow().eval()
+    torch.manual_seed(3)
+    floats = model.sample(5)
+    torch.manual_seed(3)
+    assert torch.equal(model.sample_images(5), floats.floor().to(torch.uint8))
+
+
+# --- what does not fit is refused -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.05, None], ids=["logit", "affine"])
+def test_pixels_outside_the_levels_are_refused(alpha: float | None) -> None:
+    model = flow(alpha)
+    for bad in (-0.5, 17.5, 255.0, math.inf):
+        pixels = images()
+        pixels[2, 0, 1, 1] = bad
+        for call in (model.log_prob, model.transform_to_noise):
+            with pytest.raises(transforms.OutsideRangeError, match=r"\[0, 17\] for levels=17"):
+                call(pixels)
+    pixels[2, 0, 1, 1] = math.nan
+    with pytest.raises(transforms.OutsideRangeError, match="1 of 96 pixels are NaN"):
+        model.log_prob(pixels)
+    assert model.log_prob(torch.full((1, 1, 4, 4), 17.0)).isfinite().all()
+
+
+def test_images_of_another_size_are_refused() -> None:
+    model = flow()
+    for shape in ((6, 3, 4, 4), (6, 1, 8, 8), (6, 1, 4, 5), (6, 16), (1, 4, 4)):
+        for call in (model.log_prob, model.transform_to_noise):
+            with pytest.raises(ValueError, match=r"\(batch, 1, 4, 4\), got \(.*\)"):
+                call(torch.ones(shape))
+
+
+def test_whole_numbers_by_type_have_no_density() -> None:
+    with pytest.raises(ValueError, match="dequantise"):
+        flow().log_prob(images().to(torch.uint8))
+
+
+def test_impossible_shapes_and_levels_are_named() -> None:
+    for shape in ((8, 8), (1, 8, 8, 1), 8, (1, 8.0, 8)):
+        with pytest.raises(ValueError, match=r"\(channels, height, width\), got"):
+            ImageResidualFlow(shape, 8, 1)  # type: ignore[arg-type]
+    for levels in (17.0, 1, -3):
+        with pytest.raises(ValueError, match="levels must be"):
+            ImageResidualFlow((1, 4, 4), 8, 1, levels=levels, alpha=None)  # type: ignore[arg-type]
+
+
+def test_what_follows_four_arguments_has_a_name() -> None:
+    """The fifth of nflows' flows is another one: it became the number of context values."""
+    with pytest.raises(TypeError, match="positional"):
+        ImageResidualFlow((1, 4, 4), 8, 1, 2, True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("alpha", [0.05, None], ids=["logit", "affine"])
+def test_a_transform_from_the_meta_device_is_the_same(alpha: float | None) -> None:
+    model = flow(alpha).eval()
+    with torch.device("meta"):
+        empty = ImageResidualFlow((1, 4, 4), 8, 1, levels=17, alpha=alpha).eval()
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    with transforms.using(model, estimator=logdet.Exact()):
+        expected, logabsdet = model._transform(images())
+    with transforms.using(empty, estimator=logdet.Exact()):
+        found, found_logabsdet = empty._transform(images())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found_logabsdet, logabsdet)
+
+
+def test_a_forgotten_context_is_an_error_unless_it_is_optional() -> None:
+    model = ImageResidualFlow((1, 4, 4), 8, 1, context_features=2, levels=17).eval()
+    for call in (lambda: model.log_prob(images()), lambda: model.sample_images(2)):
+        with pytest.raises(ValueError, match="context"):
+            call()
+    model = ImageResidualFlow(
+        (1, 4, 4), 8, 1, context_features=2, optional_context=True, levels=17
+    ).eval()
+    assert model.log_prob(images()).shape == (6,)
+    assert model.sample_images(2).shape == (2, 1, 4, 4)

@@ -13,8 +13,10 @@ from nflows.transforms import SqueezeTransform as NflowsSqueeze
 from torch import Tensor, nn
 
 from nflows_iresnet import testing, transforms
+from nflows_iresnet.transforms.image import CenteringTransform
 
 CASES: dict[str, Callable[[], nn.Module]] = {
+    "centring": lambda: CenteringTransform(levels=17),
     "logit": lambda: transforms.LogitTransform(levels=17, alpha=0.1),
     "squeeze": transforms.SqueezeTransform,
     "multiscale": lambda: transforms.multiscale((1, 4, 4), 2, act_norm),
@@ -159,3 +161,92 @@ def test_padding_is_an_isometry_and_refuses_what_is_outside() -> None:
 def test_padding_by_nothing() -> None:
     padding, inputs = transforms.InjectivePadding(0), images()
     assert torch.equal(padding.inverse(padding(inputs)[0])[0], inputs)
+
+
+# --- values and sizes that do not fit -------------------------------------------------------------
+
+
+def test_pixels_outside_the_range_are_refused() -> None:
+    """They were NaN: 0 to 255 where 17 levels are expected."""
+    logit = transforms.LogitTransform(levels=17)
+    pixels = transforms.dequantise(torch.arange(256).reshape(1, 1, 16, 16))
+    with pytest.raises(transforms.OutsideRangeError, match=r"-0\.9444, 17\.94.*levels=17.*to 25"):
+        logit(pixels)
+    for bad in (-1.0, 18.0, math.inf, -math.inf):
+        values = torch.full((2, 1, 2, 2), 5.0)
+        values[1, 0, 1, 1] = bad
+        with pytest.raises(transforms.OutsideRangeError, match="dequantise"):
+            logit(values)
+    with pytest.raises(transforms.OutsideRangeError, match="1 of 8 pixels are NaN"):
+        logit(values.clamp(0, 17).where(values.isfinite(), torch.nan))
+    assert logit(pixels[:0])[0].shape == (0, 1, 16, 16)
+
+
+def test_what_the_inverse_returns_is_in_the_range() -> None:
+    logit, noise = transforms.LogitTransform(levels=17), torch.linspace(-12, 12, 24)[:, None]
+    outputs, logabsdet = logit.inverse(noise)
+    assert float(outputs.min()) < 0
+    assert float(outputs.max()) > 17
+    back, forward_logabsdet = logit(outputs.double())
+    torch.testing.assert_close(back, noise.double(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(forward_logabsdet, -logabsdet.double(), rtol=0.05, atol=0.05)
+
+
+def test_the_check_of_pixels_does_not_stop_a_transform_of_torch_func() -> None:
+    """Where values cannot be looked at, they are not."""
+    logit, values = transforms.LogitTransform(levels=17), torch.tensor([[5.0, 16.5]])
+    slope = torch.func.vmap(torch.func.jacrev(lambda x: logit(x[None])[0][0]))(values)
+    logabsdet = torch.linalg.slogdet(slope).logabsdet
+    torch.testing.assert_close(logit(values)[1], logabsdet)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+def test_only_whole_numbers_are_dequantised(dtype: torch.dtype) -> None:
+    for bad in (-1, 256):
+        with pytest.raises(transforms.OutsideRangeError, match=f"0 to 255, got .*{bad}"):
+            transforms.dequantise(torch.tensor([3, bad]).to(dtype))
+    values = transforms.dequantise(torch.tensor([0, 255]).to(dtype))
+    assert values.floor().tolist() == [0, 255]
+
+
+def test_numbers_that_are_not_whole_are_not_dequantised() -> None:
+    images = torch.tensor([0, 255], dtype=torch.uint8)
+    for bad in (transforms.dequantise(images), images / 255 + 0.1, torch.tensor([math.nan])):
+        with pytest.raises(ValueError, match="whole numbers"):
+            transforms.dequantise(bad)
+    with pytest.raises(ValueError, match="dtype must be"):
+        transforms.dequantise(images, dtype=torch.float16)
+    large = transforms.dequantise(torch.tensor([65535]), dtype=torch.float64)
+    assert large.floor().tolist() == [65535]
+    assert transforms.dequantise(torch.zeros(0, 3)).shape == (0, 3)
+    assert transforms.dequantise(torch.tensor([False, True])).floor().tolist() == [0, 1]
+
+
+def test_levels_are_whole_numbers() -> None:
+    for levels in (17.0, 16.5, "17", None):
+        with pytest.raises(ValueError if levels != "17" and levels else (ValueError, TypeError)):
+            transforms.LogitTransform(levels)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="whole number"):
+            CenteringTransform(levels)  # type: ignore[arg-type]
+    assert transforms.LogitTransform(np.int64(17)).levels == 17
+
+
+def test_wrong_sizes_are_named() -> None:
+    with pytest.raises(ValueError, match=r"multiples of 2, got \(1, 3, 5, 4\)"):
+        transforms.SqueezeTransform()(torch.zeros(1, 3, 5, 4))
+    with pytest.raises(ValueError, match=r"\(batch, channels, height, width\).* got \(3, 4, 4\)"):
+        transforms.SqueezeTransform()(torch.zeros(3, 4, 4))
+    with pytest.raises(ValueError, match=r"at least the 3 channels .* got \(1, 2, 4, 4\)"):
+        transforms.InjectivePadding(3).inverse(torch.zeros(1, 2, 4, 4))
+    for shape in ((8, 8), (1, 8, 8, 1), (0, 8, 8), (1, 8.0, 8), 8):
+        with pytest.raises(ValueError, match="three whole numbers"):
+            transforms.multiscale(shape, 1, act_norm)  # type: ignore[arg-type]
+
+
+def test_centred_pixels_take_the_state_of_the_transform_before() -> None:
+    centring, before = CenteringTransform(17), PointwiseAffineTransform(shift=-0.5, scale=1 / 17)
+    centring.load_state_dict(before.state_dict())
+    assert not centring.state_dict()
+    torch.testing.assert_close(centring(images())[0], before(images())[0])
+    torch.testing.assert_close(centring(images())[1], before(images())[1].double())
+    torch.testing.assert_close(centring.inverse(centring(images())[0])[0], images())

@@ -109,7 +109,7 @@ def test_the_bias_of_the_series_is_within_its_bound(num_terms: int, lipschitz: f
         logdet.RussianRoulette(num_probes=800, lipschitz=0.9, num_exact_terms=1),
         logdet.RussianRoulette(num_probes=800, lipschitz=0.9, probe=logdet.Gaussian()),
         logdet.RussianRoulette(
-            num_probes=800, lipschitz=0.9, truncation=logdet.GeometricTail(0.85)
+            num_probes=800, lipschitz=0.9, truncation=logdet.GeometricTruncation(0.85)
         ),
     ],
     ids=["matched", "one-exact-term", "gaussian", "geometric"],
@@ -146,7 +146,7 @@ def test_the_law_of_the_truncation() -> None:
 
 
 def test_infinite_variance_is_said() -> None:
-    estimator = logdet.RussianRoulette(truncation=logdet.GeometricTail(0.5), lipschitz=0.9)
+    estimator = logdet.RussianRoulette(truncation=logdet.GeometricTruncation(0.5), lipschitz=0.9)
     assert estimator.variance_bound(0.9, 2) == math.inf
     assert math.isfinite(estimator.variance_bound(0.7, 2))
     with pytest.warns(logdet.InfiniteVarianceWarning, match=r"0\.9"):
@@ -229,9 +229,9 @@ class Bad:
         Bad(logdet.PowerSeries, {"num_probes": 0}, "num_probes"),
         Bad(logdet.RussianRoulette, {"num_exact_terms": 0}, "num_exact_terms"),
         Bad(logdet.RussianRoulette, {"lipschitz": 1.0}, "less than 1"),
-        Bad(logdet.GeometricTail, {"continuation": 1.0}, "continuation"),
-        Bad(logdet.MatchedTail, {"power": -1.0}, "power"),
-        Bad(logdet.MatchedTail, {"power": math.inf}, "power"),
+        Bad(logdet.GeometricTruncation, {"continuation": 1.0}, "continuation"),
+        Bad(logdet.LipschitzTruncation, {"power": -1.0}, "power"),
+        Bad(logdet.LipschitzTruncation, {"power": math.inf}, "power"),
     ],
     ids=lambda bad: f"{bad.factory.__name__}-{bad.message}",
 )
@@ -241,7 +241,7 @@ def test_bad_arguments_are_named(bad: Bad) -> None:
 
 
 def test_the_default_says_what_it_chooses() -> None:
-    default = logdet.Adaptive()
+    default = logdet.Auto()
     assert isinstance(default.choose(2), logdet.Exact)
     assert isinstance(default.choose(64), logdet.RussianRoulette)
     assert "RussianRoulette" in repr(default)

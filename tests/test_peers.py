@@ -124,7 +124,7 @@ class TestVariance:
 
     def test_ours_warns_of_a_law_with_infinite_variance(self) -> None:
         """The geometric law of the papers is there, but it says what it does."""
-        law = logdet.RussianRoulette(truncation=logdet.GeometricTail(0.5), lipschitz=0.97)
+        law = logdet.RussianRoulette(truncation=logdet.GeometricTruncation(0.5), lipschitz=0.97)
         assert law.variance_bound(0.97, FEATURES) == math.inf
         with pytest.warns(logdet.InfiniteVarianceWarning, match="finite variance"):
             law(scaled_identity(-0.97), rows(1))

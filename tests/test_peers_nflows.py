@@ -83,8 +83,9 @@ class TestNumpyIntegers:
     def test_ours(self) -> None:
         """All sizes of a preset may be numpy integers."""
         seed(0)
-        sizes = (self.SIZE, np.int64(8), np.int64(2), np.int64(1))
-        flow = flows.ResidualFlow(*sizes, context_features=self.SIZE)
+        flow = flows.ResidualFlow(
+            self.SIZE, np.int64(8), np.int64(2), np.int64(1), context_features=self.SIZE
+        )
         assert flow.log_prob(rows(4, 2), rows(4, 2)).shape == (4,)
 
     @pytest.mark.peer

@@ -67,6 +67,9 @@ PLANTED: dict[str, dict[str, Factory]] = {
         "context ignored": _conditional(planted.ContextIgnored),
         "context of the first row": _conditional(planted.ContextOfTheFirstRow),
     },
+    "forgotten_context": {
+        "works without": lambda: ResidualTransform(planted.ForgetsItsContext()),
+    },
     "few_rows": {"two rows needed": _wave(planted.NeedsTwoRows)},
     "weighted_gradient": {
         "gradient scaled by the first sample": lambda: planted_logdet.changed(

@@ -11,10 +11,16 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_examples_run_in_order() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 3
-    exec("\n".join(blocks), {})
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_python_examples() -> None:
+    assert len(EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_every_python_example_runs_alone(example: str) -> None:
+    exec(example, {"__name__": "__main__"})
 
 
 def test_the_first_two_commands_run_the_main_job_and_the_tests() -> None:

@@ -132,9 +132,8 @@ def test_halves_of_mixed_activations_keep_their_inputs() -> None:
 
     keeping = Keeping()
     activation, units = nn.Mixed(keeping, nn.Sine()), torch.randn(4, 6)
-    expected = activation(units)
     before = units[:, :3].clone()
-    torch.testing.assert_close(activation.overwrite(units), expected)
+    activation(units)
     torch.testing.assert_close(keeping.seen, before)
 
 
@@ -153,7 +152,7 @@ def test_the_bound_of_the_variance_bounds_the_whole_sum() -> None:
 
 
 def test_a_law_that_never_continues_has_no_bound() -> None:
-    estimator = logdet.RussianRoulette(truncation=logdet.MatchedTail(300.0))
+    estimator = logdet.RussianRoulette(truncation=logdet.LipschitzTruncation(300.0))
     assert estimator.variance_bound(0.9, features=2) == math.inf
 
 

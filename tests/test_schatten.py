@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import ResidualFlow, nn
-from nflows_iresnet.nn import schatten
+from nflows_iresnet.nn import norms as schatten
 
 SIZES = [(2, 2), (16, 17), (64, 64), (128, 64), (256, 256), (300, 700), (512, 512), (620, 620)]
 

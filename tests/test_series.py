@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nflows_iresnet import logdet, nn
 from nflows_iresnet.linearization import linearize
-from nflows_iresnet.logdet.series import weighted_series
-from nflows_iresnet.nn.dense import DenseLinearization
+from nflows_iresnet.logdet.power_series import weighted_series
+from nflows_iresnet.nn.mlp import DenseLinearization
 
 
 def test_the_graph_does_not_grow_with_the_number_of_terms() -> None:

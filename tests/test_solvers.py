@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet import solvers
+from nflows_iresnet import flows, nn, solvers, transforms
+from nflows_iresnet.solvers.base import Progress, row_norm, steps_to_next_look
 
 SOLVERS: dict[str, solvers.Solver] = {
     "picard": solvers.FixedPointIteration(),
@@ -47,7 +52,7 @@ def test_the_error_is_bounded_by_the_verified_residual(
     solution = solver(problem, torch.zeros_like(problem.offset), lipschitz)
     residual = torch.linalg.vector_norm(problem(solution.value) - solution.value, dim=1)
     assert bool(solution.converged.all())
-    assert torch.equal(residual, solution.residual)
+    torch.testing.assert_close(residual, solution.residual, rtol=1e-6, atol=0)
     error = torch.linalg.vector_norm(solution.value.double() - problem.fixed_point, dim=1)
     assert bool((error <= solution.error_bound(lipschitz)).all())
 
@@ -153,6 +158,9 @@ def test_images_and_empty_batches_keep_their_shape() -> None:
         ({"atol": math.nan}, "atol"),
         ({"atol": 0.0, "rtol": 0.0}, "both"),
         ({"max_steps": 0}, "max_steps"),
+        ({"atol": math.inf}, "atol"),
+        ({"rtol": math.inf}, "rtol"),
+        ({"first_look": 0}, "first_look"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, float], message: str) -> None:
@@ -252,3 +260,263 @@ def test_a_point_too_far_away_to_be_the_solution_is_none() -> None:
             lambda x: torch.where(x > 1e8, x, 0.5 * x + 1), torch.zeros(3, 2), lipschitz
         )
         torch.testing.assert_close(solution.value, torch.full((3, 2), 2.0), rtol=1e-5, atol=0)
+
+
+# --- magnitudes: squares overflow above 1e19 (1e154 in float64) and vanish below 1e-19 (1e-154) ---
+
+SCALES = [
+    *(
+        (torch.float32, float(f"1e{power}"))
+        for power in (-37, -30, -22, -18, 0, 18, 19, 20, 30, 37)
+    ),
+    *((torch.float64, float(f"1e{power}")) for power in (-300, -160, -154, 0, 154, 160, 300)),
+]
+LAZY = {f"{name}-lazy": replace(solver, first_look=4) for name, solver in SOLVERS.items()}
+ALL_SOLVERS = SOLVERS | LAZY
+
+
+@pytest.mark.parametrize("solver", ALL_SOLVERS.values(), ids=ALL_SOLVERS)
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+@pytest.mark.parametrize("atol", [None, 0.0])
+def test_rows_of_any_magnitude_are_solved_and_their_error_is_bounded(
+    solver: solvers.Solver, dtype: torch.dtype, scale: float, atol: float | None
+) -> None:
+    problem = Contraction(0.7)
+    matrix, offset = problem.matrix.to(dtype), (scale * problem.offset).to(dtype)
+    inverse = torch.linalg.inv(torch.eye(6).double() - matrix.double())
+    exact = (offset.double() / scale) @ inverse.mT
+    solution = replace(solver, atol=atol)(lambda x: x @ matrix.mT + offset, offset, 0.7)
+    error = (solution.value.double() / scale - exact).norm(dim=1)
+    assert bool((error <= solution.error_bound(0.7).double() / scale * (1 + 1e-6)).all())
+    if atol == 0.0:
+        assert float(error.max()) < 1e5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("solver", ALL_SOLVERS.values(), ids=ALL_SOLVERS)
+def test_a_guess_that_is_far_away_or_tiny_leads_to_the_solution(solver: solvers.Solver) -> None:
+    problem = Contraction(0.7, dtype=torch.float32)
+    guess = torch.full((5, 6), 1e30)
+    guess[0], guess[1], guess[2] = 1e-30, 0.0, 1e37
+    solution = solver(problem, guess, 0.7)
+    error = (solution.value.double() - problem.fixed_point).norm(dim=1)
+    assert bool((error <= solution.error_bound(0.7)).all())
+
+
+@pytest.mark.parametrize("solver", ALL_SOLVERS.values(), ids=ALL_SOLVERS)
+def test_a_row_of_another_magnitude_does_not_change_what_the_others_get(
+    solver: solvers.Solver,
+) -> None:
+    offset = torch.linspace(-3, 5, 24).reshape(4, 6)
+    mixed = torch.cat([offset, torch.full((1, 6), 1e25), torch.full((1, 6), 1e-30)])
+    alone = solver(lambda x: offset - 0.5 * x.sin(), offset, 0.5)
+    together = solver(lambda x: mixed - 0.5 * x.sin(), mixed, 0.5)
+    torch.testing.assert_close(together.value[:4], alone.value, rtol=1e-6, atol=1e-6)
+    assert bool(together.converged.all())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 2e19), (torch.float64, 2e154)])
+def test_the_inverse_of_a_huge_point_is_verified(dtype: torch.dtype, size: float) -> None:
+    """The scale overflowed, so that the tolerance was infinite and any point a solution."""
+    torch.manual_seed(0)
+    block = transforms.ResidualTransform(nn.LipschitzMLP(2, [32])).to(dtype)
+    target = torch.tensor([[size, 0.0]], dtype=dtype)
+    with torch.no_grad():
+        found, _ = block.inverse(target)
+        error = (block(found)[0] - target) / size
+    assert float(error.abs().max()) < 8 * torch.finfo(dtype).eps
+
+
+def test_what_overflows_is_refused() -> None:
+    """The norm of the row itself is beyond float32."""
+    target = torch.full((3, 64), 1.0)
+    target[1] = 3e38
+    for solver in ALL_SOLVERS.values():
+        with pytest.raises(solvers.FixedPointNotConverged, match=r"1 of 3 rows \(1\).* not finite"):
+            solver(lambda x: target - 0.5 * x, target, 0.5)
+
+
+@pytest.mark.parametrize("solver", ALL_SOLVERS.values(), ids=ALL_SOLVERS)
+def test_rows_that_are_not_finite_are_named(solver: solvers.Solver) -> None:
+    target = torch.ones(9, 3)
+    target[[1, 4], 0] = torch.tensor([math.nan, math.inf])
+    with pytest.raises(solvers.FixedPointNotConverged, match=r"2 of 9 rows \(1, 4\).* not finite"):
+        solver(lambda x: target + 0.5 * x, target)
+    target[:] = math.nan
+    with pytest.raises(
+        solvers.FixedPointNotConverged, match=r"9 of 9 rows \(0, 1, 2, 3, 4, \.\.\."
+    ):
+        solver(lambda x: target + 0.5 * x, target)
+
+
+def test_an_infinite_tolerance_accepts_nothing() -> None:
+    one = torch.ones(2)
+    solution = solvers.Solution(torch.ones(2, 3), one, torch.tensor([torch.inf, 2.0]), one.long())
+    assert solution.converged.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_norms_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
+    kind = torch.finfo(dtype)
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=dtype)
+    for scale in (1.0, 2.0 ** -math.floor(-math.log2(kind.tiny) - 4), kind.max / 16):
+        torch.testing.assert_close(
+            row_norm(rows * scale), scale * torch.tensor([5, 0], dtype=dtype)
+        )
+    assert row_norm(torch.tensor([[math.nan, 1.0]], dtype=dtype)).isnan().all()
+    assert row_norm(torch.tensor([[math.inf, 1.0]], dtype=dtype)).isfinite().logical_not().all()
+    assert row_norm(torch.zeros(0, 2, dtype=dtype)).shape == (0,)
+
+
+def test_the_error_bound_of_images_has_one_number_per_row() -> None:
+    target = torch.rand(4, 3, 2, 2)
+    solution = solvers.Anderson()(lambda x: target - 0.5 * x, target, 0.5)
+    assert solution.error_bound(0.5).shape == (4,)
+    error = (solution.value - target / 1.5).flatten(1).norm(dim=1)
+    assert bool((error <= solution.error_bound(0.5)).all())
+
+
+# --- inside transforms of torch.func --------------------------------------------------------------
+
+
+def _implicit(solver: solvers.Solver) -> Callable[[Tensor], Tensor]:
+    return lambda target: solver(lambda x: 0.5 * x.sin() + target, target).value
+
+
+@pytest.mark.parametrize("solver", ALL_SOLVERS.values(), ids=ALL_SOLVERS)
+def test_mapped_solves_equal_a_loop_over_them(solver: solvers.Solver) -> None:
+    """Rows of 0.1 to 100: some calls are done long before others."""
+    torch.manual_seed(0)
+    targets = torch.randn(4, 3, 6).double() * torch.logspace(-1, 2, 4).double()[:, None, None]
+    solve = _implicit(solver)
+    expected = torch.stack([solve(each) for each in targets])
+    close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+    close(torch.func.vmap(solve)(targets), expected)
+    rows = torch.func.vmap(torch.func.vmap(lambda row: solve(row[None])[0]))(targets)
+    close(rows, expected)
+    last = torch.func.vmap(solve, in_dims=2, out_dims=2)(targets.permute(1, 2, 0))
+    close(last, expected.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("solver", ALL_SOLVERS.values(), ids=ALL_SOLVERS)
+def test_a_guess_that_is_not_mapped_may_meet_a_map_that_is(solver: solvers.Solver) -> None:
+    torch.manual_seed(0)
+    target, weights = torch.randn(3, 6), torch.tensor([0.0, 0.3, 0.9])
+
+    def solve(weight: Tensor) -> Tensor:
+        return solver(lambda x: weight * x.sin() + target, target).value
+
+    expected = torch.stack([solve(each) for each in weights])
+    found = torch.func.vmap(solve)(weights)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ALL_SOLVERS.values(), ids=ALL_SOLVERS)
+def test_mapped_solves_raise_where_one_fails(solver: solvers.Solver) -> None:
+    targets, solve = torch.randn(4, 3, 6), _implicit(solver)
+    targets[2, 1, 0] = math.nan
+    with pytest.raises(solvers.FixedPointNotConverged, match=r"1 of 12 rows \(7\)") as caught:
+        torch.func.vmap(solve)(targets)
+    assert caught.value.solution.value.shape == (4, 3, 6)
+    with pytest.raises(solvers.FixedPointNotConverged, match=r"3 of 6 rows|not finite"):
+        torch.func.vmap(lambda slope: solver(lambda x: 1 + slope * x.abs(), targets[0]).value)(
+            torch.tensor([0.5, 2.0])
+        )
+
+
+def test_solves_run_under_every_other_transform() -> None:
+    """The solver records no gradient; that it runs is what the implicit derivative needs."""
+    target = torch.randn(3, 6)
+    for solver in ALL_SOLVERS.values():
+        solve = _implicit(solver)
+        for transform in (torch.func.jacrev, torch.func.jacfwd):
+            assert transform(solve)(target).shape == (3, 6, 3, 6)
+            assert torch.func.vmap(transform(solve))(target[None]).shape == (1, 3, 6, 3, 6)
+
+
+# --- looks at the residual ------------------------------------------------------------------------
+
+
+@contextmanager
+def counted_looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Count the calls that would make the host wait for a device, by the steps they come after."""
+    steps: list[int] = []
+    original = Progress.look
+
+    def look(self: Progress, tolerance: Tensor, step: int) -> float:
+        steps.append(step)
+        return original(self, tolerance, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "look", look)
+        yield steps
+
+
+def test_the_next_look_is_where_the_end_is_predicted() -> None:
+    assert [steps_to_next_look(10, needed) for needed in (0.0, 1.0, 1.2, 17.5)] == [1, 1, 2, 18]
+    assert [steps_to_next_look(10, needed) for needed in (20.0, 1e9, math.inf)] == [20, 20, 20]
+    assert [steps_to_next_look(10, needed) for needed in (math.nan, -3.0)] == [20, 20]
+
+
+@pytest.mark.parametrize("solver", LAZY.values(), ids=LAZY)
+def test_rare_looks_verify_what_they_accept(solver: solvers.Solver) -> None:
+    for lipschitz in (0.0, 0.5, 0.97):
+        problem = Contraction(lipschitz)
+        solution = solver(problem, problem.offset, lipschitz)
+        residual = (problem(solution.value) - solution.value).norm(dim=1)
+        assert bool((residual <= solution.tolerance * (1 + 1e-9)).all())
+        error = (solution.value - problem.fixed_point).norm(dim=1)
+        assert bool((error <= solution.error_bound(lipschitz)).all())
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x -> rate x + offset."""
+
+    rate: float
+    offset: Tensor
+
+    def __call__(self, points: Tensor) -> Tensor:
+        return self.rate * points + self.offset
+
+
+def test_a_solve_at_a_steady_rate_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.linspace(-3, 5, 24).double().reshape(4, 6)
+    for rate in (0.3, 0.5, 0.6):
+        with counted_looks(monkeypatch) as steps:
+            solver = solvers.FixedPointIteration(first_look=20)
+            solution = solver(Affine(rate, target), target)
+        every = solvers.FixedPointIteration()(Affine(rate, target), target)
+        needed = int(every.num_steps.max())
+        assert len(steps) <= 3
+        assert needed <= steps[-1] <= max(20, needed + 3)
+        assert int(solution.num_steps.max()) == steps[-1]
+
+
+def test_sampling_six_blocks_looks_at_most_twelve_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many looks as a device waits for; blocks as steep as their certificate allows."""
+    torch.manual_seed(0)
+    flow = flows.ResidualFlow(4, 32, num_layers=6)
+    with torch.no_grad():
+        for name, parameter in flow.named_parameters():
+            if "net" in name:
+                parameter.mul_(3)
+    solver = solvers.Anderson(first_look=10)
+    with (
+        torch.no_grad(),
+        transforms.using(flow, solver=solver),
+        counted_looks(monkeypatch) as steps,
+    ):
+        flow.eval().sample(500)
+    assert 6 <= len(steps) <= 12
+
+
+def test_rare_looks_leave_out_the_rows_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    block = transforms.ResidualTransform(
+        nn.LipschitzMLP(8, [16]), solver=solvers.Anderson(first_look=3)
+    )
+    inputs = torch.randn(600, 8) * torch.logspace(-3, 1, 600)[:, None]
+    with torch.no_grad(), counted_looks(monkeypatch) as steps:
+        found, _ = block.inverse(block(inputs)[0])
+    torch.testing.assert_close(found, inputs, rtol=1e-4, atol=1e-4)
+    assert len(steps) <= 4

@@ -113,8 +113,8 @@ def test_hutchinson_with_gaussians() -> None:
 LAWS = {
     "matched": logdet.RussianRoulette(),
     "matched-one": logdet.RussianRoulette(num_exact_terms=1),
-    "matched-1/k": logdet.RussianRoulette(truncation=logdet.MatchedTail(power=1)),
-    "geometric": logdet.RussianRoulette(truncation=logdet.GeometricTail(0.9)),
+    "matched-1/k": logdet.RussianRoulette(truncation=logdet.LipschitzTruncation(power=1)),
+    "geometric": logdet.RussianRoulette(truncation=logdet.GeometricTruncation(0.9)),
 }
 
 
@@ -152,7 +152,7 @@ def test_the_expected_number_of_terms_is_bounded_for_every_bound(
     """E[N] = n + sum_{k > n} L^{k-n} (n / k)^s < n + n / (s - 1): the sum is below the integral."""
     for num_exact in (1, 4):
         estimator = logdet.RussianRoulette(
-            num_exact_terms=num_exact, truncation=logdet.MatchedTail(power)
+            num_exact_terms=num_exact, truncation=logdet.LipschitzTruncation(power)
         )
         tail = num_exact / (power - 1)
         assert estimator.expected_terms(lipschitz) - num_exact < tail
@@ -177,14 +177,14 @@ def test_the_geometric_law_of_one_half_has_infinite_variance() -> None:
     steep = growth_of_second_moments(0.97)
     assert steep == pytest.approx(2 * 0.97**2, rel=0.06)
     assert growth_of_second_moments(0.6) < 1 < steep
-    estimator = logdet.RussianRoulette(truncation=logdet.GeometricTail(0.5))
+    estimator = logdet.RussianRoulette(truncation=logdet.GeometricTruncation(0.5))
     assert estimator.variance_bound(0.97, features=1) == math.inf
     assert estimator.variance_bound(0.6, features=1) < math.inf
 
 
 def growth_of_second_moments(lipschitz: float) -> float:
     """The ratio of the contributions of two long truncations that follow each other."""
-    half = logdet.RussianRoulette(truncation=logdet.GeometricTail(0.5))
+    half = logdet.RussianRoulette(truncation=logdet.GeometricTruncation(0.5))
     parts = [probability * value**2 for probability, _, value in theory.moments(half, lipschitz)]
     return parts[-1] / parts[-2]
 

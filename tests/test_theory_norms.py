@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import nn
-from nflows_iresnet.nn.norms import FrobeniusNorm, PowerIteration, SpectralNorm
-from nflows_iresnet.nn.schatten import SchattenNorm
+from nflows_iresnet.nn.norms import FrobeniusNorm, PowerIteration, SchattenNorm, SpectralNorm
 from tests import theory
 
 SHAPES = [(4, 4), (7, 3), (3, 8)]

@@ -155,7 +155,7 @@ def test_using_changes_and_restores_even_after_an_error() -> None:
 
 def test_strategies_are_values_shown_in_repr_and_kept_out_of_the_state() -> None:
     block = stretched_block(2)
-    assert "Adaptive(max_exact_features=" in repr(block)
+    assert "Auto(max_exact_features=" in repr(block)
     assert "Anderson(" in repr(block)
     assert not any("estimator" in name or "solver" in name for name in block.state_dict())
     assert solvers.Anderson() == solvers.Anderson()

@@ -7,4 +7,5 @@ import sys
 from nflows_iresnet.compare.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["compare", *sys.argv[1:]]))
+    sys.argv.insert(1, "compare")
+    sys.exit(main())

@@ -146,7 +146,7 @@ class NormflowsResidualModel(DensityModel):
     @torch.no_grad()
     def exact_log_prob(self, inputs: Tensor) -> Tensor:
         """Replace each block's random log-determinant by that of its full Jacobian."""
-        values, total = inputs, inputs.new_zeros(len(inputs))
+        values, total = inputs, inputs.new_zeros(inputs.shape[0])
         for flow in reversed(self.flow.flows):
             values, logabsdet = _exact_inverse(flow, values)
             total = total + logabsdet

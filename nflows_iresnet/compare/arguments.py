@@ -29,7 +29,9 @@ CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
 at --hidden-features and --num-layers. A training under way is saved every few minutes, and goes on
 from there with --resume. The exit status is 0 when the comparison is complete (a model
-that fails is a result), 2 for arguments or data that cannot work, 130 after Ctrl-C.
+that fails is a result), 1 when a file cannot be written, 2 for arguments or data that cannot work,
+130 after Ctrl-C, which saves the training under way at the end of its step (again, it stops at
+once).
 """
 
 

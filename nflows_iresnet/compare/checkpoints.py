@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nflows_iresnet.compare.files import write_atomically
+from nflows_iresnet.compare.files import WriteError, write_atomically
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be gone on with; the message names the file and the remedy."""
 
 
 @dataclass
@@ -47,27 +52,40 @@ class Keeper:
         """Return the state of the checkpoint, None if there is none.
 
         Raises:
-            ValueError: the file is damaged, or of another run.
+            CheckpointError: the file is damaged, or of another run.
         """
         if not self.path.exists():
             return None
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True)
+            identity, state = found["identity"], dict(found["state"])
         except Exception as error:  # a damaged file may raise anything
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} is damaged; delete it to train from the start"
-            ) from error
-        if found["identity"] != self._named:
-            raise ValueError(
+            raise self.damaged() from error
+        if identity != self._named:
+            raise CheckpointError(
                 f"checkpoint {str(self.path)!r} is of a run with other arguments; delete it, or "
                 "choose another --out"
             )
-        state: dict[str, Any] = found["state"]
         return state
 
+    def damaged(self) -> CheckpointError:
+        """Return the error that says that the file is damaged."""
+        return CheckpointError(
+            f"checkpoint {str(self.path)!r} is damaged; delete it (rm "
+            f"{shlex.quote(str(self.path))}) and give the same command again: that model is then "
+            "trained from its start"
+        )
+
     def discard(self) -> None:
-        """Delete the checkpoint."""
-        self.path.unlink(missing_ok=True)
+        """Delete the checkpoint.
+
+        Raises:
+            WriteError: the folder cannot be written.
+        """
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(f"cannot delete {str(self.path)!r}: {error.strerror}") from error
 
     @property
     def _named(self) -> str:

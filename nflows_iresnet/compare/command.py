@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nflows_iresnet.compare import runner
+from nflows_iresnet.compare import interruption, runner
 from nflows_iresnet.compare.arguments import to_config
-from nflows_iresnet.compare.checkpoints import Keeper
+from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.compare.config import RunConfig, UsageError
 from nflows_iresnet.compare.environment import check_extra, describe_environment
-from nflows_iresnet.compare.files import write_atomically
+from nflows_iresnet.compare.files import WriteError, describe_os_error, write_atomically
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.models import MODELS, ModelSpec
 from nflows_iresnet.compare.presets import Preset
@@ -76,8 +75,12 @@ def run(parsed: argparse.Namespace) -> int:
             warnings.filterwarnings("ignore", module=r"(nflows|normflows)\.")
             _work(session)
     except KeyboardInterrupt:
-        _say_what_was_kept(session)
-        return 130
+        print(f"interrupted: {_kept(session)}\ngo on with: {_resume(session)}", file=sys.stderr)
+        return interruption.STATUS
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+    except WriteError as error:
+        raise WriteError(f"{error}; {_kept(session)}; go on with: {_resume(session)}") from error
     return 0
 
 
@@ -108,6 +111,8 @@ def _value_errors_are_the_users() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(describe_os_error(error)) from error
 
 
 def open_session(parsed: argparse.Namespace) -> Session:
@@ -127,7 +132,7 @@ def open_session(parsed: argparse.Namespace) -> Session:
     if parsed.resume:
         record = _resumed(folder, record)
     else:
-        folder.refuse_results()
+        folder.refuse_results(Record.from_json)
     session = Session(config, runs, folder, record, parsed.quiet, 60.0 * parsed.checkpoint_minutes)
     keepers = [session.keeper(item) for item in session.pending]
     if parsed.resume:
@@ -159,7 +164,11 @@ def _resumed(folder: Folder, now: Record) -> Record:
     folder.check_same(flags(then.arguments), flags(now.arguments))
     folder.check_same(then.environment["versions"], now.environment["versions"])
     if then.datasets != now.datasets:
-        raise ValueError(f"cannot resume {str(folder.path)!r}: the data have changed since")
+        raise ValueError(
+            f"cannot resume {str(folder.path)!r}: the data have changed since; choose another --out"
+        )
+    for result in then.results:
+        folder.load_arrays(result.key)
     return then
 
 
@@ -182,8 +191,9 @@ def _finish(session: Session, item: runner.Run, progress: LiveProgress) -> None:
     progress.begin(_label(item.key), partial(_loss, dataset))
     result, arrays = runner.execute(item, session.config, progress.step, keeper)
     session.folder.save_arrays(item.key, arrays)
-    session.record = replace(session.record, results=(*session.record.results, result))
-    session.folder.save_record(session.record)
+    record = replace(session.record, results=(*session.record.results, result))
+    session.folder.save_record(record)
+    session.record = record
     keeper.discard()
     progress.finish(_line(result, dataset))
 
@@ -200,11 +210,12 @@ def _loss(data: DatasetSummary, nats: float) -> str:
 
 
 def _line(result: Result, data: DatasetSummary) -> str:
-    label = f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: "
     nll, bits = result.metrics.test_nll, result.metrics.bits_per_dim
+    parts = [f"FAILED {failure}" for failure in result.failures]
     if nll is not None:
-        label += "test NLL " + (f"{nll:.3f} nats" if bits is None else f"{bits:.3f} bits/dim")
-    return label + "".join(f"; FAILED {failure}" for failure in result.failures)
+        score = f"{nll:.3f} nats" if bits is None else f"{bits:.3f} bits/dim"
+        parts.insert(0, f"test NLL {score}")
+    return f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: {'; '.join(parts)}"
 
 
 def _show(session: Session, name: str) -> None:
@@ -231,19 +242,12 @@ def _write_report(session: Session) -> None:
     print(path if session.quiet else f"\nreport: {path}")
 
 
-def _say_what_was_kept(session: Session) -> None:
+def _kept(session: Session) -> str:
+    pending = (item.key for item in session.pending)
+    return session.folder.kept(len(session.record.results), len(session.runs), pending)
+
+
+def _resume(session: Session) -> str:
     from nflows_iresnet.compare.report import command_line
 
-    resume = (
-        f"{command_line(session.record)} --out {shlex.quote(str(session.folder.path))} --resume"
-    )
-    print(
-        f"interrupted: {len(session.record.results)} of {len(session.runs)} runs are kept in "
-        f"{session.folder.path}{_checkpointed(session)}\ngo on with: {resume}",
-        file=sys.stderr,
-    )
-
-
-def _checkpointed(session: Session) -> str:
-    saved = any(session.folder.checkpoint(item.key).exists() for item in session.pending)
-    return ", and the one under way up to its last checkpoint" if saved else ""
+    return session.folder.resume(command_line(session.record))

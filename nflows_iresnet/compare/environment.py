@@ -43,6 +43,19 @@ def describe_environment(device: str) -> dict[str, Any]:
     }
 
 
+def check_environment(environment: dict[str, Any]) -> None:
+    """Check that a record holds what reports say of its environment.
+
+    Raises:
+        ValueError: something is missing; the message names it.
+    """
+    versions = environment.get("versions")
+    known = environment | (versions if isinstance(versions, dict) else {})
+    for name in ("versions", "device", "device_name", "nflows-iresnet", "torch"):
+        if name not in known:
+            raise ValueError(f"environment has no {name}")
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -75,11 +75,11 @@ class FlattenTransform(Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (the rows, 0), shapes (B, C H W) and (B,)."""
-        return inputs.flatten(start_dim=1), inputs.new_zeros(len(inputs))
+        return inputs.flatten(start_dim=1), inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (the images, 0), shapes (B, C, H, W) and (B,)."""
-        return inputs.reshape(-1, *self.shape), inputs.new_zeros(len(inputs))
+        return inputs.reshape(-1, *self.shape), inputs.new_zeros(inputs.shape[0])
 
 
 class TruncatedModel(ResidualModel):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable
+import os
+import shlex
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nflows_iresnet.compare.config import slug
+from nflows_iresnet.compare.environment import check_environment
 from nflows_iresnet.compare.evaluation import Array, Metrics
-from nflows_iresnet.compare.files import write_atomically as write_atomically
-from nflows_iresnet.compare.training import CurvePoint, TrainingLog
+from nflows_iresnet.compare.files import prepare_folder, write_atomically
+from nflows_iresnet.compare.plain import finite, parse, rebuild
+from nflows_iresnet.compare.training import TrainingLog
 
 FORMAT = 1
 Loaded = TypeVar("Loaded")
@@ -52,13 +56,6 @@ class DatasetSummary:
     levels: int | None
     notes: tuple[str, ...]
     shape: tuple[int, ...] | None = None
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> DatasetSummary:
-        """Rebuild a summary from plain JSON data."""
-        shape = data.get("shape")
-        rebuilt = {"notes": tuple(data["notes"]), "shape": None if shape is None else tuple(shape)}
-        return cls(**{**data, **rebuilt})
 
     def bits_per_dim(self, nats: float) -> float | None:
         """Convert nats per row to bits per dimension of quantised data; None for other data."""
@@ -100,19 +97,6 @@ class Result:
         """Data set, model and repeat."""
         return self.dataset, self.model, self.repeat
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Result:
-        """Rebuild a result from `as_json`."""
-        log = data["training"]
-        if log is not None:
-            log = TrainingLog(**{**log, "curve": tuple(CurvePoint(**p) for p in log["curve"])})
-        rebuilt = {
-            "failures": tuple(data["failures"]),
-            "training": log,
-            "metrics": Metrics(**data["metrics"]),
-        }
-        return cls(**{**data, **rebuilt})
-
 
 @dataclass(frozen=True)
 class Record:
@@ -151,33 +135,9 @@ class Record:
         Raises:
             ValueError: not a record of this format.
         """
-        data = parse(text, FORMAT)
-        data["datasets"] = tuple(DatasetSummary.from_json(item) for item in data["datasets"])
-        data["results"] = tuple(Result.from_json(item) for item in data["results"])
-        return cls(**data)
-
-
-def parse(text: str, version: int | str) -> dict[str, Any]:
-    """Return the content of a file of results without its format.
-
-    Raises:
-        ValueError: not results of this format.
-    """
-    data = json.loads(text)
-    if not isinstance(data, dict) or data.pop("format", None) != version:
-        raise ValueError(f"not results of format {version}")
-    return data
-
-
-def finite(value: object) -> object:
-    """Return plain data with null for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        record: Record = rebuild(cls, parse(text, FORMAT))
+        check_environment(record.environment)
+        return record
 
 
 @dataclass(frozen=True)
@@ -197,23 +157,19 @@ class Folder:
         Raises:
             ValueError: it cannot.
         """
-        try:
-            (self.path / "runs").mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "runs" / ".probe", b"")
-            (self.path / "runs" / ".probe").unlink()
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to the output folder {str(self.path)!r} ({error.strerror}): "
-                "choose another one with --out"
-            ) from error
+        prepare_folder(self.path / "runs")
 
-    def refuse_results(self) -> None:
+    def refuse_results(self, from_json: Callable[[str], object]) -> None:
         """Make sure that no results are overwritten.
 
+        Args:
+            from_json: rebuilds a record that could be gone on with.
+
         Raises:
-            ValueError: the folder holds some.
+            ValueError: the folder holds some; the message says how to go on.
         """
-        if self.results.exists():
+        if os.path.exists(self.results):
+            self._read(from_json, f"{str(self.results)!r} is in the way")
             raise ValueError(
                 f"{str(self.path)!r} already holds results: add --resume to go on with them, "
                 "or choose another --out"
@@ -253,11 +209,19 @@ class Folder:
         Raises:
             ValueError: it is not there or not readable.
         """
+        return self._read(from_json, f"cannot resume from {str(self.results)!r}")
+
+    def _read(self, from_json: Callable[[str], Loaded], complaint: str) -> Loaded:
         try:
-            return from_json(self.results.read_text())
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            return from_json(self.results.read_bytes().decode())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(f"{complaint}: there is none; start anew without --resume") from error
+        except Exception as error:  # a damaged file may raise anything
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            paths = (shlex.quote(f"{self.results}{suffix}") for suffix in ("", ".damaged"))
             raise ValueError(
-                f"cannot resume from {str(self.results)!r}: {error}; start anew without --resume"
+                f"{complaint}: {reason}; choose another --out, or move it away "
+                f"(mv {' '.join(paths)}) and start anew without --resume"
             ) from error
 
     def save_arrays(self, key: tuple[str | int, ...], arrays: dict[str, Array]) -> None:
@@ -267,11 +231,22 @@ class Folder:
         write_atomically(self._arrays(key), buffer.getvalue())
 
     def load_arrays(self, key: tuple[str | int, ...]) -> dict[str, Array]:
-        """Read what `save_arrays` wrote; empty if there is nothing."""
-        if not self._arrays(key).exists():
+        """Read what `save_arrays` wrote; empty if there is nothing.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self._arrays(key)
+        if not path.exists():
             return {}
-        with np.load(self._arrays(key), allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except Exception as error:  # a damaged file may raise anything
+            raise ValueError(
+                f"{str(path)!r} is damaged; delete it (rm {shlex.quote(str(path))}) to go on "
+                "without the pictures that it is for"
+            ) from error
 
     def picture(self, *parts: str) -> Path:
         """Return the path of a picture: of a data set, or of a model on it."""
@@ -280,6 +255,23 @@ class Folder:
     def checkpoint(self, key: tuple[str | int, ...]) -> Path:
         """Return the path of the checkpoint of a run under way."""
         return self._arrays(key).with_suffix(".pt")
+
+    def kept(self, done: int, total: int, pending: Iterable[tuple[str | int, ...]]) -> str:
+        """Say what a later run need not do again.
+
+        Args:
+            done: finished runs.
+            total: all runs.
+            pending: keys of those without a result, which may have a checkpoint.
+        """
+        saved = [str(path) for key in pending if (path := self.checkpoint(key)).exists()]
+        checkpoint = ", and the one under way up to its last checkpoint ({})"
+        under_way = checkpoint.format(saved[0]) if saved else ""
+        return f"{done} of {total} runs are kept in {self.path}{under_way}"
+
+    def resume(self, command_line: str) -> str:
+        """Return the command that goes on with the one that filled the folder."""
+        return f"{command_line} --out {shlex.quote(str(self.path))} --resume"
 
     def _arrays(self, key: tuple[str | int, ...]) -> Path:
         return self.path / "runs" / ("--".join(slug(str(part)) for part in key) + ".npz")

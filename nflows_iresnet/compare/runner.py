@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from nflows_iresnet.compare.adapters import DensityModel
-from nflows_iresnet.compare.checkpoints import Keeper
+from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.compare.config import RunConfig, slug
 from nflows_iresnet.compare.evaluation import Array, Evaluation, Metrics, describe, evaluate
+from nflows_iresnet.compare.files import WriteError
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.imagetasks import ImageTask
 from nflows_iresnet.compare.models import (
@@ -88,6 +89,8 @@ def execute(
     try:
         model = find_model(run.model, run.size.models).build(run.size).to(config.device)
         log = train_run(model, run, config, on_step, keeper)
+    except (CheckpointError, WriteError):
+        raise
     except Exception as error:
         return _result(run, seed, model, None, Evaluation(failures=[describe(error)])), {}
     evaluation = evaluate(model, run.task.exam(config), seed)

@@ -105,6 +105,8 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
         return f"Only {rows[0].model} finished."
     first, second = rows[:2]
     better, worse = (_mean_log_prob(record, folder, dataset, row.model) for row in (first, second))
+    if better is None or worse is None:
+        return f"{first.model} is best; by how much, its arrays would say, and they are gone."
     lead, error = mean_and_error(torch.from_numpy(better - worse))
     gap = f"by {with_error(lead, error)} nats on the same test rows"
     if lead < 2 * (error or 0.0):
@@ -112,10 +114,13 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
     return f"{first.model} is best: ahead of {second.model} {gap}."
 
 
-def _mean_log_prob(record: Record, folder: Folder, dataset: str, model: str) -> Array:
+def _mean_log_prob(record: Record, folder: Folder, dataset: str, model: str) -> Array | None:
+    """Return the log-density of each test row, (N,); None if its files are gone."""
     keys = [result.key for result in record.of(dataset) if result.model == model]
     arrays = [folder.load_arrays(key) for key in keys]
     found = [array["test_log_prob"] for array in arrays if "test_log_prob" in array]
+    if not found:
+        return None
     total: Array = sum(found[1:], start=found[0].astype("float64"))
     return total / len(found)
 

@@ -17,6 +17,8 @@ from torch.nn.parameter import Parameter
 
 from nflows_iresnet.compare.averaging import WeightAverage
 from nflows_iresnet.compare.checkpoints import Keeper, random_state, set_random_state
+from nflows_iresnet.compare.divergence import REMEDY, TrainingDivergedError, check_finite
+from nflows_iresnet.compare.interruption import Postponed
 from nflows_iresnet.compare.plan import TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 
@@ -41,10 +43,6 @@ class Trainable(Protocol):
 
     def after_step(self) -> None:
         """Run after each optimiser step."""
-
-
-class TrainingDivergedError(ArithmeticError):
-    """The loss is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class _Training:
         if self.average is not None:
             self.average.update()
         self.progress.add_step(seconds, loss)
-        _check_finite(loss, len(self.progress.seconds))
+        check_finite(loss, len(self.progress.seconds))
         return loss
 
     def validate(self, validate: Callable[[], float]) -> None:
@@ -226,21 +224,38 @@ def train(
 
     Raises:
         TrainingDivergedError: a loss, or every validation, was not finite.
-        ValueError: the checkpoint is damaged or of another run.
+        CheckpointError: the checkpoint is damaged or of another run.
+        WriteError: a checkpoint cannot be written.
+        KeyboardInterrupt: Ctrl-C was pressed; with a keeper, there is a checkpoint of the step that
+            was under way.
     """
     training = _Training(model, stream, plan)
-    state = None if keeper is None else keeper.load()
-    if state is not None:
-        training.load_state_dict(state)
+    if keeper is not None:
+        _take_up(training, keeper)
     model.train()
-    while not training.progress.finished:
-        loss = training.step()
-        on_step(training.progress.done, loss)
-        if training.progress.due:
-            training.validate(validate)
-        if keeper is not None and (keeper.due or training.progress.finished):
-            keeper.save(training.state_dict())
+    interruption = Postponed()
+    with nullcontext() if keeper is None else interruption:
+        while not training.progress.finished:
+            loss = training.step()
+            on_step(training.progress.done, loss)
+            if training.progress.due:
+                training.validate(validate)
+            ends = interruption.was_pressed or training.progress.finished
+            if keeper is not None and (keeper.due or ends):
+                keeper.save(training.state_dict())
+            if ends:
+                break
     return _close(model, training.progress)
+
+
+def _take_up(training: _Training, keeper: Keeper) -> None:
+    state = keeper.load()
+    if state is None:
+        return
+    try:
+        training.load_state_dict(state)
+    except Exception as error:  # what is missing or misshapen may raise anything
+        raise keeper.damaged() from error
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -269,14 +284,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise TrainingDivergedError(f"the training loss was {loss} at step {step}")
-
-
 def _close(model: Trainable, progress: _Progress) -> TrainingLog:
     if progress.best is None or progress.best_state is None:
-        raise TrainingDivergedError("the validation NLL was never finite")
+        raise TrainingDivergedError(f"the validation NLL was never finite; {REMEDY}")
     model.load_state_dict(progress.best_state)
     model.train(False)
     return TrainingLog(

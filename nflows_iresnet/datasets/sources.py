@@ -142,6 +142,7 @@ def read_casp(data_dir: Folder | None = None) -> Table:
     rows = read_text(path)
     _refuse_width(path, rows[0], 10)
     columns, values = to_numbers(path, rows)
+    refuse_nonfinite(path, columns, values, rows)
     return _without_repeats(CASP.name, path, columns, values)
 
 
@@ -173,6 +174,7 @@ def read_magic(data_dir: Folder | None = None) -> Table:
     for row in rows:
         _refuse_width(path, row, 11)
     _, values = to_numbers(path, [TextRow(row.number, row.cells[:10]) for row in rows])
+    refuse_nonfinite(path, _MAGIC_COLUMNS, values, rows)
     table = _without_repeats(MAGIC.name, path, _MAGIC_COLUMNS, values)
     return replace(table, notes=("class column dropped", *table.notes))
 
@@ -238,7 +240,6 @@ def _refuse_width(path: Path, row: TextRow, width: int) -> None:
 
 
 def _without_repeats(name: str, path: Path, columns: tuple[str, ...], values: FloatArray) -> Table:
-    refuse_nonfinite(path, columns, values)
     first = np.sort(np.unique(values, axis=0, return_index=True)[1])
     kept = values[first]
     dropped = f"{len(values) - len(kept)} repeated rows dropped"

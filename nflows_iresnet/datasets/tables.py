@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +86,13 @@ def read_table(path: Path) -> Table:
     if path.suffix.lower() == ".npy":
         values = _read_array(path)
         columns = tuple(str(index) for index in range(values.shape[1]))
+        refuse_nonfinite(path, columns, values)
     elif path.suffix.lower() in TEXT_SUFFIXES:
-        columns, values = to_numbers(path, read_text(path))
+        rows = read_text(path)
+        columns, values = to_numbers(path, rows)
+        refuse_nonfinite(path, columns, values, rows)
     else:
         raise ValueError(f"{path}: file type {path.suffix!r} is unknown; save it as .npy or .csv")
-    refuse_nonfinite(path, columns, values)
     notes = (*_repeat_notes(values), *quantised_notes(columns, values))
     return Table(path.stem, columns, values, str(path), notes)
 
@@ -160,32 +163,40 @@ def to_numbers(path: Path, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.ND
     return columns, values.reshape(len(rows), width)
 
 
-def refuse_nonfinite(path: Path, columns: tuple[str, ...], values: npt.NDArray[np.float64]) -> None:
+def refuse_nonfinite(
+    path: Path,
+    columns: tuple[str, ...],
+    values: npt.NDArray[np.float64],
+    rows: Sequence[TextRow] | None = None,
+) -> None:
     """Refuse NaN, infinite and absurdly large values.
 
     Args:
         path: The file, for the message.
         columns: One name per column.
         values: The numbers [rows, columns].
+        rows: The rows of a text file, the last of which hold the numbers; ``None`` for an array.
 
     Raises:
-        ValueError: Naming each column that holds some, and how many.
+        ValueError: Naming the place of the first, each column that holds some, and how many.
 
     Example:
-        >>> refuse_nonfinite(Path("table.csv"), ("a", "b"), np.array([[1.0, np.nan]]))
+        >>> refuse_nonfinite(Path("table.npy"), ("a", "b"), np.array([[1.0, np.nan]]))
         Traceback (most recent call last):
-        ValueError: table.csv: NaN, infinite or beyond 1e+100: 1 in column b (index 1); ...
+        ValueError: table.npy, row 0 (from 0), column b: nan; NaN, infinite or beyond 1e+100: ...
     """
-    counts = (~(np.abs(values) <= _LARGEST)).sum(axis=0)
+    is_bad = ~(np.abs(values) <= _LARGEST)
     bad = [
         f"{count} in column {name} (index {index})"
-        for index, (name, count) in enumerate(zip(columns, counts, strict=True))
+        for index, (name, count) in enumerate(zip(columns, is_bad.sum(axis=0), strict=True))
         if count
     ]
     if bad:
+        row, column = np.argwhere(is_bad)[0]
+        number = f"row {row} (from 0)" if rows is None else f"line {rows[row - len(values)].number}"
         raise ValueError(
-            f"{path}: NaN, infinite or beyond {_LARGEST:g}: {', '.join(bad)};"
-            " remove or fill those rows"
+            f"{path}, {number}, column {columns[column]}: {values[row, column]:g}; NaN, infinite or"
+            f" beyond {_LARGEST:g}: {', '.join(bad)}; remove or fill those rows"
         )
 
 

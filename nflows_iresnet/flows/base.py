@@ -33,7 +33,7 @@ class StandardNormal(_NflowsStandardNormal):
 
     def __init__(self, shape: tuple[int, ...] | list[int]) -> None:
         super().__init__(shape)
-        del self._log_z
+        del self._buffers["_log_z"]
         self._log_z = 0.5 * math.log(2 * math.pi) * self._shape.numel()
         like = torch.zeros(0)
         self._like = torch.zeros(0, device="cpu") if like.is_meta else like
@@ -127,7 +127,7 @@ class Flow(_NflowsFlow):
         Raises:
             ValueError: if inputs or context are not what the flow was built for.
         """
-        self._check(inputs, context)
+        self._check_given(inputs, context)
         log_prob: Tensor = super().log_prob(inputs, context)
         return log_prob
 
@@ -143,7 +143,7 @@ class Flow(_NflowsFlow):
         Raises:
             ValueError: if inputs or context are not what the flow was built for.
         """
-        self._check(inputs, context)
+        self._check_given(inputs, context)
         noise: Tensor = self._transform(inputs, context=self._embedded(context))[0]
         return noise
 
@@ -209,7 +209,7 @@ class Flow(_NflowsFlow):
             return noise, None
         return noise.flatten(0, 1), context.repeat_interleave(num_samples, dim=0)
 
-    def _check(self, inputs: Tensor, context: Tensor | None) -> None:
+    def _check_given(self, inputs: Tensor, context: Tensor | None) -> None:
         _require_tensor("inputs", inputs)
         if self._expects is not None:
             self._expects.check_inputs(inputs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from nflows.transforms import PointwiseAffineTransform, Transform
-from torch import nn
+import torch
+from nflows.transforms import Transform
+from torch import Tensor, nn
 
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.logdet import LogDetEstimator
@@ -16,9 +17,14 @@ from nflows_iresnet.transforms import (
     ResidualTransform,
     multiscale,
 )
+from nflows_iresnet.transforms.image import (
+    CenteringTransform,
+    Shape,
+    check_pixels,
+    validated_levels,
+    validated_shape,
+)
 from nflows_iresnet.validation import validated_size
-
-Shape = tuple[int, int, int]
 
 
 class ImageResidualFlow(Flow):
@@ -29,8 +35,16 @@ class ImageResidualFlow(Flow):
     noise; the last scale keeps its channels. Context, if any, enters every g.
 
     Inputs are x = k + u, k the pixel in 0, ..., levels - 1 and u uniform on [0, 1), as
-    `transforms.dequantise` makes them: floats in [0, levels). Samples are in these units too; their
-    `floor()` is an image. The density is that of x, so that bits/dim are -log p(x) / (D log 2).
+    `transforms.dequantise` makes them: floats in [0, levels). The density is that of x, so that
+    bits/dim are -log p(x) / (D log 2).
+
+    The map from noise ends a little outside of [0, levels], by alpha levels / (1 - 2 alpha) at most
+    with the logit, and unbounded with the affine map. `sample` moves what is outside to the nearest
+    value inside, so that `floor()` of a sample is an image, which `sample_images` returns. That is
+    an exact draw from P(k) = integral of p over the cell of k, the cells of 0 and levels - 1
+    reaching outwards to all that is beyond, and log P(k) >= E_u[log p(k + u)] for these cells too:
+    bits/dim bound the model that is sampled. `sample_and_log_prob` returns the density at the
+    values that it returns; where they were moved, it is not the density that drew them.
 
     Args:
         shape: (C, H, W), H and W multiples of 2^num_scales.
@@ -38,17 +52,22 @@ class ImageResidualFlow(Flow):
         num_layers: residual blocks per scale.
         num_blocks_per_layer: hidden layers of each g: kernels 3, then 1, and 3 at the end.
         context_features: number of context values, or None.
+        optional_context: whether a flow with a context works without one, too: as another density.
+            By default a forgotten context is an error.
         num_scales: how often the image is squeezed.
         levels: how many values a pixel can take.
         alpha: of `LogitTransform`, or None for the affine map.
-        estimator: strategy for the log-determinant; `logdet.Adaptive()` by default.
+        estimator: strategy for the log-determinant; `logdet.Auto()` by default.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`.
         coeff: bound of the Lipschitz constant of each g, in (0, 1).
         recompute: trade time for memory, see `transforms.CompositeTransform`.
 
     Raises:
-        ValueError: if a size is not positive, or the images cannot be squeezed so often.
+        ValueError: if a size is not positive, or the images cannot be squeezed so often; from
+            `log_prob`, if images have another shape or are whole numbers by their type.
+        OutsideRangeError: from `log_prob`, if pixels are NaN or outside [0, levels], on a CPU; on a
+            GPU, which is not waited for, NaN stays, and so does what the logit makes NaN.
 
     References:
         Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
@@ -61,6 +80,8 @@ class ImageResidualFlow(Flow):
         >>> images = torch.randint(0, 17, (5, 1, 8, 8))
         >>> flow.log_prob(dequantise(images)).shape, flow.sample(3).shape
         (torch.Size([5]), torch.Size([3, 1, 8, 8]))
+        >>> flow.sample_images(3).dtype
+        torch.uint8
     """
 
     def __init__(
@@ -69,8 +90,9 @@ class ImageResidualFlow(Flow):
         hidden_channels: int,
         num_layers: int,
         num_blocks_per_layer: int = 2,
-        context_features: int | None = None,
         *,
+        context_features: int | None = None,
+        optional_context: bool = False,
         num_scales: int = 2,
         levels: int = 256,
         alpha: float | None = 0.05,
@@ -93,20 +115,93 @@ class ImageResidualFlow(Flow):
                     kernel_sizes=(3, *[1] * (depth - 1), 3),
                     activation=activation,
                     coeff=coeff,
+                    optional_context=optional_context,
                 )
                 block = ResidualTransform(net, estimator=estimator, solver=solver)
                 transforms += [ActNorm(scale[0]), block]
             return [CompositeTransform([*transforms, ActNorm(scale[0])], recompute=recompute)]
 
-        channels, height, width = shape
+        channels, height, width = validated_shape(shape)
         scales = multiscale(shape, num_scales, steps)
         super().__init__(
             CompositeTransform([_preprocessing(levels, alpha), scales]),
             StandardNormal([channels * height * width]),
         )
+        self._image_shape, self.levels = (channels, height, width), validated_levels(levels)
+
+    def sample(
+        self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Return samples in [0, levels), shape (num_samples, C, H, W).
+
+        With a context (B, F) the shape is (B, num_samples, C, H, W). What the map from noise puts
+        outside is moved to 0 or just below `levels`.
+
+        Args:
+            num_samples: samples to draw, for each row of the context.
+            context: shape (B, F), or None.
+            batch_size: how many to draw at a time; all by default.
+        """
+        samples = super().sample(num_samples, context=context, batch_size=batch_size)
+        return samples.clamp(0, self.levels * (1 - torch.finfo(samples.dtype).eps))
+
+    def sample_and_log_prob(
+        self, num_samples: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `sample` does, and `log_prob` of it, shape (num_samples,).
+
+        With a context (B, F) the shapes are (B, num_samples, C, H, W) and (B, num_samples).
+
+        Args:
+            num_samples: samples to draw, for each row of the context.
+            context: shape (B, F), or None.
+        """
+        samples = self.sample(num_samples, context)
+        if context is None:
+            return samples, self.log_prob(samples)
+        repeated = context.repeat_interleave(samples.shape[1], dim=0)
+        log_prob = self.log_prob(samples.flatten(end_dim=1), repeated)
+        return samples, log_prob.unflatten(0, samples.shape[:2])
+
+    def sample_images(
+        self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Return samples as images in whole numbers 0, ..., levels - 1, without a graph.
+
+        Args:
+            num_samples: images to draw, for each row of the context.
+            context: shape (B, F), or None.
+            batch_size: how many to draw at a time; all by default.
+
+        Returns:
+            `sample(...)`, rounded down, as uint8, or as int64 for more than 256 levels.
+        """
+        with torch.no_grad():
+            samples = self.sample(num_samples, context=context, batch_size=batch_size)
+        return samples.to(torch.uint8 if self.levels <= 256 else torch.int64)
+
+    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the noise of images (B, C, H, W), shape (B, C H W)."""
+        self._check(inputs)
+        return super().transform_to_noise(inputs, context)
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        self._check(inputs)
+        return super()._log_prob(inputs, context)
+
+    def _check(self, inputs: Tensor) -> None:
+        if inputs.dim() != 4 or inputs.shape[1:] != self._image_shape:
+            expected = ", ".join(map(str, self._image_shape))
+            raise ValueError(
+                f"expected images of shape (batch, {expected}), got {tuple(inputs.shape)}"
+            )
+        if not inputs.is_floating_point():
+            raise ValueError(
+                f"images of type {inputs.dtype} have no density: give them their noise, "
+                "log_prob(transforms.dequantise(images))"
+            )
+        check_pixels(inputs, 0, self.levels, self.levels)
 
 
 def _preprocessing(levels: int, alpha: float | None) -> Transform:
-    if alpha is None:
-        return PointwiseAffineTransform(shift=-0.5, scale=1 / levels)
-    return LogitTransform(levels, alpha)
+    return CenteringTransform(levels) if alpha is None else LogitTransform(levels, alpha)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import torch
 from nflows import transforms as nflows_transforms
 from torch import nn
 
@@ -15,11 +17,13 @@ from nflows_iresnet.transforms import (
     ActNorm,
     CompositeTransform,
     InjectivePadding,
+    LinearTransform,
     LogitTransform,
     ResidualTransform,
     SqueezeTransform,
     UniformDequantisation,
 )
+from nflows_iresnet.transforms.image import CenteringTransform
 
 Constants = tuple[float, float]
 _ISOMETRY: Constants = (1.0, 1.0)
@@ -94,6 +98,19 @@ def _pointwise_affine(transform: nflows_transforms.PointwiseAffineTransform) -> 
     return float(scales.max()), _up(1 / float(scales.min()))
 
 
+def _matrix(transform: LinearTransform | nflows_transforms.LULinear) -> Constants:
+    """The extreme singular values, less what their decomposition may err by (Weyl)."""
+    weight = deepcopy(transform).double().weight().detach()
+    singular = torch.linalg.svdvals(weight)
+    largest, smallest = float(singular[0]), float(singular[-1])
+    error = 64 * weight.shape[0] * torch.finfo(torch.float64).eps * largest
+    return largest + error, 1 / (smallest - error) if smallest > error else math.inf
+
+
+def _centring(transform: CenteringTransform) -> Constants:
+    return _up(1 / transform.levels), float(transform.levels)
+
+
 def _logit(transform: LogitTransform) -> Constants:
     """The logit has slopes from 4 to infinity."""
     return math.inf, _up(_up(1 / transform._slope) / 4)
@@ -120,6 +137,9 @@ _CONSTANTS: dict[type[nn.Module], Callable[[Any], Constants]] = {
     nflows_transforms.InverseTransform: _inverse,
     nflows_transforms.ActNorm: ActNorm.lipschitz_constants,
     nflows_transforms.PointwiseAffineTransform: _pointwise_affine,
+    LinearTransform: _matrix,
+    nflows_transforms.LULinear: _matrix,
+    CenteringTransform: _centring,
     LogitTransform: _logit,
     UniformDequantisation: _dequantisation,
     InjectivePadding: _isometry,

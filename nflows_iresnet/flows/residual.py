@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nflows.transforms import Transform
 from torch import nn
 
@@ -16,7 +18,7 @@ from nflows_iresnet.transforms import (
     MarginalSpline,
     ResidualTransform,
 )
-from nflows_iresnet.validation import validated_size, validated_strategy
+from nflows_iresnet.validation import validated_size
 
 
 class ResidualFlow(Flow):
@@ -46,7 +48,10 @@ class ResidualFlow(Flow):
         num_blocks_per_layer: number of hidden layers of each g.
         context_features: number of context values, or None.
         optional_context: whether it may be called without its context, too.
-        estimator: strategy for the log-determinant; `logdet.Adaptive()` by default.
+        net: makes each g, as `LipschitzMLP` and `LipschitzDenseNet` do, from (features, widths of
+            hidden layers, context_features) and the keywords activation, coeff, norm and
+            optional_context.
+        estimator: strategy for the log-determinant; `logdet.Auto()` by default.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`; by default
             `Mixed(Sine(), SmoothAbs())`.
@@ -77,6 +82,7 @@ class ResidualFlow(Flow):
         *,
         context_features: int | None = None,
         optional_context: bool = False,
+        net: Callable[..., nn.Module] = LipschitzMLP,
         estimator: LogDetEstimator | None = None,
         solver: Solver | None = None,
         activation: nn.Module | None = None,
@@ -88,11 +94,9 @@ class ResidualFlow(Flow):
         features = validated_size("features", features)
         hidden = validated_size("hidden_features", hidden_features)
         depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
-        if activation is not None:
-            validated_strategy("activation", activation, nn.Module, "nn.ELU()")
         layers: list[Transform] = []
         for _ in range(validated_size("num_layers", num_layers)):
-            net = LipschitzMLP(
+            branch = net(
                 features,
                 [hidden] * depth,
                 context_features,
@@ -101,7 +105,7 @@ class ResidualFlow(Flow):
                 coeff=coeff,
                 norm=norm,
             )
-            block = ResidualTransform(net, estimator=estimator, solver=solver)
+            block = ResidualTransform(branch, estimator=estimator, solver=solver)
             layers += [*_normalisation(features, context_features, optional_context), block]
         layers += _normalisation(features, context_features, optional_context)
         if isinstance(marginal_bins, bool) or marginal_bins != 0:
@@ -139,6 +143,7 @@ class InvertibleResNet(ResidualFlow):
         num_blocks_per_layer: number of hidden layers of each g.
         context_features: number of context values, or None.
         optional_context: whether it may be called without its context, too.
+        net: makes each g, see `ResidualFlow`.
         coeff: c, the bound of Lip(g); the paper uses 0.5 to 0.99.
         num_terms: terms of the power series.
         norm: the norm that weights are divided by; `nn.PowerIteration()` is the paper's, and
@@ -164,6 +169,7 @@ class InvertibleResNet(ResidualFlow):
         *,
         context_features: int | None = None,
         optional_context: bool = False,
+        net: Callable[..., nn.Module] = LipschitzMLP,
         coeff: float = 0.9,
         num_terms: int = 10,
         norm: MatrixNorm | None = None,
@@ -180,6 +186,7 @@ class InvertibleResNet(ResidualFlow):
             num_blocks_per_layer,
             context_features=context_features,
             optional_context=optional_context,
+            net=net,
             estimator=series if estimator is None else estimator,
             solver=FixedPointIteration() if solver is None else solver,
             activation=ELU() if activation is None else activation,

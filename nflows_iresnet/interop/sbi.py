@@ -14,7 +14,7 @@ from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
 
 from nflows_iresnet.flows import ResidualFlow
-from nflows_iresnet.logdet import Adaptive, LogDetEstimator
+from nflows_iresnet.logdet import Auto, LogDetEstimator
 from nflows_iresnet.solvers import Solver
 from nflows_iresnet.validation import validated_strategy
 
@@ -74,7 +74,7 @@ class ResidualFlowBuilder:
     embedding_net: nn.Module = field(default_factory=nn.Identity)
     z_score_theta: ZScore = "independent"
     z_score_x: ZScore = "independent"
-    estimator: LogDetEstimator | None = Adaptive(max_exact_features=16)
+    estimator: LogDetEstimator | None = Auto(max_exact_features=16)
     solver: Solver | None = None
     coeff: float = 0.97
     marginal_bins: int = 0
@@ -89,7 +89,8 @@ class ResidualFlowBuilder:
         if self.estimator is not None:
             validated_strategy("estimator", self.estimator, LogDetEstimator, "logdet.Exact()")
         if self.solver is not None:
-            validated_strategy("solver", self.solver, Solver, "solvers.Anderson()")
+            example = "solvers.Anderson()"
+            validated_strategy("solver", self.solver, Solver, example)  # type: ignore[type-abstract]
 
     def __call__(self, theta: Tensor, x: Tensor) -> NFlowsFlow:
         """Return an estimator of p(theta | x) that is ready to be trained.

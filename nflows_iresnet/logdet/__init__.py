@@ -2,34 +2,50 @@ r"""Estimators of log\|det(I + J)\|, J = dg/dx, for residual blocks y = x + g(x)
 
 How to choose: `Exact` wherever you can afford it (about 6 dimensions in training, any dimension
 for the final numbers); `RussianRoulette` for unbiased training beyond; `PowerSeries` where a fixed
-cost matters more than a bias whose bound you know. `Adaptive` is the default and makes the first
+cost matters more than a bias whose bound you know. `Auto` is the default and makes the first
 two choices for you.
 """
 
-from nflows_iresnet.logdet.adaptive import Adaptive
+from nflows_iresnet.linearization import SecondDerivativeError
+from nflows_iresnet.logdet.auto import Auto
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
-from nflows_iresnet.logdet.probes import Gaussian, Probe, Rademacher
-from nflows_iresnet.logdet.roulette import (
-    GeometricTail,
+from nflows_iresnet.logdet.power_series import (
+    Gaussian,
+    PowerSeries,
+    Probe,
+    Rademacher,
+)
+from nflows_iresnet.logdet.russian_roulette import (
+    GeometricTruncation,
     InfiniteVarianceWarning,
-    MatchedTail,
+    LipschitzTruncation,
     RussianRoulette,
     Truncation,
 )
-from nflows_iresnet.logdet.series import PowerSeries
+from nflows_iresnet.renamed import renamed
 
 __all__ = [
-    "Adaptive",
+    "Auto",
     "Exact",
     "Gaussian",
-    "GeometricTail",
+    "GeometricTruncation",
     "InfiniteVarianceWarning",
+    "LipschitzTruncation",
     "LogDetEstimate",
     "LogDetEstimator",
-    "MatchedTail",
     "PowerSeries",
     "Probe",
     "Rademacher",
     "RussianRoulette",
+    "SecondDerivativeError",
     "Truncation",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Adaptive": "Auto",
+        "GeometricTail": "GeometricTruncation",
+        "MatchedTail": "LipschitzTruncation",
+    },
+)

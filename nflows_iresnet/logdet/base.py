@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import Linearization, ResidualFunction, bind, is_traced
+from nflows_iresnet.linearization import Linearization, bind, is_traced
 
 
 class LogDetEstimate(NamedTuple):
@@ -28,17 +28,31 @@ class LogDetEstimate(NamedTuple):
     standard_error: Tensor | None
 
 
-class LogDetEstimator(ABC):
+class LogDetEstimator(ABC):  # noqa: B024
     r"""A strategy that returns g(x) together with log\|det(I + J)\|, J = dg/dx.
 
-    Implementing one: subclass as a frozen dataclass, implement `estimate`. The value must be (an
+    Implementing one: subclass as a frozen dataclass, implement `logabsdet`. The value must be (an
     estimate of) the log-determinant itself, and its derivative must be right for any upstream
     gradient: return `value.detach() + surrogate - surrogate.detach()`, where the derivative of
     `surrogate` is (in expectation) the one of the log-determinant. `testing.check_transform`
     checks both.
     """
 
-    @abstractmethod
+    def logabsdet(
+        self,
+        at_inputs: Linearization,
+        lipschitz: float | None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the log-determinant and its standard error, shapes (B,).
+
+        Args:
+            at_inputs: g at x as a linear operator.
+            lipschitz: the guaranteed bound of Lip(g), None where there is none.
+            generator: source of randomness; torch's default generator if None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement logabsdet (or estimate)")
+
     def estimate(
         self,
         net: Callable[..., Tensor],
@@ -54,7 +68,19 @@ class LogDetEstimator(ABC):
             inputs: x, shape (B, *).
             context: shape (B, C), or None.
             generator: source of randomness; torch's default generator if None.
+
+        Raises:
+            ValueError: if the values of the network have another shape than its inputs.
         """
+        function = bind(net, context)
+        at_inputs = function.linearize(inputs)
+        if at_inputs.shape != inputs.shape:
+            raise ValueError(
+                f"the network maps shape {tuple(inputs.shape)} to {tuple(at_inputs.shape)}; "
+                "a residual block needs a network that keeps the shape of its inputs"
+            )
+        logabsdet, error = self.logabsdet(at_inputs, function.lipschitz, generator)
+        return LogDetEstimate(at_inputs.value, logabsdet, error)
 
     def __call__(
         self, net: Callable[..., Tensor], inputs: Tensor, context: Tensor | None = None
@@ -104,37 +130,31 @@ class Exact(LogDetEstimator):
         generator: torch.Generator | None = None,
     ) -> LogDetEstimate:
         """Return the exact value with a standard error of zero; `generator` is not used."""
-        function = bind(net, context)
-        if len(self._chunks(inputs)) == 1:
-            outputs, logabsdet = _exact(function, inputs)
-            return LogDetEstimate(outputs, logabsdet, torch.zeros_like(logabsdet))
-        chunks = [_exact(function.select(rows), inputs[rows]) for rows in self._chunks(inputs)]
-        outputs = torch.cat([chunk[0] for chunk in chunks])
-        logabsdet = torch.cat([chunk[1] for chunk in chunks])
-        return LogDetEstimate(outputs, logabsdet, torch.zeros_like(logabsdet))
+        function, chunks = bind(net, context), self._chunks(inputs)
+        if len(chunks) == 1:
+            return super().estimate(function, inputs)
+        parts = [super(Exact, self).estimate(function.select(c), inputs[c]) for c in chunks]
+        outputs, logabsdet, errors = zip(*parts, strict=True)
+        return LogDetEstimate(torch.cat(outputs), torch.cat(logabsdet), torch.cat(errors))
+
+    def logabsdet(
+        self,
+        at_inputs: Linearization,
+        lipschitz: float | None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the exact value and zeros."""
+        jacobian = at_inputs.jacobian()
+        identity = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
+        logabsdet = log_abs_det(jacobian + identity)
+        return logabsdet, torch.zeros_like(logabsdet)
 
     def _chunks(self, inputs: Tensor) -> list[slice]:
         elements = max(1, inputs.shape[1:].numel()) ** 2
         size = self.chunk_size or max(1, _DENSE_ELEMENTS // elements)
+        if is_traced():
+            return [slice(None)]
         return [slice(start, start + size) for start in range(0, max(1, len(inputs)), size)]
-
-
-def linearize_endomap(function: ResidualFunction, inputs: Tensor) -> Linearization:
-    """Return g at `inputs`, or say that its values have another shape than its inputs."""
-    linearization = function.linearize(inputs)
-    if linearization.shape != inputs.shape:
-        raise ValueError(
-            f"the network maps shape {tuple(inputs.shape)} to {tuple(linearization.shape)}; "
-            "a residual block needs a network that keeps the shape of its inputs"
-        )
-    return linearization
-
-
-def _exact(function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    linearization = linearize_endomap(function, inputs)
-    identity = torch.eye(inputs.shape[1:].numel(), dtype=inputs.dtype, device=inputs.device)
-    logabsdet = log_abs_det(linearization.jacobian() + identity)
-    return linearization.value, logabsdet
 
 
 def log_abs_det(matrix: Tensor) -> Tensor:

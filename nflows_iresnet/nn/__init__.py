@@ -1,9 +1,9 @@
 """Networks with a certified Lipschitz bound: layers, activations, norms, bounds."""
 
 from nflows_iresnet.conditioning import context_mlp
-from nflows_iresnet.nn.activation import Activation
 from nflows_iresnet.nn.activations import (
     ELU,
+    Activation,
     CLipSwish,
     LipSwish,
     MaxMin,
@@ -13,25 +13,27 @@ from nflows_iresnet.nn.activations import (
     Softplus,
     Tanh,
 )
+from nflows_iresnet.nn.base import LipschitzNet
 from nflows_iresnet.nn.bounds import (
     conv_norm_bound,
     lipschitz_bound,
     spectral_norm_bound,
     spectral_penalty,
 )
-from nflows_iresnet.nn.conv_layers import LipschitzConv2d
-from nflows_iresnet.nn.conv_nets import LipschitzCNN
-from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, SymbolNorm
-from nflows_iresnet.nn.layers import LipschitzLinear
-from nflows_iresnet.nn.nets import LipschitzMLP
+from nflows_iresnet.nn.cnn import LipschitzCNN
+from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm
+from nflows_iresnet.nn.dense import LipschitzDenseNet
+from nflows_iresnet.nn.layers import LipschitzConv2d, LipschitzLinear
+from nflows_iresnet.nn.mlp import LipschitzMLP
 from nflows_iresnet.nn.norms import (
     FrobeniusNorm,
     MatrixNorm,
     OperatorNorm,
     PowerIteration,
+    SchattenNorm,
     SpectralNorm,
 )
-from nflows_iresnet.nn.schatten import SchattenNorm
+from nflows_iresnet.renamed import renamed
 
 __all__ = [
     "ELU",
@@ -39,12 +41,15 @@ __all__ = [
     "CLipSwish",
     "ConvNorm",
     "ConvPowerIteration",
+    "FourierNorm",
     "FrobeniusNorm",
     "LipSwish",
     "LipschitzCNN",
     "LipschitzConv2d",
+    "LipschitzDenseNet",
     "LipschitzLinear",
     "LipschitzMLP",
+    "LipschitzNet",
     "MatrixNorm",
     "MaxMin",
     "Mixed",
@@ -55,7 +60,6 @@ __all__ = [
     "SmoothAbs",
     "Softplus",
     "SpectralNorm",
-    "SymbolNorm",
     "Tanh",
     "context_mlp",
     "conv_norm_bound",
@@ -63,3 +67,5 @@ __all__ = [
     "spectral_norm_bound",
     "spectral_penalty",
 ]
+
+__getattr__ = renamed(__name__, {"SymbolNorm": "FourierNorm"})

@@ -3,17 +3,91 @@
 An activation a is applied unit by unit. Its module states a constant `lipschitz` >= sup |a'| (for
 activations that widen or mix units: the Lipschitz constant of the whole map), and returns the
 slopes a' beside the values, from which a network assembles its Jacobian.
+
+Implementing one: subclass `Activation`, implement `value_and_slope`, state `lipschitz` if it is not
+1. Implement `curvature` too if a'' is a function of value and slope: it makes training faster and
+changes nothing else.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.nn.activation import Activation, knows_curvature, knows_overwrite
+from nflows_iresnet.linearization import is_hooked
+
+
+class Activation(nn.Module, ABC):
+    """A unit-wise activation: values and slopes. Units lie along the last dimension.
+
+    Networks of images hand over their channels as the last dimension.
+
+    Attributes:
+        lipschitz: certified Lipschitz constant of the map with respect to the 2-norm.
+        widening: the number of output units per input unit. Output unit `j + i * n` of n inputs
+            depends on input unit `j` alone.
+    """
+
+    lipschitz: float = 1.0
+    widening: int = 1
+
+    @abstractmethod
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (a(x), a'(x)), both of shape (*, widening * units)."""
+
+    def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
+        """Return a''(x) where a(x) = value and a'(x) = slope.
+
+        Raises:
+            NotImplementedError: unless `has_curvature`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no curvature")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Forget an inherited curvature where the values and slopes are new."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "forward" in own and "value_and_slope" not in own:
+            raise TypeError(
+                f"{cls.__name__} replaces forward alone, so that its slopes are those of another "
+                "function: implement value_and_slope, from which forward follows"
+            )
+        if "value_and_slope" in own and "curvature" not in own:
+            cls.curvature = Activation.curvature  # type: ignore[method-assign]
+
+    @property
+    def has_curvature(self) -> bool:
+        """Whether `curvature` is implemented, and is all: parameters would need derivatives too."""
+        if type(self).curvature is Activation.curvature or self._parameters:
+            return False
+        return not self._modules or next(self.parameters(), None) is None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return a(x), shape (*, widening * units)."""
+        return self.value_and_slope(inputs)[0]
+
+
+def is_unit_wise(activation: nn.Module) -> bool:
+    """Whether slopes are known, and are those of a call: there are no hooks to change it."""
+    return isinstance(activation, Activation) and not _has_hooks(activation)
+
+
+def _has_hooks(module: nn.Module | None) -> bool:
+    """Whether a module or a part of it has hooks."""
+    return module is not None and (
+        is_hooked(module) or any(map(_has_hooks, module._modules.values()))
+    )
+
+
+def widening_of(activation: nn.Module) -> int:
+    """Return how many units an activation returns for each that it is given."""
+    return int(getattr(activation, "widening", 1))
 
 
 class SmoothAbs(Activation):
@@ -27,35 +101,23 @@ class SmoothAbs(Activation):
         tensor([0., 1.])
     """
 
-    has_curvature = True
-
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (sqrt(1 + x^2) - 1, x / sqrt(1 + x^2)), without overflow for large |x|."""
-        root = self._root(inputs)
+        root = torch.hypot(inputs, inputs.new_ones(()))
         return root - 1, inputs / root
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return sqrt(1 + x^2) - 1."""
-        return self._root(inputs) - 1
-
-    def overwrite(self, inputs: Tensor) -> Tensor:
-        """Return the same in place."""
-        return inputs.hypot_(inputs.new_ones(())).sub_(1)
+        return torch.hypot(inputs, inputs.new_ones(())) - 1
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return (1 + x^2)^{-3/2}."""
         inverse_root = (value + 1).reciprocal()
         return inverse_root * inverse_root * inverse_root
 
-    @staticmethod
-    def _root(inputs: Tensor) -> Tensor:
-        return torch.hypot(inputs, inputs.new_ones(()))
-
 
 class Sine(Activation):
     """a(x) = sin(x), slope cos(x) in [-1, 1]."""
-
-    has_curvature = True
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (sin x, cos x)."""
@@ -64,10 +126,6 @@ class Sine(Activation):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return sin x."""
         return inputs.sin()
-
-    def overwrite(self, inputs: Tensor) -> Tensor:
-        """Return the same in place."""
-        return inputs.sin_()
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return -sin x."""
@@ -93,12 +151,19 @@ class Mixed(Activation):
     """
 
     def __init__(self, first: Activation, second: Activation) -> None:
-        if first.widening != 1 or second.widening != 1:
-            raise ValueError("Mixed takes activations with one output per unit")
         super().__init__()
+        for each in (first, second):
+            if not isinstance(each, Activation) or each.widening != 1:
+                raise ValueError(
+                    f"Mixed takes activations with one output per unit such as Sine(), got {each!r}"
+                )
         self.first, self.second = first, second
         self.lipschitz = max(first.lipschitz, second.lipschitz)
-        self.has_curvature = knows_curvature(first) and knows_curvature(second)
+
+    @property
+    def has_curvature(self) -> bool:
+        """Whether both halves have one."""
+        return self.first.has_curvature and self.second.has_curvature
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values and slopes of both halves, side by side."""
@@ -111,15 +176,6 @@ class Mixed(Activation):
         """Return the values of both halves, side by side."""
         first, second = _halves(inputs)
         return torch.cat([self.first(first), self.second(second)], dim=-1)
-
-    def overwrite(self, inputs: Tensor) -> Tensor:
-        """Return the same in place."""
-        half = inputs.shape[-1] // 2
-        for each, part in (self.first, inputs[..., :half]), (self.second, inputs[..., half:]):
-            value = each.overwrite(part) if knows_overwrite(each) else each(part.clone())
-            if value is not part:
-                part.copy_(value)
-        return inputs
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return the curvatures of both halves, side by side."""
@@ -137,8 +193,6 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 class Tanh(Activation):
     """a(x) = tanh(x), slope 1 - tanh(x)^2 in (0, 1]."""
-
-    has_curvature = True
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (tanh x, 1 - tanh(x)^2)."""
@@ -158,8 +212,6 @@ class ELU(Activation):
         linear units, 2016. Used by Behrmann et al., Invertible residual networks, 2019.
     """
 
-    has_curvature = True
-
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (elu x, min(1, exp x))."""
         return F.elu(inputs), inputs.clamp(max=0).exp()
@@ -171,8 +223,6 @@ class ELU(Activation):
 
 class Softplus(Activation):
     """a(x) = log(1 + exp(x)), slope sigmoid(x) in (0, 1)."""
-
-    has_curvature = True
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (softplus x, sigmoid x)."""
@@ -262,3 +312,33 @@ class MaxMin(nn.Module):
             )
         first, second = inputs.chunk(2, dim=-1)
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=-1)
+
+
+def _elu(module: nn.ELU) -> float:
+    return max(1.0, abs(module.alpha))
+
+
+def _leaky_relu(module: nn.LeakyReLU) -> float:
+    return max(1.0, abs(module.negative_slope))
+
+
+_CONSTANTS_OF_TORCH: dict[type[nn.Module], Callable[[Any], float]] = {
+    nn.ELU: _elu,
+    nn.LeakyReLU: _leaky_relu,
+    nn.Identity: lambda _: 1.0,
+    nn.ReLU: lambda _: 1.0,
+    nn.Tanh: lambda _: 1.0,
+    nn.Softplus: lambda _: 1.0,
+    nn.Sigmoid: lambda _: 0.25,
+    nn.SiLU: lambda _: 1.1,
+    nn.GELU: lambda _: 1.13,
+}
+
+
+def constant_of(activation: nn.Module) -> float | None:
+    """Return a Lipschitz constant of an activation, ours or torch's; None if none is known."""
+    of_torch = _CONSTANTS_OF_TORCH.get(type(activation))
+    if of_torch is not None:
+        return of_torch(activation)
+    constant = getattr(activation, "lipschitz", None)
+    return constant if isinstance(constant, float) else None

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet.nn.activations import constant_of
 from nflows_iresnet.nn.conv_norms import (
     OVERSAMPLINGS,
     between_frequencies,
@@ -108,28 +109,11 @@ def _conv2d(module: nn.Conv2d) -> float:
     return max(conv_norm_bound(group) for group in module.weight.chunk(module.groups))
 
 
-def _elu(module: nn.ELU) -> float:
-    return max(1.0, abs(module.alpha))
-
-
-def _leaky_relu(module: nn.LeakyReLU) -> float:
-    return max(1.0, abs(module.negative_slope))
-
-
 _TORCH_BOUNDS: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.Linear: lambda module: spectral_norm_bound(module.weight),
     nn.Conv2d: _conv2d,
     nn.Sequential: _sequential,
-    nn.ELU: _elu,
-    nn.LeakyReLU: _leaky_relu,
-    nn.Identity: lambda _: 1.0,
     nn.Flatten: lambda _: 1.0,
-    nn.ReLU: lambda _: 1.0,
-    nn.Tanh: lambda _: 1.0,
-    nn.Softplus: lambda _: 1.0,
-    nn.Sigmoid: lambda _: 0.25,
-    nn.SiLU: lambda _: 1.1,
-    nn.GELU: lambda _: 1.13,
 }
 
 
@@ -158,7 +142,7 @@ def lipschitz_bound(module: nn.Module) -> float:
     bound = _TORCH_BOUNDS.get(type(module))
     if bound is not None:
         return bound(module)
-    if isinstance(constant := getattr(module, "lipschitz", None), float):
+    if (constant := constant_of(module)) is not None:
         return constant
     raise ValueError(
         f"no Lipschitz bound is known for {type(module).__name__}; give it a method "

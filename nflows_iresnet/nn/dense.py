@@ -1,189 +1,264 @@
-"""A dense network with fixed weights as a function, and its exact, cheap linearisation."""
+"""The densely connected network with a certified Lipschitz bound (i-DenseNet)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import Linearization, is_traced, row_products
-from nflows_iresnet.nn.activation import overwrite
-from nflows_iresnet.nn.dense_net import DenseNet, affine
-from nflows_iresnet.nn.layered import LayeredFunction
-from nflows_iresnet.nn.pushforward import Recorded, can_record, record
+from nflows_iresnet.conditioning import bounded_exp
+from nflows_iresnet.linearization import (
+    AutogradLinearization,
+    Linearization,
+    ResidualFunction,
+    row_products,
+    select_rows,
+)
+from nflows_iresnet.nn.activations import Activation, is_unit_wise, widening_of
+from nflows_iresnet.nn.base import LipschitzNet, validated_activation, validated_hidden, widened
+from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
+from nflows_iresnet.nn.layers import NormedLinear, rounding_margin, weights_and_norms
+from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm
+from nflows_iresnet.validation import validated_size
 
-_CHUNK = 2**16
-"""Values of a hidden layer that are computed together, where no graph keeps them.
 
-They stay in the cache, and their memory is used again at once; more costs two to three times as
-much per row on a CPU.
-"""
+class LipschitzDenseNet(LipschitzNet):
+    r"""A densely connected g with Lip(g) <= coeff in its inputs, for ANY stored weights.
+
+    Each hidden layer hands on what it was given beside what it computed, with learned weights
+    p_i, q_i > 0 of the two parts:
+
+        h_0 = x,    h_i = [p_i h_{i-1}, q_i a(W_i h_{i-1} + b_i)],    g(x) = W h_n + b.
+
+    **Certificate of the whole.** With s_i >= \|W_i\|_2 and l >= Lip(a), two points at distance r
+    have h_i at distance at most sqrt(p_i^2 + (q_i l s_i)^2) r apart if their h_{i-1} are r apart,
+    because the two parts are orthogonal. So Lip(g) <= \|W\| prod_i sqrt(p_i^2 + (q_i l s_i)^2), and
+    W is the stored last weight times min(1, coeff / that bound): only the product is constrained,
+    whatever the parts are. (Perugachi-Diaz et al. normalise p_i and q_i instead, layer by layer.)
+
+    Units are balanced by learned scales t, t a(z / t), and a context shifts every layer and
+    stretches every hidden unit, as in `LipschitzMLP`: neither changes a bound of a slope.
+
+    Args:
+        features: number of inputs and outputs.
+        hidden_features: what each hidden layer adds, before an activation widens it.
+        context_features: number of context values, or None.
+        activation: copied for each hidden layer; by default `Mixed(Sine(), SmoothAbs())`. The
+            paper's is `CLipSwish()`.
+        context_hidden_features: widths of the hidden layers of the context's network.
+        coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
+        norm: the norm that the weights are measured by; `SchattenNorm()` by default.
+        optional_context: whether a network with a context works without one, too: as another
+            function. By default a forgotten context is an error.
+
+    Raises:
+        ValueError: if a size is not positive or `coeff` is not in (0, 1).
+
+    References:
+        Perugachi-Diaz, Tomczak, Bhulai. Invertible DenseNets with concatenated LipSwish, 2021.
+
+    Example:
+        >>> import torch
+        >>> net = LipschitzDenseNet(2, [16, 16], coeff=0.9)
+        >>> net(torch.zeros(5, 2)).shape
+        torch.Size([5, 2])
+        >>> net.lipschitz_bound() <= 0.9
+        True
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: Sequence[int],
+        context_features: int | None = None,
+        *,
+        activation: nn.Module | None = None,
+        context_hidden_features: Sequence[int] = (64, 64),
+        coeff: float = 0.97,
+        norm: MatrixNorm | None = None,
+        optional_context: bool = False,
+    ) -> None:
+        self.features = features = validated_size("features", features)
+        hidden = validated_hidden("hidden_features", hidden_features)
+        activation = validated_activation(activation)
+        norm = norm if norm is not None else SchattenNorm()
+        added = [width * widening_of(activation) for width in hidden]
+        fed = accumulate([features, *added])
+        super().__init__(
+            [
+                NormedLinear(inputs, outputs, norm=norm)
+                for inputs, outputs in zip(fed, [*hidden, features], strict=True)
+            ],
+            hidden,
+            features,
+            activation=activation,
+            coeff=coeff,
+            context_features=context_features,
+            context_hidden_features=context_hidden_features,
+            optional_context=optional_context,
+        )
+        self.log_parts = nn.Parameter(torch.full((2, len(hidden)), -0.5 * math.log(2)))
+
+    def bind(self, context: Tensor | None = None) -> DenselyConnectedFunction:
+        """Return x -> g(x; context), see `LipschitzNet.bind`."""
+        weights, parts = self.effective_weights()
+        shifts = [cast(Tensor, layer.bias) for layer in self.normed_layers]
+        stretches = [bounded_exp(each) for each in self.log_scales]
+        conditions = self.conditions(context)
+        if conditions is not None:
+            additions, factors = conditions
+            shifts = [bias + addition for bias, addition in zip(shifts, additions, strict=True)]
+            stretches = [scale * by for scale, by in zip(stretches, factors, strict=True)]
+        return DenselyConnectedFunction(
+            weights, shifts, list(self.activations), parts, stretches, self.lipschitz
+        )
+
+    def effective_weights(self) -> tuple[list[Tensor], Tensor]:
+        """Return the weights W_i that are used, (out, in), and the parts p and q, (2, hidden)."""
+        for layer in self.normed_layers:
+            layer.refuse_other_hooks()
+        stacks, norms = weights_and_norms([self.normed_layers])
+        *hidden, last = [stack[0] for stack in stacks]
+        parts = bounded_exp(self.log_parts)
+        kept, added = parts.double()
+        constants = norms.new_tensor([lipschitz_bound(each) for each in self.activations])
+        growths = kept.square() + (added * constants * norms[:-1, 0]).square()
+        log_bound = norms[-1, 0].log() + growths.log().sum() / 2
+        log_target = math.log(self.coeff * rounding_margin(last))
+        factor = (log_target - log_bound).clamp_max(0).exp()
+        return [*hidden, last * factor.to(last.dtype)], parts
+
+    @torch.no_grad()
+    def lipschitz_bound(self) -> float:
+        """Return a certified upper bound of Lip(g) from the weights as they are used now."""
+        (*hidden, last), parts = self.effective_weights()
+        bound = spectral_norm_bound(last)
+        for weight, (kept, added), activation in zip(
+            hidden, parts.double().mT.tolist(), self.activations, strict=True
+        ):
+            slope = lipschitz_bound(activation) * spectral_norm_bound(weight)
+            bound *= math.hypot(kept, added * slope)
+        return bound
 
 
 @dataclass(frozen=True)
-class DenseFunction(LayeredFunction):
-    """g(x) = W_n a(... a(W_1 x + b_1) ...) + b_n with matrices W_i; see `LayeredFunction`."""
+class DenselyConnectedFunction(ResidualFunction):
+    r"""The function of `LipschitzDenseNet` with fixed weights, on rows (B, features).
 
-    def _affine(self, inputs: Tensor, index: int) -> Tensor:
-        return affine(inputs, self.weights[index], self.shifts[index])
+    Attributes:
+        weights: W_1, ..., W_n, W, shapes (out, in).
+        shifts: b_i, shapes (out,), or (B, out) where they depend on a context.
+        activations: one per hidden layer.
+        parts: p and q, shape (2, n).
+        stretches: e_i > 0, shapes (hidden,) or (B, hidden), the activations being e a(z / e); none
+            where activations mix units.
+        lipschitz: a bound of Lip(g) that is guaranteed, or None.
+    """
+
+    weights: Sequence[Tensor]
+    shifts: Sequence[Tensor]
+    activations: Sequence[nn.Module]
+    parts: Tensor
+    stretches: Sequence[Tensor] = ()
+    lipschitz: float | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return g(inputs), shape (B, features)."""
-        if torch.is_grad_enabled() or self.stretches or is_traced():
-            return super().__call__(inputs)
-        count, rows = inputs.shape[0], self._chunk_rows
-        is_large = inputs.dim() == 2 and count > rows and inputs.device.type == "cpu"
-        if not is_large or any(len(s) not in (1, count) for s in self.shifts if s.dim() == 2):
-            return self._without_graph(inputs)
-        parts = [slice(start, start + rows) for start in range(0, count, rows)]
-        return torch.cat([self.select(part)(inputs[part]) for part in parts])
-
-    @cached_property
-    def _chunk_rows(self) -> int:
-        return max(1, _CHUNK // max(weight.shape[0] for weight in self.weights))
-
-    def _without_graph(self, inputs: Tensor) -> Tensor:
-        hidden = inputs
-        for index, activation in enumerate(self.activations):
-            hidden = overwrite(activation, self._affine(hidden, index))
-        return self._affine(hidden, len(self.activations))
+        return self._evaluate(inputs, None)
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""
-        net = DenseNet(self.weights, self.shifts, self.activations, self.stretches)
-        if inputs.dim() == 2 and can_record(net):
-            return RecordedLinearization(net, inputs)
-        return super().linearize(inputs)
+        if not all(map(is_unit_wise, self.activations)):
+            return AutogradLinearization(self, inputs)
+        slopes: list[Tensor] = []
+        return DenselyConnectedLinearization(self._evaluate(inputs, slopes), self, slopes)
 
-    def _linearization(self, value: Tensor, slopes: list[Tensor]) -> Linearization:
-        return DenseLinearization(value, self._widened_weights(), slopes)
+    def _evaluate(self, inputs: Tensor, slopes: list[Tensor] | None) -> Tensor:
+        """Return g(inputs), and append q_i a'(z_i) of each hidden layer where they are wanted."""
+        if inputs.dim() == 0 or inputs.shape[-1] != self.weights[0].shape[1]:
+            raise ValueError(
+                f"expected inputs of shape (batch, {self.weights[0].shape[1]}), got "
+                f"{tuple(inputs.shape)}"
+            )
+        hidden = inputs
+        for index, activation in enumerate(self.activations):
+            units = F.linear(hidden, self.weights[index]) + self.shifts[index]
+            stretch = self.stretches[index] if self.stretches else units.new_ones(())
+            kept, added = self.parts[:, index]
+            if slopes is None:
+                value = activation(units / stretch)
+            else:
+                value, slope = cast(Activation, activation).value_and_slope(units / stretch)
+                slopes.append(added * slope)
+            if self.stretches:
+                value = value * widened(stretch, activation)
+            hidden = torch.cat([kept * hidden, added * value], dim=-1)
+        return F.linear(hidden, self.weights[-1]) + self.shifts[-1]
+
+    def select(self, rows: Tensor | slice) -> DenselyConnectedFunction:
+        """Return the same function with the shifts and stretches of `rows` only."""
+        shifts, stretches = [
+            [each if each.dim() == 1 else select_rows(each, rows) for each in group]
+            for group in (self.shifts, self.stretches)
+        ]
+        return replace(self, shifts=shifts, stretches=stretches)
 
 
-class DenseLinearization(Linearization):
-    r"""J = W_n D_{n-1} W_{n-1} ... D_1 W_1 with the diagonal slopes D_i = diag(a'(z_i)) saved.
+class DenselyConnectedLinearization(Linearization):
+    r"""J = W M_n ... M_1 with M_i = [p_i I; q_i D_i W_i] and the diagonal slopes D_i saved.
 
-    Cost: `vjp` and `jvp` are one pass through the weights, a third to a half of what automatic
-    differentiation needs. `jacobian` is one matrix product per layer with D columns per row.
-    `trace` is, for one hidden layer,
-
-        tr J = sum_k D_1[k] (W_1 W_2)[k, k],
-
-    and for two, tr J = D_2^T (W_2 o (W_1 W_3)^T) D_1: independent of the number of dimensions per
-    row, after one product of weights per batch. It counts as cheap where that product costs at most
-    half of what a product with J costs for the whole batch.
+    Cost: `vjp` and `jvp` are one pass through the weights. `jacobian` is one product per layer with
+    D columns per row.
 
     Args:
         value: g(x), shape (B, features).
-        weights: W_i, shapes (out, in).
-        slopes: a'(z_i), shapes (B, hidden).
+        function: what is linearised.
+        slopes: q_i a'(z_i), shapes (B, hidden).
     """
 
-    def __init__(self, value: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+    def __init__(
+        self, value: Tensor, function: DenselyConnectedFunction, slopes: Sequence[Tensor]
+    ) -> None:
         self.value = value
-        self._weights = weights
-        self._slopes = slopes
-        self.has_cheap_trace = _has_cheap_trace(weights, len(value))
+        self._last, self._kept, self._slopes = function.weights[-1], function.parts[0], slopes
+        self._weights = [
+            torch.cat([weight] * widening_of(activation))
+            for weight, activation in zip(function.weights, function.activations, strict=False)
+        ]
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        """Return J^T v = W_1^T D_1 ... W_n^T v."""
-        product = cotangent @ self._weights[-1]
-        for weight, slope in zip(self._weights[-2::-1], self._slopes[::-1], strict=True):
-            product = (product * slope) @ weight
+        """Return J^T v = M_1^T ... M_n^T W^T v."""
+        product = cotangent @ self._last
+        for weight, slope, kept in zip(
+            reversed(self._weights), reversed(self._slopes), self._kept.flip(0), strict=True
+        ):
+            passed, computed = product.split([weight.shape[1], weight.shape[0]], dim=-1)
+            product = kept * passed + (computed * slope) @ weight
         return product
 
     def jvp(self, tangent: Tensor) -> Tensor:
-        """Return J v = W_n ... D_1 W_1 v."""
-        product = F.linear(tangent, self._weights[0])
-        for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
-            product = F.linear(product * slope, weight)
-        return product
+        """Return J v = W M_n ... M_1 v."""
+        return self._pushed(tangent, self._slopes)
 
-    def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+    def _pushed(self, tangent: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+        for weight, slope, kept in zip(self._weights, slopes, self._kept, strict=True):
+            tangent = torch.cat([kept * tangent, F.linear(tangent, weight) * slope], dim=-1)
+        return F.linear(tangent, self._last)
+
+    def bilinear(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
         """Return w^T J v for each w, shape (B,), from one J v."""
         pushed = self.jvp(tangent)
         return [row_products(cotangent, pushed) for cotangent in cotangents]
 
     def jacobian(self) -> Tensor:
         """Return J, shape (B, features, features), from the tangents of all coordinates at once."""
-        columns = self._weights[0].mT.expand(len(self.value), -1, -1)
-        for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
-            columns = F.linear(columns * slope[:, None, :], weight)
-        return columns.mT
-
-    def trace(self) -> Tensor:
-        """Return tr J, shape (B,)."""
-        if len(self._weights) == 1:
-            return self._weights[0].trace().expand(len(self.value))
-        slopes = self._slopes
-        if len(slopes) == 1:
-            return slopes[0] @ (self._weights[0] * self._weights[1].mT).sum(1)
-        if len(slopes) == 2:
-            first, second, third = self._weights
-            coupling = second * (first @ third).mT
-            return ((slopes[1] @ coupling) * slopes[0]).sum(1)
-        return super().trace()
-
-
-def _has_cheap_trace(weights: Sequence[Tensor], rows: int) -> bool:
-    if len(weights) <= 2:
-        return True
-    product = weights[0].numel() * weights[2].shape[1]
-    return len(weights) == 3 and 2 * product <= rows * sum(weight.numel() for weight in weights)
-
-
-class RecordedLinearization(DenseLinearization):
-    """The same linearisation, with all that is differentiated in one node of the graph.
-
-    The network is evaluated once, without a graph. Where gradients are recorded, the first of
-    `jvp`, `jacobian`, `trace` and `value` to be asked for makes the node of `nn.pushforward`, and
-    the others take their part of it; so ask for products before the value.
-
-    Args:
-        net: a network for which `can_record` holds.
-        inputs: x, shape (B, features).
-    """
-
-    def __init__(self, net: DenseNet, inputs: Tensor) -> None:
-        self._net, self._inputs = net, inputs
-        with torch.no_grad():
-            self._evaluation = net.evaluate(inputs)
-        self._recorded: Recorded | None = None
-        self._weights = list(net.weights)
-        self.has_cheap_trace = _has_cheap_trace(self._weights, len(inputs))
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of the value."""
-        return self._evaluation.value.shape
-
-    @property
-    def value(self) -> Tensor:  # type: ignore[override]
-        """g(x), shape (B, features)."""
-        return self._node().value if torch.is_grad_enabled() else self._evaluation.value
-
-    @property
-    def _slopes(self) -> Sequence[Tensor]:  # type: ignore[override]
-        return self._node().slopes if torch.is_grad_enabled() else self._evaluation.slopes
-
-    def _node(self) -> Recorded:
-        if self._recorded is None:
-            self._recorded = self._record(self._inputs.new_zeros(0, *self._inputs.shape))
-        return self._recorded
-
-    def _record(self, tangents: Tensor | None) -> Recorded:
-        recorded = record(self._net, self._evaluation, self._inputs, tangents)
-        if torch.is_grad_enabled() and self._recorded is None:
-            self._recorded = recorded
-        return recorded
-
-    def jvp(self, tangent: Tensor) -> Tensor:
-        """Return J v."""
-        return self._record(tangent[None]).pushed[0]
-
-    def jacobian(self) -> Tensor:
-        """Return J, shape (B, features, features)."""
-        return self._record(None).pushed.permute(1, 2, 0)
+        features = self.value.shape[-1]
+        basis = torch.eye(features, dtype=self.value.dtype, device=self.value.device)
+        columns = basis.expand(self.value.shape[0], -1, -1)
+        return self._pushed(columns, [slope[:, None, :] for slope in self._slopes]).mT

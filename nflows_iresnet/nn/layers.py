@@ -1,24 +1,36 @@
-"""Layers with a certified Lipschitz constant."""
+"""Layers with a certified Lipschitz constant, and how weights are divided by their norms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
+from torch.nn.utils.weight_norm import WeightNorm
 
 from nflows_iresnet.linearization import is_traced
-from nflows_iresnet.nn.bounds import spectral_norm_bound
-from nflows_iresnet.nn.norms import NOT_FINITE, MatrixNorm, OperatorNorm, State
-from nflows_iresnet.nn.schatten import SchattenNorm
+from nflows_iresnet.nn.bounds import conv_norm_bound, spectral_norm_bound
+from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm
+from nflows_iresnet.nn.convolution import PaddingMode, convolve, validated_padding_mode
+from nflows_iresnet.nn.norms import (
+    NOT_FINITE,
+    MatrixNorm,
+    OperatorNorm,
+    SchattenNorm,
+    State,
+    norms_of,
+)
+from nflows_iresnet.settings import SettingsInState
+from nflows_iresnet.validation import validated_size
 
 
 def validated_coeff(coeff: float) -> float:
     """Return a Lipschitz coefficient if it is in (0, 1)."""
-    if not 0 < coeff < 1:
+    if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not 0 < coeff < 1:
         raise ValueError(
             f"coeff must be between 0 and 1, exclusive, got {coeff}: y = x + g(x) is guaranteed to "
             "be invertible only for Lip(g) < 1; try 0.97"
@@ -40,6 +52,10 @@ def rounding_margin(weight: Tensor) -> float:
     return 1 - 2 * torch.finfo(weight.dtype).eps * terms**0.5
 
 
+_WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNormHook)
+"""Hooks before a call that set the weight from other parameters, whatever the inputs are."""
+
+
 class NormedLayer(nn.Module):
     """A layer with a weight whose norm it knows; mixed into a layer of torch."""
 
@@ -57,9 +73,26 @@ class NormedLayer(nn.Module):
         for name, buffer in state.items():
             self.register_buffer(name, buffer)
 
+    def run_weight_hooks(self) -> None:
+        """Let hooks that compute the weight do so, where the layer itself is not called."""
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, _WEIGHT_HOOKS):
+                hook(self, ())
+
+    def refuse_other_hooks(self) -> None:
+        """Raise for hooks before a call that would never run: networks do not call their layers."""
+        for hook in self._forward_pre_hooks.values():
+            if not isinstance(hook, _WEIGHT_HOOKS):
+                raise ValueError(
+                    f"{type(self).__name__} has a forward_pre_hook that would never run, {hook!r}: "
+                    "the layers of a network are evaluated together. Use "
+                    "torch.nn.utils.parametrize to change a weight, or a hook of the whole network"
+                )
+
     def advance_norm(self) -> None:
-        """Improve the buffers of the norm, in training mode."""
-        if self.training and self._state_names:
+        """Improve the buffers of the norm, in training mode; not inside `torch.func`."""
+        is_writable = torch.compiler.is_compiling() or not is_traced()
+        if self.training and self._state_names and is_writable:
             self.norm.advance(self.weight, self.norm_state())
 
     def norm_state(self) -> State:
@@ -90,7 +123,7 @@ class NormedLinear(NormedLayer, nn.Linear):
         self._adopt(norm, MatrixNorm)
 
 
-class LipschitzLinear(NormedLinear):
+class LipschitzLinear(SettingsInState, NormedLinear):
     r"""x -> W x + b with \|W\|_2 <= coeff at every moment: W = V min(1, coeff / norm(V)).
 
     Stateless: the stored weight V may be anything, at any time, in any mode; the weight used is
@@ -128,11 +161,13 @@ class LipschitzLinear(NormedLinear):
         super().__init__(in_features, out_features, bias=bias, norm=norm or SchattenNorm())
         self.coeff = validated_coeff(coeff)
 
+    def settings(self) -> Mapping[str, object]:
+        """Return the coefficient and the norm."""
+        return {"coeff": self.coeff, "norm": self.norm}
+
     def effective_weight(self) -> Tensor:
         """Return W, the weight that is used, shape (out, in)."""
-        log_target = math.log(self.coeff * rounding_margin(self.weight))
-        (weight,), factor = normalised([[self]], log_target)
-        return weight[0] * factor
+        return _divided(self, self.coeff)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return W x + b, shape (*, out)."""
@@ -147,16 +182,140 @@ class LipschitzLinear(NormedLinear):
         return f"{super().extra_repr()}, coeff={self.coeff}"
 
 
+class NormedConv2d(NormedLayer, nn.Conv2d):
+    r"""A convolution that keeps the image's size and knows a norm of its weight, but uses none.
+
+    The building block of networks that normalise several layers together.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: odd.
+        bias: whether to add a bias.
+        padding_mode: 'zeros' or 'circular'.
+        norm: the strategy for the operator norm.
+    """
+
+    padding_mode: PaddingMode
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        norm: ConvNorm,
+    ) -> None:
+        size = validated_kernel_size(kernel_size)
+        super().__init__(
+            validated_size("in_channels", in_channels),
+            validated_size("out_channels", out_channels),
+            size,
+            padding=size // 2,
+            bias=bias,
+            padding_mode=validated_padding_mode(padding_mode),
+        )
+        if isinstance(norm, ConvPowerIteration) and norm.padding_mode != padding_mode:
+            raise ValueError(
+                f"the layer has padding_mode {padding_mode!r}, but its norm iterates with "
+                f"{norm.padding_mode!r}; give {norm} the same"
+            )
+        self._adopt(norm, ConvNorm)
+
+
+def validated_kernel_size(kernel_size: int) -> int:
+    """Return the size of a kernel if it is odd."""
+    if validated_size("kernel_size", kernel_size) % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be odd, got {kernel_size}: an even kernel has no centre, so it "
+            "cannot keep the size of an image"
+        )
+    return int(kernel_size)
+
+
+class LipschitzConv2d(SettingsInState, NormedConv2d):
+    r"""x -> W * x + b with \|W *\| <= coeff at every moment, for images of every size.
+
+    W = V min(1, coeff / norm(V)) of the stored V, with stride 1 and a padding that keeps the size.
+    Stateless: the stored weight V may be anything, at any time, in any mode; the weight used is
+    computed from it in each call, whatever the size of the images.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: odd.
+        bias: whether to add a bias.
+        padding_mode: 'zeros' or 'circular'.
+        coeff: the bound, in (0, 1).
+        norm: an upper bound of the operator norm; `FourierNorm()` by default. With
+            `ConvPowerIteration` nothing is guaranteed.
+
+    Raises:
+        ValueError: if `coeff` is not in (0, 1), the kernel is even, or the padding mode is another.
+
+    Example:
+        >>> layer = LipschitzConv2d(3, 4, 3, coeff=0.9)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.mul_(1e6)
+        >>> layer(torch.zeros(2, 3, 8, 5)).shape
+        torch.Size([2, 4, 8, 5])
+        >>> layer.lipschitz_bound() <= 0.9
+        True
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        *,
+        padding_mode: PaddingMode = "zeros",
+        coeff: float = 0.97,
+        norm: ConvNorm | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            bias=bias,
+            padding_mode=padding_mode,
+            norm=norm or FourierNorm(),
+        )
+        self.coeff = validated_coeff(coeff)
+
+    def settings(self) -> Mapping[str, object]:
+        """Return the coefficient, the norm and the padding."""
+        return {"coeff": self.coeff, "norm": self.norm, "padding_mode": self.padding_mode}
+
+    def effective_weight(self) -> Tensor:
+        """Return W, the weight that is used, shape (out, in, k, k)."""
+        return _divided(self, self.coeff)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return W * x + b, shape (B, out, H, W)."""
+        return convolve(input, self.effective_weight(), self.padding_mode, self.bias)
+
+    @torch.no_grad()
+    def lipschitz_bound(self) -> float:
+        """Return a certified upper bound of the norm of the convolution that is used."""
+        return conv_norm_bound(self.effective_weight())
+
+    def extra_repr(self) -> str:
+        """Show the sizes, the norm and the coefficient."""
+        return f"{super().extra_repr()}, coeff={self.coeff}"
+
+
 def normalised(
     nets: Sequence[Sequence[NormedLayer]], log_budget: float
 ) -> tuple[list[Tensor], Tensor]:
-    r"""Return the stored weights V_i and f = min(1, exp(log_budget) / s)^{1/n}, s = prod norm(V_i).
+    r"""Return the stored weights V_i and what to multiply them by, so that they keep a budget.
 
-    Layers at the same place in several networks are normalised together: K networks cost hardly
-    more than one. All norms are computed without a graph. By Euler's theorem (see `OperatorNorm`)
-    the derivative of log s = sum_i log norm(V_i) is that of t = sum_i <N_i, V_i> with N_i = grad
-    norm(V_i) / norm(V_i) held constant, so the factor f has the value computed in float64 and the
-    derivative -f / n dt where the budget is exceeded.
+    f = min(1, exp(log_budget) / s)^{1/n} with s = prod_i norm(V_i): the product of the norms of the
+    f V_i is at most exp(log_budget). Layers at the same place in several networks are normalised
+    together: K networks cost hardly more than one.
 
     Args:
         nets: for each network the layers that share its budget; those at the same place have the
@@ -166,30 +325,39 @@ def normalised(
     Returns:
         For each place the stored weights of all networks, shape (K, out, in), and the factors,
         shape (K,), differentiable in them.
+
+    Raises:
+        ValueError: if a weight is not finite, on the CPU; elsewhere the factor is not finite.
     """
+    stacks, norms = weights_and_norms(nets)
+    excess = (norms.log().sum(0) - log_budget).clamp_min(0)
+    factors = (-excess / len(stacks)).exp()
+    return stacks, factors.to(stacks[0].dtype)
+
+
+def weights_and_norms(nets: Sequence[Sequence[NormedLayer]]) -> tuple[list[Tensor], Tensor]:
+    """Return stored weights and their norms, those at the same place in several networks together.
+
+    Args:
+        nets: for each network its layers; those at the same place have the same shape and norm.
+
+    Returns:
+        For each place the stored weights of all K networks, shape (K, out, in), and the norms,
+        shape (places, K) in float64, positive and differentiable in the weights.
+
+    Raises:
+        ValueError: if a weight is not finite, on the CPU, or a layer has hooks that cannot run.
+    """
+    for layer in [layer for net in nets for layer in net]:
+        layer.run_weight_hooks()
+        if torch.is_grad_enabled():
+            layer.advance_norm()
     places = list(zip(*nets, strict=True))
     stacks = [stacked(layer.weight for layer in place) for place in places]
-    if torch.is_grad_enabled():
-        for layer in chain.from_iterable(places):
-            layer.advance_norm()
-    with torch.no_grad(), torch.autocast(stacks[0].device.type, enabled=False):
-        values, gradients = _norms_and_gradients(places, stacks)
-        _check_finite(values)
-        norms = values.clamp_min(_TINY)
-        excess = (norms.log().sum(0) - log_budget).clamp_min(0)
-        factors = (-excess / len(places)).exp()
-        rates = torch.where(excess > 0, factors / len(places), 0.0) / norms
-        factors, rates = factors.to(stacks[0].dtype), rates.to(stacks[0].dtype)
-    if torch.is_grad_enabled():
-        changes = torch.stack(
-            [
-                (gradient.to(stack.dtype) * stack).flatten(start_dim=1).sum(1)
-                for gradient, stack in zip(gradients, stacks, strict=True)
-            ]
-        )
-        paired = (rates * changes).sum(0)
-        factors = factors - (paired - paired.detach())
-    return stacks, factors
+    states = [[layer.norm_state() for layer in place] for place in places]
+    norms = norms_of(stacks, [place[0].norm for place in places], states)
+    _check_finite(norms)
+    return stacks, norms.clamp_min(_TINY)
 
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -207,32 +375,7 @@ def stacked(tensors: Iterable[Tensor]) -> Tensor:
     return several[0][None] if len(several) == 1 else torch.stack(several)
 
 
-def _norms_and_gradients(
-    places: Sequence[Sequence[NormedLayer]], stacks: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the norms (places, K) and their gradients; places of one size are taken together."""
-    groups: dict[object, list[int]] = {}
-    for index, (place, stack) in enumerate(zip(places, stacks, strict=True)):
-        is_plain_matrix = stack.dim() == 3 and not place[0].norm_state()
-        size = tuple(sorted(stack.shape[1:])) if is_plain_matrix else ("place", index)
-        groups.setdefault((place[0].norm, size), []).append(index)
-    of_place: dict[int, tuple[Tensor, Tensor]] = {}
-    for indices in groups.values():
-        pairs = _of_one_size([places[i] for i in indices], [stacks[i] for i in indices])
-        of_place.update(zip(indices, pairs, strict=True))
-    values, gradients = zip(*[of_place[index] for index in range(len(places))], strict=True)
-    return torch.stack(values), list(gradients)
-
-
-def _of_one_size(
-    places: Sequence[Sequence[NormedLayer]], stacks: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return norms and gradients of stacks of weights that differ by a transposition at most."""
-    is_turned = [stack.shape != stacks[0].shape for stack in stacks]
-    alike = [stack.mT if turned else stack for stack, turned in zip(stacks, is_turned, strict=True)]
-    states = [layer.norm_state() for layer in chain.from_iterable(places)]
-    together = alike[0] if len(alike) == 1 else torch.cat(alike)
-    values, gradients = places[0][0].norm.of_stack(together, states)
-    count = len(stacks[0])
-    parts = zip(values.split(count), gradients.split(count), is_turned, strict=True)
-    return [(value, each.mT if turned else each) for value, each, turned in parts]
+def _divided(layer: NormedLayer, coeff: float) -> Tensor:
+    """Return the weight of a layer, divided by its norm where that exceeds a coefficient."""
+    (weight,), factor = normalised([[layer]], math.log(coeff * rounding_margin(layer.weight)))
+    return weight[0] * factor

@@ -17,11 +17,12 @@ from nflows_iresnet.solvers.anderson import Anderson
 from nflows_iresnet.solvers.base import (
     Accelerator,
     FixedPointNotConverged,
+    Progress,
+    SelectableMap,
     Solution,
     Solver,
 )
-from nflows_iresnet.solvers.picard import FixedPointIteration
-from nflows_iresnet.solvers.progress import Progress, SelectableMap
+from nflows_iresnet.solvers.fixed_point import FixedPointIteration
 
 __all__ = [
     "Accelerator",

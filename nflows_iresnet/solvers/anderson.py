@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nflows_iresnet.solvers.base import Accelerator, Solver
-from nflows_iresnet.solvers.progress import Progress
+from nflows_iresnet.solvers.base import Accelerator, Progress, Solver, holds
 
 _GROWTH = 2.0
 """A residual this many times the best one makes Anderson return to the best point."""
@@ -20,19 +19,52 @@ class _Guarded(Accelerator):
 
     def propose(self, point: Tensor, image: Tensor, best: Progress) -> Tensor:
         """Return the extrapolated points, or plain steps."""
+        unit = None if best.has_plain_squares else _unit(best)
         if best.is_latest:
-            return self._extrapolate(best.residual, image)
-        is_near = (best.latest_norm <= _GROWTH * best.residual_norm) | ~best.is_open
-        if bool(is_near.all()):
-            return self._extrapolate(image - point, image)
+            return self._extrapolate(best.residual, image, unit)
+        residual = image - point
+        is_near = (best.latest_norm / _GROWTH <= best.residual_norm) | ~best.is_open
+        if best.looks_each_step and holds(is_near):
+            return self._extrapolate(residual, image, unit)
         column, plain = is_near[:, None], best.value + best.residual
-        residual = torch.where(column, image - point, best.residual)
-        extrapolated = self._extrapolate(residual, torch.where(column, image, plain))
-        return torch.where(column, extrapolated, plain)
+        residual = torch.where(column, residual, best.residual)
+        image = torch.where(column, image, plain)
+        return torch.where(column, self._extrapolate(residual, image, unit), plain)
 
     @abstractmethod
-    def _extrapolate(self, residual: Tensor, image: Tensor) -> Tensor:
-        """Remember a residual and an image, (B, D), and return the next point."""
+    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor | None) -> Tensor:
+        """Remember a residual and its image, (B, D), and return the next point.
+
+        Args:
+            residual: f(x) - x, shape (B, D).
+            image: f(x), shape (B, D).
+            unit: of the next step, see `_unit`.
+        """
+
+
+def _unit(best: Progress) -> Tensor:
+    """Return the size of what a step changes, (B, 1), in which its square is about one.
+
+    Rows that are done change by rounding at most.
+    """
+    size = best.size.clamp_min(torch.finfo(best.size.dtype).tiny)
+    return torch.where(best.is_open, best.residual_norm, size)[:, None]
+
+
+class _Seen:
+    """A residual and its image, (B, D), and the unit (B, 1) of the step that leaves them."""
+
+    def __init__(self, residual: Tensor, image: Tensor, unit: Tensor | None) -> None:
+        self.residual, self.image, self.unit = residual, image, unit
+
+    def select(self, rows: Tensor) -> _Seen:
+        unit = None if self.unit is None else self.unit[rows]
+        return _Seen(self.residual[rows], self.image[rows], unit)
+
+    def step_to(self, other: _Seen) -> tuple[Tensor, Tensor]:
+        """Return the differences of the residuals and of the images, in the unit."""
+        residual, image = other.residual - self.residual, other.image - self.image
+        return (residual, image) if self.unit is None else (residual / self.unit, image / self.unit)
 
 
 class _Step:
@@ -42,12 +74,11 @@ class _Step:
         self.residual, self.image, self.size = residual, image, size
 
     @classmethod
-    def between(cls, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> _Step:
-        """Return the step between two pairs of a residual and its image."""
-        residual, image = now[0] - before[0], now[1] - before[1]
-        kind = torch.finfo(residual.dtype)
-        smallest = kind.tiny / _rounding(residual)
-        return cls(residual, image, torch.linalg.vecdot(residual, residual).clamp_(smallest))
+    def between(cls, before: _Seen, now: _Seen) -> _Step:
+        """Return the step between two points."""
+        residual, image = before.step_to(now)
+        smallest = torch.finfo(residual.dtype).tiny / _rounding(residual)
+        return cls(residual, image, torch.linalg.vecdot(residual, residual).clamp_min(smallest))
 
     def select(self, rows: Tensor) -> _Step:
         return _Step(self.residual[rows], self.image[rows], self.size[rows])
@@ -80,17 +111,16 @@ class _ShortMemory(_Guarded):
 
     def __init__(self, history: int) -> None:
         self._history = history
-        self._before: tuple[Tensor, Tensor] | None = None
+        self._before: _Seen | None = None
         self._older: _Step | None = None
 
     def select(self, rows: Tensor) -> None:
         """Forget the other rows."""
-        if self._before is not None:
-            self._before = (self._before[0][rows], self._before[1][rows])
+        self._before = self._before and self._before.select(rows)
         self._older = self._older and self._older.select(rows)
 
-    def _extrapolate(self, residual: Tensor, image: Tensor) -> Tensor:
-        before, self._before = self._before, (residual, image)
+    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor | None) -> Tensor:
+        before, self._before = self._before, _Seen(residual, image, unit)
         if before is None:
             return image
         step = _Step.between(before, self._before)
@@ -115,27 +145,28 @@ class _LongMemory(_Guarded):
     Slots that are not filled yet hold zeros, and get the coefficient zero.
     """
 
-    def __init__(self, history: int, init: Tensor) -> None:
-        self._history, self._count = history, -1
-        self._residual_steps = init.new_zeros(len(init), history, init.shape[1])
-        self._image_steps = torch.zeros_like(self._residual_steps)
-        self._gram = init.new_zeros(len(init), history, history)
-        self._residual = self._image = init
+    def __init__(self, history: int) -> None:
+        self._history, self._count = history, 0
+        self._before: _Seen | None = None
 
     def select(self, rows: Tensor) -> None:
         """Forget the other rows."""
         for name, values in vars(self).items():
             if isinstance(values, Tensor):
                 setattr(self, name, values[rows])
+        self._before = self._before and self._before.select(rows)
 
-    def _extrapolate(self, residual: Tensor, image: Tensor) -> Tensor:
+    def _extrapolate(self, residual: Tensor, image: Tensor, unit: Tensor | None) -> Tensor:
         """Combine the images so that the same combination of residuals is smallest."""
-        step, image_step = residual - self._residual, image - self._image
-        self._residual, self._image = residual, image
-        self._count += 1
-        if self._count == 0:
+        before, self._before = self._before, _Seen(residual, image, unit)
+        if before is None:
             return image
-        slot = (self._count - 1) % self._history
+        step, image_step = before.step_to(self._before)
+        if self._count == 0:
+            self._residual_steps = step.new_zeros(step.shape[0], self._history, step.shape[1])
+            self._image_steps = torch.zeros_like(self._residual_steps)
+            self._gram = step.new_zeros(step.shape[0], self._history, self._history)
+        slot, self._count = self._count % self._history, self._count + 1
         self._residual_steps[:, slot] = step
         self._image_steps[:, slot] = image_step
         products = torch.stack([step, residual], dim=1) @ self._residual_steps.mT
@@ -190,4 +221,4 @@ class Anderson(Solver):
     def start(self, init: Tensor) -> Accelerator:
         """Return an empty memory."""
         history = min(self.history, max(1, init.shape[1]))
-        return _ShortMemory(history) if history <= 2 else _LongMemory(history, init)
+        return _ShortMemory(history) if history <= 2 else _LongMemory(history)

@@ -22,6 +22,7 @@ CLAUSES: dict[str, Clause] = {
         values.same_seed_negates,
         values.rows_are_independent,
         values.context_matters,
+        values.forgotten_context,
         values.few_rows,
         gradients.weighted_gradient,
         gradients.every_parameter_learns,

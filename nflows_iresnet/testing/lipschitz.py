@@ -38,7 +38,10 @@ def check_lipschitz(
         norms = torch.linalg.matrix_norm(_batch_jacobian(net, points), ord=2)
         largest = max(largest, float(norms.detach().max()))
         if norms.requires_grad:
-            (points.grad,) = torch.autograd.grad(-norms.sum(), points, retain_graph=True)
+            (gradient,) = torch.autograd.grad(-norms.sum(), points, allow_unused=True)
+            if gradient is None:  # piecewise linear: the Jacobian does not depend on the point
+                break
+            points.grad = gradient
             optimizer.step()
     require(largest <= bound * (1 + 1e-9), f"found a stretch of {largest:.9g} > bound {bound:.9g}")
     return largest

@@ -74,7 +74,7 @@ def rows_are_independent(subject: Subject) -> None:
 
 
 def context_matters(subject: Subject) -> None:
-    """Another context gives other outputs, row by row, with its gradient; none works too."""
+    """Another context gives other outputs, row by row, with its gradient."""
     if subject.context is None:
         return
     _check_context_gradient(subject, subject.context.clone().requires_grad_())
@@ -83,7 +83,17 @@ def context_matters(subject: Subject) -> None:
     difference = replace(subject, context=changed).forward()[0] - subject.forward()[0]
     require(difference[0].abs().max() > 0, "the context is not used")
     require(difference[1:].abs().max() <= subject.atol, "the context of one row changes others")
-    shapes_and_dtype(replace(subject, context=None))
+
+
+def forgotten_context(subject: Subject) -> None:
+    """To leave out the context is an error, not another density."""
+    if subject.context is None:
+        return
+    try:
+        replace(subject, context=None).forward()
+    except Exception:
+        return
+    raise AssertionError("without its context it is another map: to forget it goes unnoticed")
 
 
 def _check_context_gradient(subject: Subject, context: Tensor) -> None:

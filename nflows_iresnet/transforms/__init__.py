@@ -12,6 +12,7 @@ from nflows_iresnet.transforms.image import (
     dequantise,
     multiscale,
 )
+from nflows_iresnet.transforms.linear import LinearTransform
 from nflows_iresnet.transforms.marginal import MarginalSpline
 from nflows_iresnet.transforms.residual import ResidualTransform, using
 
@@ -20,6 +21,7 @@ __all__ = [
     "CompositeTransform",
     "ConditionalAffine",
     "InjectivePadding",
+    "LinearTransform",
     "LogitTransform",
     "MarginalSpline",
     "OutsideRangeError",

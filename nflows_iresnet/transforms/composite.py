@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TypeGuard
 
 import torch
 from nflows.transforms import CompositeTransform as _NflowsCompositeTransform
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
-from nflows_iresnet.precision import context_like_weights, full_precision
+from nflows_iresnet.precision import context_like_weights, full_precision, require_finite_rows
 from nflows_iresnet.transforms.residual import ResidualTransform
 
 Step = Callable[..., tuple[Tensor, Tensor]]
@@ -32,7 +31,7 @@ class CompositeTransform(_NflowsCompositeTransform):
             the block again there, with the same weights, estimator and random numbers: the memory
             for activations is that of one block, whatever the depth, for 34 to 59 % more time.
             Same gradients. It concerns the blocks that are bound together, not what is nested in
-            other transforms, overrides methods or has hooks.
+            other transforms or overrides methods.
 
     References:
         Chen, Xu, Zhang, Guestrin. Training deep nets with sublinear memory cost, 2016.
@@ -49,66 +48,48 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
+        if self.training and torch.is_grad_enabled():
+            require_finite_rows("inputs", inputs)
+            if context is not None:
+                require_finite_rows("context", context)
         bound = self._bind(inputs, context)
-        steps: list[Step] = [
-            self._block_step(each, bound[each]) if each in bound else partial(each, context=context)
-            for each in self._transforms
-        ]
-        return _cascade(steps, inputs)
-
-    def _block_step(self, block: ResidualTransform, function: ResidualFunction) -> Step:
-        step = partial(block.forward_bound, function, estimator=block.estimator)
-        if self.recompute and torch.is_grad_enabled() and not is_traced():
-            return partial(checkpoint, step, use_reentrant=False)
-        return step
+        outputs, total = inputs, inputs.new_zeros(inputs.shape[0])
+        for transform in self._transforms:
+            step: Step = partial(transform, context=context)
+            if transform in bound:
+                step = partial(transform, function=bound[transform], estimator=transform.estimator)
+                if self.recompute and torch.is_grad_enabled() and not is_traced():
+                    step = partial(checkpoint, step, use_reentrant=False)
+            outputs, logabsdet = step(outputs)
+            total = total + logabsdet
+        return outputs, total
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         bound = self._bind(inputs, context)
-        steps: list[Step] = [
-            partial(each.inverse_bound, bound[each])
-            if each in bound
-            else partial(each.inverse, context=context)
-            for each in reversed(self._transforms)
-        ]
-        return _cascade(steps, inputs)
+        outputs, total = inputs, inputs.new_zeros(inputs.shape[0])
+        for transform in reversed(self._transforms):
+            step: Step = partial(transform.inverse, context=context)
+            if transform in bound:
+                step = partial(transform.inverse, function=bound[transform])
+            outputs, logabsdet = step(outputs)
+            total = total + logabsdet
+        return outputs, total
 
     def _bind(
         self, inputs: Tensor, context: Tensor | None
     ) -> dict[torch.nn.Module, ResidualFunction]:
-        blocks = [each for each in self._transforms if _is_plain_block(each)]
+        """Bind the nets of all blocks that take a function."""
+        blocks = [
+            each
+            for each in self._transforms
+            if isinstance(each, ResidualTransform) and each.takes_function
+        ]
         with full_precision(inputs.device):
-            functions = bind_all(
-                [block.net for block in blocks], context_like_weights(context, self)
-            )
+            nets = [block.net for block in blocks]
+            functions = bind_all(nets, context_like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
 
     def extra_repr(self) -> str:
         """Show whether activations are kept."""
         return "recompute=True" if self.recompute else ""
-
-
-_METHODS = ("forward", "inverse", "bind", "forward_bound", "inverse_bound")
-
-
-def _is_plain_block(transform: torch.nn.Module) -> TypeGuard[ResidualTransform]:
-    """Whether calling the block is the same as calling its methods: no override, no hook."""
-    return (
-        isinstance(transform, ResidualTransform)
-        and all(
-            getattr(type(transform), name) is vars(ResidualTransform)[name] for name in _METHODS
-        )
-        and not any(name in vars(transform) for name in _METHODS)
-        and not transform._forward_hooks
-        and not transform._forward_pre_hooks
-        and not transform._backward_hooks
-        and not transform._backward_pre_hooks
-    )
-
-
-def _cascade(steps: Sequence[Step], inputs: Tensor) -> tuple[Tensor, Tensor]:
-    outputs, total = inputs, inputs.new_zeros(len(inputs))
-    for step in steps:
-        outputs, logabsdet = step(outputs)
-        total = total + logabsdet
-    return outputs, total

@@ -5,18 +5,61 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from nflows.transforms import MultiscaleCompositeTransform, Transform
 from nflows.transforms.reshape import SqueezeTransform as _NflowsSqueezeTransform
 from torch import Generator, Tensor
 
+from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.solvers.base import read
 from nflows_iresnet.transforms.composite import CompositeTransform
 
 Shape = tuple[int, int, int]
 
 _NOISE_STEPS = 2**16
 """The noise is a multiple of 2^-16, so that 255 + noise is a float32 below 256, never 256."""
+
+
+class OutsideRangeError(ValueError):
+    """Values are outside of the range on which a map is defined, or can be inverted."""
+
+
+def extremes(values: Tensor) -> tuple[float, float] | None:
+    """Return the smallest and the largest value, NaN if one is NaN, where looking costs nothing.
+
+    None on a GPU, for which the host would have to wait, where a compiler or a transform of
+    `torch.func` watches, and of an empty batch.
+    """
+    if values.device.type != "cpu" or values.numel() == 0 or is_traced():
+        return None
+    lowest, highest = read(torch.stack(values.detach().aminmax()).double())
+    return float(lowest), float(highest)
+
+
+def validated_levels(levels: int) -> int:
+    """Return the number of values that a pixel can take as an int, if it is at least 2."""
+    try:
+        count = operator.index(levels)
+    except TypeError:
+        count = 0
+    if count < 2:
+        raise ValueError(f"levels must be a whole number of at least 2, got {levels}")
+    return count
+
+
+def validated_shape(shape: Sequence[int]) -> Shape:
+    """Return the shape of images as three ints, if all are at least 1."""
+    try:
+        channels, height, width = map(operator.index, shape)
+    except (TypeError, ValueError):
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        raise ValueError(
+            f"shape must be three whole numbers (channels, height, width), got {shape}"
+        )
+    return channels, height, width
 
 
 def dequantise(
@@ -31,7 +74,7 @@ def dequantise(
         Theis, van den Oord, Bethge. A note on the evaluation of generative models, 2016.
 
     Args:
-        images: integers from 0 to 255, any shape.
+        images: whole numbers from 0 to 255, any shape and type. Larger ones need float64.
         generator: draws the noise; torch's default generator by default. One on the CPU gives the
             same noise whatever the device of the images.
         dtype: float32 or float64.
@@ -39,14 +82,44 @@ def dequantise(
     Returns:
         Same shape, values in [0, 256).
 
+    Raises:
+        OutsideRangeError: if numbers are negative, or too large for their noise.
+        ValueError: if numbers are not whole, or `dtype` is another one. Values are checked on a CPU
+            only: a GPU is not waited for.
+
     Example:
         >>> images = torch.tensor([0, 255], dtype=torch.uint8)
         >>> dequantise(images).floor()
         tensor([  0., 255.])
     """
+    if dtype not in _LARGEST:
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    _check_whole(images, _LARGEST[dtype])
     device = images.device if generator is None else generator.device
     noise = torch.rand(images.shape, generator=generator, device=device).to(images.device)
     return images.to(dtype) + (noise * _NOISE_STEPS).floor().to(dtype) / _NOISE_STEPS
+
+
+_LARGEST = {torch.float32: 2**8 - 1, torch.float64: 2**37 - 1}
+"""The whole numbers up to which number + noise is exact."""
+
+
+def _check_whole(images: Tensor, largest: int) -> None:
+    if images.dtype in (torch.bool, torch.uint8) or (found := extremes(images)) is None:
+        return
+    lowest, highest = found
+    if images.is_floating_point() and not bool(
+        read(images.detach() == images.detach().round()).all()
+    ):
+        raise ValueError(
+            f"dequantise takes whole numbers, got others in [{lowest:g}, {highest:g}]: were they "
+            "dequantised, or scaled to [0, 1], before? NaN is no number either"
+        )
+    if lowest < 0 or highest > largest:
+        raise OutsideRangeError(
+            f"dequantise takes whole numbers from 0 to {largest}, got {lowest:g} to {highest:g}; "
+            "dtype=torch.float64 has room for noise on larger ones"
+        )
 
 
 class UniformDequantisation(Transform):
@@ -66,11 +139,11 @@ class UniformDequantisation(Transform):
         """Return (inputs + noise, 0), shapes (B, *) and (B,)."""
         dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
         outputs = dequantise(inputs, dtype=dtype)
-        return outputs, outputs.new_zeros(len(outputs))
+        return outputs, outputs.new_zeros(outputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (the integers below, 0), shapes (B, *) and (B,)."""
-        return inputs.floor(), inputs.new_zeros(len(inputs))
+        return inputs.floor(), inputs.new_zeros(inputs.shape[0])
 
 
 class LogitTransform(Transform):
@@ -99,11 +172,18 @@ class LogitTransform(Transform):
             raise ValueError(
                 f"levels must be at least 2 and alpha in (0, 0.5), got {levels} and {alpha}"
             )
-        self.levels, self.alpha = levels, alpha
-        self._slope = (1 - 2 * alpha) / levels
+        self.levels, self.alpha = validated_levels(levels), alpha
+        self._slope = (1 - 2 * alpha) / self.levels
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (y, log|det|), shapes (B, *) and (B,); NaN where x is far outside [0, levels]."""
+        """Return (y, log|det|), shapes (B, *) and (B,).
+
+        Raises:
+            OutsideRangeError: if x is NaN, or outside [0, levels] by more than alpha. On a GPU,
+                which is not waited for, the log-determinant is NaN then.
+        """
+        margin = self.alpha / self._slope
+        check_pixels(inputs, -margin, self.levels + margin, self.levels)
         inside = self.alpha + self._slope * inputs
         log_inside, log_outside = inside.log(), torch.log1p(-inside)
         logabsdet = math.log(self._slope) - log_inside - log_outside
@@ -119,6 +199,65 @@ class LogitTransform(Transform):
     def extra_repr(self) -> str:
         """Show the constants."""
         return f"levels={self.levels}, alpha={self.alpha}"
+
+
+class CenteringTransform(Transform):
+    """y = x / levels - 1/2: from [0, levels] to [-1/2, 1/2], for flows without a logit.
+
+    It has no parameters and no buffers. States of nflows' `PointwiseAffineTransform`, which was
+    used before, are taken.
+
+    Args:
+        levels: how many values a pixel took before its noise.
+
+    Example:
+        >>> CenteringTransform(4)(torch.tensor([[0.0, 2.0, 4.0]]))[0]
+        tensor([[-0.5000,  0.0000,  0.5000]])
+    """
+
+    def __init__(self, levels: int = 256) -> None:
+        super().__init__()
+        self.levels = validated_levels(levels)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (y, log|det|), shapes (B, *) and (B,)."""
+        return inputs / self.levels - 0.5, -self._log_levels(inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (x, log|det|), shapes (B, *) and (B,)."""
+        return (inputs + 0.5) * self.levels, self._log_levels(inputs)
+
+    def _log_levels(self, inputs: Tensor) -> Tensor:
+        total = inputs.shape[1:].numel() * math.log(self.levels)
+        return inputs.new_full((inputs.shape[0],), total)
+
+    def extra_repr(self) -> str:
+        """Show the constant."""
+        return f"levels={self.levels}"
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("_shift", "_scale"):
+            state.pop(prefix + name, None)
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def check_pixels(inputs: Tensor, lowest: float, highest: float, levels: int) -> None:
+    """Refuse values outside of a range, on a CPU only.
+
+    Raises:
+        OutsideRangeError: naming the values and the range.
+    """
+    found = extremes(inputs)
+    if found is None or (lowest <= found[0] and found[1] <= highest):
+        return
+    if math.isnan(found[0]):
+        count = int(read(inputs.detach().isnan()).sum())
+        raise OutsideRangeError(f"{count} of {inputs.numel()} pixels are NaN: check the data")
+    raise OutsideRangeError(
+        f"pixels must be in [{lowest:.4g}, {highest:.4g}] for levels={levels}, got values from "
+        f"{found[0]:.6g} to {found[1]:.6g}: give whole numbers from 0 to {levels - 1} with their "
+        "noise, transforms.dequantise(images), and as many levels as a pixel can take"
+    )
 
 
 class SqueezeTransform(_NflowsSqueezeTransform):
@@ -140,6 +279,15 @@ class SqueezeTransform(_NflowsSqueezeTransform):
     def __init__(self, factor: int = 2) -> None:
         super().__init__(operator.index(factor))
 
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (the image with more channels, 0), shapes (B, *) and (B,)."""
+        if inputs.dim() != 4 or any(side % self.factor for side in inputs.shape[2:]):
+            raise ValueError(
+                f"expected inputs (batch, channels, height, width), height and width multiples of "
+                f"{self.factor}, got {tuple(inputs.shape)}"
+            )
+        return super().forward(inputs, context)
+
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (the image with fewer channels, 0), shapes (B, *) and (B,)."""
         if inputs.dim() != 4 or inputs.shape[1] % self.factor**2:
@@ -148,11 +296,7 @@ class SqueezeTransform(_NflowsSqueezeTransform):
                 f"{self.factor**2} channels, got {tuple(inputs.shape)}"
             )
         outputs = torch.nn.functional.pixel_shuffle(inputs, self.factor)
-        return outputs, inputs.new_zeros(len(inputs))
-
-
-class OutsideRangeError(ValueError):
-    """The values to be inverted are not in the range of an injective map."""
+        return outputs, inputs.new_zeros(inputs.shape[0])
 
 
 class InjectivePadding(Transform):
@@ -185,13 +329,15 @@ class InjectivePadding(Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return ((x, 0), 0), shapes (B, C + channels, *) and (B,)."""
-        zeros = inputs.new_zeros(len(inputs), self.channels, *inputs.shape[2:])
-        return torch.cat([inputs, zeros], dim=1), inputs.new_zeros(len(inputs))
+        zeros = inputs.new_zeros(inputs.shape[0], self.channels, *inputs.shape[2:])
+        return torch.cat([inputs, zeros], dim=1), inputs.new_zeros(inputs.shape[0])
 
     def distance(self, inputs: Tensor) -> Tensor:
         """Return how far values (B, C + channels, *) are from the range: the largest |.|, (B,)."""
         dropped = inputs[:, inputs.shape[1] - self.channels :]
-        return torch.cat([dropped.abs().flatten(1), inputs.new_zeros(len(inputs), 1)], 1).amax(1)
+        return torch.cat([dropped.abs().flatten(1), inputs.new_zeros(inputs.shape[0], 1)], 1).amax(
+            1
+        )
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, 0), shapes (B, C, *) and (B,).
@@ -199,14 +345,19 @@ class InjectivePadding(Transform):
         Raises:
             OutsideRangeError: if a dropped channel holds more than the tolerance.
         """
+        if inputs.dim() < 2 or inputs.shape[1] < self.channels:
+            raise ValueError(
+                f"expected inputs (batch, channels, *) with at least the {self.channels} channels "
+                f"that were padded, got {tuple(inputs.shape)}"
+            )
         distance = self.distance(inputs)
         if not bool((distance <= self.tolerance).all()):
             raise OutsideRangeError(
-                f"{int((distance > self.tolerance).sum())} of {len(inputs)} rows are not images of "
-                f"an input: the padded channels hold up to {float(distance.max()):.3g}, allowed is "
-                f"{self.tolerance:g}; raise tolerance to project them"
+                f"{int((distance > self.tolerance).sum())} of {inputs.shape[0]} rows are not "
+                f"images of an input: the padded channels hold up to {float(distance.max()):.3g}, "
+                f"allowed is {self.tolerance:g}; raise tolerance to project them"
             )
-        return inputs[:, : inputs.shape[1] - self.channels], inputs.new_zeros(len(inputs))
+        return inputs[:, : inputs.shape[1] - self.channels], inputs.new_zeros(inputs.shape[0])
 
     def extra_repr(self) -> str:
         """Show the constants."""
@@ -238,13 +389,13 @@ def multiscale(
         >>> transform(torch.randn(5, 1, 8, 8))[0].shape
         torch.Size([5, 64])
     """
-    if len(shape) != 3 or num_scales < 1 or any(side % 2**num_scales for side in shape[1:]):
+    channels, height, width = validated_shape(shape)
+    if num_scales < 1 or height % 2**num_scales or width % 2**num_scales:
         raise ValueError(
             f"images of shape {tuple(shape)} cannot have {num_scales} scales: each halves height "
             "and width of (C, H, W); choose another num_scales, or pad the images"
         )
     transform = MultiscaleCompositeTransform(operator.index(num_scales))
-    channels, height, width = shape
     for _ in range(num_scales):
         squeezed = (4 * channels, height // 2, width // 2)
         scale = CompositeTransform([SqueezeTransform(), *steps(squeezed)])

@@ -12,10 +12,26 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from nflows_iresnet.linearization import ResidualFunction, bind
-from nflows_iresnet.logdet import Adaptive, LogDetEstimator
-from nflows_iresnet.precision import context_like_weights, full_precision, like_weights
+from nflows_iresnet.linearization import (
+    ResidualFunction,
+    SecondDerivativeError,
+    bind,
+    first_derivative_only,
+    is_forward_over_forward,
+    is_traced,
+)
+from nflows_iresnet.logdet import Auto, LogDetEstimator
+from nflows_iresnet.precision import (
+    context_like_weights,
+    full_precision,
+    like_weights,
+    require_finite_rows,
+)
 from nflows_iresnet.solvers import Anderson, Solver
+from nflows_iresnet.validation import validated_strategy
+
+_METHODS = ("forward", "inverse", "bind")
+_EXAMPLES = {"estimator": "logdet.Exact()", "solver": "solvers.Anderson()"}
 
 
 class ResidualTransform(Transform):
@@ -30,6 +46,8 @@ class ResidualTransform(Transform):
 
       so that a cotangent v is pulled back as lambda = (I + J)^{-T} v, which the same solver finds
       as the fixed point lambda = v - J^T lambda. Memory does not grow with the number of steps.
+      Second derivatives in the inputs, `torch.func`'s transforms and forward mode are right too;
+      second derivatives in weights or context raise `SecondDerivativeError`.
 
     One call sees one g: the weights are normalised once, and used for all evaluations of the call.
     Inside `torch.autocast` the block computes in the precision of its weights.
@@ -40,7 +58,7 @@ class ResidualTransform(Transform):
     Args:
         net: g, a module of (inputs) or (inputs, context) that maps (B, *) to (B, *) row by row,
             with Lip(g) < 1 in inputs. Networks of `nflows_iresnet.nn` guarantee that.
-        estimator: the strategy for the log-determinant; `logdet.Adaptive()` by default.
+        estimator: the strategy for the log-determinant; `logdet.Auto()` by default.
         solver: the strategy for the inverse; `solvers.Anderson()` by default.
 
     References:
@@ -68,54 +86,107 @@ class ResidualTransform(Transform):
         solver: Solver | None = None,
     ) -> None:
         super().__init__()
-        self.net = net
-        self.estimator = Adaptive() if estimator is None else estimator
-        self.solver = Anderson() if solver is None else solver
+        self.net = validated_strategy("net", net, nn.Module, "nn.LipschitzMLP(2, [64, 64])")
+        self.estimator = validated_strategy(
+            "estimator", estimator or Auto(), LogDetEstimator, _EXAMPLES["estimator"]
+        )
+        self.solver = validated_strategy(
+            "solver",
+            solver or Anderson(),
+            Solver,
+            _EXAMPLES["solver"],  # type: ignore[type-abstract]
+        )
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (x + g(x), log|det|), shapes (B, *) and (B,)."""
-        return self.forward_bound(self.bind(context), inputs)
+    _keeps_methods = True
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Remember whether a subclass replaces a method that `CompositeTransform` would pass by."""
+        super().__init_subclass__(**kwargs)
+        cls._keeps_methods = cls._keeps_methods and vars(cls).keys().isdisjoint(_METHODS)
+
+    @property
+    def takes_function(self) -> bool:
+        """Whether `forward` and `inverse` may be given a g that was bound with others'.
+
+        Not where they, or `bind`, are replaced, and not with hooks before the call, which may
+        change the weights: such a block is bound by itself.
+        """
+        is_patched = any(name in vars(self) for name in _METHODS)
+        return self._keeps_methods and not is_patched and not self._forward_pre_hooks
+
+    def bind(self, context: Tensor | None = None) -> ResidualFunction:
+        """Return g for the present weights and one context, see `linearization.bind`."""
+        parameter = next(self.net.parameters(), torch.empty(0))
+        with full_precision(parameter.device):
+            return bind(self.net, context_like_weights(context, self.net))
+
+    def forward(
+        self,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        *,
+        function: ResidualFunction | None = None,
+        estimator: LogDetEstimator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x + g(x), log|det|), shapes (B, *) and (B,).
+
+        Args:
+            inputs: x, shape (B, *).
+            context: shape (B, C), or None.
+            function: g where it is bound already, as `bind(context)` returns it.
+            estimator: in place of the block's own.
+
+        Raises:
+            ValueError: if inputs or context have another dtype than the weights, or shapes that the
+                network does not take; in training on a CPU, if they are not finite.
+        """
+        with full_precision(inputs.device):
+            inputs = self._checked(inputs)
+            if function is None:
+                self._require_finite(inputs, context)
+                function = self.bind(context)
+            estimate = (estimator or self.estimator).estimate(function, inputs)
+            return inputs + estimate.outputs, estimate.logabsdet
+
+    def _checked(self, inputs: Tensor) -> Tensor:
+        if not isinstance(inputs, Tensor) or inputs.dim() < 2:
+            given = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(
+                f"expected inputs of shape (batch, ...), got {given}: give a tensor with one row "
+                "for each sample, inputs[None] for a single one"
+            )
+        return like_weights(inputs, self.net)
+
+    def _require_finite(self, inputs: Tensor, context: Tensor | None) -> None:
+        if self.training and torch.is_grad_enabled():
+            require_finite_rows("inputs", inputs)
+            if context is not None:
+                require_finite_rows("context", context)
+
+    def inverse(
+        self,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        *,
+        function: ResidualFunction | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return (x, -log|det|) with x + g(x) = inputs, shapes (B, *) and (B,).
+
+        Args:
+            inputs: y, shape (B, *).
+            context: shape (B, C), or None.
+            function: g where it is bound already, as `bind(context)` returns it.
 
         Raises:
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
-        return self.inverse_bound(self.bind(context), inputs)
-
-    def bind(self, context: Tensor | None = None) -> ResidualFunction:
-        """Return g for the present weights and one context, see `linearization.bind`."""
-        with full_precision(next(self.net.parameters(), torch.empty(0)).device):
-            return bind(self.net, context_like_weights(context, self.net))
-
-    def forward_bound(
-        self,
-        function: ResidualFunction,
-        inputs: Tensor,
-        estimator: LogDetEstimator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return what `forward` does, for a g that is bound already.
-
-        Args:
-            function: g, as `bind` returns it.
-            inputs: x, shape (B, *).
-            estimator: in place of the block's own.
-        """
         with full_precision(inputs.device):
-            inputs = like_weights(inputs, self.net)
-            residual, logabsdet = (estimator or self.estimator)(function, inputs)
-            return inputs + residual, logabsdet
-
-    def inverse_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `inverse` does, for a g that is bound already."""
-        with full_precision(inputs.device):
-            inputs = like_weights(inputs, self.net)
-            outputs = _ImplicitInverse.solve(function, inputs, self.solver)
+            inputs = self._checked(inputs)
+            function = self.bind(context) if function is None else function
+            outputs = _inverse(function, inputs, self.solver)
             if not _NEEDS_LOGABSDET.get():
-                return outputs, outputs.new_full((len(outputs),), torch.nan)
-            _, logabsdet = self.estimator(function, outputs)
-            return outputs, -logabsdet
+                return outputs, outputs.new_full((outputs.shape[0],), torch.nan)
+            return outputs, -self.estimator.estimate(function, outputs).logabsdet
 
     def lipschitz_bound(self) -> float:
         """Return a certified upper bound of Lip(g) for the present weights.
@@ -150,58 +221,122 @@ class _FixedPointMap:
         return _FixedPointMap(self.function.select(rows), self.targets[rows])
 
 
-class _ImplicitInverse(torch.autograd.Function):
-    """The identity on a solution, whose backward solves the adjoint equation."""
+def _inverse(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
+    """Return x with x + g(x) = inputs, differentiable in all that g and the inputs depend on."""
+    targets = inputs.detach()
+    solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value.detach()
+    if not torch.is_grad_enabled():
+        return solution
+    attached = inputs - first_derivative_only(function(solution), _NO_HIGHER_DERIVATIVE)
+    return _implicit(attached, solution, None, function, solver, is_transposed=False)
+
+
+_NO_HIGHER_DERIVATIVE = (
+    "through an inverse, second derivatives are right in its inputs only: those in weights or "
+    "context, and third ones, would be wrong. Differentiate `forward` instead, or use differences"
+)
+
+
+def solve_linear(
+    function: ResidualFunction,
+    at: Tensor,
+    target: Tensor,
+    solver: Solver,
+    *,
+    is_transposed: bool,
+) -> Tensor:
+    r"""Return v with (I + J) v = target, or (I + J)^T v = target, J the Jacobian of g at a point.
+
+    To the solver's verified tolerance, and differentiable. The equation is homogeneous, so each row
+    is solved for its own scale: gradients of 1e-25 are found to the same relative accuracy as
+    those of 1.
+
+    Args:
+        function: g.
+        at: the points x, shape (B, *).
+        target: shape (B, *).
+        solver: of the fixed point v = target - J v.
+        is_transposed: whether J is transposed.
+    """
+    at_point = function.linearize(at)
+    product = at_point.vjp if is_transposed else at_point.jvp
+    with torch.no_grad():
+        largest = target.abs().flatten(start_dim=1).amax(dim=1)
+        scale = torch.where(largest > 0, largest, 1.0).reshape(-1, *[1] * (target.dim() - 1))
+        scaled = target / scale
+        found = solver(lambda point: scaled - product(point), scaled, function.lipschitz)
+        solution = (found.value * scale).detach()  # forward mode differentiates here, too
+    if not torch.is_grad_enabled():
+        return solution
+    attached = target - first_derivative_only(product(solution), _NO_HIGHER_DERIVATIVE)
+    return _implicit(attached, solution, at, function, solver, is_transposed=is_transposed)
+
+
+def _implicit(
+    attached: Tensor,
+    solution: Tensor,
+    at: Tensor | None,
+    function: ResidualFunction,
+    solver: Solver,
+    *,
+    is_transposed: bool,
+) -> Tensor:
+    """Return a solution of x + f(x) = y with the derivative that the equation gives it.
+
+    Args:
+        attached: y - f(x*), with the solution x* held constant: equal to x*, and all that the
+            solution depends on.
+        solution: x*.
+        at: where the Jacobian J of g is df/dx, or its transpose; None for x itself.
+        function: g.
+        solver: solves for the derivatives.
+        is_transposed: whether df/dx is the transpose of J.
+    """
+    if not attached.requires_grad and not is_traced():
+        return solution
+    if is_forward_over_forward():
+        raise SecondDerivativeError(
+            "forward mode over forward mode does not go through an inverse: use jacfwd(jacrev(f))"
+        )
+    tensors, rebuild = function.split()
+    outputs: Tensor = _Implicit.apply(
+        attached, solution, at, rebuild, solver, is_transposed, *tensors
+    )
+    return outputs
+
+
+class _Implicit(torch.autograd.Function):
+    """The identity on a solution, dx = (I + df/dx)^{-1} d attached."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def solve(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
-        targets = inputs.detach()
-        solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value
-        if not torch.is_grad_enabled():
-            return solution
-        attached = inputs - function(solution)
-        if not attached.requires_grad:
-            return solution
-        outputs: Tensor = _ImplicitInverse.apply(attached, solution, function, solver)
-        return outputs
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        attached: Tensor,
-        solution: Tensor,
-        function: ResidualFunction,
-        solver: Solver,
-    ) -> Tensor:
-        ctx.save_for_backward(solution)
-        ctx.function, ctx.solver = function, solver
+    def forward(attached: Tensor, solution: Tensor, *_: Any) -> Tensor:
         return solution.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
-        (solution,) = ctx.saved_tensors
-        with full_precision(cotangent.device):
-            adjoint = solve_adjoint(ctx.function, solution, cotangent, ctx.solver)
-        return adjoint, None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, at, ctx.rebuild, ctx.solver, ctx.is_transposed, *tensors = inputs
+        saved = [output if at is None else at, *tensors]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.num_inputs = len(inputs)
 
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        solved = _Implicit.solve(ctx, cotangent, is_transposed=not ctx.is_transposed)
+        return solved, *[None] * (ctx.num_inputs - 1)
 
-def solve_adjoint(
-    function: ResidualFunction, solution: Tensor, cotangent: Tensor, solver: Solver
-) -> Tensor:
-    """Return lambda with (I + J)^T lambda = cotangent, to the solver's verified tolerance.
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Implicit.solve(ctx, tangent, is_transposed=ctx.is_transposed)
 
-    The equation is homogeneous, so each row is solved for its own scale: gradients of 1e-9 are
-    found to the same relative accuracy as those of 1.
-    """
-    flat = torch.linalg.vector_norm(cotangent.flatten(start_dim=1), dim=1)
-    scale = torch.where(flat > 0, flat, torch.ones_like(flat))
-    scale = scale.reshape(-1, *[1] * (cotangent.dim() - 1))
-    target, at_solution = cotangent / scale, function.linearize(solution)
-    adjoint = solver(
-        lambda point: target - at_solution.vjp(point), target, function.lipschitz
-    ).value
-    return adjoint * scale
+    @staticmethod
+    def solve(ctx: Any, target: Tensor, *, is_transposed: bool) -> Tensor:
+        at, *tensors = ctx.saved_tensors
+        function = ctx.rebuild(tensors)
+        with full_precision(target.device):
+            return solve_linear(function, at, target, ctx.solver, is_transposed=is_transposed)
 
 
 _NEEDS_LOGABSDET: ContextVar[bool] = ContextVar("needs_logabsdet", default=True)
@@ -244,6 +379,12 @@ def using(
         >>> with using(flow, estimator=logdet.Exact()):
         ...     log_prob = flow.log_prob(torch.randn(3, 2))
     """
+    for name, value, kind in (
+        ("estimator", estimator, LogDetEstimator),
+        ("solver", solver, Solver),
+    ):
+        if value is not None:
+            validated_strategy(name, value, kind, _EXAMPLES[name])
     blocks = [block for block in module.modules() if isinstance(block, ResidualTransform)]
     if not blocks:
         raise ValueError(f"{type(module).__name__} contains no ResidualTransform to be changed")

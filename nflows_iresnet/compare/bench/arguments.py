@@ -55,8 +55,9 @@ examples:
   nflows-iresnet bench --only quality --seconds 30      likelihood over training time
   nflows-iresnet bench --device cuda --out here         here/bench.json and here/bench.png
 
-The exit status is 0 when everything was measured (a missed target is a result), 2 for arguments
-that cannot work, 130 after Ctrl-C; what is measured by then is kept.
+The exit status is 0 when everything was measured (a missed target is a result), 1 when a file
+cannot be written, 2 for arguments that cannot work, 130 after Ctrl-C; what is measured by then is
+kept.
 """
 
 

@@ -20,7 +20,7 @@ from nflows_iresnet.compare.bench.items import Case, CaseResult, Item, Settings
 from nflows_iresnet.compare.bench.record import BenchRecord
 from nflows_iresnet.compare.config import UsageError
 from nflows_iresnet.compare.environment import check_extra, describe_environment
-from nflows_iresnet.compare.results import write_atomically
+from nflows_iresnet.compare.files import WriteError, prepare_folder, write_atomically
 
 if TYPE_CHECKING:
     from nflows_iresnet.compare.bench.progress import CaseProgress
@@ -65,6 +65,8 @@ def run(parsed: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: what is measured is kept in {session.folder}", file=sys.stderr)
         return 130
+    except WriteError as error:
+        raise WriteError(f"{error}; what is measured is kept in {session.folder}") from error
     return 0
 
 
@@ -87,14 +89,8 @@ def open_session(parsed: argparse.Namespace) -> Session:
         _fresh_record(parsed, settings, items),
         parsed.quiet,
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        session.save()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to the output folder {str(folder)!r} ({error.strerror}): "
-            "choose another one with --out"
-        ) from error
+    prepare_folder(folder)
+    session.save()
     return session
 
 

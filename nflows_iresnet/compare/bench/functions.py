@@ -80,7 +80,7 @@ class Counted(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return net(inputs)."""
-        self.rows += len(inputs)
+        self.rows += inputs.shape[0]
         outputs: Tensor = self.net(inputs)
         return outputs
 
@@ -95,11 +95,11 @@ class _CountedFunction(ResidualFunction):
         self.lipschitz = function.lipschitz
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        self._counter.rows += len(inputs)
+        self._counter.rows += inputs.shape[0]
         return self._function(inputs)
 
     def linearize(self, inputs: Tensor) -> Linearization:
-        self._counter.rows += len(inputs)
+        self._counter.rows += inputs.shape[0]
         return self._function.linearize(inputs)
 
     def select(self, rows: Tensor | slice) -> ResidualFunction:
@@ -122,5 +122,5 @@ class NoLogDet(LogDetEstimator):
         generator: torch.Generator | None = None,
     ) -> LogDetEstimate:
         """Return the inputs and zeros."""
-        zeros = inputs.new_zeros(len(inputs))
+        zeros = inputs.new_zeros(inputs.shape[0])
         return LogDetEstimate(inputs, zeros, zeros)

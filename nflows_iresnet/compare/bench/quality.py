@@ -24,7 +24,7 @@ from nflows_iresnet.compare.bench.items import (
     Target,
 )
 from nflows_iresnet.compare.bench.steps import training_step
-from nflows_iresnet.compare.evaluation import exact_nll
+from nflows_iresnet.compare.evaluation import describe, exact_nll
 from nflows_iresnet.compare.stream import training_batches
 from nflows_iresnet.compare.training import seed_everything
 
@@ -50,6 +50,7 @@ class Trainee:
         seconds: training time so far.
         steps: optimiser steps so far.
         curve: pairs of training time and exact test NLL in nats.
+        failure: what went wrong, after which it takes no more steps.
     """
 
     name: str
@@ -58,6 +59,16 @@ class Trainee:
     seconds: float = 0.0
     steps: int = 0
     curve: list[tuple[float, float]] = field(default_factory=list)
+    failure: str | None = None
+
+    def go_on(self, seconds: float, test: Tensor, clock: Clock, *, on_cpu_time: bool) -> None:
+        """Train until the training time is used up and add a point to the curve, or fail."""
+        if self.failure is None:
+            try:
+                self.train_until(seconds, clock, on_cpu_time=on_cpu_time)
+                self.examine(test)
+            except Exception as error:
+                self.failure = describe(error)
 
     def train_until(self, seconds: float, clock: Clock, *, on_cpu_time: bool) -> None:
         """Take steps until the training time is used up."""
@@ -107,8 +118,7 @@ def train_side_by_side(case: Case, settings: Settings, clock: Clock) -> tuple[Ce
     trainees = [_trainee(name, dataset, size, seed, settings) for name in (OURS, BASELINE)]
     for seconds in checkpoints(_budget(settings)):
         for trainee in trainees:
-            trainee.train_until(seconds, clock, on_cpu_time=settings.trusts_cpu_time)
-            trainee.examine(test)
+            trainee.go_on(seconds, test, clock, on_cpu_time=settings.trusts_cpu_time)
     goal = next(trainee.best for trainee in trainees if trainee.name == BASELINE)
     return tuple(_cell(trainee, goal) for trainee in trainees)
 
@@ -120,13 +130,21 @@ def _budget(settings: Settings) -> float:
 def _cell(trainee: Trainee, goal: float) -> Cell:
     reached = trainee.seconds_to(goal)
     figures = {NLL.key: trainee.best, STEPS.key: float(trainee.steps)}
-    seconds, nll = (list(values) for values in zip(*trainee.curve, strict=True))
+    seconds, nll = ([point[axis] for point in trainee.curve] for axis in range(2))
     return Cell(
         trainee.name,
         figures=figures if reached is None else {**figures, REACH.key: reached},
         raw={"seconds": seconds, "nll": nll},
-        note="normflows' best not reached" if reached is None else None,
+        note=_note(trainee, reached),
     )
+
+
+def _note(trainee: Trainee, reached: float | None) -> str | None:
+    if trainee.failure is not None:
+        return trainee.failure
+    if not math.isfinite(trainee.best):
+        return "its test NLL was never finite: lower --learning-rate"
+    return "normflows' best not reached" if reached is None else None
 
 
 def _cases(settings: Settings) -> list[Case]:

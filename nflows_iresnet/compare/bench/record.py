@@ -9,7 +9,7 @@ from typing import Any
 
 from nflows_iresnet.compare.bench.items import BASELINE, CaseResult, Cell, Item
 from nflows_iresnet.compare.bench.verdicts import fits, verdicts
-from nflows_iresnet.compare.results import finite
+from nflows_iresnet.compare.plain import finite
 
 FORMAT = 1
 

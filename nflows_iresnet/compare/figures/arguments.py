@@ -19,7 +19,8 @@ examples:
   nflows-iresnet figures --only dynamics --seed 1   one figure
 
 Writes a PNG per figure, figures.json with every number shown, and report.html with captions. The
-exit status is 0 when all was drawn, 2 for arguments that cannot work, 130 after Ctrl-C.
+exit status is 0 when all was drawn, 1 when a training diverged or a file could not be written, 2
+for arguments that cannot work, 130 after Ctrl-C.
 """
 
 

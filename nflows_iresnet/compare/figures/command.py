@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from nflows_iresnet.compare.config import UsageError
+from nflows_iresnet.compare.divergence import TrainingDivergedError
 from nflows_iresnet.compare.environment import check_extra, describe_environment
 from nflows_iresnet.compare.figures.catalogue import chosen_figures
 from nflows_iresnet.compare.figures.drawing import Drawing, Figure, Settings
-from nflows_iresnet.compare.files import write_atomically
-from nflows_iresnet.compare.results import finite
+from nflows_iresnet.compare.files import WriteError, prepare_folder, write_atomically
+from nflows_iresnet.compare.plain import finite
 
 RESULTS = "figures.json"
 
@@ -39,11 +40,12 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"nflows\.")
-            _work(figures, settings, folder, quiet=parsed.quiet)
+            return _work(figures, settings, folder, quiet=parsed.quiet)
     except KeyboardInterrupt:
         print(f"interrupted: the figures that were done are in {folder}", file=sys.stderr)
         return 130
-    return 0
+    except WriteError as error:
+        raise WriteError(f"{error}; the figures that were done are in {folder}") from error
 
 
 def open_folder(out: str | None) -> Path:
@@ -56,19 +58,12 @@ def open_folder(out: str | None) -> Path:
     folder = Path(out or f"results/figures-{datetime.now():%Y%m%d-%H%M%S}")
     if (folder / RESULTS).exists():
         raise ValueError(f"{str(folder)!r} already holds figures: choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".probe", b"")
-        (folder / ".probe").unlink()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to the output folder {str(folder)!r} ({error.strerror}): "
-            "choose another one with --out"
-        ) from error
+    prepare_folder(folder)
     return folder
 
 
-def _work(figures: dict[str, Figure], settings: Settings, folder: Path, *, quiet: bool) -> None:
+def _work(figures: dict[str, Figure], settings: Settings, folder: Path, *, quiet: bool) -> int:
+    """Draw what can be drawn, and return the exit status."""
     from nflows_iresnet.compare.bench.progress import CaseProgress
     from nflows_iresnet.compare.figures.report import render
 
@@ -77,7 +72,12 @@ def _work(figures: dict[str, Figure], settings: Settings, folder: Path, *, quiet
     with CaseProgress(sum(f.stages(settings) for f in figures.values()), quiet=quiet) as progress:
         for name, figure in figures.items():
             started = time.perf_counter()
-            drawings[name] = figure.draw(settings, progress.stage)
+            try:
+                drawings[name] = figure.draw(settings, progress.stage)
+            except TrainingDivergedError as error:
+                content["figures"][name] = {"failure": str(error)}
+                print(f"{name} FAILED: {error}", file=sys.stderr)
+                continue
             seconds = time.perf_counter() - started
             content["figures"][name] = _entry(name, drawings[name], seconds)
             write_atomically(folder / f"{name}.png", drawings[name].picture)
@@ -86,6 +86,7 @@ def _work(figures: dict[str, Figure], settings: Settings, folder: Path, *, quiet
     path = folder / "report.html"
     write_atomically(path, render(content, drawings).encode())
     print(path if quiet else f"\nreport: {path}")
+    return 0 if len(drawings) == len(figures) else 1
 
 
 def _fresh_content(figures: dict[str, Figure], settings: Settings) -> dict[str, Any]:

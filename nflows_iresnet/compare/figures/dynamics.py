@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from nflows_iresnet.compare.divergence import check_finite
 from nflows_iresnet.compare.evaluation import Array
 from nflows_iresnet.compare.figures.drawing import Drawing, Settings, Stage
 from nflows_iresnet.compare.figures.paths import count_crossings, find_crossings, smallest_gap
@@ -122,7 +123,11 @@ def _targets(settings: Settings) -> dict[str, Target]:
 
 
 def fit(chain: Chain, target: Target, steps: int, learning_rate: float = LEARNING_RATE) -> None:
-    """Fit a chain by least squares on uniform inputs: Adam, cosine schedule, clipped gradients."""
+    """Fit a chain by least squares on uniform inputs: Adam, cosine schedule, clipped gradients.
+
+    Raises:
+        TrainingDivergedError: a loss was not finite.
+    """
     plan = TrainingPlan(learning_rate, Steps(steps))
     optimizer = torch.optim.Adam(chain.parameters(), lr=learning_rate)
     for step in range(steps):
@@ -132,6 +137,7 @@ def fit(chain: Chain, target: Target, steps: int, learning_rate: float = LEARNIN
         paths = chain(inputs)
         lengths = paths.diff(dim=0).square().sum(dim=0).mean()
         loss = squared_error(paths, target.values(inputs)) + STEP_PENALTY * lengths
+        check_finite(loss.item(), step + 1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(chain.parameters(), plan.clip_norm)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from nflows_iresnet import datasets
-from nflows_iresnet.compare import published
+from nflows_iresnet.compare import interruption, published
 from nflows_iresnet.compare.arguments import natural_int, positive_float, positive_int
-from nflows_iresnet.compare.checkpoints import Keeper
+from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.compare.config import UsageError, resolve_device
 from nflows_iresnet.compare.environment import check_extra, describe_environment
-from nflows_iresnet.compare.files import write_atomically
+from nflows_iresnet.compare.files import WriteError, describe_os_error, write_atomically
 from nflows_iresnet.compare.results import Folder, flags
 from nflows_iresnet.compare.table1.models import Contestant, contestants
 from nflows_iresnet.compare.table1.record import DataSummary, Outcome, Record
@@ -41,8 +41,9 @@ examples:
 
 "guaranteed inverse" is read off the certified bound of the trained weights. The published columns
 are what the i-ResNet paper reports: other data, hundreds of layers. The exit status is 0 when the
-table is complete (a row that fails is a result), 2 for arguments or data that cannot work, 130
-after Ctrl-C; what is finished by then is kept.
+table is complete (a row that fails is a result), 1 when a file cannot be written, 2 for arguments
+or data that cannot work, 130 after Ctrl-C, which saves the training under way at the end of its
+step; again, it stops at once.
 """
 _NUMBERS: dict[str, tuple[Any, str]] = {
     "steps": (positive_int, "optimiser steps per model"),
@@ -118,13 +119,18 @@ def run(parsed: argparse.Namespace) -> int:
         session = _Session(parsed)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(describe_os_error(error)) from error
     torch.set_num_threads(session.settings.threads)
     try:
         session.work()
     except KeyboardInterrupt:
-        where = session.folder.path
-        print(f"interrupted: add --out {where} --resume to go on with it", file=sys.stderr)
-        return 130
+        print(f"interrupted: {session.kept()}\ngo on with: {session.resume()}", file=sys.stderr)
+        return interruption.STATUS
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+    except WriteError as error:
+        raise WriteError(f"{error}; {session.kept()}; go on with: {session.resume()}") from error
     return 0
 
 
@@ -144,9 +150,17 @@ class _Session:
         if parsed.resume:
             self.record = _resumed(self.folder, self.record)
         else:
-            self.folder.refuse_results()
+            self.folder.refuse_results(Record.from_json)
         _check_sizes(self.contestants, self.data[0], self.settings)
+        keepers = [self._keeper(*run) for run in self._pending]
+        if parsed.resume:
+            for keeper in keepers:
+                keeper.load()
         self.folder.create()
+        self._save(self.record)
+        if not parsed.resume:
+            for keeper in keepers:
+                keeper.discard()
 
     def _fresh(self) -> Record:
         return Record(
@@ -157,22 +171,40 @@ class _Session:
             published=published.CLASSIFICATION_ERROR,
         )
 
+    @property
+    def _runs(self) -> list[tuple[Contestant, int]]:
+        return [
+            (each, repeat) for each in self.contestants for repeat in range(self.settings.repeats)
+        ]
+
+    @property
+    def _pending(self) -> list[tuple[Contestant, int]]:
+        finished = {outcome.key for outcome in self.record.outcomes}
+        return [run for run in self._runs if (run[0].name, run[1]) not in finished]
+
+    def kept(self) -> str:
+        """Say what a later run need not do again."""
+        pending = ((contestant.name, repeat) for contestant, repeat in self._pending)
+        return self.folder.kept(len(self.record.outcomes), len(self._runs), pending)
+
+    def resume(self) -> str:
+        """Return the command that goes on."""
+        from nflows_iresnet.compare.table1.report import command_line
+
+        return self.folder.resume(command_line(self.record))
+
     def work(self) -> None:
         """Do what is not done yet, save after each classifier, and show the table."""
         from nflows_iresnet.compare.progress import LiveProgress
 
-        finished = {outcome.key for outcome in self.record.outcomes}
-        runs = [(each, r) for each in self.contestants for r in range(self.settings.repeats)]
-        pending = [run for run in runs if (run[0].name, run[1]) not in finished]
-        self._save()
-        with LiveProgress(len(runs), len(finished), quiet=self.quiet) as progress:
+        pending, total = self._pending, len(self._runs)
+        with LiveProgress(total, total - len(pending), quiet=self.quiet) as progress:
             for contestant, repeat in pending:
                 progress.begin(f"{contestant.name} · repeat {repeat + 1}")
                 keeper = self._keeper(contestant, repeat)
                 data = self.data[repeat]
                 outcome = execute(contestant, repeat, data, self.settings, progress.step, keeper)
-                self.record = self.record.adding(outcome)
-                self._save()
+                self._save(self.record.adding(outcome))
                 keeper.discard()
                 progress.finish(_line(outcome))
         self._show()
@@ -181,8 +213,9 @@ class _Session:
         key = (contestant.name, repeat)
         return Keeper(self.folder.checkpoint(key), [self.settings.as_json(), *key])
 
-    def _save(self) -> None:
-        write_atomically(self.folder.results, self.record.as_json().encode())
+    def _save(self, record: Record) -> None:
+        write_atomically(self.folder.results, record.as_json().encode())
+        self.record = record
 
     def _show(self) -> None:
         from nflows_iresnet.compare.table1 import picture, report, table

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nflows_iresnet.compare.results import finite, parse
+from nflows_iresnet.compare.environment import check_environment
+from nflows_iresnet.compare.plain import finite, parse, rebuild
 from nflows_iresnet.compare.table1.inversion import Inversion
 
 FORMAT = "table1-1"
@@ -170,19 +171,10 @@ class Record:
             ValueError: not a record of this format.
         """
         data = parse(text, FORMAT)
-        data.pop("table")
-        data["data"]["shape"] = tuple(data["data"]["shape"])
-        data["data"] = DataSummary(**data["data"])
-        data["outcomes"] = tuple(_outcome(each) for each in data["outcomes"])
-        return cls(**data)
-
-
-def _outcome(data: dict[str, Any]) -> Outcome:
-    inversion = data["inversion"]
-    if inversion is not None:
-        lost = {name: math.nan for name, value in inversion.items() if value is None}
-        inversion = Inversion(**{**inversion, **lost})
-    return Outcome(**{**data, "inversion": inversion})
+        data.pop("table", None)
+        record: Record = rebuild(cls, data)
+        check_environment(record.environment)
+        return record
 
 
 def _error(outcomes: Sequence[Outcome], distinct: int) -> tuple[float | None, float | None]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.classifiers import ResidualClassifier
-from nflows_iresnet.compare.checkpoints import Keeper
+from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.compare.evaluation import describe
+from nflows_iresnet.compare.files import WriteError
 from nflows_iresnet.compare.models import count_parameters
 from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
@@ -99,6 +100,8 @@ def execute(
     )
     try:
         return _trained(begun, classifier, data, settings, on_step, keeper)
+    except (CheckpointError, WriteError):
+        raise
     except Exception as error:
         return Outcome(*begun.key, begun.model_class, begun.num_parameters, failure=describe(error))
 

@@ -16,9 +16,8 @@ sum_k (-1)^{k-1} c_k tr(J^{k-1} dJ) = E[w^T dJ v] with w = sum_{j >= 0} (-1)^j c
 The u_j are computed without a graph, w is a constant, and the surrogate w^T J v is differentiated
 through ONE product with J, which is also the last one that the value needs: memory does not grow
 with the number of terms, and the derivative is right for any upstream gradient because the
-surrogate is a value per row. This is for first
-derivatives: a second derivative would treat w as the constant that it is not. Where second
-derivatives are needed (Hessians, score matching), use `Exact`.
+surrogate is a value per row. A second derivative would treat w as the constant that it is not: it
+raises `SecondDerivativeError` (`Exact` has derivatives of any order).
 
 **Control variate.** Where the network knows tr J exactly and cheaply, the term k = 1 is that exact
 trace instead of v^T J v (and c_1 v is left out of s and w): the same expectation, less variance.
@@ -27,15 +26,55 @@ trace instead of v^T J v (and c_1 v is left out of s and w): the same expectatio
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import Linearization, bind, is_traced
-from nflows_iresnet.logdet.base import LogDetEstimate, LogDetEstimator, linearize_endomap
-from nflows_iresnet.logdet.probes import Probe, Rademacher
+from nflows_iresnet.linearization import Linearization, first_derivative_only, is_traced
+from nflows_iresnet.logdet.base import LogDetEstimator
+from nflows_iresnet.validation import validated_size
+
+
+class Probe(Protocol):
+    """A law of random vectors with zero mean and identity covariance."""
+
+    def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return one vector per row, of the shape, dtype and device of `inputs`."""
+
+
+@dataclass(frozen=True)
+class Rademacher:
+    """Independent signs. The least variance of all probes with independent entries.
+
+    Var[v^T A v] = 2 sum_{i != j} S_ij^2 with S the symmetric part of A: the diagonal adds none.
+
+    References:
+        Hutchinson. A stochastic estimator of the trace of the influence matrix, 1989.
+    """
+
+    def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return signs +1 and -1 with probability one half each."""
+        if generator is None:
+            return 2 * torch.randint_like(inputs, 2) - 1
+        bits = torch.randint(
+            2, inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device
+        )
+        return 2 * bits - 1
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Standard normal entries, as used by Behrmann et al. 2019 and Chen et al. 2019.
+
+    Var[v^T A v] = 2 sum_ij S_ij^2: never less than with `Rademacher`.
+    """
+
+    def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return independent standard normal entries."""
+        return torch.empty_like(inputs, requires_grad=False).normal_(generator=generator)
 
 
 def weighted_series(
@@ -50,16 +89,18 @@ def weighted_series(
         exact_trace: replace v^T J v by tr J in the first term.
 
     Returns:
-        Shape (B,). Cost: one product with J per term. (With a linearisation whose `pairings` takes
+        Shape (B,). Cost: one product with J per term. (With a linearisation whose `bilinear` takes
         one for each vector: one more where a gradient is recorded.)
     """
     with torch.no_grad():
         sums = _weighted_sums(linearization, probe, weights, exact_trace)
+    sums = [each.detach() for each in sums]  # forward mode differentiates without a graph, too
     if torch.is_grad_enabled():
-        surrogate, value = linearization.pairings(sums, probe)
+        surrogate, value = linearization.bilinear(sums, probe)
+        surrogate = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
         value = value.detach() + (surrogate - surrogate.detach())
     else:
-        (value,) = linearization.pairings(sums[1:], probe)
+        (value,) = linearization.bilinear(sums[1:], probe)
     return value + weights[0] * linearization.trace() if exact_trace else value
 
 
@@ -78,6 +119,12 @@ def _weighted_sums(
             for_derivative = for_derivative.add(power, alpha=signed)
             for_value = for_value.add(power, alpha=signed / (index + 1))
     return [for_derivative, for_value]
+
+
+_NO_SECOND_DERIVATIVE = (
+    "series estimators of the log-determinant have a first derivative only: a second one would be "
+    "wrong. Use logdet.Exact(), for example by `with transforms.using(flow, estimator=Exact())`"
+)
 
 
 def _is_negligible(power: Tensor) -> bool:
@@ -108,8 +155,9 @@ class SeriesEstimator(LogDetEstimator):
     exact_trace: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.num_probes < 1:
-            raise ValueError(f"num_probes must be at least 1, got {self.num_probes}")
+        validated_size("num_probes", self.num_probes)
+        if isinstance(self.probe, type) or not hasattr(self.probe, "sample_like"):
+            raise ValueError(f"probe must be a law such as Rademacher(), got {self.probe!r}")
 
     @abstractmethod
     def term_weights(
@@ -122,42 +170,34 @@ class SeriesEstimator(LogDetEstimator):
             generator: source of randomness.
         """
 
-    def estimate(
+    def logabsdet(
         self,
-        net: Callable[..., Tensor],
-        inputs: Tensor,
-        context: Tensor | None = None,
-        *,
+        at_inputs: Linearization,
+        lipschitz: float | None,
         generator: torch.Generator | None = None,
-    ) -> LogDetEstimate:
-        """Return g(x), the mean over the probes and, with several probes, its standard error.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mean over the probes and, with several probes, its standard error.
 
         Each probe draws its own vector and its own truncation. Within one probe the truncation is
         shared by the batch: rows of one call are not independent draws.
         """
-        function = bind(net, context)
-        at_inputs = linearize_endomap(function, inputs)
         exact_trace = at_inputs.has_cheap_trace if self.exact_trace is None else self.exact_trace
+        like = at_inputs.like
         draws = [
             weighted_series(
                 at_inputs,
-                self.probe.sample_like(inputs, generator),
-                self.term_weights(function.lipschitz, generator),
+                self.probe.sample_like(like, generator),
+                self.term_weights(lipschitz, generator),
                 exact_trace,
             )
             for _ in range(self.num_probes)
         ]
-        return _summarise(at_inputs.value, draws)
-
-
-def _summarise(outputs: Tensor, independent: Sequence[Tensor]) -> LogDetEstimate:
-    count = len(independent)
-    if count == 1:
-        return LogDetEstimate(outputs, independent[0], None)
-    draws = torch.stack(list(independent))
-    mean = draws.mean(0)
-    squares = (draws - mean).detach().square().sum(0)
-    return LogDetEstimate(outputs, mean, (squares / (count * (count - 1))).sqrt())
+        if len(draws) == 1:
+            return draws[0], None
+        together = torch.stack(draws)
+        mean = together.mean(0)
+        squares = (together - mean).detach().square().sum(0)
+        return mean, (squares / (len(draws) * (len(draws) - 1))).sqrt()
 
 
 def validated_lipschitz(lipschitz: float) -> float:
@@ -195,8 +235,7 @@ class PowerSeries(SeriesEstimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_terms < 1:
-            raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
+        validated_size("num_terms", self.num_terms)
 
     def term_weights(
         self, lipschitz: float | None, generator: torch.Generator | None = None

@@ -1,17 +1,149 @@
-"""A convolutional network with fixed weights as a function, and its exact linearisation."""
+"""Convolutional networks with a certified Lipschitz bound."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nflows_iresnet.linearization import Linearization, row_products
-from nflows_iresnet.nn.convolution import PaddingMode, adjoint_kernel, convolve, half_widths
-from nflows_iresnet.nn.layered import LayeredFunction
+from nflows_iresnet.linearization import Linearization, is_traced, row_products
+from nflows_iresnet.nn.activations import widening_of
+from nflows_iresnet.nn.base import (
+    Evaluation,
+    LayeredFunction,
+    LayeredNet,
+    validated_activation,
+    validated_hidden,
+)
+from nflows_iresnet.nn.bounds import conv_norm_bound
+from nflows_iresnet.nn.conv_norms import ConvNorm, FourierNorm
+from nflows_iresnet.nn.convolution import (
+    PaddingMode,
+    adjoint_kernel,
+    convolve,
+    half_widths,
+    validated_padding_mode,
+)
+from nflows_iresnet.nn.layers import NormedConv2d
+from nflows_iresnet.validation import validated_size
+
+
+class LipschitzCNN(LayeredNet):
+    r"""A convolutional network g with Lip(g) <= coeff, for ANY stored weights and ANY image size.
+
+    g(x; c) = W_n * a(... a(W_1 * x + b_1 + C_1 c) ...) + b_n + C_n c on images, starting and ending
+    with a linear map. As in `LipschitzMLP` only the product of the norms is constrained, learned
+    positive scales per channel balance neighbouring layers, and a context shifts every channel of
+    every layer and stretches every hidden one. The norms bound the symbols of the convolutions, so
+    the one certificate holds for images of every size, without state.
+
+    With two hidden layers and a 1 x 1 kernel in the middle (the default kernels) the trace of the
+    Jacobian is exact and cheap, see `ConvLinearization`.
+
+    Args:
+        channels: number of input and output channels.
+        hidden_channels: channels of each hidden layer.
+        context_features: number of context values, or None.
+        kernel_sizes: odd, one per layer: one more than `hidden_channels`. By default 3 at both ends
+            and 1 between.
+        activation: a unit-wise activation, copied for each hidden layer and applied along the
+            channels; by default `Mixed(Sine(), SmoothAbs())`.
+        padding_mode: 'zeros' or 'circular'.
+        context_hidden_features: widths of the hidden layers of the context's network.
+        coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
+        norm: the norm that the weights are divided by; `FourierNorm()` by default.
+        optional_context: whether a network with a context works without one, too: as another
+            function. By default a forgotten context is an error.
+
+    Raises:
+        ValueError: if a size is not positive, a kernel is even, their number is not that of the
+            layers, or `coeff` is not in (0, 1).
+
+    References:
+        Behrmann et al. Invertible residual networks, 2019 (convolutions of 3, 1 and 3 in a block).
+        See `LipschitzMLP` and `conv_norms`.
+
+    Example:
+        >>> import torch
+        >>> net = LipschitzCNN(3, [16, 16], coeff=0.9)
+        >>> net(torch.zeros(5, 3, 8, 8)).shape
+        torch.Size([5, 3, 8, 8])
+        >>> net.lipschitz_bound() <= 0.9
+        True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: Sequence[int],
+        context_features: int | None = None,
+        *,
+        kernel_sizes: Sequence[int] | None = None,
+        activation: nn.Module | None = None,
+        padding_mode: PaddingMode = "zeros",
+        context_hidden_features: Sequence[int] = (64, 64),
+        coeff: float = 0.97,
+        norm: ConvNorm | None = None,
+        optional_context: bool = False,
+    ) -> None:
+        channels = validated_size("channels", channels)
+        hidden = validated_hidden("hidden_channels", hidden_channels)
+        kernels = _validated_kernel_sizes(kernel_sizes, len(hidden) + 1)
+        activation = validated_activation(activation)
+        norm = norm if norm is not None else FourierNorm()
+        fed = [channels, *(width * widening_of(activation) for width in hidden)]
+        sizes = zip(fed, [*hidden, channels], kernels, strict=True)
+        super().__init__(
+            [NormedConv2d(*size, padding_mode=padding_mode, norm=norm) for size in sizes],
+            hidden,
+            channels,
+            activation=activation,
+            coeff=coeff,
+            context_features=context_features,
+            context_hidden_features=context_hidden_features,
+            optional_context=optional_context,
+        )
+        self.channels = channels
+        self.padding_mode = validated_padding_mode(padding_mode)
+
+    def function(
+        self,
+        weights: list[Tensor],
+        shifts: list[Tensor],
+        stretches: list[Tensor],
+        lipschitz: float | None,
+    ) -> ConvFunction:
+        """Return g for weights (out, in, k, k), shifts (out,) or (B, out), stretches (B, out)."""
+        return ConvFunction(
+            weights,
+            [shift if shift.dim() == 1 else shift[:, :, None, None] for shift in shifts],
+            list(self.activations),
+            lipschitz,
+            [stretch[:, None, None, :] for stretch in stretches],
+            self.padding_mode,
+        )
+
+    def norm_bound(self, weight: Tensor) -> float:
+        """Return a certified upper bound of the norm on images of every size."""
+        return conv_norm_bound(weight)
+
+    def settings(self) -> Mapping[str, object]:
+        """Return what the function depends on beside its weights."""
+        return {**super().settings(), "padding_mode": self.padding_mode}
+
+
+def _validated_kernel_sizes(kernel_sizes: Sequence[int] | None, num_layers: int) -> Sequence[int]:
+    """Return one kernel size for each layer; by default 3 at both ends and 1 between."""
+    if kernel_sizes is None:
+        return [3 if index in (0, num_layers - 1) else 1 for index in range(num_layers)]
+    if not isinstance(kernel_sizes, Sequence) or len(kernel_sizes) != num_layers:
+        raise ValueError(
+            f"{num_layers - 1} hidden layers need {num_layers} kernel_sizes, got {kernel_sizes!r}"
+        )
+    return kernel_sizes
 
 
 @dataclass(frozen=True)
@@ -27,9 +159,10 @@ class ConvFunction(LayeredFunction):
 
     padding_mode: PaddingMode = "zeros"
 
-    def _affine(self, inputs: Tensor, index: int) -> Tensor:
+    def affine(self, inputs: Tensor, index: int) -> Tensor:
+        """Return W * x + b."""
         weight, shift = self.weights[index], self.shifts[index]
-        if inputs.dim() != 4 or inputs.shape[1] != weight.shape[1]:
+        if index == 0 and (inputs.dim() != 4 or inputs.shape[1] != weight.shape[1]):
             raise ValueError(
                 f"expected images of shape (batch, {weight.shape[1]}, height, width), got "
                 f"{tuple(inputs.shape)}"
@@ -38,13 +171,17 @@ class ConvFunction(LayeredFunction):
             return convolve(inputs, weight, self.padding_mode, shift)
         return convolve(inputs, weight, self.padding_mode) + shift
 
-    def _linearization(self, value: Tensor, slopes: list[Tensor]) -> Linearization:
-        return ConvLinearization(value, self._widened_weights(), slopes, self.padding_mode)
+    def structured(self, evaluation: Evaluation) -> Linearization:
+        """Return the linearisation by the slopes."""
+        weights, slopes = self.widened_weights(), evaluation.slopes
+        return ConvLinearization(evaluation.value, weights, slopes, self.padding_mode)
 
-    def _units_last(self, values: Tensor) -> Tensor:
+    def units_last(self, values: Tensor) -> Tensor:
+        """Move the channels to the end."""
         return values.movedim(1, -1)
 
-    def _units_back(self, values: Tensor) -> Tensor:
+    def units_back(self, values: Tensor) -> Tensor:
+        """Undo `units_last`."""
         return values.movedim(-1, 1)
 
 
@@ -115,7 +252,7 @@ class ConvLinearization(Linearization):
             product = self._convolve(product * slope, weight)
         return product
 
-    def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+    def bilinear(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
         """Return w^T J v for each w, shape (B,), from one J v."""
         pushed = self.jvp(tangent)
         return [row_products(cotangent, pushed) for cotangent in cotangents]
@@ -128,17 +265,18 @@ class ConvLinearization(Linearization):
         shape, size = self.value.shape[1:], self.value.shape[1:].numel()
         identity = torch.eye(size, dtype=self.value.dtype, device=self.value.device)
         widest = max([slope.shape[1:].numel() for slope in self._slopes], default=size)
-        count = max(1, _CHUNK_ELEMENTS // max(1, len(self.value) * widest))
+        rows = 1 if is_traced() else max(1, self.value.shape[0])  # which may be a symbol
+        count = max(1, _CHUNK_ELEMENTS // (rows * widest))
         chunks = [self._columns(basis.reshape(-1, *shape)) for basis in identity.split(count)]
         return torch.cat(chunks, dim=1).mT
 
     def _columns(self, basis: Tensor) -> Tensor:
         """Return J e for tangents e (K, channels, H, W) shared by the rows: (B, K, D)."""
-        batch = len(self.value)
+        batch = self.value.shape[0]
         columns = self._convolve(basis, self._weights[0]).expand(batch, -1, -1, -1, -1)
         for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
             product = self._convolve((columns * slope[:, None]).flatten(0, 1), weight)
-            columns = product.unflatten(0, (batch, len(basis)))
+            columns = product.unflatten(0, (batch, basis.shape[0]))
         return columns.flatten(start_dim=2)
 
     def trace(self) -> Tensor:
@@ -148,7 +286,9 @@ class ConvLinearization(Linearization):
         if len(self._slopes) == 0:
             row, column = half_widths(self._weights[0])
             pixels = self.value.shape[2:].numel()
-            return (pixels * self._weights[0][:, :, row, column].trace()).expand(len(self.value))
+            return (pixels * self._weights[0][:, :, row, column].trace()).expand(
+                self.value.shape[0]
+            )
         terms = self._one_hidden() if len(self._slopes) == 1 else self._two_hidden()
         return torch.stack(terms).sum(0)
 

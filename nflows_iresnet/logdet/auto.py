@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import bind
+from nflows_iresnet.linearization import Linearization, bind
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
-from nflows_iresnet.logdet.roulette import RussianRoulette
+from nflows_iresnet.logdet.russian_roulette import RussianRoulette
+from nflows_iresnet.validation import validated_strategy
 
 
 @dataclass(frozen=True)
-class Adaptive(LogDetEstimator):
+class Auto(LogDetEstimator):
     """`exact` up to `max_exact_features` dimensions, `otherwise` beyond.
 
     The choice depends on the number of dimensions and on whether the network guarantees a bound,
@@ -30,7 +31,7 @@ class Adaptive(LogDetEstimator):
             from which the roulette cannot take its law.
 
     Example:
-        >>> Adaptive().choose(features=64)
+        >>> Auto().choose(features=64)
         RussianRoulette(...)
     """
 
@@ -38,6 +39,10 @@ class Adaptive(LogDetEstimator):
     exact: LogDetEstimator = Exact()
     otherwise: LogDetEstimator = RussianRoulette()
     max_exact_features_without_bound: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("exact", "otherwise"):
+            validated_strategy(name, getattr(self, name), LogDetEstimator, "logdet.Exact()")
 
     def choose(self, features: int, *, has_bound: bool = True) -> LogDetEstimator:
         """Return the estimator for `features` dimensions and a network with or without a bound."""
@@ -57,3 +62,14 @@ class Adaptive(LogDetEstimator):
         features = inputs.shape[1:].numel()
         chosen = self.choose(features, has_bound=function.lipschitz is not None)
         return chosen.estimate(function, inputs, generator=generator)
+
+    def logabsdet(
+        self,
+        at_inputs: Linearization,
+        lipschitz: float | None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Delegate to the estimator chosen for the number of dimensions and the bound."""
+        features = at_inputs.shape[1:].numel()
+        chosen = self.choose(features, has_bound=lipschitz is not None)
+        return chosen.logabsdet(at_inputs, lipschitz, generator)

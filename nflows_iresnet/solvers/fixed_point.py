@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nflows_iresnet.solvers.base import Accelerator, Solver
-from nflows_iresnet.solvers.progress import Progress
+from nflows_iresnet.solvers.base import Accelerator, Progress, Solver
 
 
 class _Plain(Accelerator):

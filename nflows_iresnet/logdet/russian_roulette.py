@@ -9,9 +9,9 @@ The worst case allowed by \|J\| <= L is t_k ~ L^k / k for the value, L^{k-1} for
 
     E[estimate^2] = sum_{j,k} t_j t_k / p_min(j,k) <= 2 sum_j (|t_j| / p_j) sum_{k >= j} |t_k|.
 
-* `GeometricTail(q)`, p_k = q^{k - n} beyond n exact terms: with t_k = L^k the sum behaves like
-  sum_j (L^2 / q)^j, finite if and only if q > L^2. The customary q = 1/2 needs L < 0.707.
-* `MatchedTail(s)`, p_k = L^{k - n} (n / k)^s: the derivative's sum behaves like
+* `GeometricTruncation(q)`, p_k = q^{k - n} beyond n exact terms: with t_k = L^k the sum behaves
+  like sum_j (L^2 / q)^j, finite if and only if q > L^2. The customary q = 1/2 needs L < 0.707.
+* `LipschitzTruncation(s)`, p_k = L^{k - n} (n / k)^s: the derivative's sum behaves like
   sum_j j^s L^j / (1 - L), finite for EVERY L < 1. For s > 1 the expected number of terms is less
   than n + sum_{k > n} (n / k)^s < n + n / (s - 1), whatever L; for s = 1 it grows like
   log(1 / (1 - L)) (a geometric law of finite variance needs more than 1 / (1 - L^2)).
@@ -33,7 +33,9 @@ from typing import Protocol
 
 import torch
 
-from nflows_iresnet.logdet.series import SeriesEstimator, validated_lipschitz
+from nflows_iresnet.linearization import concrete
+from nflows_iresnet.logdet.power_series import SeriesEstimator, validated_lipschitz
+from nflows_iresnet.validation import validated_size
 
 
 class InfiniteVarianceWarning(UserWarning):
@@ -51,7 +53,7 @@ class Truncation(Protocol):
 
 
 @dataclass(frozen=True)
-class MatchedTail:
+class LipschitzTruncation:
     """P(N >= k) = L^{k - n} (n / k)^s for k > n: finite variance for every certified L < 1.
 
     Args:
@@ -74,7 +76,7 @@ class MatchedTail:
 
 
 @dataclass(frozen=True)
-class GeometricTail:
+class GeometricTruncation:
     """P(N >= k) = q^{k - n} for k > n; Residual Flows use q = 1/2.
 
     Args:
@@ -128,18 +130,21 @@ class RussianRoulette(SeriesEstimator):
     Example:
         >>> round(RussianRoulette().expected_terms(lipschitz=0.97), 1)
         6.6
-        >>> RussianRoulette(truncation=GeometricTail(0.5)).variance_bound(0.9, features=2)
+        >>> RussianRoulette(truncation=GeometricTruncation(0.5)).variance_bound(0.9, features=2)
         inf
     """
 
     num_exact_terms: int = 4
-    truncation: Truncation = MatchedTail()
+    truncation: Truncation = LipschitzTruncation()
     lipschitz: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_exact_terms < 1:
-            raise ValueError(f"num_exact_terms must be at least 1, got {self.num_exact_terms}")
+        validated_size("num_exact_terms", self.num_exact_terms)
+        if isinstance(self.truncation, type) or not hasattr(self.truncation, "survival"):
+            raise ValueError(
+                f"truncation must be a law such as LipschitzTruncation(), got {self.truncation!r}"
+            )
         if self.lipschitz is not None:
             validated_lipschitz(self.lipschitz)
 
@@ -154,7 +159,7 @@ class RussianRoulette(SeriesEstimator):
     ) -> list[float]:
         """Draw N and return 1 / P(N >= k) for k = 1, ..., N."""
         bound = self._bound(lipschitz)
-        uniform = 1 - float(torch.rand((), dtype=torch.float64, generator=_on_cpu(generator)))
+        uniform = 1 - _uniform(generator)
         weights: list[float] = []
         while (probability := self.survival(len(weights) + 1, bound)) >= uniform:
             weights.append(1 / probability)
@@ -171,7 +176,7 @@ class RussianRoulette(SeriesEstimator):
         if not self.truncation.has_finite_variance(bound):
             warnings.warn(
                 f"{self.truncation} does not guarantee a finite variance for Lip(g) <= {bound}; "
-                "use MatchedTail() or a continuation probability above its square",
+                "use LipschitzTruncation() or a continuation probability above its square",
                 InfiniteVarianceWarning,
                 stacklevel=3,
             )
@@ -218,6 +223,11 @@ _SMALL = 1e-9
 relatively, it is also more than is left out in the end."""
 
 
-def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
-    """The truncation is drawn on the CPU, so that a GPU never waits for it."""
-    return generator if generator is not None and generator.device.type == "cpu" else None
+def _uniform(generator: torch.Generator | None) -> float:
+    """Draw a number of [0, 1) on the CPU, so that a GPU never waits for it.
+
+    Inside `vmap` one number is drawn for all lanes, as one is for all rows of a batch.
+    """
+    on_cpu = generator if generator is not None and generator.device.type == "cpu" else None
+    drawn = torch.rand((), dtype=torch.float64, generator=on_cpu, device="cpu")
+    return float(concrete(drawn).flatten()[0])

@@ -1,0 +1,93 @@
+"""Ctrl-C: at once while the command starts, at the end of a step while a model is trained.
+
+It imports next to nothing, so that it is there as soon as the interpreter is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+STATUS = 130
+"""What shells report of a command that Ctrl-C ended."""
+BEFORE_TRAINING = "nflows-iresnet: interrupted before anything was trained"
+_POSTPONED = (
+    "\ninterrupted: finishing this step, then saving a checkpoint (Ctrl-C again stops at once)\n"
+)
+
+
+class Handled:
+    """A block in which Ctrl-C is handled, unless it is ignored, or another's, or a thread asks."""
+
+    def __enter__(self) -> Handled:
+        """Take over from Python's own handler."""
+        self._is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._is_ours:
+            try:
+                signal.signal(signal.SIGINT, self._handle)
+            except ValueError:  # not in the main thread
+                self._is_ours = False
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Give it back."""
+        if self._is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class EndsTheProcess(Handled):
+    """Ctrl-C in the block says in one line that nothing was trained, and leaves.
+
+    An exception would not do while modules are imported: callbacks of the interpreter and the
+    start of compiled modules print it with a traceback, or turn it into another one.
+    """
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        _say(f"{BEFORE_TRAINING}\n")
+        os._exit(STATUS)
+
+
+class Postponed(Handled):
+    """Ctrl-C in the block is noted, and raised at its end; the second one is raised at once.
+
+    Raises:
+        KeyboardInterrupt: at the end of a block that went well, if it was pressed.
+    """
+
+    was_pressed = False
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Give it back, and raise what was postponed."""
+        super().__exit__(kind, error, traceback)
+        if self.was_pressed and kind is None:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.was_pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _say(_POSTPONED)
+
+
+def _say(line: str) -> None:
+    """Write to stderr past Python's buffer, which a handler may have interrupted in its work."""
+    try:
+        os.write(2, line.encode())
+    except OSError:
+        return

@@ -1,0 +1,357 @@
+"""Derivatives of every order and by every way: right, or refused, never a wrong number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
+
+from nflows_iresnet import ResidualFlow, logdet, nn, solvers, transforms
+
+Scalar = Callable[[Tensor], Tensor]
+
+
+def hessian_by_differences(function: Scalar, at: Tensor, step: float = 1e-4) -> Tensor:
+    gradient = jacobian_of(function)
+    rows = [
+        (gradient(at + shift) - gradient(at - shift)) / (2 * step)
+        for shift in step * torch.eye(len(at), dtype=at.dtype)
+    ]
+    return torch.stack(rows)
+
+
+def jacobian_of(function: Scalar) -> Scalar:
+    return lambda at: torch.autograd.functional.jacobian(function, at)
+
+
+def hessian_of(function: Scalar) -> Scalar:
+    return lambda at: torch.autograd.functional.hessian(function, at)
+
+
+def block(
+    activation: torch.nn.Module | None = None, estimator: logdet.LogDetEstimator | None = None
+) -> transforms.ResidualTransform:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [8], activation=activation).double()
+    return transforms.ResidualTransform(net, estimator=estimator)
+
+
+def point() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, dtype=torch.float64)
+
+
+OF_INVERSE: dict[str, Callable[[transforms.ResidualTransform, Tensor], Tensor]] = {
+    "squares": lambda b, z: b.inverse(z[None])[0].square().sum(),
+    "mixed": lambda b, z: b.inverse(z[None])[0].sum() * z.sum(),
+    "logabsdet": lambda b, z: b.inverse(z[None])[1].sum(),
+}
+ACTIVATIONS = {"mixed": None, "clipswish": nn.CLipSwish(), "of-torch": torch.nn.Tanh()}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", OF_INVERSE)
+def test_second_derivatives_through_the_inverse(name: str, activation: str) -> None:
+    part = block(ACTIVATIONS[activation])
+
+    def function(at: Tensor) -> Tensor:
+        return OF_INVERSE[name](part, at)
+
+    found = hessian_of(function)(point())
+    expected = hessian_by_differences(function, point())
+    assert float(expected.abs().max()) > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, found.mT)
+
+
+@pytest.mark.parametrize("source", ["weights", "context"])
+def test_second_derivatives_of_the_inverse_in_other_things_are_refused(source: str) -> None:
+    torch.manual_seed(0)
+    part = transforms.ResidualTransform(nn.LipschitzMLP(2, [8], 3)).double()
+    context = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    values, _ = part.inverse(torch.randn(4, 2, dtype=torch.float64), context)
+    sources = [context] if source == "context" else list(part.net.parameters())
+    gradients = torch.autograd.grad(values.square().sum(), sources, create_graph=True)
+    with pytest.raises(logdet.SecondDerivativeError, match="in its inputs only"):
+        torch.stack([each.square().sum() for each in gradients]).sum().backward()
+
+
+def test_third_derivatives_through_the_inverse_are_refused() -> None:
+    part, at = block(), point().requires_grad_()
+    value = part.inverse(at[None])[0].square().sum()
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(value, at, create_graph=True)
+        value = gradient.sum()
+    with pytest.raises(logdet.SecondDerivativeError):
+        torch.autograd.grad(value, at)
+
+
+@pytest.mark.parametrize("name", OF_INVERSE)
+def test_function_transforms_of_the_inverse(name: str) -> None:
+    part, at = block(), point()
+
+    def function(z: Tensor) -> Tensor:
+        return OF_INVERSE[name](part, z)
+
+    expected = hessian_of(function)(at)
+    torch.testing.assert_close(jacrev(function)(at), jacobian_of(function)(at))
+    torch.testing.assert_close(jacrev(jacrev(function))(at), expected)
+    torch.testing.assert_close(hessian(function)(at), expected)
+    torch.testing.assert_close(jacrev(jacfwd(function))(at), expected)
+    with pytest.raises(logdet.SecondDerivativeError, match="jacfwd"):
+        jacfwd(jacfwd(function))(at)
+
+
+def test_a_batch_of_inverses_under_vmap() -> None:
+    part = block()
+    rows = torch.randn(5, 2, dtype=torch.float64)
+
+    def inverse(row: Tensor) -> Tensor:
+        return part.inverse(row[None])[0][0]
+
+    def forward(row: Tensor) -> Tensor:
+        return part(row[None])[0][0]
+
+    points = part.inverse(rows)[0].detach()
+    torch.testing.assert_close(vmap(inverse)(rows).detach(), points)
+    jacobians = vmap(jacrev(inverse))(rows)
+    torch.testing.assert_close(jacobians @ vmap(jacrev(forward))(points), _identities(5))
+    torch.testing.assert_close(vmap(jacfwd(inverse))(rows), jacobians)
+
+
+def _identities(count: int) -> Tensor:
+    return torch.eye(2, dtype=torch.float64).expand(count, 2, 2)
+
+
+@pytest.mark.parametrize("make", [nn.LipschitzMLP, nn.LipschitzDenseNet])
+def test_jacobians_of_the_inverse_in_its_context(make: Callable[..., torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    part = transforms.ResidualTransform(make(2, [8], 3)).double()
+    rows, context = torch.randn(4, 2).double(), torch.randn(4, 3).double()
+
+    def inverse(row: Tensor, conditions: Tensor) -> Tensor:
+        return part.inverse(row[None], conditions[None])[0][0]
+
+    found = vmap(jacrev(inverse, argnums=1))(rows, context)
+    moving = context.clone().requires_grad_()
+    outputs, _ = part.inverse(rows, moving)
+    expected = [torch.autograd.grad(each.sum(), moving, retain_graph=True)[0] for each in outputs.T]
+    torch.testing.assert_close(found, torch.stack(expected, dim=1))
+    torch.testing.assert_close(jacrev(inverse, argnums=1)(rows[0], context[0]), found[0])
+
+
+def test_forward_mode_through_the_inverse() -> None:
+    part = block()
+    rows, tangent = torch.randn(2, 4, 2, dtype=torch.float64)
+
+    def inverse(outputs: Tensor) -> Tensor:
+        return part.inverse(outputs)[0]
+
+    whole = jacobian_of(inverse)(rows).flatten(2).flatten(0, 1)
+    pushed = (whole @ tangent.flatten()).reshape(4, 2)
+    torch.testing.assert_close(jvp(inverse, (rows,), (tangent,))[1], pushed)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-10, 1e20, 1e37])
+@pytest.mark.parametrize("features", [2, 40])
+def test_cotangents_of_any_size(scale: float, features: int) -> None:
+    torch.manual_seed(0)
+    part = transforms.ResidualTransform(nn.LipschitzMLP(features, [16]))
+    outputs = torch.randn(4, features, requires_grad=True)
+    found = part.inverse(outputs)[0]
+    cotangent = torch.randn(4, features)
+    (expected,) = torch.autograd.grad(found, outputs, cotangent, retain_graph=True)
+    (scaled,) = torch.autograd.grad(found, outputs, scale * cotangent)
+    torch.testing.assert_close(scaled / scale, expected, rtol=1e-4, atol=1e-5)
+
+
+NORMS: dict[str, nn.MatrixNorm] = {
+    "schatten": nn.SchattenNorm(),
+    "schatten-of-few": nn.SchattenNorm(1),
+    "schatten-of-none": nn.SchattenNorm(0),
+    "spectral": nn.SpectralNorm(),
+    "frobenius": nn.FrobeniusNorm(),
+    "power-iteration": nn.PowerIteration(),
+}
+CONV_NORMS: dict[str, nn.ConvNorm] = {
+    "fourier": nn.FourierNorm(),
+    "power-iteration": nn.ConvPowerIteration((4, 4)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_a_weight_above_its_coefficient_has_no_second_derivative_along_itself(
+    norm: nn.MatrixNorm,
+) -> None:
+    """W = 0.5 whatever the one weight is, so that every derivative is zero."""
+    layer = nn.LipschitzLinear(1, 1, bias=False, coeff=0.5, norm=norm).double()
+
+    def function(weight: Tensor) -> Tensor:
+        return functional_call(layer, {"weight": weight[None]}, torch.ones(1, 1).double()).sum()
+
+    at = torch.tensor([2.0], dtype=torch.float64)
+    for second in (hessian_of(function), hessian(function), jacrev(jacrev(function))):
+        torch.testing.assert_close(second(at), torch.zeros(1, 1).double(), rtol=0, atol=1e-12)
+
+
+def layer_of(norm: nn.OperatorNorm) -> torch.nn.Module:
+    torch.manual_seed(2)
+    if isinstance(norm, nn.ConvNorm):
+        return nn.LipschitzConv2d(2, 3, 3, bias=False, coeff=0.5, norm=norm).double().eval()
+    assert isinstance(norm, nn.MatrixNorm)
+    return nn.LipschitzLinear(3, 4, bias=False, coeff=0.5, norm=norm).double().eval()
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [*NORMS.values(), *CONV_NORMS.values()],
+    ids=[*NORMS, *(f"conv-{n}" for n in CONV_NORMS)],
+)
+def test_second_derivatives_in_the_weights(norm: nn.OperatorNorm) -> None:
+    layer = layer_of(norm)
+    (weight,) = layer.parameters()
+    inputs = torch.randn(2, *((2, 4, 4) if weight.dim() == 4 else (3,)), dtype=torch.float64)
+
+    def function(flat: Tensor) -> Tensor:
+        return functional_call(layer, {"weight": flat.view_as(weight)}, inputs).sin().sum()
+
+    at = 2 * weight.detach().flatten()
+    found = hessian_of(function)(at)
+    torch.testing.assert_close(found, hessian_by_differences(function, at), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(jacrev(jacrev(function))(at), found)
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_the_slow_twin_of_a_norm_is_the_norm(norm: nn.MatrixNorm) -> None:
+    torch.manual_seed(0)
+    for shape in ((5, 5), (7, 3), (2, 9), (1, 1)):
+        weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        state = norm.initial_state(weight.detach())
+        results = [norm(weight, state), norm.differentiable(weight, state)]
+        gradients = [torch.autograd.grad(each, weight)[0] for each in results]
+        torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=0)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-7, atol=1e-9)
+
+
+SERIES: dict[str, logdet.LogDetEstimator] = {
+    "power-series": logdet.PowerSeries(num_terms=4),
+    "no-trace": logdet.PowerSeries(num_terms=4, exact_trace=False),
+    "probes": logdet.PowerSeries(num_terms=4, num_probes=2),
+    "roulette": logdet.RussianRoulette(),
+}
+SECOND: dict[str, Callable[[Scalar], Scalar]] = {
+    "autograd": hessian_of,
+    "jacrev-jacrev": lambda f: jacrev(jacrev(f)),
+    "jacfwd-jacrev": lambda f: jacfwd(jacrev(f), randomness="same"),
+    "jacrev-jacfwd": lambda f: jacrev(jacfwd(f, randomness="same")),
+    "jacfwd-jacfwd": lambda f: jacfwd(jacfwd(f, randomness="same"), randomness="same"),
+}
+
+
+@pytest.mark.parametrize("way", SECOND)
+@pytest.mark.parametrize("name", SERIES)
+def test_a_second_derivative_of_a_series_is_refused(name: str, way: str) -> None:
+    part = block(estimator=SERIES[name])
+    with pytest.raises(logdet.SecondDerivativeError, match=r"logdet\.Exact"):
+        SECOND[way](lambda z: part(z[None])[1].sum())(point())
+
+
+def test_a_second_derivative_of_a_series_in_the_weights_is_refused() -> None:
+    part = block(estimator=logdet.PowerSeries(num_terms=4))
+    loss = part(torch.randn(3, 2, dtype=torch.float64))[1].sum()
+    gradients = torch.autograd.grad(loss, list(part.parameters()), create_graph=True)
+    penalty = torch.stack([each.square().sum() for each in gradients]).sum()
+    with pytest.raises(logdet.SecondDerivativeError):
+        penalty.backward()
+
+
+def test_first_derivatives_of_a_series_with_a_graph_are_not_refused() -> None:
+    part = block(estimator=logdet.PowerSeries(num_terms=4))
+    inputs = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for create_graph in (False, True):
+        torch.manual_seed(0)
+        total = part(inputs)[1].sum()
+        gradients.append(torch.autograd.grad(total, inputs, create_graph=create_graph)[0])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """A probe without randomness."""
+
+    def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return 1 - 2 * (torch.arange(inputs.shape[-1]) % 2).to(inputs).expand_as(inputs)
+
+
+def test_forward_mode_of_a_series_is_reverse_mode() -> None:
+    part = block(estimator=logdet.PowerSeries(num_terms=6, probe=Alternating()))
+
+    def function(z: Tensor) -> Tensor:
+        return part(z[None])[1].sum()
+
+    expected = jacobian_of(function)(point())
+    for way in (jacrev, jacfwd):
+        torch.testing.assert_close(way(function)(point()), expected)
+
+
+def test_second_derivatives_of_the_exact_log_determinant() -> None:
+    part = block(estimator=logdet.Exact())
+
+    def function(z: Tensor) -> Tensor:
+        return part(z[None])[1].sum()
+
+    expected = hessian_by_differences(function, point())
+    for way in (hessian_of(function), hessian(function), jacrev(jacrev(function))):
+        torch.testing.assert_close(way(point()), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_row_by_row_with_different_randomness() -> None:
+    torch.manual_seed(0)
+    flow = ResidualFlow(8, 8, 2)
+    rows = torch.randn(6, 8)
+    flow.log_prob(rows)
+    gradients = vmap(
+        torch.func.grad(lambda row: flow.log_prob(row[None])[0]), randomness="different"
+    )
+    assert gradients(rows).shape == (6, 8)
+    image = transforms.ResidualTransform(nn.LipschitzCNN(1, [4, 4]))
+    total = vmap(torch.func.grad(lambda row: image(row[None])[1][0]), randomness="different")
+    assert bool(total(torch.randn(3, 1, 4, 4)).isfinite().all())
+
+
+def test_the_truncation_under_vmap_follows_its_law() -> None:
+    """The number of terms is one draw for all lanes; its mean is that of the law."""
+    roulette = logdet.RussianRoulette()
+    counts: list[int] = []
+
+    def lane(row: Tensor) -> Tensor:
+        counts.append(len(roulette.term_weights(0.9)))
+        return row
+
+    torch.manual_seed(0)
+    for _ in range(400):
+        vmap(lane, randomness="different")(torch.zeros(3))
+    drawn = torch.tensor(counts, dtype=torch.float64)
+    error = float(drawn.std()) / 20
+    assert abs(float(drawn.mean()) - roulette.expected_terms(0.9)) < 6 * error
+
+
+def test_a_solver_that_cannot_converge_still_raises_under_vmap() -> None:
+    net = _Expanding().double()
+    part = transforms.ResidualTransform(net, estimator=logdet.Exact())
+    with pytest.raises(solvers.FixedPointNotConverged):
+        vmap(lambda row: part.inverse(row[None])[0])(torch.randn(3, 2, dtype=torch.float64))
+
+
+class _Expanding(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.weight * inputs
