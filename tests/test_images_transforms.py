@@ -64,7 +64,7 @@ def test_noise_is_uniform_fresh_and_reproducible() -> None:
     assert not torch.equal(first, second)
     noise = (first - levels).sort().values
     expected = (torch.arange(len(noise)) + 0.5) / len(noise)
-    assert (noise - expected).abs().max() < 1.63 / math.sqrt(len(noise))  # Kolmogorov, 1%
+    assert (noise - expected).abs().max() < 3.1 / math.sqrt(len(noise))  # Kolmogorov, 1e-8
     draws = [
         transforms.dequantise(levels, generator=torch.Generator().manual_seed(5)) for _ in range(2)
     ]
