@@ -246,7 +246,7 @@ def test_wrong_sizes_are_named() -> None:
 def test_centred_pixels_take_the_state_of_the_transform_before() -> None:
     centring, before = CenteringTransform(17), PointwiseAffineTransform(shift=-0.5, scale=1 / 17)
     centring.load_state_dict(before.state_dict())
-    assert not centring.state_dict()
+    assert list(centring.state_dict()) == ["_extra_state"]
     torch.testing.assert_close(centring(images())[0], before(images())[0])
     torch.testing.assert_close(centring(images())[1], before(images())[1].double())
     torch.testing.assert_close(centring.inverse(centring(images())[0])[0], images())
