@@ -122,7 +122,7 @@ def test_roulette_is_unbiased(exact_trace: bool) -> None:
         estimate = estimator.estimate(net, inputs)
     assert estimate.standard_error is not None
     error = (estimate.logabsdet - exact).abs()
-    assert bool((error <= 5 * estimate.standard_error).all())
+    assert bool((error <= 6 * estimate.standard_error).all())
     assert bool((estimate.standard_error < 0.2).all())
 
 

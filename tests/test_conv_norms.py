@@ -414,7 +414,7 @@ def test_power_iteration_is_a_lower_bound_that_converges(padding_mode: PaddingMo
     truth = true_norm(kernel, (5, 6), padding_mode)
     norm = nn.ConvPowerIteration((5, 6), padding_mode, num_initial_steps=1)
     state, estimates = norm.initial_state(kernel), []
-    for _ in range(300):
+    for _ in range(1000):
         estimates.append(float(norm(kernel, state)))
         norm.advance(kernel, state)
     assert all(estimate <= truth * (1 + 1e-12) for estimate in estimates)
@@ -452,7 +452,7 @@ def test_convolutions_of_torch(options: dict[str, Any]) -> None:
     layer = torch.nn.Conv2d(4, 6, **{"kernel_size": 3, "bias": False, **options}).double()
     basis = torch.eye(4 * 42, dtype=torch.float64).reshape(-1, 4, 6, 7)
     truth = float(torch.linalg.matrix_norm(layer(basis).detach().flatten(start_dim=1), ord=2))
-    assert truth <= nn.lipschitz_bound(layer) <= 1.6 * truth
+    assert truth <= nn.lipschitz_bound(layer) <= 2.2 * truth
 
 
 @pytest.mark.parametrize(

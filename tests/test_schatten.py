@@ -60,7 +60,7 @@ def test_it_is_an_upper_bound_in_float32_and_the_same_in_float64(
     assert true <= float(bound) <= slack * true * (1 + 1e-6)
     assert slack <= 1.031
     of_double, gradient_of_double = norm.value_and_gradient(weight.double(), {})
-    torch.testing.assert_close(bound, of_double, rtol=1e-6, atol=0)
+    torch.testing.assert_close(bound, of_double, rtol=4e-6, atol=0)
     torch.testing.assert_close(gradient.double(), gradient_of_double, rtol=0, atol=1e-4)
 
 
@@ -139,10 +139,13 @@ def test_the_allowance_is_needed_and_suffices(monkeypatch: pytest.MonkeyPatch) -
 def test_the_blocks_of_a_gram_matrix_are_in_their_places(size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(8)
     matrices = torch.randn(2, size + 3, size, dtype=dtype)
-    expected = matrices.mT @ matrices
-    torch.testing.assert_close(schatten.gram_matrix(matrices), expected)
-    spare = torch.full_like(expected, torch.nan)
-    torch.testing.assert_close(schatten.gram_matrix(matrices, out=spare), expected)
+    expected = matrices.double().mT @ matrices.double()
+    sums = matrices.double().abs().mT @ matrices.double().abs()
+    rounding = (size + 3) * torch.finfo(dtype).eps * sums
+    spare = torch.full((2, size, size), torch.nan, dtype=dtype)
+    for out in (None, spare):
+        error = (schatten.gram_matrix(matrices, out=out) - expected).abs()
+        assert bool((error <= rounding).all())
 
 
 def test_it_trusts_no_short_products() -> None:

@@ -76,5 +76,5 @@ def test_products_that_are_lost_in_rounding_are_left_out() -> None:
     value = weighted_series(at, torch.ones(2, 3), [1.0] * 100, exact_trace=False)
     smallest = min(float(each.abs().amax()) for each in at.multiplied)
     assert smallest > torch.finfo(torch.float32).tiny ** 0.75
-    assert len(at.multiplied) < 25
+    assert len(at.multiplied) < 40
     torch.testing.assert_close(value, torch.full((2,), 3 * math.log1p(0.05)))

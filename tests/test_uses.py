@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from nflows_iresnet import ResidualFlow, logdet, nn, solvers, transforms
+from nflows_iresnet import ResidualFlow, flows, logdet, nn, solvers, transforms
 
 
 def block(features: int = 2, **options: Any) -> transforms.ResidualTransform:
@@ -188,6 +188,16 @@ OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
         lambda: nn.LipschitzConv2d(2, 2, 3),
         lambda: nn.LipschitzConv2d(2, 2, 3, coeff=0.5),
         "coeff",
+    ),
+    "levels": (
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=16, num_scales=1),
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=17, num_scales=1),
+        "levels=16",
+    ),
+    "levels-without-logit": (
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=16, num_scales=1, alpha=None),
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=17, num_scales=1, alpha=None),
+        "levels=16",
     ),
     "flow": (lambda: ResidualFlow(2, 4, 1), lambda: ResidualFlow(2, 4, 1, coeff=0.5), "coeff"),
 }

@@ -73,6 +73,12 @@ class Activation(nn.Module, ABC):
         return self.value_and_slope(inputs)[0]
 
 
+def called(activation: nn.Module, inputs: Tensor) -> Tensor:
+    """Return activation(inputs), past the preparations of a call where there are no hooks."""
+    outputs: Tensor = activation(inputs) if is_hooked(activation) else activation.forward(inputs)
+    return outputs
+
+
 def is_unit_wise(activation: nn.Module) -> bool:
     """Whether slopes are known, and are those of a call: there are no hooks to change it."""
     return isinstance(activation, Activation) and not _has_hooks(activation)
@@ -174,8 +180,9 @@ class Mixed(Activation):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the values of both halves, side by side."""
-        first, second = _halves(inputs)
-        return torch.cat([self.first(first), self.second(second)], dim=-1)
+        half = inputs.shape[-1] // 2
+        values = [called(self.first, inputs[..., :half]), called(self.second, inputs[..., half:])]
+        return torch.cat(values, dim=-1)
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return the curvatures of both halves, side by side."""

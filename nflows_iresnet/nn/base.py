@@ -25,6 +25,7 @@ from nflows_iresnet.nn.activations import (
     Mixed,
     Sine,
     SmoothAbs,
+    called,
     constant_of,
     is_unit_wise,
     widening_of,
@@ -118,7 +119,7 @@ class LayeredFunction(ResidualFunction):
             if with_slopes:
                 activated, slope = cast(Activation, activation).value_and_slope(units)
             else:
-                activated = activation(units)
+                activated = called(activation, units)
             values = activated if stretch is None else activated * widened(stretch, activation)
             hidden = self.units_back(values)
             if with_slopes:

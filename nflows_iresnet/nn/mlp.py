@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -146,17 +147,22 @@ class DenseFunction(LayeredFunction):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return g(inputs), shape (B, features); in parts where that is faster."""
-        rows = max(1, _CHUNK // max(weight.shape[0] for weight in self.weights))
-        if not self._can_be_cut(inputs) or inputs.shape[0] <= rows:
+        if torch.is_grad_enabled() or is_traced() or not self._is_to_be_cut(inputs):
             return self.evaluate(inputs, with_slopes=False).value
-        parts = [slice(start, start + rows) for start in range(0, inputs.shape[0], rows)]
+        step = self._chunk_rows
+        parts = [slice(start, start + step) for start in range(0, inputs.shape[0], step)]
         return torch.cat([self.select(part)(inputs[part]) for part in parts])
 
-    def _can_be_cut(self, inputs: Tensor) -> bool:
-        if torch.is_grad_enabled() or is_traced() or inputs.device.type != "cpu":
+    @cached_property
+    def _chunk_rows(self) -> int:
+        return max(1, _CHUNK // max(weight.shape[0] for weight in self.weights))
+
+    def _is_to_be_cut(self, inputs: Tensor) -> bool:
+        rows = inputs.shape[0]
+        if rows <= self._chunk_rows or inputs.dim() != 2 or inputs.device.type != "cpu":
             return False
         of_rows = [each for each in (*self.shifts, *self.stretches) if each.dim() == 2]
-        return inputs.dim() == 2 and all(len(each) in (1, len(inputs)) for each in of_rows)
+        return all(each.shape[0] in (1, rows) for each in of_rows)
 
     def structured(self, evaluation: Evaluation) -> Linearization:
         """Return the linearisation by the slopes."""

@@ -13,6 +13,7 @@ from nflows.transforms.reshape import SqueezeTransform as _NflowsSqueezeTransfor
 from torch import Generator, Tensor
 
 from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.solvers.base import read
 from nflows_iresnet.transforms.composite import CompositeTransform
 
@@ -146,7 +147,7 @@ class UniformDequantisation(Transform):
         return inputs.floor(), inputs.new_zeros(inputs.shape[0])
 
 
-class LogitTransform(Transform):
+class LogitTransform(SettingsInState, Transform):
     r"""y = logit(alpha + (1 - 2 alpha) x / levels): from [0, levels] to the real line.
 
     log\|det\| = sum_i log((1 - 2 alpha) / levels) - log p_i - log(1 - p_i), p_i the number inside
@@ -175,6 +176,10 @@ class LogitTransform(Transform):
         self.levels, self.alpha = validated_levels(levels), alpha
         self._slope = (1 - 2 * alpha) / self.levels
 
+    def settings(self) -> dict[str, object]:
+        """Return the levels and alpha."""
+        return {"levels": self.levels, "alpha": self.alpha}
+
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, log|det|), shapes (B, *) and (B,).
 
@@ -201,7 +206,7 @@ class LogitTransform(Transform):
         return f"levels={self.levels}, alpha={self.alpha}"
 
 
-class CenteringTransform(Transform):
+class CenteringTransform(SettingsInState, Transform):
     """y = x / levels - 1/2: from [0, levels] to [-1/2, 1/2], for flows without a logit.
 
     It has no parameters and no buffers. States of nflows' `PointwiseAffineTransform`, which was
@@ -218,6 +223,10 @@ class CenteringTransform(Transform):
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
         self.levels = validated_levels(levels)
+
+    def settings(self) -> dict[str, object]:
+        """Return the levels."""
+        return {"levels": self.levels}
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, log|det|), shapes (B, *) and (B,)."""
