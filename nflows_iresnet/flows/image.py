@@ -6,7 +6,7 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from nflows_iresnet.flows.base import Flow, StandardNormal
+from nflows_iresnet.flows.base import Expected, Flow, StandardNormal
 from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.nn import LipschitzCNN
 from nflows_iresnet.solvers import Solver
@@ -112,7 +112,6 @@ class ImageResidualFlow(Flow):
                     scale[0],
                     [hidden_channels] * depth,
                     context_features,
-                    kernel_sizes=(3, *[1] * (depth - 1), 3),
                     activation=activation,
                     coeff=coeff,
                     optional_context=optional_context,
@@ -126,8 +125,9 @@ class ImageResidualFlow(Flow):
         super().__init__(
             CompositeTransform([_preprocessing(levels, alpha), scales]),
             StandardNormal([channels * height * width]),
+            expects=Expected((channels, height, width), context_features, optional_context),
         )
-        self._image_shape, self.levels = (channels, height, width), validated_levels(levels)
+        self.levels = validated_levels(levels)
 
     def sample(
         self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
@@ -180,25 +180,12 @@ class ImageResidualFlow(Flow):
             samples = self.sample(num_samples, context=context, batch_size=batch_size)
         return samples.to(torch.uint8 if self.levels <= 256 else torch.int64)
 
-    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the noise of images (B, C, H, W), shape (B, C H W)."""
-        self._check(inputs)
-        return super().transform_to_noise(inputs, context)
-
-    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
-        self._check(inputs)
-        return super()._log_prob(inputs, context)
-
-    def _check(self, inputs: Tensor) -> None:
-        if inputs.dim() != 4 or inputs.shape[1:] != self._image_shape:
-            expected = ", ".join(map(str, self._image_shape))
-            raise ValueError(
-                f"expected images of shape (batch, {expected}), got {tuple(inputs.shape)}"
-            )
+    def _check(self, inputs: Tensor, context: Tensor | None) -> None:
+        super()._check(inputs, context)
         if not inputs.is_floating_point():
             raise ValueError(
                 f"images of type {inputs.dtype} have no density: give them their noise, "
-                "log_prob(transforms.dequantise(images))"
+                "log_prob(transforms.dequantize(images))"
             )
         check_pixels(inputs, 0, self.levels, self.levels)
 
