@@ -35,7 +35,7 @@ class ImageResidualFlow(Flow):
     noise; the last scale keeps its channels. Context, if any, enters every g.
 
     Inputs are x = k + u, k the pixel in 0, ..., levels - 1 and u uniform on [0, 1), as
-    `transforms.dequantise` makes them: floats in [0, levels). The density is that of x, so that
+    `transforms.dequantize` makes them: floats in [0, levels). The density is that of x, so that
     bits/dim are -log p(x) / (D log 2).
 
     The map from noise ends a little outside of [0, levels], by alpha levels / (1 - 2 alpha) at most
@@ -75,10 +75,10 @@ class ImageResidualFlow(Flow):
 
     Example:
         >>> import torch
-        >>> from nflows_iresnet.transforms import dequantise
+        >>> from nflows_iresnet.transforms import dequantize
         >>> flow = ImageResidualFlow((1, 8, 8), hidden_channels=16, num_layers=1, levels=17)
         >>> images = torch.randint(0, 17, (5, 1, 8, 8))
-        >>> flow.log_prob(dequantise(images)).shape, flow.sample(3).shape
+        >>> flow.log_prob(dequantize(images)).shape, flow.sample(3).shape
         (torch.Size([5]), torch.Size([3, 1, 8, 8]))
         >>> flow.sample_images(3).dtype
         torch.uint8
@@ -180,8 +180,8 @@ class ImageResidualFlow(Flow):
             samples = self.sample(num_samples, context=context, batch_size=batch_size)
         return samples.to(torch.uint8 if self.levels <= 256 else torch.int64)
 
-    def _check(self, inputs: Tensor, context: Tensor | None) -> None:
-        super()._check(inputs, context)
+    def _check_given(self, inputs: Tensor, context: Tensor | None) -> None:
+        super()._check_given(inputs, context)
         if not inputs.is_floating_point():
             raise ValueError(
                 f"images of type {inputs.dtype} have no density: give them their noise, "

@@ -21,7 +21,7 @@ from nflows_iresnet.transforms import (
     LogitTransform,
     ResidualTransform,
     SqueezeTransform,
-    UniformDequantisation,
+    UniformDequantization,
 )
 from nflows_iresnet.transforms.image import CenteringTransform
 
@@ -141,7 +141,7 @@ _CONSTANTS: dict[type[nn.Module], Callable[[Any], Constants]] = {
     nflows_transforms.LULinear: _matrix,
     CenteringTransform: _centring,
     LogitTransform: _logit,
-    UniformDequantisation: _dequantisation,
+    UniformDequantization: _dequantisation,
     InjectivePadding: _isometry,
     SqueezeTransform: _isometry,
     nflows_transforms.SqueezeTransform: _isometry,
