@@ -90,11 +90,11 @@ class ResidualTransform(Transform):
         self.estimator = validated_strategy(
             "estimator", estimator or Auto(), LogDetEstimator, _EXAMPLES["estimator"]
         )
-        self.solver = validated_strategy(
+        self.solver: Solver = validated_strategy(
             "solver",
             solver or Anderson(),
-            Solver,
-            _EXAMPLES["solver"],  # type: ignore[type-abstract]
+            Solver,  # type: ignore[type-abstract]
+            _EXAMPLES["solver"],
         )
 
     _keeps_methods = True

@@ -12,22 +12,20 @@ from torch import Tensor, nn
 from nflows_iresnet import flows, transforms
 from nflows_iresnet.transforms import splines as marginal
 
+Spline = transforms.ElementwiseRationalQuadraticSpline
+
 BOUND = 3.0
 
 
-def random_spline(
-    dtype: torch.dtype = torch.float64, spread: float = 1.0
-) -> transforms.ElementwiseRationalQuadraticSpline:
+def random_spline(dtype: torch.dtype = torch.float64, spread: float = 1.0) -> Spline:
     torch.manual_seed(7)
-    spline = transforms.ElementwiseRationalQuadraticSpline(4, num_bins=5, bound=BOUND).to(dtype)
+    spline = Spline(4, num_bins=5, bound=BOUND).to(dtype)
     for parameter in spline.parameters():
         nn.init.normal_(parameter, std=spread)
     return spline
 
 
-def spline_of_nflows(
-    spline: transforms.ElementwiseRationalQuadraticSpline, inputs: Tensor
-) -> tuple[Tensor, Tensor]:
+def spline_of_nflows(spline: Spline, inputs: Tensor) -> tuple[Tensor, Tensor]:
     smallest = marginal._MIN_SIZE / 5
     slopes = marginal._MAX_LOG_SLOPE * (spline.log_slopes / marginal._MAX_LOG_SLOPE).tanh()
     slopes = nn.functional.pad(slopes.exp(), (1, 1), value=1.0)
@@ -73,8 +71,8 @@ def test_its_density_has_no_jump_at_knots_and_bounds() -> None:
 def test_it_starts_as_the_identity(num_bins: int) -> None:
     inputs = 3 * torch.randn(100, 2)
     for values in (
-        transforms.ElementwiseRationalQuadraticSpline(2, num_bins),
-        transforms.ElementwiseRationalQuadraticSpline(2).inverse,
+        Spline(2, num_bins),
+        Spline(2).inverse,
     ):
         outputs, logabsdet = values(inputs)
         torch.testing.assert_close(outputs, inputs, rtol=0, atol=1e-5)
@@ -97,15 +95,13 @@ def test_the_float32_inverse_errs_no_more_than_rounding_explains() -> None:
     assert bool((is_near_in_x | is_near_in_y).all())
 
 
-def negative_log_likelihood(
-    spline: transforms.ElementwiseRationalQuadraticSpline, rows: Tensor
-) -> Tensor:
+def negative_log_likelihood(spline: Spline, rows: Tensor) -> Tensor:
     outputs, logabsdet = spline(rows)
     normal = 0.5 * outputs.square().sum(1) + 0.5 * math.log(2 * math.pi)
     return (normal - logabsdet).mean()
 
 
-def learn(spline: transforms.ElementwiseRationalQuadraticSpline, rows: Tensor, steps: int) -> float:
+def learn(spline: Spline, rows: Tensor, steps: int) -> float:
     """With a learning rate that falls to zero: at a constant one the loss oscillates."""
     optimizer = torch.optim.Adam(spline.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -121,36 +117,32 @@ def test_it_learns_a_marginal_that_is_far_from_normal() -> None:
     """Seven tenths in [-1, -0.9], the others in [0, 2]; 2.2 nats above the optimum at first."""
     rows = torch.cat([torch.linspace(-1, -0.9, 1400), torch.linspace(0, 2, 600)])[:, None]
     optimal = -0.7 * math.log(0.7 / 0.1) - 0.3 * math.log(0.3 / 2)
-    loss = learn(transforms.ElementwiseRationalQuadraticSpline(1, num_bins=16), rows, steps=300)
+    loss = learn(Spline(1, num_bins=16), rows, steps=300)
     assert optimal - 0.05 < loss < optimal + 0.35
 
 
 def test_it_learns_its_slopes() -> None:
     """Rows from a spline of two equal bins that is steep between them; 0.8 nats above at first."""
-    teacher = transforms.ElementwiseRationalQuadraticSpline(1, num_bins=2, bound=BOUND).double()
+    teacher = Spline(1, num_bins=2, bound=BOUND).double()
     nn.init.constant_(teacher.log_slopes, 2.0)
     quantiles = (torch.arange(1000, dtype=torch.float64)[:, None] + 0.5) / 1000
     rows = teacher.inverse(torch.special.ndtri(quantiles))[0].detach()
     optimal = negative_log_likelihood(teacher, rows).item()
     loss = learn(
-        transforms.ElementwiseRationalQuadraticSpline(1, num_bins=2, bound=BOUND).double(),
+        Spline(1, num_bins=2, bound=BOUND).double(),
         rows,
         steps=150,
     )
     assert abs(loss - optimal) < 0.02
 
 
-def splines(flow: nn.Module) -> list[transforms.ElementwiseRationalQuadraticSpline]:
-    return [
-        each
-        for each in flow.modules()
-        if isinstance(each, transforms.ElementwiseRationalQuadraticSpline)
-    ]
+def splines(flow: nn.Module) -> list[Spline]:
+    return [each for each in flow.modules() if isinstance(each, Spline)]
 
 
 def test_the_preset_has_one_after_its_first_act_norm() -> None:
     flow = flows.ResidualFlow(2, 8, 2, context_features=1, marginal_bins=3)
-    assert isinstance(flow._transform._transforms[1], transforms.ElementwiseRationalQuadraticSpline)
+    assert isinstance(flow._transform._transforms[1], Spline)
     assert [each.sizes.shape for each in splines(flow)] == [(2, 2, 3)]
     assert len(splines(flows.ResidualFlow(2, 8, 2))) == 1
     assert not splines(flows.ResidualFlow(2, 8, 2, marginal_bins=0))
@@ -163,11 +155,11 @@ def test_the_preset_has_one_after_its_first_act_norm() -> None:
 def test_impossible_sizes_are_named(arguments: dict[str, float]) -> None:
     (name,) = arguments
     with pytest.raises(ValueError, match=f"{name} must be"):
-        transforms.ElementwiseRationalQuadraticSpline(**{"features": 2, **arguments})  # type: ignore[arg-type]
+        Spline(**{"features": 2, **arguments})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="marginal_bins"):
         flows.ResidualFlow(2, 8, 1, marginal_bins=-1)
 
 
 def test_rows_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(batch, 2\), got \(5, 3\)"):
-        transforms.ElementwiseRationalQuadraticSpline(2)(torch.zeros(5, 3))
+        Spline(2)(torch.zeros(5, 3))
