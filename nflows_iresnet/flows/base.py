@@ -31,9 +31,11 @@ class StandardNormal(_NflowsStandardNormal):
         shape: the shape of one sample.
     """
 
+    _log_z: float
+
     def __init__(self, shape: tuple[int, ...] | list[int]) -> None:
         super().__init__(shape)
-        del self._buffers["_log_z"]
+        del self._log_z
         self._log_z = 0.5 * math.log(2 * math.pi) * self._shape.numel()
         like = torch.zeros(0)
         self._like = torch.zeros(0, device="cpu") if like.is_meta else like

@@ -1,0 +1,213 @@
+"""Certified bi-Lipschitz constants of flows, against singular values of dense Jacobians."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import nflows.transforms
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nflows_iresnet import ResidualFlow, flows, transforms
+from nflows_iresnet.flows.lipschitz import lipschitz_constants
+
+
+def randomised(transform: Any, spread: float = 0.5) -> Any:
+    torch.manual_seed(3)
+    for parameter in transform.parameters():
+        nn.init.normal_(parameter, std=spread)
+    return transform.double().eval()
+
+
+def singular_values(transform: Any, rows: Tensor, context: Tensor | None = None) -> Tensor:
+    def outputs(row: Tensor, condition: Tensor | None) -> Tensor:
+        given = None if condition is None else condition[None]
+        values: Tensor = transform(row[None], given)[0]
+        return values.flatten()
+
+    conditions = [None] * len(rows) if context is None else list(context)
+    jacobians = [
+        torch.as_tensor(torch.autograd.functional.jacobian(lambda x, c=c: outputs(x, c), row))
+        for row, c in zip(rows, conditions, strict=True)
+    ]
+    flat = torch.stack([each.reshape(each.shape[0], -1) for each in jacobians])
+    return torch.linalg.svdvals(flat)
+
+
+SHAPES = {"vectors": (3,), "images": (1, 4, 4)}
+TRANSFORMS: dict[str, tuple[Callable[[], Any], str]] = {
+    "act-norm": (lambda: transforms.ActNorm(3), "vectors"),
+    "act-norm-of-nflows": (lambda: nflows.transforms.ActNorm(3), "vectors"),
+    "spline": (lambda: transforms.MarginalSpline(3), "vectors"),
+    "linear": (lambda: transforms.LinearTransform(3), "vectors"),
+    "lu-of-nflows": (lambda: nflows.transforms.LULinear(3), "vectors"),
+    "affine-of-nflows": (
+        lambda: nflows.transforms.PointwiseAffineTransform(1.0, torch.tensor([0.5, 2.0, 3.0])),
+        "vectors",
+    ),
+    "block": (lambda: ResidualFlow(3, 8, 1)._transform._transforms[2], "vectors"),
+    "residual-flow": (lambda: ResidualFlow(3, 8, 2)._transform, "vectors"),
+    "iresnet": (lambda: flows.InvertibleResNet(3, 8, 2)._transform, "vectors"),
+    "inverse": (
+        lambda: nflows.transforms.InverseTransform(transforms.MarginalSpline(3)),
+        "vectors",
+    ),
+    "permutation": (lambda: nflows.transforms.RandomPermutation(3), "vectors"),
+    "reverse": (lambda: nflows.transforms.ReversePermutation(3), "vectors"),
+    "composite-of-nflows": (
+        lambda: nflows.transforms.CompositeTransform(
+            [transforms.ActNorm(3), nflows.transforms.ReversePermutation(3)]
+        ),
+        "vectors",
+    ),
+    "squeeze": (transforms.SqueezeTransform, "images"),
+    "padding": (lambda: transforms.InjectivePadding(2), "images"),
+    "image-flow": (
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=4, alpha=None)._transform,
+        "images",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_constants_bound_all_singular_values(name: str) -> None:
+    factory, shape = TRANSFORMS[name]
+    transform = randomised(factory())
+    rows = 2 * torch.randn(20, *SHAPES[shape], dtype=torch.float64)
+    rows = rows if name != "image-flow" else rows.abs().clamp_max(4)
+    values = singular_values(transform, rows)
+    forward, inverse = lipschitz_constants(transform)
+    assert math.isfinite(forward)
+    assert math.isfinite(inverse)
+    assert float(values.max()) <= forward * (1 + 1e-9)
+    assert float(1 / values.min()) <= inverse * (1 + 1e-9)
+
+
+TIGHT = [
+    "act-norm",
+    "act-norm-of-nflows",
+    "linear",
+    "lu-of-nflows",
+    "affine-of-nflows",
+    "permutation",
+    "reverse",
+    "squeeze",
+    "composite-of-nflows",
+    "padding",
+]
+
+
+@pytest.mark.parametrize("name", TIGHT)
+def test_the_constants_of_linear_maps_are_tight(name: str) -> None:
+    factory, shape = TRANSFORMS[name]
+    transform = randomised(factory())
+    values = singular_values(transform, torch.randn(1, *SHAPES[shape], dtype=torch.float64))
+    assert lipschitz_constants(transform) == pytest.approx(
+        (float(values.max()), float(1 / values.min())), rel=1e-9
+    )
+
+
+def test_the_constants_of_a_spline_are_tight() -> None:
+    spline = randomised(transforms.MarginalSpline(1))
+    grid = torch.linspace(-4.5, 4.5, 20001, dtype=torch.float64)[:, None].requires_grad_()
+    (slopes,) = torch.autograd.grad(spline(grid)[0].sum(), grid)
+    forward, inverse = lipschitz_constants(spline)
+    assert float(slopes.max()) <= forward <= 1.05 * float(slopes.max())
+    assert float(1 / slopes.min()) <= inverse <= 1.05 * float(1 / slopes.min())
+    assert lipschitz_constants(transforms.MarginalSpline(2)) == pytest.approx((1, 1), rel=1e-6)
+
+
+class Scaled(nn.Module):
+    """g(x) = a x: its constants are known."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.slope * inputs
+
+    def lipschitz_bound(self) -> float:
+        return abs(float(self.slope.detach()))
+
+
+@pytest.mark.parametrize("slope", [0.9, -0.9])
+def test_the_constants_of_a_block_are_reached(slope: float) -> None:
+    block = transforms.ResidualTransform(Scaled(slope)).double()
+    forward, inverse = lipschitz_constants(block)
+    value = float(singular_values(block, torch.randn(1, 2, dtype=torch.float64)).max())
+    reached = value / forward if slope > 0 else 1 / value / inverse
+    assert reached == pytest.approx(1, rel=1e-6)
+
+
+def test_a_flow_states_its_blocks_in_order_and_the_whole() -> None:
+    flow = ResidualFlow(2, 8, 3, coeff=0.9)
+    blocks = [each for each in flow.modules() if isinstance(each, transforms.ResidualTransform)]
+    with torch.no_grad():
+        for index, block in enumerate(blocks):
+            for layer in block.net.layers:  # type: ignore[union-attr]
+                layer.weight.mul_(0.1 * (index + 1))
+    bound = flow.lipschitz_bound()
+    assert bound.blocks == tuple(block.lipschitz_bound() for block in blocks)
+    assert bound.blocks[0] < bound.blocks[1] < bound.blocks[2] <= 0.9
+    assert bound.forward == pytest.approx(math.prod(1 + each for each in bound.blocks), rel=1e-6)
+    assert bound.inverse == pytest.approx(
+        math.prod(1 / (1 - each) for each in bound.blocks), rel=1e-6
+    )
+    with pytest.raises(AttributeError):
+        bound.forward = 1.0  # type: ignore[misc]
+
+
+def test_a_conditional_map_is_bounded_for_every_context() -> None:
+    affine = randomised(transforms.ConditionalAffine(2, 3), spread=2.0)
+    context = 100 * torch.randn(20, 3, dtype=torch.float64)
+    values = singular_values(affine, torch.randn(20, 2, dtype=torch.float64), context)
+    forward, inverse = lipschitz_constants(affine)
+    assert 100 < float(values.max()) <= forward
+    assert 100 < float(1 / values.min()) <= inverse
+    assert math.isfinite(ResidualFlow(2, 8, 1, context_features=3).lipschitz_bound().forward)
+
+
+class Shift(nflows.transforms.Transform):
+    """A transform of a user, which says nothing."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return inputs + 1, inputs.new_zeros(inputs.shape[0])
+
+
+class Stated(Shift):
+    """One that says what it guarantees."""
+
+    def lipschitz_constants(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
+class Overridden(transforms.ResidualTransform):
+    """A block of a user, who may do anything with it."""
+
+
+def test_what_is_unknown_is_infinite() -> None:
+    unknown = (math.inf, math.inf)
+    assert lipschitz_constants(Shift()) == unknown
+    assert lipschitz_constants(Stated()) == (1, 1)
+    assert lipschitz_constants(Overridden(Scaled(0.5))) == unknown
+    assert lipschitz_constants(transforms.ResidualTransform(nn.LSTM(2, 2))) == unknown
+    assert lipschitz_constants(transforms.ResidualTransform(Scaled(1.5))) == (
+        pytest.approx(2.5),
+        math.inf,
+    )
+    whole = transforms.CompositeTransform([Shift(), transforms.ResidualTransform(nn.LSTM(2, 2))])
+    flow = flows.Flow(whole, flows.StandardNormal([2]))
+    assert flow.lipschitz_bound() == flows.FlowLipschitz((math.inf,), *unknown)
+
+
+def test_a_logit_stretches_without_bound_at_its_ends() -> None:
+    forward, inverse = lipschitz_constants(transforms.LogitTransform(17))
+    rows = torch.linspace(0.1, 16.9, 50, dtype=torch.float64)[:, None, None, None]
+    values = singular_values(transforms.LogitTransform(17), rows)
+    assert forward == math.inf
+    assert float(1 / values.min()) <= inverse <= 1.01 * float(1 / values.min())
+    assert lipschitz_constants(transforms.UniformDequantisation()) == (1, math.inf)
