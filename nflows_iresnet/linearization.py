@@ -205,6 +205,15 @@ class Linearization(ABC):
         return self.jacobian().diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+class ForwardLinearization(Linearization):
+    """A linearisation whose `jvp` is as cheap as its `vjp`."""
+
+    def bilinear(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+        """Return w^T J v for each w, shape (B,), from one J v."""
+        pushed = self.jvp(tangent)
+        return [row_products(cotangent, pushed) for cotangent in cotangents]
+
+
 def row_products(left: Tensor, right: Tensor) -> Tensor:
     """Return the scalar product of each row with the other tensor's, (B, *) -> (B,)."""
     return (left * right).flatten(start_dim=1).sum(dim=1)

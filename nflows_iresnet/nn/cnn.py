@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.linearization import Linearization, is_traced, row_products
+from nflows_iresnet.linearization import ForwardLinearization, Linearization, is_traced
 from nflows_iresnet.nn.activations import widening_of
 from nflows_iresnet.nn.base import (
     Evaluation,
@@ -186,7 +186,7 @@ class ConvFunction(LayeredFunction):
         return values.movedim(-1, 1)
 
 
-class ConvLinearization(Linearization):
+class ConvLinearization(ForwardLinearization):
     r"""J = W_n D_{n-1} W_{n-1} ... D_1 W_1, W_i convolutions, D_i the diagonal slopes, saved.
 
     **Trace.** With Q_a = W_1[a] W_n[-a], the products of the matrices of opposite kernel entries,
@@ -252,11 +252,6 @@ class ConvLinearization(Linearization):
         for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
             product = self._convolve(product * slope, weight)
         return product
-
-    def bilinear(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
-        """Return w^T J v for each w, shape (B,), from one J v."""
-        pushed = self.jvp(tangent)
-        return [row_products(cotangent, pushed) for cotangent in cotangents]
 
     def _convolve(self, inputs: Tensor, weight: Tensor) -> Tensor:
         return convolve(inputs, weight, self._padding_mode)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from nflows_iresnet.conditioning import bounded_exp
 from nflows_iresnet.linearization import (
     AutogradLinearization,
+    ForwardLinearization,
     Linearization,
     ResidualFunction,
-    row_products,
     select_rows,
 )
 from nflows_iresnet.nn.activations import Activation, is_unit_wise, widening_of
@@ -213,7 +213,7 @@ class DenselyConnectedFunction(ResidualFunction):
         return replace(self, shifts=shifts, stretches=stretches)
 
 
-class DenselyConnectedLinearization(Linearization):
+class DenselyConnectedLinearization(ForwardLinearization):
     r"""J = W M_n ... M_1 with M_i = [p_i I; q_i D_i W_i] and the diagonal slopes D_i saved.
 
     Cost: `vjp` and `jvp` are one pass through the weights. `jacobian` is one product per layer with
@@ -253,11 +253,6 @@ class DenselyConnectedLinearization(Linearization):
         for weight, slope, kept in zip(self._weights, slopes, self._kept, strict=True):
             tangent = torch.cat([kept * tangent, F.linear(tangent, weight) * slope], dim=-1)
         return F.linear(tangent, self._last)
-
-    def bilinear(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
-        """Return w^T J v for each w, shape (B,), from one J v."""
-        pushed = self.jvp(tangent)
-        return [row_products(cotangent, pushed) for cotangent in cotangents]
 
     def jacobian(self) -> Tensor:
         """Return J, shape (B, features, features), from the tangents of all coordinates at once."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import Linearization, is_traced, row_products
+from nflows_iresnet.linearization import ForwardLinearization, Linearization, is_traced
 from nflows_iresnet.nn.activations import widening_of
 from nflows_iresnet.nn.base import (
     Evaluation,
@@ -177,7 +177,7 @@ class DenseFunction(LayeredFunction):
         return super().linearize(inputs)
 
 
-class DenseLinearization(Linearization):
+class DenseLinearization(ForwardLinearization):
     r"""J = W_n D_{n-1} W_{n-1} ... D_1 W_1 with the diagonal slopes D_i = diag(a'(z_i)) saved.
 
     Cost: `vjp` and `jvp` are one pass through the weights, a third to a half of what automatic
@@ -215,11 +215,6 @@ class DenseLinearization(Linearization):
         for weight, slope in zip(self._weights[1:], self._slopes, strict=True):
             product = F.linear(product * slope, weight)
         return product
-
-    def bilinear(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
-        """Return w^T J v for each w, shape (B,), from one J v."""
-        pushed = self.jvp(tangent)
-        return [row_products(cotangent, pushed) for cotangent in cotangents]
 
     def jacobian(self) -> Tensor:
         """Return J, shape (B, features, features), from the tangents of all coordinates at once."""

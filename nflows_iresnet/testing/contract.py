@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.testing import behaviour, gradients, values
+from nflows_iresnet.testing import clauses as of
 from nflows_iresnet.testing.subject import Subject
 
 Clause = Callable[[Subject], None]
@@ -16,23 +16,23 @@ Clause = Callable[[Subject], None]
 CLAUSES: dict[str, Clause] = {
     clause.__name__: clause
     for clause in (
-        values.shapes_and_dtype,
-        values.round_trip,
-        values.logabsdet_is_exact_or_unbiased,
-        values.same_seed_negates,
-        values.rows_are_independent,
-        values.context_matters,
-        values.forgotten_context,
-        values.few_rows,
-        gradients.weighted_gradient,
-        gradients.every_parameter_learns,
-        gradients.frozen_parameters,
-        gradients.inverse_gradients,
-        gradients.vmap_and_jacrev,
-        behaviour.no_graph_without_gradients,
-        behaviour.tensors_of_the_caller,
-        behaviour.survives_serialisation,
-        behaviour.autocast,
+        of.shapes_and_dtype,
+        of.round_trip,
+        of.logabsdet_is_exact_or_unbiased,
+        of.same_seed_negates,
+        of.rows_are_independent,
+        of.context_matters,
+        of.forgotten_context,
+        of.few_rows,
+        of.weighted_gradient,
+        of.every_parameter_learns,
+        of.frozen_parameters,
+        of.inverse_gradients,
+        of.vmap_and_jacrev,
+        of.no_graph_without_gradients,
+        of.tensors_of_the_caller,
+        of.survives_serialisation,
+        of.autocast,
     )
 }
 
