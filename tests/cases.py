@@ -123,7 +123,7 @@ def _preset(flow: nn.Module) -> nn.Module:
 
 def _spline() -> nn.Module:
     torch.manual_seed(3)
-    spline = transforms.MarginalSpline(3, num_bins=4, bound=2.0)
+    spline = transforms.ElementwiseRationalQuadraticSpline(3, num_bins=4, bound=2.0)
     for parameter in spline.parameters():
         nn.init.normal_(parameter)
     return spline

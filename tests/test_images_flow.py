@@ -20,7 +20,7 @@ def flow(alpha: float | None = 0.05, num_scales: int = 2) -> ImageResidualFlow:
 
 def images(rows: int = 6) -> Tensor:
     integers = torch.randint(0, 17, (rows, 1, 4, 4), generator=torch.Generator().manual_seed(1))
-    return transforms.dequantise(integers, generator=torch.Generator().manual_seed(2))
+    return transforms.dequantize(integers, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("alpha", [0.05, None], ids=["logit", "affine"])
@@ -116,7 +116,7 @@ def test_samples_are_images(alpha: float | None, levels: int, dtype: torch.dtype
     found = model.sample_images(64)
     assert found.dtype == torch.uint8
     assert (int(found.min()), int(found.max())) == (0, levels - 1)
-    assert model.log_prob(transforms.dequantise(found, dtype=dtype)).isfinite().all()
+    assert model.log_prob(transforms.dequantize(found, dtype=dtype)).isfinite().all()
 
 
 def test_samples_with_a_context_are_images() -> None:
@@ -186,7 +186,7 @@ def test_images_of_another_size_are_refused() -> None:
 
 
 def test_whole_numbers_by_type_have_no_density() -> None:
-    with pytest.raises(ValueError, match="dequantise"):
+    with pytest.raises(ValueError, match="dequantize"):
         flow().log_prob(images().to(torch.uint8))
 
 

@@ -53,20 +53,20 @@ def test_noise_never_reaches_the_next_level(monkeypatch: pytest.MonkeyPatch) -> 
     almost_one = torch.full((1,), 1 - 2.0**-24)
     assert (torch.tensor(255.0) + almost_one).item() == 256.0, "float32 rounds up: the trap"
     monkeypatch.setattr(torch, "rand", lambda shape, **options: almost_one.expand(shape))
-    values = transforms.dequantise(torch.tensor([0, 17, 255], dtype=torch.uint8))
+    values = transforms.dequantize(torch.tensor([0, 17, 255], dtype=torch.uint8))
     assert values.floor().tolist() == [0, 17, 255]
 
 
 def test_noise_is_uniform_fresh_and_reproducible() -> None:
     levels = torch.arange(256, dtype=torch.uint8).repeat(400)
     torch.manual_seed(0)
-    first, second = transforms.dequantise(levels), transforms.dequantise(levels)
+    first, second = transforms.dequantize(levels), transforms.dequantize(levels)
     assert not torch.equal(first, second)
     noise = (first - levels).sort().values
     expected = (torch.arange(len(noise)) + 0.5) / len(noise)
     assert (noise - expected).abs().max() < 3.1 / math.sqrt(len(noise))  # Kolmogorov, 1e-8
     draws = [
-        transforms.dequantise(levels, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+        transforms.dequantize(levels, generator=torch.Generator().manual_seed(5)) for _ in range(2)
     ]
     assert torch.equal(*draws)
 
@@ -74,7 +74,7 @@ def test_noise_is_uniform_fresh_and_reproducible() -> None:
 def test_dequantisation_in_front_of_a_flow() -> None:
     integers = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4)
     transform = CompositeTransform(
-        [transforms.UniformDequantisation(), transforms.LogitTransform(levels=16)]
+        [transforms.UniformDequantization(), transforms.LogitTransform(levels=16)]
     )
     outputs, _ = transform(integers.float())
     back, _ = transform.inverse(outputs)
@@ -94,7 +94,7 @@ def test_bits_per_dim_of_uniform_noise_are_eight(preprocessing: nn.Module) -> No
     """The pullback of the uniform density on [0, 256)^D has 8 bits/dim, whatever comes before."""
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (8, 1, 4, 4), dtype=torch.uint8)
-    values = transforms.dequantise(pixels, dtype=torch.float64)
+    values = transforms.dequantize(pixels, dtype=torch.float64)
     noise, logabsdet = preprocessing(values)
     _, inverse_logabsdet = preprocessing.inverse(noise)  # type: ignore[operator]
     log_uniform_of_noise = inverse_logabsdet - 16 * math.log(256)
@@ -169,13 +169,13 @@ def test_padding_by_nothing() -> None:
 def test_pixels_outside_the_range_are_refused() -> None:
     """They were NaN: 0 to 255 where 17 levels are expected."""
     logit = transforms.LogitTransform(levels=17)
-    pixels = transforms.dequantise(torch.arange(256).reshape(1, 1, 16, 16))
+    pixels = transforms.dequantize(torch.arange(256).reshape(1, 1, 16, 16))
     with pytest.raises(transforms.OutsideRangeError, match=r"-0\.9444, 17\.94.*levels=17.*to 25"):
         logit(pixels)
     for bad in (-1.0, 18.0, math.inf, -math.inf):
         values = torch.full((2, 1, 2, 2), 5.0)
         values[1, 0, 1, 1] = bad
-        with pytest.raises(transforms.OutsideRangeError, match="dequantise"):
+        with pytest.raises(transforms.OutsideRangeError, match="dequantize"):
             logit(values)
     with pytest.raises(transforms.OutsideRangeError, match="1 of 8 pixels are NaN"):
         logit(values.clamp(0, 17).where(values.isfinite(), torch.nan))
@@ -204,22 +204,22 @@ def test_the_check_of_pixels_does_not_stop_a_transform_of_torch_func() -> None:
 def test_only_whole_numbers_are_dequantised(dtype: torch.dtype) -> None:
     for bad in (-1, 256):
         with pytest.raises(transforms.OutsideRangeError, match=f"0 to 255, got .*{bad}"):
-            transforms.dequantise(torch.tensor([3, bad]).to(dtype))
-    values = transforms.dequantise(torch.tensor([0, 255]).to(dtype))
+            transforms.dequantize(torch.tensor([3, bad]).to(dtype))
+    values = transforms.dequantize(torch.tensor([0, 255]).to(dtype))
     assert values.floor().tolist() == [0, 255]
 
 
 def test_numbers_that_are_not_whole_are_not_dequantised() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8)
-    for bad in (transforms.dequantise(images), images / 255 + 0.1, torch.tensor([math.nan])):
+    for bad in (transforms.dequantize(images), images / 255 + 0.1, torch.tensor([math.nan])):
         with pytest.raises(ValueError, match="whole numbers"):
-            transforms.dequantise(bad)
+            transforms.dequantize(bad)
     with pytest.raises(ValueError, match="dtype must be"):
-        transforms.dequantise(images, dtype=torch.float16)
-    large = transforms.dequantise(torch.tensor([65535]), dtype=torch.float64)
+        transforms.dequantize(images, dtype=torch.float16)
+    large = transforms.dequantize(torch.tensor([65535]), dtype=torch.float64)
     assert large.floor().tolist() == [65535]
-    assert transforms.dequantise(torch.zeros(0, 3)).shape == (0, 3)
-    assert transforms.dequantise(torch.tensor([False, True])).floor().tolist() == [0, 1]
+    assert transforms.dequantize(torch.zeros(0, 3)).shape == (0, 3)
+    assert transforms.dequantize(torch.tensor([False, True])).floor().tolist() == [0, 1]
 
 
 def test_levels_are_whole_numbers() -> None:

@@ -130,9 +130,9 @@ class ImageTask(Task):
 
 
 def _dequantise(images: Tensor, generator: Generator) -> Tensor:
-    from nflows_iresnet.transforms import dequantise
+    from nflows_iresnet.transforms import dequantize
 
-    return dequantise(images, generator=generator)
+    return dequantize(images, generator=generator)
 
 
 def _with_noise(images: Tensor, seed: int) -> Tensor:

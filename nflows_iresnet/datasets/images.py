@@ -35,7 +35,7 @@ _DESCRIPTIONS = {
 class ImageDataset:
     r"""Three disjoint splits of a set of images, as integers 0, ..., levels - 1.
 
-    A density model sees x + u with u uniform on [0, 1) (`transforms.dequantise`), and the expected
+    A density model sees x + u with u uniform on [0, 1) (`transforms.dequantize`), and the expected
     -log p(x + u) in nats bounds the code length of the integers from above, so that
 
     .. math:: \text{bits/dim} = -\log p(x + u) / (D \log 2).

@@ -6,7 +6,7 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from nflows_iresnet.flows.base import Flow, StandardNormal
+from nflows_iresnet.flows.base import Expected, Flow, StandardNormal
 from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.nn import LipschitzCNN
 from nflows_iresnet.solvers import Solver
@@ -35,7 +35,7 @@ class ImageResidualFlow(Flow):
     noise; the last scale keeps its channels. Context, if any, enters every g.
 
     Inputs are x = k + u, k the pixel in 0, ..., levels - 1 and u uniform on [0, 1), as
-    `transforms.dequantise` makes them: floats in [0, levels). The density is that of x, so that
+    `transforms.dequantize` makes them: floats in [0, levels). The density is that of x, so that
     bits/dim are -log p(x) / (D log 2).
 
     The map from noise ends a little outside of [0, levels], by alpha levels / (1 - 2 alpha) at most
@@ -75,10 +75,10 @@ class ImageResidualFlow(Flow):
 
     Example:
         >>> import torch
-        >>> from nflows_iresnet.transforms import dequantise
+        >>> from nflows_iresnet.transforms import dequantize
         >>> flow = ImageResidualFlow((1, 8, 8), hidden_channels=16, num_layers=1, levels=17)
         >>> images = torch.randint(0, 17, (5, 1, 8, 8))
-        >>> flow.log_prob(dequantise(images)).shape, flow.sample(3).shape
+        >>> flow.log_prob(dequantize(images)).shape, flow.sample(3).shape
         (torch.Size([5]), torch.Size([3, 1, 8, 8]))
         >>> flow.sample_images(3).dtype
         torch.uint8
@@ -112,7 +112,6 @@ class ImageResidualFlow(Flow):
                     scale[0],
                     [hidden_channels] * depth,
                     context_features,
-                    kernel_sizes=(3, *[1] * (depth - 1), 3),
                     activation=activation,
                     coeff=coeff,
                     optional_context=optional_context,
@@ -126,8 +125,9 @@ class ImageResidualFlow(Flow):
         super().__init__(
             CompositeTransform([_preprocessing(levels, alpha), scales]),
             StandardNormal([channels * height * width]),
+            expects=Expected((channels, height, width), context_features, optional_context),
         )
-        self._image_shape, self.levels = (channels, height, width), validated_levels(levels)
+        self.levels = validated_levels(levels)
 
     def sample(
         self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
@@ -180,25 +180,12 @@ class ImageResidualFlow(Flow):
             samples = self.sample(num_samples, context=context, batch_size=batch_size)
         return samples.to(torch.uint8 if self.levels <= 256 else torch.int64)
 
-    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the noise of images (B, C, H, W), shape (B, C H W)."""
-        self._check(inputs)
-        return super().transform_to_noise(inputs, context)
-
-    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
-        self._check(inputs)
-        return super()._log_prob(inputs, context)
-
-    def _check(self, inputs: Tensor) -> None:
-        if inputs.dim() != 4 or inputs.shape[1:] != self._image_shape:
-            expected = ", ".join(map(str, self._image_shape))
-            raise ValueError(
-                f"expected images of shape (batch, {expected}), got {tuple(inputs.shape)}"
-            )
+    def _check_given(self, inputs: Tensor, context: Tensor | None) -> None:
+        super()._check_given(inputs, context)
         if not inputs.is_floating_point():
             raise ValueError(
                 f"images of type {inputs.dtype} have no density: give them their noise, "
-                "log_prob(transforms.dequantise(images))"
+                "log_prob(transforms.dequantize(images))"
             )
         check_pixels(inputs, 0, self.levels, self.levels)
 

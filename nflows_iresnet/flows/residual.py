@@ -15,7 +15,7 @@ from nflows_iresnet.transforms import (
     ActNorm,
     CompositeTransform,
     ConditionalAffine,
-    MarginalSpline,
+    ElementwiseRationalQuadraticSpline,
     ResidualTransform,
 )
 from nflows_iresnet.validation import validated_size
@@ -24,16 +24,10 @@ from nflows_iresnet.validation import validated_size
 class ResidualFlow(Flow):
     r"""A residual flow for vectors: `num_layers` times ActNorm and y = x + g(x), then ActNorm.
 
-    After the first ActNorm a `MarginalSpline` takes over the shape of the marginals, which dense
-    networks learn slowly and, from few rows, by heart; a step takes 6 to 9 % longer. Measured (6
-    blocks, best test NLL in nats, three seeds, 200 steps on digits and 300 on the others):
-
-    | `marginal_bins` | 0 | 8 |
-    |---|---|---|
-    | digits, 1,439 rows, 64-D | 49.4 to 52.2 | 33.2 to 34.3 |
-    | checkerboard | 3.67 to 3.72 | 3.62 to 3.66 |
-    | two spirals | 2.68 to 2.74 | 2.69 to 2.72 |
-    | moons | 2.38 to 2.43 | 2.39 to 2.44 |
+    After the first ActNorm an `ElementwiseRationalQuadraticSpline` takes over the shape of the
+    marginals, which dense networks learn slowly and, from few rows, by heart. A step takes 6 to 9 %
+    longer; on digits the best test likelihood is 17 nats better, on 2-D toys hardly another. All
+    numbers: docs/measurements.md.
 
     With a context, a `ConditionalAffine` map follows each ActNorm. To forget the context is an
     error: without one it would be another density. With `optional_context=True` it is that density.
@@ -110,7 +104,7 @@ class ResidualFlow(Flow):
         layers += _normalisation(features, context_features, optional_context)
         if isinstance(marginal_bins, bool) or marginal_bins != 0:
             bins = validated_size("marginal_bins", marginal_bins)
-            layers.insert(1, MarginalSpline(features, bins))
+            layers.insert(1, ElementwiseRationalQuadraticSpline(features, bins))
         super().__init__(
             CompositeTransform(layers, recompute=recompute),
             StandardNormal([features]),

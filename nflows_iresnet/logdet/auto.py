@@ -19,9 +19,9 @@ class Auto(LogDetEstimator):
     """`exact` up to `max_exact_features` dimensions, `otherwise` beyond.
 
     The choice depends on the number of dimensions and on whether the network guarantees a bound,
-    never on training or evaluation mode. Measured time of a training step, `Exact` over
-    `RussianRoulette` (4 blocks 64-64, 128 rows, one CPU thread): 0.96 in 2 dimensions, 1.06 in 4,
-    1.3 in 6, 1.5 in 8, 1.8 in 16; with 1024 rows 1.5 in 4 and 2.7 in 8.
+    never on training or evaluation mode. With 128 rows a training step with `Exact` takes 0.96 to
+    1.3 times as long as with `RussianRoulette` up to 6 dimensions, and 1.8 times in 16. Measured:
+    docs/measurements.md#exact-or-estimated.
 
     Args:
         max_exact_features: the largest dimension for which the full Jacobian is used.

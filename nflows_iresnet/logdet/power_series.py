@@ -17,7 +17,8 @@ The u_j are computed without a graph, w is a constant, and the surrogate w^T J v
 through ONE product with J, which is also the last one that the value needs: memory does not grow
 with the number of terms, and the derivative is right for any upstream gradient because the
 surrogate is a value per row. A second derivative would treat w as the constant that it is not: it
-raises `SecondDerivativeError` (`Exact` has derivatives of any order).
+raises `SecondDerivativeError` (`Exact` has derivatives of any order). See
+docs/guarantees.md#second-derivatives.
 
 **Control variate.** Where the network knows tr J exactly and cheaply, the term k = 1 is that exact
 trace instead of v^T J v (and c_1 v is left out of s and w): the same expectation, less variance.

@@ -9,19 +9,14 @@ The worst case allowed by \|J\| <= L is t_k ~ L^k / k for the value, L^{k-1} for
 
     E[estimate^2] = sum_{j,k} t_j t_k / p_min(j,k) <= 2 sum_j (|t_j| / p_j) sum_{k >= j} |t_k|.
 
-* `GeometricTruncation(q)`, p_k = q^{k - n} beyond n exact terms: with t_k = L^k the sum behaves
-  like sum_j (L^2 / q)^j, finite if and only if q > L^2. The customary q = 1/2 needs L < 0.707.
-* `LipschitzTruncation(s)`, p_k = L^{k - n} (n / k)^s: the derivative's sum behaves like
-  sum_j j^s L^j / (1 - L), finite for EVERY L < 1. For s > 1 the expected number of terms is less
-  than n + sum_{k > n} (n / k)^s < n + n / (s - 1), whatever L; for s = 1 it grows like
-  log(1 / (1 - L)) (a geometric law of finite variance needs more than 1 / (1 - L^2)).
+* `GeometricTruncation(q)`, p_k = q^{k - n} beyond n exact terms: finite if and only if q > L^2.
+  The customary q = 1/2 needs L < 0.707.
+* `LipschitzTruncation(s)`, p_k = L^{k - n} (n / k)^s: finite for EVERY L < 1. For s > 1 the
+  expected number of terms is less than n + n / (s - 1), whatever L.
 
-The least variance at a given cost has p_k in proportion to the size of the terms (Beatson, Adams,
-2019). In trained flows they shrink by 0.3 to 0.75 from one to the next, faster than the bound
-allows. Hence the default: four terms always, where most of the sum is, and s = 2. Beside two terms
-and s = 1, which need as many on average, the mean square error of a flow's gradient (6 blocks, 64
-dimensions, trained on digits) was 1.3 times less with 128 rows and 1.6 times with 1024. The price
-is paid by Jacobians close to the bound: more variance where terms shrink by more than 0.85.
+Proofs: docs/guarantees.md#variance-of-the-roulette. The default keeps four terms always, where most
+of the sum is, and has s = 2, because terms of trained flows shrink faster than the bound allows;
+Jacobians close to the bound pay for it. Measured: docs/measurements.md#the-law-of-the-roulette.
 """
 
 from __future__ import annotations

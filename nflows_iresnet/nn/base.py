@@ -165,8 +165,8 @@ def widened(stretch: Tensor, activation: nn.Module) -> Tensor:
 
 INITIAL_SCALE = 0.2
 """Start of the balancing scales t. Weights that respect a Lipschitz budget are small: with t = 1 a
-network starts almost linear and learns slowly (checkerboard after 300 steps: 4.12 nats with t = 1,
-3.81 with 0.3, 3.75 with 0.1; insensitive between 0.05 and 0.2)."""
+network starts almost linear and learns slowly.
+Measured: docs/measurements.md#start-of-the-balancing-scales."""
 
 
 class LipschitzNet(SettingsInState, ABC):

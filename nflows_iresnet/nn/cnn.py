@@ -38,7 +38,8 @@ class LipschitzCNN(LayeredNet):
     with a linear map. As in `LipschitzMLP` only the product of the norms is constrained, learned
     positive scales per channel balance neighbouring layers, and a context shifts every channel of
     every layer and stretches every hidden one. The norms bound the symbols of the convolutions, so
-    the one certificate holds for images of every size, without state.
+    the one certificate holds for images of every size, without state. Proof:
+    docs/guarantees.md#one-budget-for-the-layers-of-a-network.
 
     With two hidden layers and a 1 x 1 kernel in the middle (the default kernels) the trace of the
     Jacobian is exact and cheap, see `ConvLinearization`.

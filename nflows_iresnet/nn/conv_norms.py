@@ -1,27 +1,20 @@
 r"""Upper bounds of the operator norm of a 2-D convolution, for images of EVERY size at once.
 
 A convolution with the kernel W_a (matrices out x in, a = (a_1, a_2)) on the infinite grid is
-diagonalised by the Fourier transform, so its norm is the supremum of the norm of its symbol
+diagonalised by the Fourier transform. Its norm is the supremum of the norm of its symbol
 
     S(t) = sum_a W_a exp(-i <a, t>),        t in [0, 2 pi)^2.
 
-* Zero padding on an image of any size is crop o (infinite convolution) o embed, and crop and embed
-  have norm 1: at most sup_t \|S(t)\|_2.
-* Circular padding on n_1 x n_2 pixels is diagonalised by the discrete Fourier transform: the
-  maximum of \|S(t)\|_2 over n_1 n_2 of the frequencies t.
+Zero padding on an image crops the infinite convolution, and circular padding has the maximum of
+\|S\|_2 over some of the frequencies: the supremum bounds both on images of every size. It is
+computed on a grid of N_1 x N_2 frequencies, between which the symbol cannot rise far:
 
-So one number bounds all of them. It is computed on a grid of N_1 x N_2 frequencies.
+    sup \|S\|_2 <= max over the grid of \|S\|_2
+                   / (cos((k_1 - 1) pi / 2 N_1) cos((k_2 - 1) pi / 2 N_2)).
 
-**Between the frequencies of the grid.** Let M = \|S(t*)\|_2 be the supremum, u and v its singular
-vectors, and let all but one frequency be fixed. P(s) = |u^H S(s) v|^2 >= 0 is a trigonometric
-polynomial of degree k - 1 with maximum P(t*) = M^2, so |P - M^2 / 2| <= M^2 / 2, and by M. Riesz'
-lemma P(t* + d) - M^2 / 2 >= cos((k - 1) d) M^2 / 2 for |d| <= pi / (k - 1), that is
-P(t* + d) >= M^2 cos^2((k - 1) d / 2). Some frequency of the grid has |d| <= pi / N. Once for each
-of the two frequencies:
-
-    M <= max over the grid of \|S\|_2 / (cos((k_1 - 1) pi / 2 N_1) cos((k_2 - 1) pi / 2 N_2)).
-
-With N = oversampling (k - 1) / 2 that is 1 / cos^2(pi / oversampling), whatever the kernel.
+With N = oversampling (k - 1) / 2 that is 1 / cos^2(pi / oversampling), whatever the kernel. Proofs:
+docs/guarantees.md#images-of-every-size and
+docs/guarantees.md#between-the-frequencies-of-the-grid.
 """
 
 from __future__ import annotations
@@ -107,32 +100,15 @@ class FourierNorm(ConvNorm):
     above the norm for one size by what a border takes away, which vanishes as images grow.
 
     **Rounding.** The value is multiplied by 1 + 1.1 sqrt(n) e, e = d + 4 n (n + 2) v, besides
-    `symbol_rounding`, 1 + d with v the unit roundoff of float64. That makes it an upper bound, and
-    at least the certificate `conv_norm_bound`, which adds d / 2. Let l be the largest eigenvalue
-    of G at the frequency where it is largest, A_j = (G / l)^{2^j}, and P_j = A_j + D_j what is
-    computed there, up to factors that are recorded, r_j = \|D_j\|_F.
-
-    `symbol_rounding` says that d bounds r_0, up to the first rescaling. A complex product of size n
-    and a rescaling err by at most 3 (n + 2) v |P|^2 in each entry, |P| the absolute values, which
-    is 3 (n + 2) v \|P\|_F^2 in the Frobenius norm. With \|A_j\| <= 1 and \|A_j\|_F <= sqrt(n),
-
-        r_j <= 2 r_{j-1} + r_{j-1}^2 + 3 (n + 2) v (sqrt(n) + r_{j-1})^2
-            <= (2 + r_{j-1}) r_{j-1} + e,
-
-    so r_j + e <= 2 (1 + r_{j-1} / 2) (r_{j-1} + e) and r_s <= 1.02 * 2^{s+1} e, as long as
-    2^{s+1} sqrt(n) e <= 1 / 20, which holds for up to 10^7 entries. The trace is at least
-
-        tr P_0^H P_s >= tr A_0 A_s - sqrt(n) (r_0 + r_s) - r_0 r_s - 3 n^3 v,
-
-    the last term for the sum, tr A_0 A_s >= 1 and 3 n^3 v <= n e: its p-th root loses at most
-    1.1 sqrt(n) e, as sqrt(n) <= p / 100. This costs less than 2 * 10^-7 up to 256 x 256 channels.
+    `symbol_rounding`, 1 + d with v the unit roundoff of float64: less than 2 * 10^-7 up to
+    256 x 256 channels. That makes it an upper bound, for up to 10^7 entries, and at least the
+    certificate `conv_norm_bound`, which adds d / 2.
+    Proof: docs/guarantees.md#rounding-of-the-fourier-norm.
 
     Cost: for (oversampling (k - 1))^2 / 8 frequencies s = 9 products of matrices of size n = 2, 10
     for n <= 6, 11 for n <= 39, then 12, in the memory of three such families; complex128, which no
-    setting shortens. At most 78 operations for a whole stack of weights. With its gradient, 3 x 3,
-    one CPU thread, at the defaults: 0.3 ms for 64 x 1, 1.2 ms for 64 x 4, 1.0 ms for 512 x 3,
-    1.6 ms for 128 x 12, 2.3 ms for 64 x 16, 60 ms for 128 x 48 and 120 ms for 64 x 64, where
-    eigenvalues would take half of the time.
+    setting shortens. At most 78 operations for a whole stack of weights. Measured:
+    docs/measurements.md#norms-of-convolutions.
 
     Args:
         oversampling: 4, 8, 16 or 32. By default 32 where one side has at most 8 channels, 16 up

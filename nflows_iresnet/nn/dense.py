@@ -36,11 +36,14 @@ class LipschitzDenseNet(LipschitzNet):
 
         h_0 = x,    h_i = [p_i h_{i-1}, q_i a(W_i h_{i-1} + b_i)],    g(x) = W h_n + b.
 
-    **Certificate of the whole.** With s_i >= \|W_i\|_2 and l >= Lip(a), two points at distance r
-    have h_i at distance at most sqrt(p_i^2 + (q_i l s_i)^2) r apart if their h_{i-1} are r apart,
-    because the two parts are orthogonal. So Lip(g) <= \|W\| prod_i sqrt(p_i^2 + (q_i l s_i)^2), and
-    W is the stored last weight times min(1, coeff / that bound): only the product is constrained,
-    whatever the parts are. (Perugachi-Diaz et al. normalise p_i and q_i instead, layer by layer.)
+    **Certificate of the whole.** With s_i >= \|W_i\|_2 and l >= Lip(a),
+
+        Lip(g) <= \|W\| prod_i sqrt(p_i^2 + (q_i l s_i)^2),
+
+    because the two parts are orthogonal, and W is the stored last weight times
+    min(1, coeff / that bound): only the product is constrained, whatever the parts are.
+    (Perugachi-Diaz et al. normalise p_i and q_i instead, layer by layer.)
+    Proof: docs/guarantees.md#the-densely-connected-network.
 
     Units are balanced by learned scales t, t a(z / t), and a context shifts every layer and
     stretches every hidden unit, as in `LipschitzMLP`: neither changes a bound of a slope.

@@ -40,6 +40,8 @@ class LipschitzMLP(LayeredNet):
       = V_n D_{n-1} ... D_1 V_1, hence Lip(g) <= prod \|V_i\|_2 <= coeff for slopes of at most 1,
       whatever the norms of the W_i.
 
+    Proof: docs/guarantees.md#one-budget-for-the-layers-of-a-network.
+
     The context enters through a network of its own, as a shift of every layer and as a stretch
     e(c) > 0 of every hidden unit, a(z) -> e a(z / e): neither changes a bound of a slope, so g is
     Lipschitz in x with the same certificate for every context of any magnitude, and unconstrained
@@ -125,8 +127,8 @@ class LipschitzMLP(LayeredNet):
 _CHUNK = 2**16
 """Values of a hidden layer that are computed together, where no graph keeps them.
 
-They stay in the cache, and their memory is used again at once; more costs two to three times as
-much per row on a CPU.
+They stay in the cache, and their memory is used again at once.
+Measured: docs/measurements.md#values-in-parts.
 """
 
 

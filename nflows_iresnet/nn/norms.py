@@ -7,7 +7,8 @@ be certified. `SpectralNorm` (the norm itself), `SchattenNorm` and `FrobeniusNor
 All allow for the rounding of their arithmetic, and none over- or underflows for float32 weights.
 
 A norm is computed without a graph, together with its gradient: `norms_of` makes one node of both.
-Derivatives of higher order are those of `OperatorNorm.differentiable`, the slow twin.
+Derivatives of higher order are those of `OperatorNorm.differentiable`, the slow twin: see
+docs/guarantees.md#second-derivatives.
 """
 
 from __future__ import annotations
@@ -362,29 +363,8 @@ class SchattenNorm(MatrixNorm):
     **Rounding.** The value is multiplied by 1 + e (0.6 + 4 (s + 1) / p) + v m (2 n + 128), which
     makes it an upper bound of \|W\|_2: with e = u (n + 3) (1 + sqrt(n) / 2)^2, m = max(out, in),
     u the unit roundoff of the products and v that of float64; 0.09 % for n = 256, 0.34 % for
-    n = 512 in float32. The proof needs e (4 + sqrt(n)) <= 1, true for n < 10^6 in float64 and for
-    all n that float32 is used for:
-
-    Let |A| have the absolute values of the entries of A, norms be 2-norms, l = \|G\|. *A positive
-    semidefinite Q has \| |Q| \| <= h \|Q\|, h = (1 + sqrt(n)) / 2*: for \|Q\| = 1 it is
-    |Q| <= (I + |2 Q - I|) / 2, and \|2 Q - I\| <= 1 has a Frobenius norm of at most sqrt(n).
-
-    The computed matrices are P_0 = G + E_0 and P_j = Q_j + E_j, Q_j = P_{j-1}^T P_{j-1}, up to
-    factors that are recorded (e stands for the larger of e and e_0 below); let q_j = \|Q_j\|, q_0 =
-    l. A product of n terms and a rescaling give |E_j| <= (n + 3) u |P_{j-1}|^T |P_{j-1}|. If \|
-    |E_{j-1}| \| <= e q_{j-1}, then \| |P_{j-1}| \| <= (h + e) q_{j-1} and q_j = \|P_{j-1}\|^2 >= (1
-    - e)^2 q_{j-1}^2, so \| |E_j| \| <= e q_j, as e (4 + sqrt(n)) <= 1 says that (h + e) / (1 - e)
-    <= 1 + sqrt(n) / 2. Hence, with e_0 = v (m + 3) n + u h for the float64 product G and its
-    rounding, q_{s-1} is at least l^{2^{s-1}} (1 - e_0)^{2^{s-1}} (1 - e)^{2^{s-1} - 2} (the last
-    factor for s > 1), and \|P\| >= (1 - e) q_{s-1} for P = P_{s-1}.
-
-    Let y and z be the top singular vectors, P z = \|P\| y. From (y^T Q z)^2 <= y^T Q y z^T Q z
-    follows \|P_{s-2} y\| >= (1 - 2 e) \|P_{s-2}\|; and y^T Q y >= \|Q y\|^2 / \|Q\| gives
-    \|P_{j-1} y\| >= (1 - a - 2 e) \|P_{j-1}\| from \|P_j y\| >= (1 - a) \|P_j\|. Down to G this is
-    \|W y\|^2 >= l (1 - 2 s e)^2, so \|W P z\| >= \|P\| sqrt(l) (1 - 2 s e). The product W P loses
-    at most 2 e more, as \| |W| \| <= sqrt(n l). Altogether the p-th root of \|W P\|_F^2 loses at
-    most e_0 / 2 + e / 2 + 4 (s + 1) e / p to first order; e / 10 and the multiples of v hold what
-    is of second order, the rounding of sums of squares, and logarithms.
+    n = 512 in float32. It needs e (4 + sqrt(n)) <= 1, true for n < 10^6 in float64 and for all n
+    that float32 is used for. Proof: docs/guarantees.md#rounding-of-the-schatten-norm.
 
     Args:
         num_squarings: s.

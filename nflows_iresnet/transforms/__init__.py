@@ -1,6 +1,6 @@
 """Invertible maps in nflows' convention: forward is data to noise."""
 
-from nflows_iresnet.transforms.actnorm import ActNorm
+from nflows_iresnet.renamed import renamed
 from nflows_iresnet.transforms.composite import CompositeTransform
 from nflows_iresnet.transforms.conditional import ConditionalAffine
 from nflows_iresnet.transforms.image import (
@@ -8,27 +8,37 @@ from nflows_iresnet.transforms.image import (
     LogitTransform,
     OutsideRangeError,
     SqueezeTransform,
-    UniformDequantisation,
-    dequantise,
+    UniformDequantization,
+    dequantize,
     multiscale,
 )
 from nflows_iresnet.transforms.linear import LinearTransform
-from nflows_iresnet.transforms.marginal import MarginalSpline
+from nflows_iresnet.transforms.normalization import ActNorm
 from nflows_iresnet.transforms.residual import ResidualTransform, using
+from nflows_iresnet.transforms.splines import ElementwiseRationalQuadraticSpline
 
 __all__ = [
     "ActNorm",
     "CompositeTransform",
     "ConditionalAffine",
+    "ElementwiseRationalQuadraticSpline",
     "InjectivePadding",
     "LinearTransform",
     "LogitTransform",
-    "MarginalSpline",
     "OutsideRangeError",
     "ResidualTransform",
     "SqueezeTransform",
-    "UniformDequantisation",
-    "dequantise",
+    "UniformDequantization",
+    "dequantize",
     "multiscale",
     "using",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "MarginalSpline": "ElementwiseRationalQuadraticSpline",
+        "UniformDequantisation": "UniformDequantization",
+        "dequantise": "dequantize",
+    },
+)

@@ -63,7 +63,7 @@ def validated_shape(shape: Sequence[int]) -> Shape:
     return channels, height, width
 
 
-def dequantise(
+def dequantize(
     images: Tensor, *, generator: Generator | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     r"""Turn integers k into k + u, u uniform on [0, 1): a level becomes an interval of width 1.
@@ -90,7 +90,7 @@ def dequantise(
 
     Example:
         >>> images = torch.tensor([0, 255], dtype=torch.uint8)
-        >>> dequantise(images).floor()
+        >>> dequantize(images).floor()
         tensor([  0., 255.])
     """
     if dtype not in _LARGEST:
@@ -113,33 +113,33 @@ def _check_whole(images: Tensor, largest: int) -> None:
         read(images.detach() == images.detach().round()).all()
     ):
         raise ValueError(
-            f"dequantise takes whole numbers, got others in [{lowest:g}, {highest:g}]: were they "
+            f"dequantize takes whole numbers, got others in [{lowest:g}, {highest:g}]: were they "
             "dequantised, or scaled to [0, 1], before? NaN is no number either"
         )
     if lowest < 0 or highest > largest:
         raise OutsideRangeError(
-            f"dequantise takes whole numbers from 0 to {largest}, got {lowest:g} to {highest:g}; "
+            f"dequantize takes whole numbers from 0 to {largest}, got {lowest:g} to {highest:g}; "
             "dtype=torch.float64 has room for noise on larger ones"
         )
 
 
-class UniformDequantisation(Transform):
-    """`dequantise` as the first transform of a flow, so that `log_prob` takes whole numbers.
+class UniformDequantization(Transform):
+    """`dequantize` as the first transform of a flow, so that `log_prob` takes whole numbers.
 
     Draws fresh noise at each call, in training and in evaluation: seed torch's generator for equal
     noise. The inverse rounds down; it undoes forward exactly. In a `CompositeTransform`, which adds
     log-determinants in the type of the inputs, give the whole numbers as floats: `images.float()`.
 
     Example:
-        >>> outputs, logabsdet = UniformDequantisation()(torch.tensor([[3, 7]]))
-        >>> UniformDequantisation().inverse(outputs)[0]
+        >>> outputs, logabsdet = UniformDequantization()(torch.tensor([[3, 7]]))
+        >>> UniformDequantization().inverse(outputs)[0]
         tensor([[3., 7.]])
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (inputs + noise, 0), shapes (B, *) and (B,)."""
         dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
-        outputs = dequantise(inputs, dtype=dtype)
+        outputs = dequantize(inputs, dtype=dtype)
         return outputs, outputs.new_zeros(outputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -244,7 +244,9 @@ class CenteringTransform(SettingsInState, Transform):
         """Show the constant."""
         return f"levels={self.levels}"
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         for name in ("_shift", "_scale"):
             state.pop(prefix + name, None)
         super()._load_from_state_dict(state, prefix, *args)
@@ -265,7 +267,7 @@ def check_pixels(inputs: Tensor, lowest: float, highest: float, levels: int) -> 
     raise OutsideRangeError(
         f"pixels must be in [{lowest:.4g}, {highest:.4g}] for levels={levels}, got values from "
         f"{found[0]:.6g} to {found[1]:.6g}: give whole numbers from 0 to {levels - 1} with their "
-        "noise, transforms.dequantise(images), and as many levels as a pixel can take"
+        "noise, transforms.dequantize(images), and as many levels as a pixel can take"
     )
 
 

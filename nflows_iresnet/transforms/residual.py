@@ -46,8 +46,8 @@ class ResidualTransform(Transform):
 
       so that a cotangent v is pulled back as lambda = (I + J)^{-T} v, which the same solver finds
       as the fixed point lambda = v - J^T lambda. Memory does not grow with the number of steps.
-      Second derivatives in the inputs, `torch.func`'s transforms and forward mode are right too;
-      second derivatives in weights or context raise `SecondDerivativeError`.
+      `torch.func`'s transforms, forward mode, and derivatives of the gradient in the inputs are
+      right too; derivatives of that in weights or context raise `SecondDerivativeError`.
 
     One call sees one g: the weights are normalised once, and used for all evaluations of the call.
     Inside `torch.autocast` the block computes in the precision of its weights.
@@ -90,11 +90,11 @@ class ResidualTransform(Transform):
         self.estimator = validated_strategy(
             "estimator", estimator or Auto(), LogDetEstimator, _EXAMPLES["estimator"]
         )
-        self.solver = validated_strategy(
+        self.solver: Solver = validated_strategy(
             "solver",
             solver or Anderson(),
-            Solver,
-            _EXAMPLES["solver"],  # type: ignore[type-abstract]
+            Solver,  # type: ignore[type-abstract]
+            _EXAMPLES["solver"],
         )
 
     _keeps_methods = True
@@ -232,8 +232,8 @@ def _inverse(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tens
 
 
 _NO_HIGHER_DERIVATIVE = (
-    "through an inverse, second derivatives are right in its inputs only: those in weights or "
-    "context, and third ones, would be wrong. Differentiate `forward` instead, or use differences"
+    "through an inverse, the gradient in its inputs may be differentiated again: not that in its "
+    "weights or context, nor a second derivative. Differentiate `forward`, or use differences"
 )
 
 

@@ -70,7 +70,7 @@ class _Bins(NamedTuple):
         return above / torch.where(is_late, 2 * (self.mean - linear), linear + root)
 
 
-class MarginalSpline(SettingsInState, Transform):
+class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
     r"""y_j = S_j(x_j): a monotone rational-quadratic spline per feature, the identity at the start.
 
     Knots -b = x_0 < ... < x_K = b are mapped to -b = y_0 < ... < y_K = b, with learned slopes
@@ -106,7 +106,7 @@ class MarginalSpline(SettingsInState, Transform):
 
     Example:
         >>> inputs = torch.randn(5, 3)
-        >>> outputs, logabsdet = MarginalSpline(3)(inputs)
+        >>> outputs, logabsdet = ElementwiseRationalQuadraticSpline(3)(inputs)
         >>> torch.allclose(outputs, inputs, atol=1e-5), logabsdet.shape
         (True, torch.Size([5]))
     """
