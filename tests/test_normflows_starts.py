@@ -42,9 +42,9 @@ BEFORE: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("use", BEFORE.values(), ids=BEFORE)
 def test_what_only_samples_does_not_end_the_waiting_for_data(use: Callable[[Any], Any]) -> None:
-    expected, used = float(model().forward_kld(data())), model()
+    expected, used = model().forward_kld(data()).item(), model()
     use(used)
-    assert float(used.forward_kld(data())) == pytest.approx(expected, abs=1e-4)
+    assert used.forward_kld(data()).item() == pytest.approx(expected, abs=1e-4)
     assert expected < 10
 
 
@@ -69,5 +69,5 @@ def test_the_first_loss_is_that_of_one_model(score_fn: bool) -> None:
     for training in (True, False):
         flow = model().train(training)
         torch.manual_seed(1)
-        values.append(float(flow.reverse_kld(16, score_fn=score_fn)))
+        values.append(flow.reverse_kld(16, score_fn=score_fn).item())
     assert values[0] == pytest.approx(values[1], rel=1e-5)
