@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nflows_iresnet import nn
-from nflows_iresnet.classifiers import InvertibleClassifier
+from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
 from nflows_iresnet.compare.table1 import models, work
 from nflows_iresnet.compare.table1.inversion import invert
 from nflows_iresnet.compare.table1.record import DataSummary, Outcome, Record
@@ -60,6 +60,38 @@ def test_every_parameter_learns() -> None:
 def test_images_that_cannot_be_squeezed_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 8, 8\) cannot be squeezed 4 times"):
         InvertibleClassifier((1, 8, 8), 10, 8, num_scales=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "anderson"},
+        {"activation": "relu"},
+        {"num_blocks": 0},
+        {"num_blocks": True},
+        {"num_scales": 0},
+        {"levels": 1},
+        {"levels": 2.0},
+        {"padding": -1},
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_named(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match="channels" if name == "padding" else name):
+        InvertibleClassifier((1, 8, 8), 10, 8, **options)
+
+
+def test_what_makes_no_branch_is_named() -> None:
+    for branch in (nn.LipschitzCNN(4, [8, 8]), "cnn", 3):
+        with pytest.raises(ValueError, match="branch must make a network for a number of channels"):
+            ResidualClassifier((1, 8, 8), 10, branch)  # type: ignore[arg-type]
+
+
+def test_a_state_of_other_levels_brings_them_along() -> None:
+    model, other = classifier(), InvertibleClassifier((1, 8, 8), 10, 8, num_blocks=2, padding=1)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.eval()(IMAGES), model(IMAGES))
 
 
 # --- the certificate ------------------------------------------------------------------------------

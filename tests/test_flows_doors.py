@@ -185,7 +185,7 @@ def test_a_context_that_is_no_tensor_is_named(door: Callable[..., Any]) -> None:
 
 
 def test_whole_numbers_enter_a_flow_that_dequantises() -> None:
-    parts = [transforms.UniformDequantisation(), transforms.ActNorm(2)]
+    parts = [transforms.UniformDequantization(), transforms.ActNorm(2)]
     flow = flows.Flow(transforms.CompositeTransform(parts), flows.StandardNormal([2]))
     assert flow.log_prob(torch.randint(0, 9, (5, 2)).float()).shape == (5,)
 
@@ -206,7 +206,8 @@ def test_numbers_of_samples_that_are_none_are_named(number: Any) -> None:
 
 def test_any_whole_number_of_samples_will_do() -> None:
     flow = ResidualFlow(2, 8, 1)
-    for number in (3, np.int64(3), np.uint8(3), torch.tensor(3)):
+    numbers: list[Any] = [3, np.int64(3), np.uint8(3), torch.tensor(3)]
+    for number in numbers:
         samples, log_prob = flow.sample_and_log_prob(number)
         assert flow.sample(number, batch_size=number).shape == samples.shape == (3, 2)
         assert log_prob.shape == (3,)
@@ -220,7 +221,7 @@ def test_any_whole_number_of_samples_will_do() -> None:
 @every_preset
 def test_what_follows_the_four_sizes_is_by_keyword(preset: type[ResidualFlow]) -> None:
     with pytest.raises(TypeError, match="positional"):
-        preset(2, 8, 1, 1, 3)  # type: ignore[misc]
+        preset(2, 8, 1, 1, 3)  # type: ignore[call-arg]
 
 
 @every_preset

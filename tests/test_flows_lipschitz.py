@@ -41,7 +41,7 @@ SHAPES = {"vectors": (3,), "images": (1, 4, 4)}
 TRANSFORMS: dict[str, tuple[Callable[[], Any], str]] = {
     "act-norm": (lambda: transforms.ActNorm(3), "vectors"),
     "act-norm-of-nflows": (lambda: nflows.transforms.ActNorm(3), "vectors"),
-    "spline": (lambda: transforms.MarginalSpline(3), "vectors"),
+    "spline": (lambda: transforms.ElementwiseRationalQuadraticSpline(3), "vectors"),
     "linear": (lambda: transforms.LinearTransform(3), "vectors"),
     "lu-of-nflows": (lambda: nflows.transforms.LULinear(3), "vectors"),
     "affine-of-nflows": (
@@ -52,7 +52,9 @@ TRANSFORMS: dict[str, tuple[Callable[[], Any], str]] = {
     "residual-flow": (lambda: ResidualFlow(3, 8, 2)._transform, "vectors"),
     "iresnet": (lambda: flows.InvertibleResNet(3, 8, 2)._transform, "vectors"),
     "inverse": (
-        lambda: nflows.transforms.InverseTransform(transforms.MarginalSpline(3)),
+        lambda: nflows.transforms.InverseTransform(
+            transforms.ElementwiseRationalQuadraticSpline(3)
+        ),
         "vectors",
     ),
     "permutation": (lambda: nflows.transforms.RandomPermutation(3), "vectors"),
@@ -111,13 +113,15 @@ def test_the_constants_of_linear_maps_are_tight(name: str) -> None:
 
 
 def test_the_constants_of_a_spline_are_tight() -> None:
-    spline = randomised(transforms.MarginalSpline(1))
+    spline = randomised(transforms.ElementwiseRationalQuadraticSpline(1))
     grid = torch.linspace(-4.5, 4.5, 20001, dtype=torch.float64)[:, None].requires_grad_()
     (slopes,) = torch.autograd.grad(spline(grid)[0].sum(), grid)
     forward, inverse = lipschitz_constants(spline)
     assert float(slopes.max()) <= forward <= 1.05 * float(slopes.max())
     assert float(1 / slopes.min()) <= inverse <= 1.05 * float(1 / slopes.min())
-    assert lipschitz_constants(transforms.MarginalSpline(2)) == pytest.approx((1, 1), rel=1e-6)
+    assert lipschitz_constants(transforms.ElementwiseRationalQuadraticSpline(2)) == pytest.approx(
+        (1, 1), rel=1e-6
+    )
 
 
 class Scaled(nn.Module):
@@ -195,10 +199,9 @@ def test_what_is_unknown_is_infinite() -> None:
     assert lipschitz_constants(Stated()) == (1, 1)
     assert lipschitz_constants(Overridden(Scaled(0.5))) == unknown
     assert lipschitz_constants(transforms.ResidualTransform(nn.LSTM(2, 2))) == unknown
-    assert lipschitz_constants(transforms.ResidualTransform(Scaled(1.5))) == (
-        pytest.approx(2.5),
-        math.inf,
-    )
+    forward, inverse = lipschitz_constants(transforms.ResidualTransform(Scaled(1.5)))
+    assert forward == pytest.approx(2.5)
+    assert inverse == math.inf
     whole = transforms.CompositeTransform([Shift(), transforms.ResidualTransform(nn.LSTM(2, 2))])
     flow = flows.Flow(whole, flows.StandardNormal([2]))
     assert flow.lipschitz_bound() == flows.FlowLipschitz((math.inf,), *unknown)
@@ -210,4 +213,4 @@ def test_a_logit_stretches_without_bound_at_its_ends() -> None:
     values = singular_values(transforms.LogitTransform(17), rows)
     assert forward == math.inf
     assert float(1 / values.min()) <= inverse <= 1.01 * float(1 / values.min())
-    assert lipschitz_constants(transforms.UniformDequantisation()) == (1, math.inf)
+    assert lipschitz_constants(transforms.UniformDequantization()) == (1, math.inf)

@@ -75,7 +75,7 @@ def test_a_flow_gives_the_numbers_of_the_one_whose_state_it_got(
 
 TRANSFORMS: dict[str, Callable[[], Any]] = {
     "act-norm": lambda: transforms.ActNorm(2),
-    "marginal-spline": lambda: transforms.MarginalSpline(2, bound=3.0),
+    "marginal-spline": lambda: transforms.ElementwiseRationalQuadraticSpline(2, bound=3.0),
     "conditional-affine": lambda: transforms.ConditionalAffine(2, 2),
 }
 

@@ -16,6 +16,7 @@ from sbi.inference import NPE
 from torch.distributions import MultivariateNormal
 
 from nflows_iresnet.interop.sbi import ResidualFlowBuilder, ZScore
+from nflows_iresnet.logdet import Exact
 from nflows_iresnet.transforms import ActNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -157,3 +158,21 @@ def test_z_scores_change_no_density(z_score: ZScore, simulations: tuple[Tensor, 
 def test_unknown_z_score_is_refused() -> None:
     with pytest.raises(ValueError, match="z_score_x"):
         ResidualFlowBuilder(z_score_x="transform_to_unconstrained")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "exact"},
+        {"estimator": Exact},
+        {"solver": "anderson"},
+        {"embedding_net": "mlp"},
+        {"embedding_net": nn.Identity},
+        {"embedding_net": torch.tanh},
+    ],
+    ids=str,
+)
+def test_names_and_classes_are_no_strategies(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name} must be a"):
+        ResidualFlowBuilder(**options)

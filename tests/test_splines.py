@@ -163,3 +163,38 @@ def test_impossible_sizes_are_named(arguments: dict[str, float]) -> None:
 def test_rows_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(batch, 2\), got \(5, 3\)"):
         Spline(2)(torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int32, torch.bool])
+def test_values_of_another_precision_are_named_with_the_remedy(dtype: torch.dtype) -> None:
+    spline = Spline(1)
+    for direction in (spline, spline.inverse):
+        with pytest.raises(ValueError, match=r"the inputs are .*\.to\(torch\.float32\)"):
+            direction(torch.ones(1, 1, dtype=dtype))
+
+
+def test_half_precision_is_computed_in_that_of_the_parameters() -> None:
+    outputs, logabsdet = Spline(1)(torch.ones(1, 1, dtype=torch.bfloat16))
+    assert outputs.dtype == logabsdet.dtype == torch.float32
+
+
+def test_parameters_of_another_bound_are_refused() -> None:
+    state = random_spline().state_dict()
+    other = Spline(4, num_bins=5, bound=BOUND + 1).double()
+    with pytest.raises(RuntimeError, match=rf"bound={BOUND}, but has bound={BOUND + 1}"):
+        other.load_state_dict(state)
+    assert float(other.sizes.detach().abs().max()) == 0
+    old = {name: value for name, value in state.items() if name in dict(other.named_parameters())}
+    other.load_state_dict(old)
+    same = Spline(4, num_bins=5, bound=BOUND).double()
+    same.load_state_dict(state)
+    inputs = torch.randn(5, 4, dtype=torch.float64)
+    assert torch.equal(same(inputs)[0], random_spline()(inputs)[0])
+
+
+def test_the_inverse_amplifies_by_less_than_it_says() -> None:
+    spline = random_spline(spread=3.0)
+    outputs = (BOUND * (2 * torch.rand(2000, 4) - 1)).double()
+    change = 1e-9
+    moved = (spline.inverse(outputs + change)[0] - spline.inverse(outputs)[0]).abs().max() / change
+    assert 100 < float(moved.detach()) < 1.01 * spline.lipschitz_constants()[1]

@@ -116,7 +116,7 @@ def _logit(transform: LogitTransform) -> Constants:
     return math.inf, _up(_up(1 / transform._slope) / 4)
 
 
-def _dequantisation(transform: nn.Module) -> Constants:
+def _dequantization(transform: nn.Module) -> Constants:
     """A shift for each draw of the noise; rounding down has jumps."""
     return 1.0, math.inf
 
@@ -141,7 +141,7 @@ _CONSTANTS: dict[type[nn.Module], Callable[[Any], Constants]] = {
     nflows_transforms.LULinear: _matrix,
     CenteringTransform: _centring,
     LogitTransform: _logit,
-    UniformDequantization: _dequantisation,
+    UniformDequantization: _dequantization,
     InjectivePadding: _isometry,
     SqueezeTransform: _isometry,
     nflows_transforms.SqueezeTransform: _isometry,
