@@ -152,6 +152,8 @@ class LayeredFunction(ResidualFunction):
 
     def select(self, rows: Tensor | slice) -> LayeredFunction:
         """Return the same function with the shifts and stretches of `rows` only."""
+        if not self.stretches and all(shift.dim() == 1 for shift in self.shifts):
+            return self
         shifts = [shift if shift.dim() == 1 else select_rows(shift, rows) for shift in self.shifts]
         stretches = [select_rows(stretch, rows) for stretch in self.stretches]
         return replace(self, shifts=shifts, stretches=stretches)

@@ -153,7 +153,8 @@ class DenseFunction(LayeredFunction):
             return self.evaluate(inputs, with_slopes=False).value
         step = self._chunk_rows
         parts = [slice(start, start + step) for start in range(0, inputs.shape[0], step)]
-        return torch.cat([self.select(part)(inputs[part]) for part in parts])
+        values = [self.select(part).evaluate(inputs[part], with_slopes=False) for part in parts]
+        return torch.cat([each.value for each in values])
 
     @cached_property
     def _chunk_rows(self) -> int:
