@@ -6,7 +6,6 @@ Run with `python examples/extend.py`. It prints each clause of the contract as i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,19 +43,16 @@ class GatedNet(nn.Module):
 class SecondOrder(logdet.LogDetEstimator):
     """tr J - tr(J^2) / 2: the first two terms of the series, exactly. Biased by O(L^3)."""
 
-    def estimate(
+    def logabsdet(
         self,
-        net: Callable[..., Tensor],
-        inputs: Tensor,
-        context: Tensor | None = None,
-        *,
+        at_inputs: linearization.Linearization,
+        lipschitz: float | None,
         generator: torch.Generator | None = None,
-    ) -> logdet.LogDetEstimate:
-        at_inputs = linearization.linearize(net, inputs, context)
+    ) -> tuple[Tensor, Tensor]:
         jacobian = at_inputs.jacobian()
         square = (jacobian * jacobian.mT).sum((-2, -1))
         value = at_inputs.trace() - square / 2
-        return logdet.LogDetEstimate(at_inputs.value, value, torch.zeros_like(value))
+        return value, torch.zeros_like(value)
 
 
 def check(title: str, block: ResidualTransform, bias: float = 0.0) -> None:

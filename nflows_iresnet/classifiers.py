@@ -12,7 +12,8 @@ from torch import Tensor
 from torch import nn as torch_nn
 
 from nflows_iresnet import nn
-from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
+from nflows_iresnet.linearization import Linearization
+from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.solvers import Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -34,17 +35,15 @@ pixels, so that with 1 the training starts slowly (digits, c = 0.5, 200 steps: 9
 class _NoLogDet(LogDetEstimator):
     """g(x) alone: classification needs no log-determinant, so it is NaN rather than wrong."""
 
-    def estimate(
+    def logabsdet(
         self,
-        net: Callable[..., Tensor],
-        inputs: Tensor,
-        context: Tensor | None = None,
-        *,
+        at_inputs: Linearization,
+        lipschitz: float | None,
         generator: torch.Generator | None = None,
-    ) -> LogDetEstimate:
-        """Return g(x) and NaN."""
-        outputs = net(inputs) if context is None else net(inputs, context)
-        return LogDetEstimate(outputs, inputs.new_full(inputs.shape[:1], math.nan), None)
+    ) -> tuple[Tensor, None]:
+        """Return NaN."""
+        like = at_inputs.like
+        return like.new_full((like.shape[0],), math.nan), None
 
 
 class ResidualClassifier(torch_nn.Module):

@@ -24,6 +24,10 @@ def context_mlp(context_features: int, hidden_features: Sequence[int], outputs: 
         hidden_features: widths of its hidden layers.
         outputs: number of outputs.
     """
+    if isinstance(hidden_features, str) or not isinstance(hidden_features, Sequence):
+        raise ValueError(
+            f"hidden_features must be a sequence, [64] for one, got {hidden_features!r}"
+        )
     layers: list[nn.Module] = []
     width = context_features
     for hidden in hidden_features:

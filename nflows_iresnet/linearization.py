@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet.renamed import warn_renamed
+
 Function = Callable[[Tensor], Tensor]
 Rebuild = Callable[[Sequence[Tensor]], "ResidualFunction"]
 
@@ -192,6 +194,11 @@ class Linearization(ABC):
         """
         return [row_products(self.vjp(cotangent), tangent) for cotangent in cotangents]
 
+    def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
+        """Old name of `bilinear`."""
+        warn_renamed("Linearization.pairings", "Linearization.bilinear")
+        return self.bilinear(cotangents, tangent)
+
     def jacobian(self) -> Tensor:
         """Return J as matrices of shape (B, D, D), D the number of values per row.
 
@@ -265,6 +272,10 @@ def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
 class ResidualFunction(ABC):
     """x -> g(x) with its weights and its context fixed for the duration of one call.
 
+    Implementing one: subclass as a frozen dataclass whose fields hold the tensors, implement
+    `__call__`; `linearize`, where the structure gives cheap products; and `select`, if anything has
+    one row for each row of the inputs. `testing.check_linearization` checks all of it.
+
     Attributes:
         lipschitz: a constant < 1 that is GUARANTEED to bound Lip(g), known without looking at the
             weights; None where nothing is guaranteed.
@@ -328,7 +339,7 @@ class OpaqueFunction(ResidualFunction):
     def __init__(self, net: Callable[..., Tensor], context: Tensor | None = None) -> None:
         self._net = net
         self._context = context
-        self.lipschitz = getattr(net, "lipschitz", None)
+        self.lipschitz = _validated_claim(net)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return net(inputs), with the context where there is one."""
@@ -346,6 +357,19 @@ class OpaqueFunction(ResidualFunction):
         if self._context is None:
             return self
         return OpaqueFunction(self._net, select_rows(self._context, rows))
+
+
+def _validated_claim(net: object) -> float | None:
+    """Return the bound of Lip(g) that a network claims, None if it claims none."""
+    claimed = getattr(net, "lipschitz", None)
+    if claimed is None:
+        return None
+    if isinstance(claimed, bool) or not isinstance(claimed, (int, float)) or not 0 <= claimed < 1:
+        raise ValueError(
+            f"{type(net).__name__}.lipschitz must be a number in [0, 1), a guaranteed bound of "
+            f"Lip(g), got {claimed!r}; set it to None where nothing is guaranteed"
+        )
+    return float(claimed)
 
 
 def select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:

@@ -19,12 +19,21 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
     def getattr_(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(
-            f"{module}.{name} is now {module}.{names[name]}; the old name goes with the next "
-            "release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn_renamed(f"{module}.{name}", f"{module}.{names[name]}")
         return getattr(sys.modules[module], names[name])
 
     return getattr_
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Say that a name is another now.
+
+    Args:
+        old: what was used.
+        new: what to use.
+    """
+    warnings.warn(
+        f"{old} is now {new}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )

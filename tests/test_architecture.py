@@ -24,9 +24,10 @@ FOUNDATIONS = BASE | {
     "renamed",
 }
 ALLOWED: dict[str, set[str]] = {
-    "linearization": BASE,
+    "linearization": BASE | {"renamed"},
+    "renamed": BASE,
     "datasets": BASE | {"sklearn"},
-    "testing": BASE,
+    "testing": BASE | {"linearization"},
     "validation": BASE,
     "precision": BASE | {"linearization"},
     "conditioning": BASE,

@@ -22,7 +22,7 @@ from nflows_iresnet.linearization import (
 )
 from nflows_iresnet.nn.base import LayeredFunction
 from nflows_iresnet.nn.fused import fused
-from nflows_iresnet.nn.mlp import DenseFunction, FusedLinearization
+from nflows_iresnet.nn.mlp import FusedLinearization, MLPFunction
 
 ACTIVATIONS: dict[str, Callable[[], nn.Activation]] = {
     "mixed": lambda: nn.Mixed(nn.Sine(), nn.SmoothAbs()),
@@ -55,7 +55,7 @@ def by_autograd(function: ResidualFunction, inputs: Tensor) -> Linearization:
 
 
 def by_structure(function: ResidualFunction, inputs: Tensor) -> Linearization:
-    assert isinstance(function, DenseFunction)
+    assert isinstance(function, MLPFunction)
     return function.structured(function.evaluate(inputs, with_slopes=True))
 
 
@@ -122,7 +122,7 @@ def test_the_node_is_freed_without_the_garbage_collector() -> None:
     """A cycle through the node would keep the memory of every step until a collection."""
     net, inputs = make_net([6, 5]), rows()
     dense = bind(net)
-    assert isinstance(dense, DenseFunction)
+    assert isinstance(dense, MLPFunction)
     gc.disable()
     try:
         with torch.no_grad():

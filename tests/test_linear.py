@@ -559,3 +559,10 @@ def test_processes_start_from_their_joined_batch(tmp_path: Path) -> None:
         for key, module in expected.items():
             for name, value in module.state_dict().items():
                 torch.testing.assert_close(found[key][name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_samples_of_its_own_start_nothing() -> None:
+    linear = LinearTransform(3, initialization="whitening")
+    samples, _ = linear.inverse(5 * torch.randn(50, 3))
+    linear(samples)
+    assert not bool(linear.initialized)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet import nn
+from nflows_iresnet import nn, testing
 from nflows_iresnet.linearization import (
     AutogradLinearization,
     Linearization,
     OpaqueFunction,
+    ResidualFunction,
     bind,
     linearize,
 )
@@ -86,3 +90,71 @@ def test_select_keeps_the_context_of_the_rows() -> None:
 def test_bind_returns_bound_functions_as_they_are() -> None:
     function = bind(torch.tanh)
     assert bind(function) is function
+
+
+NETWORKS: dict[str, Callable[[], nn.LipschitzNet]] = {
+    "mlp": lambda: nn.LipschitzMLP(3, [8, 6], 2),
+    "mlp-clipswish": lambda: nn.LipschitzMLP(3, [8, 6], 2, activation=nn.CLipSwish()),
+    "dense": lambda: nn.LipschitzDenseNet(3, [4, 4], 2),
+    "cnn": lambda: nn.LipschitzCNN(1, [4, 4], 2),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_keep_what_they_claim(name: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(5, *((1, 3, 4) if name == "cnn" else (3,)))
+    testing.check_linearization(NETWORKS[name](), inputs, torch.randn(5, 2))
+
+
+class Wrong(Linearization):
+    """The exact products of another linearisation, one of them spoiled."""
+
+    def __init__(self, exact: Linearization, spoiled: str) -> None:
+        self._exact, self._spoiled, self.value = exact, spoiled, exact.value
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        return self._exact.vjp(cotangent) * (1.1 if self._spoiled == "vjp" else 1)
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        return self._exact.jvp(tangent) * (1.1 if self._spoiled == "jvp" else 1)
+
+    def trace(self) -> Tensor:
+        return self._exact.trace() * (1.1 if self._spoiled == "trace" else 1)
+
+
+@dataclass(frozen=True)
+class Spoiled(ResidualFunction):
+    """Shifts the rows by a tensor with one row each; one answer is wrong."""
+
+    shift: Tensor
+    spoiled: str
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return 0.5 * (inputs + self.shift).sin()
+
+    def linearize(self, inputs: Tensor) -> Linearization:
+        return Wrong(AutogradLinearization(self, inputs), self.spoiled)
+
+    def select(self, rows: Tensor | slice) -> ResidualFunction:
+        return self if self.spoiled == "select" else replace(self, shift=self.shift[rows])
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [("jvp", "jvp"), ("vjp", "vjp"), ("trace", "trace"), ("select", "shape|size|selected")],
+)
+def test_a_wrong_claim_is_found(spoiled: str, message: str) -> None:
+    torch.manual_seed(0)
+    inputs, shift = torch.randn(5, 3), torch.randn(5, 3).double()
+    testing.check_linearization(Spoiled(shift, "nothing"), inputs)
+    with pytest.raises((AssertionError, RuntimeError), match=message):
+        testing.check_linearization(Spoiled(shift, spoiled), inputs)
+
+
+@pytest.mark.parametrize("claim", [1.0, 1.3, -0.1, "0.5", True])
+def test_a_claim_that_is_no_contraction_is_refused(claim: object) -> None:
+    net = torch.nn.Linear(3, 3)
+    net.lipschitz = claim  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"lipschitz must be a number in \[0, 1\)"):
+        bind(net)

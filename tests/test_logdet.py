@@ -13,7 +13,7 @@ from torch import Tensor
 from nflows_iresnet import logdet, nn
 from nflows_iresnet.linearization import linearize
 from nflows_iresnet.logdet.power_series import weighted_series
-from nflows_iresnet.nn.mlp import DenseLinearization
+from nflows_iresnet.nn.mlp import MLPLinearization
 from nflows_iresnet.testing import Subject, exact_logabsdet
 from nflows_iresnet.transforms import ResidualTransform
 from tests.cases import FixedLinear
@@ -277,7 +277,7 @@ def test_weighted_series_without_terms_beyond_the_trace() -> None:
     torch.testing.assert_close(value, at_inputs.trace())
 
 
-class Counted(DenseLinearization):
+class Counted(MLPLinearization):
     """J = c I with the products written down."""
 
     def __init__(self, factor: float, dtype: torch.dtype = torch.float64) -> None:

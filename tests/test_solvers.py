@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nflows_iresnet import flows, logdet, nn, solvers, transforms
 from nflows_iresnet.linearization import Linearization
-from nflows_iresnet.nn.mlp import DenseFunction
+from nflows_iresnet.nn.mlp import MLPFunction
 from nflows_iresnet.solvers.base import Progress, row_norm, steps_to_next_look
 
 SOLVERS: dict[str, solvers.Solver] = {
@@ -580,7 +580,7 @@ def test_terms_that_rounding_loses_are_not_computed() -> None:
         def bind(self, context: Tensor | None = None) -> TinyFunction:
             return TinyFunction()
 
-    class TinyFunction(DenseFunction):
+    class TinyFunction(MLPFunction):
         def __init__(self) -> None:
             eye = 1e-6 * torch.eye(3)
             super().__init__([eye], [torch.zeros(3)], [], 0.9)
@@ -600,3 +600,36 @@ def test_terms_that_rounding_loses_are_not_computed() -> None:
         _, logabsdet = logdet.PowerSeries(num_terms=100)(Tiny(), torch.zeros(4, 3))
     torch.testing.assert_close(logabsdet, torch.full((4,), 3e-6), rtol=1e-4, atol=0)
     assert len(products) < 20
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """Half of the rows are done early; the others have residuals that do not fall in each step."""
+
+    matrices: Tensor
+    shift: Tensor
+
+    def __call__(self, point: Tensor) -> Tensor:
+        return (self.matrices @ point[:, :, None])[:, :, 0].sin() + self.shift
+
+    def select(self, rows: Tensor) -> ManyRows:
+        return ManyRows(self.matrices[rows], self.shift[rows])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "solver",
+    [solvers.Anderson(), solvers.Anderson(history=2), solvers.FixedPointIteration()],
+    ids=["anderson-5", "anderson-2", "plain"],
+)
+def test_rows_that_are_done_are_left_out_whatever_the_others_do(
+    solver: solvers.Solver, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    matrices = torch.randn(200, 6, 6, dtype=torch.float64)
+    matrices = 0.9 * matrices / torch.linalg.matrix_norm(matrices, ord=2)[:, None, None]
+    matrices[:100] = 0.01 * torch.eye(6)
+    fn = ManyRows(matrices, torch.randn(200, 6, dtype=torch.float64))
+    solution = solver(fn, torch.zeros(200, 6, dtype=torch.float64), 0.9)
+    torch.testing.assert_close(fn(solution.value), solution.value, rtol=0, atol=1e-10)
+    assert int(solution.num_steps[:100].max()) < int(solution.num_steps[100:].max())

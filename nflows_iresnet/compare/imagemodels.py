@@ -91,7 +91,7 @@ class TruncatedModel(ResidualModel):
 
         if self.training:
             return super().log_prob(inputs)
-        with transforms.using(self.flow, estimator=logdet.Adaptive()):
+        with transforms.using(self.flow, estimator=logdet.Auto()):
             return super().log_prob(inputs)
 
 

@@ -6,6 +6,8 @@ cost matters more than a bias whose bound you know. `Auto` is the default and ma
 two choices for you.
 """
 
+from typing import TYPE_CHECKING
+
 from nflows_iresnet.linearization import SecondDerivativeError
 from nflows_iresnet.logdet.auto import Auto
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
@@ -41,11 +43,12 @@ __all__ = [
     "Truncation",
 ]
 
-__getattr__ = renamed(
-    __name__,
-    {
-        "Adaptive": "Auto",
-        "GeometricTail": "GeometricTruncation",
-        "MatchedTail": "LipschitzTruncation",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__ = renamed(
+        __name__,
+        {
+            "Adaptive": "Auto",
+            "GeometricTail": "GeometricTruncation",
+            "MatchedTail": "LipschitzTruncation",
+        },
+    )

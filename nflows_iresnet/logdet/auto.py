@@ -41,6 +41,9 @@ class Auto(LogDetEstimator):
     max_exact_features_without_bound: int = 16
 
     def __post_init__(self) -> None:
+        for name in ("max_exact_features", "max_exact_features_without_bound"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         for name in ("exact", "otherwise"):
             validated_strategy(name, getattr(self, name), LogDetEstimator, "logdet.Exact()")
 

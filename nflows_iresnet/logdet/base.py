@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import Linearization, bind, is_traced
+from nflows_iresnet.validation import validated_size
 
 
 class LogDetEstimate(NamedTuple):
@@ -51,7 +52,9 @@ class LogDetEstimator(ABC):  # noqa: B024
             lipschitz: the guaranteed bound of Lip(g), None where there is none.
             generator: source of randomness; torch's default generator if None.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement logabsdet (or estimate)")
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement logabsdet(at_inputs, lipschitz, generator)"
+        )
 
     def estimate(
         self,
@@ -118,8 +121,8 @@ class Exact(LogDetEstimator):
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
+        if self.chunk_size is not None:
+            validated_size("chunk_size", self.chunk_size)
 
     def estimate(
         self,

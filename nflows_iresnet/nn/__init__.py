@@ -1,5 +1,7 @@
 """Networks with a certified Lipschitz bound: layers, activations, norms, bounds."""
 
+from typing import TYPE_CHECKING
+
 from nflows_iresnet.conditioning import context_mlp
 from nflows_iresnet.nn.activations import (
     ELU,
@@ -68,4 +70,5 @@ __all__ = [
     "spectral_penalty",
 ]
 
-__getattr__ = renamed(__name__, {"SymbolNorm": "FourierNorm"})
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"SymbolNorm": "FourierNorm"})

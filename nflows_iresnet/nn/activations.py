@@ -5,8 +5,9 @@ activations that widen or mix units: the Lipschitz constant of the whole map), a
 slopes a' beside the values, from which a network assembles its Jacobian.
 
 Implementing one: subclass `Activation`, implement `value_and_slope`, state `lipschitz` if it is not
-1. Implement `curvature` too if a'' is a function of value and slope: it makes training faster and
-changes nothing else.
+1: nobody can check it but you, and `testing.check_lipschitz`, which searches for a stretch above what a
+network claims. Implement `curvature` too if a'' is a function of value and slope: it makes training
+faster and changes nothing else.
 """
 
 from __future__ import annotations
@@ -341,4 +342,6 @@ def constant_of(activation: nn.Module) -> float | None:
     if of_torch is not None:
         return of_torch(activation)
     constant = getattr(activation, "lipschitz", None)
-    return constant if isinstance(constant, float) else None
+    if isinstance(constant, bool) or not isinstance(constant, (int, float)):
+        return None
+    return float(constant)

@@ -72,8 +72,8 @@ class LayeredFunction(ResidualFunction):
         shifts: b_i, shapes (out,), or (B, out, *) where they depend on a context.
         activations: one per hidden layer.
         lipschitz: a bound of Lip(g) that is guaranteed, or None.
-        stretches: e_i > 0, shapes (B, *, hidden), one per hidden layer where the context stretches
-            its units, which changes no slope's bound; none by default.
+        stretches: e_i > 0, shapes (hidden,) or (B, *, hidden), one per hidden layer where its units
+            are stretched, which changes no slope's bound; none by default.
     """
 
     weights: Sequence[Tensor]
@@ -102,6 +102,10 @@ class LayeredFunction(ResidualFunction):
         """Undo `units_last`."""
         return values
 
+    def handed_on(self, given: Tensor, values: Tensor, index: int) -> Tensor:
+        """Return what the next layer is given, from what this one was and what it returned."""
+        return values
+
     def evaluate(self, inputs: Tensor, *, with_slopes: bool) -> Evaluation:
         """Evaluate the network: the one forward loop.
 
@@ -121,7 +125,7 @@ class LayeredFunction(ResidualFunction):
             else:
                 activated = called(activation, units)
             values = activated if stretch is None else activated * widened(stretch, activation)
-            hidden = self.units_back(values)
+            hidden = self.handed_on(hidden, self.units_back(values), index)
             if with_slopes:
                 kept.units.append(units)
                 kept.activated.append(activated)
@@ -152,10 +156,12 @@ class LayeredFunction(ResidualFunction):
 
     def select(self, rows: Tensor | slice) -> LayeredFunction:
         """Return the same function with the shifts and stretches of `rows` only."""
-        if not self.stretches and all(shift.dim() == 1 for shift in self.shifts):
+        if all(each.dim() == 1 for each in (*self.shifts, *self.stretches)):
             return self
-        shifts = [shift if shift.dim() == 1 else select_rows(shift, rows) for shift in self.shifts]
-        stretches = [select_rows(stretch, rows) for stretch in self.stretches]
+        shifts, stretches = [
+            [each if each.dim() == 1 else select_rows(each, rows) for each in group]
+            for group in (self.shifts, self.stretches)
+        ]
         return replace(self, shifts=shifts, stretches=stretches)
 
 
@@ -174,9 +180,15 @@ Measured: docs/measurements.md#start-of-the-balancing-scales."""
 class LipschitzNet(SettingsInState, ABC):
     """A network g with a certified Lip(g) <= coeff in its inputs, for any stored weights.
 
-    Implementing one: call `super().__init__` with the layers, implement `bind`, `lipschitz_bound`
-    and `settings`. With `bind` returning a `ResidualFunction` whose `linearize` knows the
-    structure, estimators and solvers are as fast as the network allows.
+    Implementing one (`nn.dense` is an example): call `super().__init__` with the layers; implement
+    `lipschitz_bound`, and `bind`, which returns a `ResidualFunction` made of
+
+    * the weights, as a `layers.weights_and_norms` of `self.normed_layers` allows them,
+    * `bounded_exp(self.log_scales)`, the learned scales of the hidden units, and
+    * `self.conditions(context)`, what the context shifts and stretches.
+
+    Where its `linearize` knows the structure, estimators and solvers are as fast as that allows.
+    `testing.check_linearization`, `check_lipschitz` and `check_transform` check it.
 
     Args:
         layers: n layers, whose norms the certificate rests on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import cast
 
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_iresnet.conditioning import bounded_exp
-from nflows_iresnet.linearization import (
-    AutogradLinearization,
-    ForwardLinearization,
-    Linearization,
-    ResidualFunction,
-    select_rows,
+from nflows_iresnet.linearization import ForwardLinearization, Linearization
+from nflows_iresnet.nn.activations import widening_of
+from nflows_iresnet.nn.base import (
+    Evaluation,
+    LayeredFunction,
+    LipschitzNet,
+    validated_activation,
+    validated_hidden,
 )
-from nflows_iresnet.nn.activations import Activation, is_unit_wise, widening_of
-from nflows_iresnet.nn.base import LipschitzNet, validated_activation, validated_hidden, widened
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
 from nflows_iresnet.nn.layers import NormedLinear, rounding_margin, weights_and_norms
+from nflows_iresnet.nn.mlp import MLPFunction
 from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm
 from nflows_iresnet.validation import validated_size
 
@@ -118,8 +119,9 @@ class LipschitzDenseNet(LipschitzNet):
             additions, factors = conditions
             shifts = [bias + addition for bias, addition in zip(shifts, additions, strict=True)]
             stretches = [scale * by for scale, by in zip(stretches, factors, strict=True)]
+        activations = list(self.activations)
         return DenselyConnectedFunction(
-            weights, shifts, list(self.activations), parts, stretches, self.lipschitz
+            weights, shifts, activations, self.lipschitz, stretches, parts=parts
         )
 
     def effective_weights(self) -> tuple[list[Tensor], Tensor]:
@@ -151,66 +153,31 @@ class LipschitzDenseNet(LipschitzNet):
 
 
 @dataclass(frozen=True)
-class DenselyConnectedFunction(ResidualFunction):
-    r"""The function of `LipschitzDenseNet` with fixed weights, on rows (B, features).
+class DenselyConnectedFunction(MLPFunction):
+    r"""A `LayeredFunction` whose layers hand on [p h, q a] beside what they computed, a.
 
     Attributes:
-        weights: W_1, ..., W_n, W, shapes (out, in).
-        shifts: b_i, shapes (out,), or (B, out) where they depend on a context.
-        activations: one per hidden layer.
-        parts: p and q, shape (2, n).
-        stretches: e_i > 0, shapes (hidden,) or (B, hidden), the activations being e a(z / e); none
-            where activations mix units.
-        lipschitz: a bound of Lip(g) that is guaranteed, or None.
+        parts: p and q of each hidden layer, shape (2, n).
     """
 
-    weights: Sequence[Tensor]
-    shifts: Sequence[Tensor]
-    activations: Sequence[nn.Module]
-    parts: Tensor
-    stretches: Sequence[Tensor] = ()
-    lipschitz: float | None = None
+    parts: Tensor = field(kw_only=True)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return g(inputs), shape (B, features)."""
-        return self._evaluate(inputs, None)
+    def handed_on(self, given: Tensor, values: Tensor, index: int) -> Tensor:
+        """Return the two parts, side by side."""
+        kept, added = self.parts[:, index]
+        return torch.cat([kept * given, added * values], dim=-1)
+
+    def structured(self, evaluation: Evaluation) -> Linearization:
+        """Return the linearisation by the slopes."""
+        slopes = [
+            added * slope for added, slope in zip(self.parts[1], evaluation.slopes, strict=True)
+        ]
+        weights = self.widened_weights()
+        return DenselyConnectedLinearization(evaluation.value, weights, slopes, self.parts[0])
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""
-        if not all(map(is_unit_wise, self.activations)):
-            return AutogradLinearization(self, inputs)
-        slopes: list[Tensor] = []
-        return DenselyConnectedLinearization(self._evaluate(inputs, slopes), self, slopes)
-
-    def _evaluate(self, inputs: Tensor, slopes: list[Tensor] | None) -> Tensor:
-        """Return g(inputs), and append q_i a'(z_i) of each hidden layer where they are wanted."""
-        if inputs.dim() == 0 or inputs.shape[-1] != self.weights[0].shape[1]:
-            raise ValueError(
-                f"expected inputs of shape (batch, {self.weights[0].shape[1]}), got "
-                f"{tuple(inputs.shape)}"
-            )
-        hidden = inputs
-        for index, activation in enumerate(self.activations):
-            units = F.linear(hidden, self.weights[index]) + self.shifts[index]
-            stretch = self.stretches[index] if self.stretches else units.new_ones(())
-            kept, added = self.parts[:, index]
-            if slopes is None:
-                value = activation(units / stretch)
-            else:
-                value, slope = cast(Activation, activation).value_and_slope(units / stretch)
-                slopes.append(added * slope)
-            if self.stretches:
-                value = value * widened(stretch, activation)
-            hidden = torch.cat([kept * hidden, added * value], dim=-1)
-        return F.linear(hidden, self.weights[-1]) + self.shifts[-1]
-
-    def select(self, rows: Tensor | slice) -> DenselyConnectedFunction:
-        """Return the same function with the shifts and stretches of `rows` only."""
-        shifts, stretches = [
-            [each if each.dim() == 1 else select_rows(each, rows) for each in group]
-            for group in (self.shifts, self.stretches)
-        ]
-        return replace(self, shifts=shifts, stretches=stretches)
+        return LayeredFunction.linearize(self, inputs)
 
 
 class DenselyConnectedLinearization(ForwardLinearization):
@@ -221,19 +188,17 @@ class DenselyConnectedLinearization(ForwardLinearization):
 
     Args:
         value: g(x), shape (B, features).
-        function: what is linearised.
+        weights: W_1, ..., W_n, W, shapes (out, in).
         slopes: q_i a'(z_i), shapes (B, hidden).
+        kept: p_i, shape (n,).
     """
 
     def __init__(
-        self, value: Tensor, function: DenselyConnectedFunction, slopes: Sequence[Tensor]
+        self, value: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor], kept: Tensor
     ) -> None:
         self.value = value
-        self._last, self._kept, self._slopes = function.weights[-1], function.parts[0], slopes
-        self._weights = [
-            torch.cat([weight] * widening_of(activation))
-            for weight, activation in zip(function.weights, function.activations, strict=False)
-        ]
+        *self._weights, self._last = weights
+        self._slopes, self._kept = slopes, kept
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Return J^T v = M_1^T ... M_n^T W^T v."""

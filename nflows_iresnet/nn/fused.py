@@ -10,7 +10,7 @@ t_n = J T and s_1, ..., s_{n-1}. Going back, with cotangents p of z_i and q of t
 Automatic differentiation of the same operations records several times as many of them, which is
 most of the time of a small network. Second derivatives are those of the formulas above, evaluated
 anew from x and the weights and differentiated automatically. The slow twin is
-`nn.mlp.DenseLinearization`.
+`nn.mlp.MLPLinearization`.
 """
 
 from __future__ import annotations

@@ -119,7 +119,11 @@ class NormedLinear(NormedLayer, nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = True, norm: MatrixNorm
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias)
+        sizes = (
+            validated_size("in_features", in_features),
+            validated_size("out_features", out_features),
+        )
+        super().__init__(*sizes, bias=bias)
         self._adopt(norm, MatrixNorm)
 
 
@@ -346,7 +350,7 @@ def weights_and_norms(nets: Sequence[Sequence[NormedLayer]]) -> tuple[list[Tenso
         shape (places, K) in float64, positive and differentiable in the weights.
 
     Raises:
-        ValueError: if a weight is not finite, on the CPU, or a layer has hooks that cannot run.
+        ValueError: if a weight is not finite, on the CPU.
     """
     for layer in [layer for net in nets for layer in net]:
         layer.run_weight_hooks()

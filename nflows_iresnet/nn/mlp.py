@@ -115,9 +115,9 @@ class LipschitzMLP(LayeredNet):
         shifts: list[Tensor],
         stretches: list[Tensor],
         lipschitz: float | None,
-    ) -> DenseFunction:
+    ) -> MLPFunction:
         """Return g for weights (out, in), shifts (out,) or (B, out), and stretches (B, out)."""
-        return DenseFunction(weights, shifts, list(self.activations), lipschitz, stretches)
+        return MLPFunction(weights, shifts, list(self.activations), lipschitz, stretches)
 
     def norm_bound(self, weight: Tensor) -> float:
         """Return a certified upper bound of the spectral norm."""
@@ -133,7 +133,7 @@ Measured: docs/measurements.md#values-in-parts.
 
 
 @dataclass(frozen=True)
-class DenseFunction(LayeredFunction):
+class MLPFunction(LayeredFunction):
     """A `LayeredFunction` with matrices W_i, on rows (B, features)."""
 
     def affine(self, inputs: Tensor, index: int) -> Tensor:
@@ -169,7 +169,7 @@ class DenseFunction(LayeredFunction):
 
     def structured(self, evaluation: Evaluation) -> Linearization:
         """Return the linearisation by the slopes."""
-        return DenseLinearization(evaluation.value, self.widened_weights(), evaluation.slopes)
+        return MLPLinearization(evaluation.value, self.widened_weights(), evaluation.slopes)
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: as one node of the graph where that is possible, see `fused`."""
@@ -178,7 +178,7 @@ class DenseFunction(LayeredFunction):
         return super().linearize(inputs)
 
 
-class DenseLinearization(ForwardLinearization):
+class MLPLinearization(ForwardLinearization):
     r"""J = W_n D_{n-1} W_{n-1} ... D_1 W_1 with the diagonal slopes D_i = diag(a'(z_i)) saved.
 
     Cost: `vjp` and `jvp` are one pass through the weights, a third to a half of what automatic
@@ -248,7 +248,7 @@ def has_cheap_trace(weights: Sequence[Tensor], rows: int) -> bool:
     return len(weights) == 3 and 2 * product <= rows * sum(weight.numel() for weight in weights)
 
 
-class FusedLinearization(DenseLinearization):
+class FusedLinearization(MLPLinearization):
     """The same linearisation, with all that is differentiated in one node of the graph.
 
     The network is evaluated once, without a graph. Where gradients are recorded, the first of
@@ -260,7 +260,7 @@ class FusedLinearization(DenseLinearization):
         inputs: x, shape (B, features).
     """
 
-    def __init__(self, function: DenseFunction, inputs: Tensor) -> None:
+    def __init__(self, function: MLPFunction, inputs: Tensor) -> None:
         self._function, self._inputs = function, inputs
         with torch.no_grad():
             self._evaluation = function.evaluate(inputs, with_slopes=True)

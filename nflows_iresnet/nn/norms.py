@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.linearization import first_derivative_only, is_traced
 
 State = dict[str, Tensor]
 _TINY = torch.finfo(torch.float64).tiny
@@ -37,8 +37,8 @@ NOT_FINITE = (
 class OperatorNorm(ABC):
     r"""A strategy for the norm \|W\| = max \|W x\| / \|x\| of the linear map of a weight.
 
-    Implementing one: subclass as a frozen dataclass, implement `value_and_gradient` and its slow
-    twin `differentiable`.
+    Implementing one: subclass as a frozen dataclass, implement `value_and_gradient` and, for second
+    derivatives, its slow twin `differentiable`.
 
     Attributes:
         is_upper_bound: whether the value is guaranteed to be at least \|W\|.
@@ -58,12 +58,17 @@ class OperatorNorm(ABC):
             A float64 scalar, and a gradient of the shape of the weight.
         """
 
-    @abstractmethod
     def differentiable(self, weight: Tensor, state: State) -> Tensor:
         """Return the same value by operations that can be differentiated any number of times.
 
-        Slower, and asked for where a second derivative is taken, and inside `torch.func`.
+        Slower, and asked for where a second derivative is taken, and inside `torch.func`. By
+        default the value with its gradient, whose derivative raises `SecondDerivativeError`.
         """
+        with torch.no_grad():
+            value, gradient = self.value_and_gradient(weight.detach(), state)
+        paired = (gradient.detach() * weight.double()).sum()
+        once = first_derivative_only(paired, f"{type(self).__name__} has no differentiable twin")
+        return value.detach() + (once - once.detach())
 
     def of_stack(self, weights: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:
         """Return the norms (K,) and gradients of weights (K, out, in, *kernel)."""
@@ -377,7 +382,7 @@ class SchattenNorm(MatrixNorm):
     num_squarings: int = 7
 
     def __post_init__(self) -> None:
-        if not 0 <= self.num_squarings <= 20:
+        if not isinstance(self.num_squarings, int) or not 0 <= self.num_squarings <= 20:
             raise ValueError(f"num_squarings must be between 0 and 20, got {self.num_squarings}")
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.solvers.base import Accelerator, Progress, Solver, holds
+from nflows_iresnet.validation import validated_size
 
 _GROWTH = 2.0
 """A residual this many times the best one makes Anderson return to the best point."""
@@ -215,8 +216,7 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.history < 1:
-            raise ValueError(f"history must be at least 1, got {self.history}")
+        validated_size("history", self.history)
 
     def start(self, init: Tensor) -> Accelerator:
         """Return an empty memory."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.validation import validated_size
 
 Map = Callable[[Tensor], Tensor]
 
@@ -134,10 +135,9 @@ class Solver(ABC):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
         if self.atol == 0 and self.rtol == 0:
             raise ValueError("atol and rtol must not both be zero: no residual would be accepted")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if self.first_look is not None and self.first_look < 1:
-            raise ValueError(f"first_look must be at least 1, got {self.first_look}")
+        validated_size("max_steps", self.max_steps)
+        if self.first_look is not None:
+            validated_size("first_look", self.first_look)
 
     @abstractmethod
     def start(self, init: Tensor) -> Accelerator:
@@ -318,6 +318,8 @@ class Progress:
         residual = image - point
         norm, size = self.norm(residual), self.norm(point)
         is_near = size <= self.farthest
+        if self._first_norm is None:
+            self._first_norm = norm
         if self.looks_each_step and self._are_all_open:
             self.is_latest = holds((norm < self.residual_norm) & is_near)
             if self.is_latest:
@@ -332,8 +334,6 @@ class Progress:
         self.residual_norm = torch.where(is_better, norm, self.residual_norm)
         self.size = torch.where(is_better, size, self.size)
         self.is_latest = False
-        if self._first_norm is None:
-            self._first_norm = norm
 
     def needs_a_look(self) -> bool:
         """Whether rows may be done: where looking is free, whether any residual is small enough."""
@@ -408,8 +408,24 @@ class Progress:
             setattr(self, name, getattr(self, name).index_copy(0, selected._rows, values))
 
     def _states(self) -> list[tuple[str, Tensor]]:
-        states = [(name, each) for name, each in vars(self).items() if isinstance(each, Tensor)]
-        return [(name, each) for name, each in states if name != "_rows"]
+        return [(name, getattr(self, name)) for name in _ROW_STATES]
+
+
+_ROW_STATES = (
+    "value",
+    "residual",
+    "residual_norm",
+    "size",
+    "latest_norm",
+    "farthest",
+    "loosest",
+    "tolerance",
+    "is_open",
+    "num_steps",
+    "_norm_before",
+    "_first_norm",
+)
+"""What `Progress` knows of each row."""
 
 
 def steps_to_next_look(step: int, remaining: float) -> int:

@@ -9,13 +9,14 @@ with a standard error.
 from __future__ import annotations
 
 from nflows_iresnet.testing.contract import CLAUSES, Clause, check_transform
-from nflows_iresnet.testing.lipschitz import check_lipschitz
+from nflows_iresnet.testing.networks import check_linearization, check_lipschitz
 from nflows_iresnet.testing.subject import Subject, exact_logabsdet
 
 __all__ = [
     "CLAUSES",
     "Clause",
     "Subject",
+    "check_linearization",
     "check_lipschitz",
     "check_transform",
     "exact_logabsdet",

@@ -1,5 +1,7 @@
 """Invertible maps in nflows' convention: forward is data to noise."""
 
+from typing import TYPE_CHECKING
+
 from nflows_iresnet.renamed import renamed
 from nflows_iresnet.transforms.composite import CompositeTransform
 from nflows_iresnet.transforms.conditional import ConditionalAffine
@@ -34,11 +36,12 @@ __all__ = [
     "using",
 ]
 
-__getattr__ = renamed(
-    __name__,
-    {
-        "MarginalSpline": "ElementwiseRationalQuadraticSpline",
-        "UniformDequantisation": "UniformDequantization",
-        "dequantise": "dequantize",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__ = renamed(
+        __name__,
+        {
+            "MarginalSpline": "ElementwiseRationalQuadraticSpline",
+            "UniformDequantisation": "UniformDequantization",
+            "dequantise": "dequantize",
+        },
+    )

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
 from nflows_iresnet.precision import context_like_weights, full_precision, require_finite_rows
-from nflows_iresnet.transforms.residual import ResidualTransform
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -24,6 +23,9 @@ class CompositeTransform(_NflowsCompositeTransform):
     The same map and the same state_dict. Each call binds the residual blocks in its list together
     (see `linearization.bind_all`): what is hundreds of small operations for a deep flow becomes a
     few.
+
+    A transform takes part that has a `net`, an `estimator`, and an attribute `takes_function` that
+    is true: its `forward` and `inverse` then get g as `function=`.
 
     Args:
         transforms: the transforms, from data to noise.
@@ -38,6 +40,7 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     Example:
         >>> from nflows_iresnet.nn import LipschitzMLP
+        >>> from nflows_iresnet.transforms import ResidualTransform
         >>> blocks = [ResidualTransform(LipschitzMLP(2, [16])) for _ in range(3)]
         >>> outputs, logabsdet = CompositeTransform(blocks)(torch.zeros(5, 2))
     """
@@ -79,12 +82,8 @@ class CompositeTransform(_NflowsCompositeTransform):
     def _bind(
         self, inputs: Tensor, context: Tensor | None
     ) -> dict[torch.nn.Module, ResidualFunction]:
-        """Bind the nets of all blocks that take a function."""
-        blocks = [
-            each
-            for each in self._transforms
-            if isinstance(each, ResidualTransform) and each.takes_function
-        ]
+        """Bind the nets of all blocks that opt in: they state that they take a function."""
+        blocks = [each for each in self._transforms if getattr(each, "takes_function", False)]
         with full_precision(inputs.device):
             nets = [block.net for block in blocks]
             functions = bind_all(nets, context_like_weights(context, self))

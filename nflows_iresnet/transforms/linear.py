@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from nflows.transforms import Transform
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_iresnet.precision import full_precision, like_weights
+from nflows_iresnet.transforms.normalization import depends_on, over_processes
 from nflows_iresnet.validation import validated_size
 
 Initialization = Literal["identity", "whitening"]
@@ -181,7 +182,7 @@ class LinearTransform(Transform):
         if self.initialized or self._has_learned():
             self.initialized.fill_(True)
             self._has_started = True
-        else:
+        elif not depends_on(rows, tuple(self.parameters())):  # samples of its own are no data
             self._whiten(rows)
 
     def _has_learned(self) -> bool:
@@ -250,12 +251,12 @@ class _Moments(NamedTuple):
 def _joined_moments(rows: Tensor, is_centred: bool) -> _Moments:
     """Return the moments of rows (N, F), refusing what is not finite in every process alike."""
     features = rows.shape[1]
-    count = int(_over_processes(rows.new_tensor(float(rows.shape[0]))))
+    count = int(over_processes(rows.new_tensor(float(rows.shape[0]))))
     largest = torch.cat([rows.abs(), rows.new_zeros(1, features)]).amax(0)
-    largest = _over_processes(largest, "MAX")
+    largest = over_processes(largest, "MAX")
     largest = torch.where(largest > 0, largest, 1)
     scaled = rows / largest
-    mean = _over_processes(scaled.sum(0)) / max(1, count)
+    mean = over_processes(scaled.sum(0)) / max(1, count)
     if not bool(mean.isfinite().all()):
         wrong = (~mean.isfinite()).nonzero().flatten().tolist()
         raise ValueError(
@@ -264,14 +265,8 @@ def _joined_moments(rows: Tensor, is_centred: bool) -> _Moments:
         )
     deviations = scaled - mean if is_centred else scaled
     freedom = max(1, count - is_centred)
-    covariance = _over_processes(deviations.mT @ deviations) / freedom
+    covariance = over_processes(deviations.mT @ deviations) / freedom
     return _Moments(count, mean * largest, largest, covariance, freedom)
-
-
-def _over_processes(values: Tensor, operation: Literal["SUM", "MAX"] = "SUM") -> Tensor:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values, op=getattr(distributed.ReduceOp, operation))
-    return values
 
 
 def _whitening(moments: _Moments, rounding: float) -> tuple[Tensor, Tensor]:

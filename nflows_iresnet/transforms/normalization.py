@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from nflows.transforms.normalization import ActNorm as _NflowsActNorm
@@ -90,7 +90,7 @@ class ActNorm(_NflowsActNorm):
         if not self.initialized:
             if self.log_scale.any() or self.shift.any():
                 self.initialized.fill_(True)
-            elif not _depends_on(inputs, (self.log_scale, self.shift)):
+            elif not depends_on(inputs, (self.log_scale, self.shift)):
                 self._initialize(inputs)
         self._has_started = bool(self.initialized)
 
@@ -101,11 +101,11 @@ class ActNorm(_NflowsActNorm):
         unit = torch.where(peak > 0, peak, 1.0)
         rows = rows / unit
         counted = torch.cat([rows.sum(0), rows.new_tensor([float(rows.shape[0])])])
-        totals, count = _over_processes(counted, "SUM").split([rows.shape[1], 1])
+        totals, count = over_processes(counted, "SUM").split([rows.shape[1], 1])
         if count == 0:
             return
         mean = totals / count
-        squares = _over_processes((rows - mean).square().sum(0), "SUM")
+        squares = over_processes((rows - mean).square().sum(0), "SUM")
         std = (squares / (count - 1).clamp_min(1)).sqrt()
         limits = torch.finfo(self.log_scale.dtype)
         is_constant = std <= _ROUNDING_UNITS * limits.eps
@@ -125,7 +125,7 @@ def _above(value: float) -> float:
     return value * (1 + 8 * torch.finfo(torch.float64).eps)
 
 
-def _depends_on(values: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+def depends_on(values: Tensor, parameters: tuple[Tensor, ...]) -> bool:
     """Whether values carry a graph that leads back to a parameter."""
     waiting: list[Any] = [values.grad_fn]
     seen = set()
@@ -152,7 +152,7 @@ def _largest_over_processes(rows: Tensor, inputs: Tensor) -> Tensor:
     peak = torch.cat([zeros, rows.abs()]).amax(0)
     is_bad = (~peak.isfinite()).any()[None]
     flag_and_peak = torch.cat([is_bad.to(peak), peak.nan_to_num(0.0, posinf=0.0)])
-    flag, largest = _over_processes(flag_and_peak, "MAX").split([1, rows.shape[1]])
+    flag, largest = over_processes(flag_and_peak, "MAX").split([1, rows.shape[1]])
     if flag:
         raise ValueError(
             f"the first batch, from which ActNorm starts, is not finite: {_bad_rows(inputs)}. "
@@ -170,7 +170,7 @@ def _bad_rows(inputs: Tensor) -> str:
     return f"{len(rows)} of {inputs.shape[0]} rows of the inputs, first row {rows[0]}: {values}"
 
 
-def _over_processes(values: Tensor, operation: str) -> Tensor:
+def over_processes(values: Tensor, operation: Literal["SUM", "MAX"] = "SUM") -> Tensor:
     """Return the sum or the maximum over all processes, if there are several."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(values, op=getattr(distributed.ReduceOp, operation))

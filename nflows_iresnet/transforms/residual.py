@@ -27,6 +27,7 @@ from nflows_iresnet.precision import (
     like_weights,
     require_finite_rows,
 )
+from nflows_iresnet.renamed import warn_renamed
 from nflows_iresnet.solvers import Anderson, Solver
 from nflows_iresnet.validation import validated_strategy
 
@@ -141,19 +142,34 @@ class ResidualTransform(Transform):
                 network does not take; in training on a CPU, if they are not finite.
         """
         with full_precision(inputs.device):
-            inputs = self._checked(inputs)
+            inputs = self._checked(inputs, context)
             if function is None:
                 self._require_finite(inputs, context)
                 function = self.bind(context)
             estimate = (estimator or self.estimator).estimate(function, inputs)
             return inputs + estimate.outputs, estimate.logabsdet
 
-    def _checked(self, inputs: Tensor) -> Tensor:
+    def forward_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Old name of `forward(inputs, function=function)`."""
+        warn_renamed("forward_bound(function, x)", "forward(x, function=function)")
+        return self.forward(inputs, function=function)
+
+    def inverse_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Old name of `inverse(inputs, function=function)`."""
+        warn_renamed("inverse_bound(function, x)", "inverse(x, function=function)")
+        return self.inverse(inputs, function=function)
+
+    def _checked(self, inputs: Tensor, context: Tensor | None) -> Tensor:
         if not isinstance(inputs, Tensor) or inputs.dim() < 2:
             given = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise ValueError(
                 f"expected inputs of shape (batch, ...), got {given}: give a tensor with one row "
                 "for each sample, inputs[None] for a single one"
+            )
+        if context is not None and context.shape[0] not in (1, inputs.shape[0]):
+            raise ValueError(
+                f"the context must have one row for each of the {inputs.shape[0]} rows of the "
+                f"inputs, or one for all, got shape {tuple(context.shape)}"
             )
         return like_weights(inputs, self.net)
 
@@ -181,7 +197,7 @@ class ResidualTransform(Transform):
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
         with full_precision(inputs.device):
-            inputs = self._checked(inputs)
+            inputs = self._checked(inputs, context)
             function = self.bind(context) if function is None else function
             outputs = _inverse(function, inputs, self.solver)
             if not _NEEDS_LOGABSDET.get():

@@ -29,7 +29,7 @@ class CompiledModel(ResidualModel):
     """
 
     def __init__(self, size: Size) -> None:
-        exact = size.features <= logdet.Adaptive().max_exact_features
+        exact = size.features <= logdet.Auto().max_exact_features
         estimator = logdet.Exact() if exact else logdet.PowerSeries(num_terms=_NUM_TERMS)
         super().__init__(our_flow(size, estimator))
         self._compiled = torch.compile(self.flow.log_prob, fullgraph=True)
