@@ -4,10 +4,10 @@ An activation a is applied unit by unit. Its module states a constant `lipschitz
 activations that widen or mix units: the Lipschitz constant of the whole map), and returns the
 slopes a' beside the values, from which a network assembles its Jacobian.
 
-Implementing one: subclass `Activation`, implement `value_and_slope`, state `lipschitz` if it is not
-1: nobody can check it but you, and `testing.check_lipschitz`, which searches for a stretch above what a
-network claims. Implement `curvature` too if a'' is a function of value and slope: it makes training
-faster and changes nothing else.
+Implementing one: subclass `Activation`, implement `value_and_slope`, and state `lipschitz` if it is
+not 1: certificates believe it. (`testing.check_lipschitz` searches for a stretch above what a
+network claims.) Implement `curvature` too if a'' is a function of value and slope: it makes
+training faster and changes nothing else.
 """
 
 from __future__ import annotations
