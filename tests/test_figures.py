@@ -93,7 +93,7 @@ def test_paths_of_a_plain_net_may_cross() -> None:
     dynamics.fit(chain, dynamics.TARGETS["reflection"], steps=150)
     fitted = dynamics.trace(chain, dynamics.TARGETS["reflection"], num_paths=9)
     assert fitted.numbers["crossings"] == 9 * 8 // 2
-    assert fitted.numbers["rms_error"] < fitted.numbers["least_monotone_error"] / 4
+    assert fitted.numbers["rms_error"] < fitted.numbers["least_monotone_error"] / 3
     assert "guaranteed_gap" not in fitted.numbers
 
 
@@ -115,7 +115,7 @@ def test_interpolations_start_and_end_at_the_images_and_keep_norms() -> None:
     assert between.shape == (3, 5, 400)
     torch.testing.assert_close(between[:, 0], first)
     torch.testing.assert_close(between[:, -1], second)
-    assert bool(((between.norm(dim=2) / 20 - 1).abs() < 0.15).all())
+    assert bool(((between.norm(dim=2) / 20 - 1).abs() < 0.2).all())
 
 
 # --- command --------------------------------------------------------------------------------------

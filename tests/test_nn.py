@@ -297,3 +297,12 @@ def test_bad_sizes_and_contexts_are_refused() -> None:
         nn.SchattenNorm(num_squarings=-1)
     with pytest.raises(ValueError, match="num_steps"):
         nn.PowerIteration(num_steps=0)
+
+
+def test_softplus_is_exact_where_torch_takes_its_input_for_its_value() -> None:
+    """Beyond 20 torch's softplus returns x, so that its slope and curvature would jump."""
+    inputs = torch.linspace(15, 45, 61, dtype=torch.float64)
+    value, slope = nn.Softplus().value_and_slope(inputs)
+    torch.testing.assert_close(value - inputs, inputs.neg().exp().log1p(), rtol=1e-3, atol=1e-14)
+    assert bool((value[inputs < 30] > inputs[inputs < 30]).all())
+    torch.testing.assert_close(slope, inputs.sigmoid())

@@ -51,7 +51,7 @@ def test_what_comes_before_training_does_not_end_the_waiting_for_data(
     expected, flow = nll(vector_flow()), vector_flow()
     use(flow)
     assert nll(flow.train()) == pytest.approx(expected, abs=1e-4)
-    assert expected < 10
+    assert expected < 100
 
 
 def test_conditional_and_image_flows_wait_too() -> None:

@@ -45,7 +45,7 @@ def test_what_only_samples_does_not_end_the_waiting_for_data(use: Callable[[Any]
     expected, used = model().forward_kld(data()).item(), model()
     use(used)
     assert used.forward_kld(data()).item() == pytest.approx(expected, abs=1e-4)
-    assert expected < 10
+    assert expected < 100
 
 
 @pytest.mark.parametrize("score_fn", [True, False])

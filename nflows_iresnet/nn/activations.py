@@ -227,7 +227,7 @@ class Softplus(Activation):
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (softplus x, sigmoid x)."""
-        return F.softplus(inputs), inputs.sigmoid()
+        return -F.logsigmoid(-inputs), inputs.sigmoid()
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return sigmoid(x) (1 - sigmoid(x))."""
