@@ -63,13 +63,8 @@ def concrete(values: Tensor) -> Tensor:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its `forward`: it has hooks."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    """Whether calling a module does more than its `forward`: it has hooks of the call."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class SecondDerivativeError(RuntimeError):
@@ -80,8 +75,8 @@ def first_derivative_only(values: Tensor, message: str) -> Tensor:
     """Return the values, such that to differentiate their derivative raises, whatever by.
 
     What is held constant where the values are computed makes their first derivative right, and
-    each further one wrong. That holds for graphs, `torch.func` and forward mode alike; compiled
-    graphs refuse second derivatives themselves.
+    each further one wrong. That holds for graphs, `torch.func` and forward mode alike. Inside
+    compiled graphs nothing is guarded: torch refuses to differentiate them twice, if asked to.
 
     Args:
         values: any shape.

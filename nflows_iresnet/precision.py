@@ -35,12 +35,27 @@ def like_weights(values: Tensor, module: nn.Module, name: str = "inputs") -> Ten
     parameter = next(module.parameters(), None)
     if parameter is None or parameter.dtype == values.dtype:
         return values
-    if values.dtype in (torch.bfloat16, torch.float16):
-        return values.to(parameter.dtype)
-    wanted, given = str(parameter.dtype), str(values.dtype)
+    require_precision(values, parameter.dtype, name)
+    return values.to(parameter.dtype)
+
+
+def require_precision(values: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise unless values have the precision of the weights, or half of it as autocast gives.
+
+    Args:
+        values: any shape.
+        dtype: of the weights.
+        name: what the values are, for the message.
+
+    Raises:
+        ValueError: naming both precisions and what to do.
+    """
+    if values.dtype in (dtype, torch.bfloat16, torch.float16):
+        return
+    wanted, given = str(dtype), str(values.dtype)
     raise ValueError(
-        f"the {name} are {given.removeprefix('torch.')}, the weights "
-        f"{wanted.removeprefix('torch.')}: convert the {name} by .to({wanted})"
+        f"the {name} {'are' if name.endswith('s') else 'is'} {given.removeprefix('torch.')}, the "
+        f"weights {wanted.removeprefix('torch.')}: convert the {name} by .to({wanted})"
         + (", or the model by .double()" if values.dtype == torch.float64 else "")
     )
 

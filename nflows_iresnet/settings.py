@@ -74,5 +74,14 @@ def _difference(saved: Tensor | None, present: Tensor) -> str | None:
 
 
 def _decoded(state: Tensor) -> dict[str, str]:
-    settings: dict[str, str] = json.loads(bytes(state.to("cpu", torch.uint8).tolist()).decode())
+    """Return settings by name; none where the bytes are those of no text any more.
+
+    States are averaged by hand, in any precision: a mean of equal settings is them, but for
+    rounding, and of others nothing can be told.
+    """
+    try:
+        codes = state.detach().to("cpu", torch.float64).round().to(torch.int64)
+        settings: dict[str, str] = json.loads(bytes(codes.tolist()).decode())
+    except ValueError:
+        return {}
     return settings

@@ -199,6 +199,16 @@ OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
         lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=17, num_scales=1, alpha=None),
         "levels=16",
     ),
+    "logit-or-not": (
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=16, num_scales=1),
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=16, num_scales=1, alpha=None),
+        "alpha=0.05, but has alpha=None",
+    ),
+    "not-or-logit": (
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=16, num_scales=1, alpha=None),
+        lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, levels=16, num_scales=1),
+        "alpha=None, but has alpha=0.05",
+    ),
     "flow": (lambda: ResidualFlow(2, 4, 1), lambda: ResidualFlow(2, 4, 1, coeff=0.5), "coeff"),
 }
 
@@ -261,7 +271,7 @@ def test_inputs_of_another_kind_are_named(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_a_context_of_another_dtype_is_named(dtype: torch.dtype) -> None:
     part = transforms.ResidualTransform(nn.LipschitzMLP(2, [8], 3))
-    with pytest.raises(ValueError, match="context are"):
+    with pytest.raises(ValueError, match="context is"):
         part(rows(), torch.zeros(5, 3, dtype=dtype))
 
 
@@ -367,3 +377,51 @@ def test_a_block_with_a_hook_before_the_call_is_bound_by_itself() -> None:
         each.data.mul_(0.5)
     found = transforms.CompositeTransform([part])(rows())
     torch.testing.assert_close(found, expected(rows()))
+
+
+def test_states_that_are_averaged_by_hand_load() -> None:
+    states = [ResidualFlow(2, 8, 2).state_dict() for _ in range(3)]
+    moving = {name: each.clone().float() for name, each in states[0].items()}
+    for name, each in states[1].items():
+        moving[name] = 0.9 * moving[name] + 0.1 * each.float()
+    soup = {name: sum(state[name] for state in states) / 3 for name in moving}
+    for mean in (moving, soup):
+        ResidualFlow(2, 8, 2).load_state_dict(mean)
+    with pytest.raises(RuntimeError, match="coeff"):
+        ResidualFlow(2, 8, 2, coeff=0.5).load_state_dict(moving)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (5, 2, 2), (5, 1, 2), (5, 2, 2, 2)])
+@pytest.mark.parametrize("make", [nn.LipschitzMLP, nn.LipschitzDenseNet])
+def test_rows_that_are_no_vectors_are_refused(
+    make: Callable[..., torch.nn.Module], shape: tuple[int, ...]
+) -> None:
+    part = transforms.ResidualTransform(make(2, [8]))
+    for method in (part.forward, part.inverse):
+        with pytest.raises(ValueError, match=r"expected inputs of shape \(batch, 2\), got"):
+            method(torch.randn(shape))
+
+
+@pytest.mark.parametrize("given", [[[1.0, 2.0]], rows().numpy()], ids=["list", "numpy"])
+def test_what_is_no_tensor_is_named(given: Any) -> None:
+    for method in (block().forward, block().inverse):
+        with pytest.raises(ValueError, match=r"expected inputs of shape \(batch, ...\), got"):
+            method(given)
+
+
+def test_backward_hooks_of_networks_leave_a_block_as_it_is() -> None:
+    part = block()
+    expected = part(rows())
+    for module in part.modules():
+        module.register_full_backward_hook(lambda *_: None)
+    outputs, logabsdet = part(rows())
+    (outputs.sum() + logabsdet.sum()).backward()
+    torch.testing.assert_close((outputs, logabsdet), expected)
+
+
+def test_networks_and_layers_name_a_wrong_precision() -> None:
+    for net in (nn.LipschitzMLP(2, [8]), nn.LipschitzDenseNet(2, [8])):
+        with pytest.raises(ValueError, match="inputs are float64, the weights float32"):
+            net(rows().double())
+    with pytest.raises(ValueError, match="must make a network"):
+        ResidualFlow(2, 8, 1, net=nn.LipschitzMLP(2, [8]))

@@ -88,6 +88,11 @@ class ResidualFlow(Flow):
         features = validated_size("features", features)
         hidden = validated_size("hidden_features", hidden_features)
         depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
+        if isinstance(net, nn.Module) or not callable(net):
+            raise ValueError(
+                f"net must make a network for each block, as the class LipschitzMLP does, got "
+                f"{net!r}"
+            )
         layers: list[Transform] = []
         for _ in range(validated_size("num_layers", num_layers)):
             branch = net(

@@ -28,6 +28,7 @@ from nflows_iresnet.nn.convolution import (
     validated_padding_mode,
 )
 from nflows_iresnet.nn.layers import NormedConv2d
+from nflows_iresnet.precision import require_precision
 from nflows_iresnet.validation import validated_size
 
 
@@ -168,6 +169,8 @@ class ConvFunction(LayeredFunction):
                 f"expected images of shape (batch, {weight.shape[1]}, height, width), got "
                 f"{tuple(inputs.shape)}"
             )
+        if index == 0:
+            require_precision(inputs, weight.dtype, "images")
         if shift.dim() == 1:
             return convolve(inputs, weight, self.padding_mode, shift)
         return convolve(inputs, weight, self.padding_mode) + shift

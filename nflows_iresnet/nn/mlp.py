@@ -23,6 +23,7 @@ from nflows_iresnet.nn.bounds import spectral_norm_bound
 from nflows_iresnet.nn.fused import Fused, can_fuse, fused
 from nflows_iresnet.nn.layers import NormedLinear
 from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm
+from nflows_iresnet.precision import require_precision
 from nflows_iresnet.validation import validated_size
 
 
@@ -139,10 +140,13 @@ class MLPFunction(LayeredFunction):
     def affine(self, inputs: Tensor, index: int) -> Tensor:
         """Return W x + b."""
         weight, shift = self.weights[index], self.shifts[index]
-        if index == 0 and (inputs.dim() == 0 or inputs.shape[-1] != weight.shape[1]):
-            raise ValueError(
-                f"expected inputs of shape (batch, {weight.shape[1]}), got {tuple(inputs.shape)}"
-            )
+        if index == 0:
+            if inputs.dim() != 2 or inputs.shape[1] != weight.shape[1]:
+                raise ValueError(
+                    f"expected inputs of shape (batch, {weight.shape[1]}), got "
+                    f"{tuple(inputs.shape)}"
+                )
+            require_precision(inputs, weight.dtype, "inputs")
         if shift.dim() == 1:
             return F.linear(inputs, weight, shift)
         return F.linear(inputs, weight) + shift

@@ -225,8 +225,8 @@ class CenteringTransform(SettingsInState, Transform):
         self.levels = validated_levels(levels)
 
     def settings(self) -> dict[str, object]:
-        """Return the levels."""
-        return {"levels": self.levels}
+        """Return the levels, and that there is no alpha: the state is not that of a logit."""
+        return {"levels": self.levels, "alpha": None}
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, log|det|), shapes (B, *) and (B,)."""

@@ -71,8 +71,8 @@ class ActNorm(_NflowsActNorm):
 
     def lipschitz_constants(self) -> tuple[float, float]:
         """Return bounds of the Lipschitz constants of forward and inverse: the extreme scales."""
-        scales = self.log_scale.detach().double().exp()
-        return _above(float(scales.max())), _above(1 / float(scales.min()))
+        scales = self.log_scale.detach().double()
+        return _above(float(scales.max().exp())), _above(float((-scales.min()).exp()))
 
     def _checked(self, inputs: Tensor) -> Tensor:
         features = self.shift.shape[0]

@@ -141,8 +141,8 @@ class ResidualTransform(Transform):
             ValueError: if inputs or context have another dtype than the weights, or shapes that the
                 network does not take; in training on a CPU, if they are not finite.
         """
+        inputs = self._checked(inputs, context)
         with full_precision(inputs.device):
-            inputs = self._checked(inputs, context)
             if function is None:
                 self._require_finite(inputs, context)
                 function = self.bind(context)
@@ -196,8 +196,8 @@ class ResidualTransform(Transform):
         Raises:
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
+        inputs = self._checked(inputs, context)
         with full_precision(inputs.device):
-            inputs = self._checked(inputs, context)
             function = self.bind(context) if function is None else function
             outputs = _inverse(function, inputs, self.solver)
             if not _NEEDS_LOGABSDET.get():
