@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -419,30 +420,28 @@ class SchattenNorm(MatrixNorm):
         norm = (log_norm * (2 / self._order)).exp() * self._allowance(weight)
         return norm * size.sqrt().sum() * largest
 
-    @property
+    @cached_property
     def _order(self) -> int:
         return 2 ** (self.num_squarings + 1) + 2
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         is_single = weight.dtype == torch.float32 and _products_are_single()
-        return self._shortest(weight) if is_single else torch.float64
-
-    def _shortest(self, weight: Tensor) -> torch.dtype:
-        """Return the dtype of the products for float32 weights, by the shape alone."""
-        size = min(weight.shape[-2:])
-        is_worth_it = size > 16 and self.num_squarings > 0
-        is_fine = self._excess(size, torch.float32) <= _MAX_ALLOWANCE
-        return torch.float32 if is_worth_it and is_fine else torch.float64
-
-    def _excess(self, size: int, dtype: torch.dtype) -> float:
-        error = _UNIT_ROUNDOFFS[dtype] * (size + 3) * (1 + size**0.5 / 2) ** 2
-        return error * (0.6 + 4 * (self.num_squarings + 1) / self._order)
+        return self._shortest(min(weight.shape[-2:]))[0] if is_single else torch.float64
 
     def _allowance(self, weight: Tensor) -> float:
         """Return the allowance of the docstring, the same for a float32 model and its double."""
         rows, columns = max(weight.shape[-2:]), min(weight.shape[-2:])
         of_gram = _UNIT_ROUNDOFFS[torch.float64] * rows * (2 * columns + 128)
-        return 1 + self._excess(columns, self._shortest(weight)) + of_gram
+        return 1 + self._shortest(columns)[1] + of_gram
+
+    def _shortest(self, size: int) -> tuple[torch.dtype, float]:
+        """Return the dtype of the products for float32 weights, and what their rounding adds."""
+        share = 0.6 + 4 * (self.num_squarings + 1) / self._order
+        error = (size + 3) * (1 + size**0.5 / 2) ** 2 * share
+        in_single = _UNIT_ROUNDOFFS[torch.float32] * error
+        if size > 16 and self.num_squarings > 0 and in_single <= _MAX_ALLOWANCE:
+            return torch.float32, in_single
+        return torch.float64, _UNIT_ROUNDOFFS[torch.float64] * error
 
     def _power(self, power: Tensor) -> tuple[Tensor, Tensor | float]:
         """Return P^{2^{s-1}} divided by a scale, and the logarithm of that scale."""
