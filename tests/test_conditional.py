@@ -75,9 +75,9 @@ def test_a_forgotten_context_is_an_error_unless_it_is_optional(direction: str) -
         (
             torch.zeros(4, 3),
             torch.zeros(4, 2).double(),
-            r"context are float64.*\.to\(torch.float32",
+            r"context is float64.*\.to\(torch.float32",
         ),
-        (torch.zeros(4, 3), torch.zeros(4, 2).long(), r"context are int64.*\.to\(torch.float32"),
+        (torch.zeros(4, 3), torch.zeros(4, 2).long(), r"context is int64.*\.to\(torch.float32"),
     ],
 )
 def test_inputs_and_contexts_that_do_not_fit_are_named(

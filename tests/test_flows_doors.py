@@ -167,7 +167,7 @@ def test_data_of_another_precision_are_named_with_the_remedy(
 def test_a_context_of_another_precision_is_named_with_the_remedy(
     door: Callable[..., Any], dtype: torch.dtype
 ) -> None:
-    with pytest.raises(ValueError, match=r"the context are .*\.to\(torch\.float32\)"):
+    with pytest.raises(ValueError, match=r"the context is .*\.to\(torch\.float32\)"):
         door(conditional(), torch.zeros(4, 3, dtype=dtype))
 
 
