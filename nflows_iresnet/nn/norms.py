@@ -16,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -420,7 +419,7 @@ class SchattenNorm(MatrixNorm):
         norm = (log_norm * (2 / self._order)).exp() * self._allowance(weight)
         return norm * size.sqrt().sum() * largest
 
-    @cached_property
+    @property
     def _order(self) -> int:
         return 2 ** (self.num_squarings + 1) + 2
 
