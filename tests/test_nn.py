@@ -306,3 +306,23 @@ def test_softplus_is_exact_where_torch_takes_its_input_for_its_value() -> None:
     torch.testing.assert_close(value - inputs, inputs.neg().exp().log1p(), rtol=1e-3, atol=1e-14)
     assert bool((value[inputs < 30] > inputs[inputs < 30]).all())
     torch.testing.assert_close(slope, inputs.sigmoid())
+
+
+class Tripled(nn.Activation):
+    """3 sin(x), which states its constant by a method."""
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return 3 * inputs.sin(), 3 * inputs.cos()
+
+    def lipschitz_bound(self) -> float:
+        return 3.0
+
+
+def test_an_activation_may_state_its_constant_by_a_method() -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [16], activation=Tripled(), coeff=0.9)
+    with torch.no_grad():
+        for layer in net.normed_layers:
+            layer.weight.mul_(10)
+    assert net.lipschitz_bound() <= 0.9
+    testing.check_lipschitz(net, 3 * torch.randn(40, 2), 0.9)

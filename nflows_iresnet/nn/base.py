@@ -26,7 +26,6 @@ from nflows_iresnet.nn.activations import (
     Sine,
     SmoothAbs,
     called,
-    constant_of,
     is_unit_wise,
     widening_of,
 )
@@ -378,8 +377,7 @@ class LayeredNet(LipschitzNet):
         return math.log(self.coeff / self._activation_constant()) + sum(margins)
 
     def _activation_constant(self) -> float:
-        constants = [constant_of(each) or lipschitz_bound(each) for each in self.activations]
-        return math.prod([max(1.0, constant) for constant in constants])
+        return math.prod([max(1.0, lipschitz_bound(each)) for each in self.activations])
 
     def effective_weights(self) -> list[Tensor]:
         """Return the weights W_i that are used, each of shape (out, in, *)."""
