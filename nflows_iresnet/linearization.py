@@ -52,13 +52,15 @@ def is_forward_over_forward() -> bool:
 def concrete(values: Tensor) -> Tensor:
     """Return the tensor that transforms of `torch.func` have wrapped: all lanes of a `vmap`.
 
-    To decide by values inside `vmap`, where one lane alone has no values to decide by. Only for
-    reductions: where the lanes lie is not told.
+    To decide by values inside `vmap`, where one lane alone has no values to decide by. The
+    dimensions that are mapped come first.
     """
     if torch.compiler.is_compiling():
         return values
     while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        dimension = torch._C._functorch.maybe_get_bdim(values)
         values = torch._C._functorch.get_unwrapped(values)
+        values = values if dimension < 0 else values.movedim(dimension, 0)
     return values
 
 

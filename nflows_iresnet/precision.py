@@ -88,3 +88,13 @@ def require_finite_rows(name: str, values: Tensor) -> None:
             f"first row {rows[0]}: {values[rows[0]].flatten()[:8].tolist()}; drop or impute such "
             "rows before training"
         )
+
+
+def require_finite_in_training(
+    module: nn.Module, inputs: Tensor, context: Tensor | None = None
+) -> None:
+    """Require finite rows of what a module is trained on; in evaluation a bad row stays alone."""
+    if module.training and torch.is_grad_enabled():
+        require_finite_rows("inputs", inputs)
+        if context is not None:
+            require_finite_rows("context", context)

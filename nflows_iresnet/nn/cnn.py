@@ -280,7 +280,7 @@ class ConvLinearization(ForwardLinearization):
 
     def trace(self) -> Tensor:
         """Return tr J, shape (B,)."""
-        if not self._has_structured_trace():
+        if not self.has_cheap_trace:
             return super().trace()
         if len(self._slopes) == 0:
             row, column = half_widths(self._weights[0])

@@ -473,8 +473,7 @@ def gram_matrix(matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """
     size = matrix.shape[-1]
     if size <= 256 or matrix.device.type != "cpu" or is_traced():
-        multiply = torch.bmm if matrix.dim() == 3 else torch.matmul
-        return multiply(matrix.mT, matrix, out=out)
+        return _product(matrix.mT, matrix, out)
     gram = matrix.new_empty(*matrix.shape[:-2], size, size) if out is None else out
     step = -(-size // 4)
     for start in range(0, size, step):

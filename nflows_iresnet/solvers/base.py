@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.linearization import concrete, is_traced
 from nflows_iresnet.validation import validated_size
 
 Map = Callable[[Tensor], Tensor]
@@ -381,8 +381,8 @@ class Progress:
         is_lost = self.residual_norm == torch.inf
         now = self.residual_norm.log()
         needed = (step - 1) * (now - tolerance.log()) / (self._first_norm.log() - now)
-        numbers = [each.sum() for each in (_physical(self.is_open), _physical(is_lost))]
-        numbers.append(_physical(torch.where(self.is_open, needed, 0)).max())
+        numbers = [each.sum() for each in (concrete(self.is_open), concrete(is_lost))]
+        numbers.append(concrete(torch.where(self.is_open, needed, 0)).max())
         num_open, num_lost, remaining = read(torch.stack([each.double() for each in numbers]))
         self.num_open, self.has_lost_rows = int(num_open), bool(num_lost > 0)
         return float(remaining)
@@ -486,17 +486,8 @@ def read(values: Tensor) -> NDArray[Any]:
     Inside transforms of `torch.func` they are those of all the calls that are mapped.
     """
     if torch._C._functorch.is_functorch_wrapped_tensor(values):
-        return np.array(_physical(values).tolist())
+        return np.array(concrete(values).tolist())
     return values.numpy() if values.device.type == "cpu" else values.cpu().numpy()
-
-
-def _physical(values: Tensor) -> Tensor:
-    """Return the values of all calls that `vmap` maps, the mapped dimensions in front."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(values):
-        dimension = torch._C._functorch.maybe_get_bdim(values)
-        values = torch._C._functorch.get_unwrapped(values)
-        values = values if dimension < 0 else values.movedim(dimension, 0)
-    return values
 
 
 def _is_worth_it(best: Progress) -> bool:
@@ -508,7 +499,7 @@ def _is_worth_it(best: Progress) -> bool:
 def _failure(solution: Solution) -> FixedPointNotConverged:
     """Return the exception that says which rows failed, and why."""
     solution = Solution(
-        *map(_physical, (solution.value, solution.residual, solution.tolerance, solution.num_steps))
+        *map(concrete, (solution.value, solution.residual, solution.tolerance, solution.num_steps))
     )
     residual, tolerance = solution.residual.flatten(), solution.tolerance.flatten()
     bad = ~residual.isfinite()

@@ -12,7 +12,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
-from nflows_iresnet.precision import context_like_weights, full_precision, require_finite_rows
+from nflows_iresnet.precision import (
+    context_like_weights,
+    full_precision,
+    require_finite_in_training,
+)
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -51,10 +55,7 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
-        if self.training and torch.is_grad_enabled():
-            require_finite_rows("inputs", inputs)
-            if context is not None:
-                require_finite_rows("context", context)
+        require_finite_in_training(self, inputs, context)
         bound = self._bind(inputs, context)
         outputs, total = inputs, inputs.new_zeros(inputs.shape[0])
         for transform in self._transforms:

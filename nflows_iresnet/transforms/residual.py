@@ -25,7 +25,7 @@ from nflows_iresnet.precision import (
     context_like_weights,
     full_precision,
     like_weights,
-    require_finite_rows,
+    require_finite_in_training,
 )
 from nflows_iresnet.renamed import warn_renamed
 from nflows_iresnet.solvers import Anderson, Solver
@@ -144,7 +144,7 @@ class ResidualTransform(Transform):
         inputs = self._checked(inputs, context)
         with full_precision(inputs.device):
             if function is None:
-                self._require_finite(inputs, context)
+                require_finite_in_training(self, inputs, context)
                 function = self.bind(context)
             estimate = (estimator or self.estimator).estimate(function, inputs)
             return inputs + estimate.outputs, estimate.logabsdet
@@ -172,12 +172,6 @@ class ResidualTransform(Transform):
                 f"inputs, or one for all, got shape {tuple(context.shape)}"
             )
         return like_weights(inputs, self.net)
-
-    def _require_finite(self, inputs: Tensor, context: Tensor | None) -> None:
-        if self.training and torch.is_grad_enabled():
-            require_finite_rows("inputs", inputs)
-            if context is not None:
-                require_finite_rows("context", context)
 
     def inverse(
         self,
