@@ -22,7 +22,7 @@ from nflows_iresnet.linearization import (
 )
 from nflows_iresnet.nn.base import LayeredFunction
 from nflows_iresnet.nn.fused import fused
-from nflows_iresnet.nn.mlp import FusedLinearization, MLPFunction
+from nflows_iresnet.nn.mlp import FusedMLPLinearization, MLPFunction
 
 ACTIVATIONS: dict[str, Callable[[], nn.Activation]] = {
     "mixed": lambda: nn.Mixed(nn.Sine(), nn.SmoothAbs()),
@@ -102,7 +102,7 @@ def test_the_recorded_node_is_what_automatic_differentiation_finds(
         at = linearize(function, inputs)
         values = answers(at)
         results.append([value.detach() for value in values] + derivatives(values, sources))
-    assert type(bind(net, given).linearize(inputs)) is FusedLinearization
+    assert type(bind(net, given).linearize(inputs)) is FusedMLPLinearization
     torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-8)
 
 

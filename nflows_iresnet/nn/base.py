@@ -90,6 +90,23 @@ class LayeredFunction(ResidualFunction):
         """
 
     @abstractmethod
+    def push(self, tangents: Tensor, index: int) -> Tensor:
+        """Return W_index t for several tangents of each row, (k, B, in, *) -> (k, B, out, *)."""
+
+    @abstractmethod
+    def pull(self, cotangents: Tensor, index: int) -> Tensor:
+        """Return W_index^T v for several cotangents of each row, the other way round."""
+
+    @abstractmethod
+    def outer(self, pairs: Sequence[tuple[Tensor, Tensor]], index: int) -> Tensor:
+        """Return the derivative of sum <v, W_index t> in the weight, of the weight's shape.
+
+        Args:
+            pairs: v of shape (k, B, out, *) and t of shape (k, B, in, *), with k of each pair.
+            index: of the layer.
+        """
+
+    @abstractmethod
     def structured(self, evaluation: Evaluation) -> Linearization:
         """Return the linearisation of a network whose slopes are known."""
 

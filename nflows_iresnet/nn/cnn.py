@@ -25,8 +25,10 @@ from nflows_iresnet.nn.convolution import (
     adjoint_kernel,
     convolve,
     half_widths,
+    kernel_gradient,
     validated_padding_mode,
 )
+from nflows_iresnet.nn.fused import FusedLinearization, can_fuse
 from nflows_iresnet.nn.layers import NormedConv2d
 from nflows_iresnet.precision import require_precision
 from nflows_iresnet.validation import validated_size
@@ -175,6 +177,34 @@ class ConvFunction(LayeredFunction):
             return convolve(inputs, weight, self.padding_mode, shift)
         return convolve(inputs, weight, self.padding_mode) + shift
 
+    def push(self, tangents: Tensor, index: int) -> Tensor:
+        """Return W * t, (k, B, in, H, W) -> (k, B, out, H, W)."""
+        return self._convolved(tangents, self.weights[index])
+
+    def pull(self, cotangents: Tensor, index: int) -> Tensor:
+        """Return the adjoint of the convolution, (k, B, out, H, W) -> (k, B, in, H, W)."""
+        return self._convolved(cotangents, adjoint_kernel(self.weights[index]))
+
+    def _convolved(self, images: Tensor, weight: Tensor) -> Tensor:
+        outputs = convolve(_together(images), weight, self.padding_mode)
+        return outputs.view(*images.shape[:2], *outputs.shape[1:])
+
+    def outer(self, pairs: Sequence[tuple[Tensor, Tensor]], index: int) -> Tensor:
+        """Return the derivative of sum <v, W * t> in the kernel, shape (out, in, k_1, k_2)."""
+        kernel = self.weights[index]
+        found = [
+            kernel_gradient(_together(v), _together(t), kernel, self.padding_mode)
+            for v, t in pairs
+            if v.shape[0] > 0
+        ]
+        return found[0] if len(found) == 1 else found[0] + found[1]
+
+    def linearize(self, inputs: Tensor) -> Linearization:
+        """Return g at `inputs`: as one node of the graph where that is possible, see `fused`."""
+        if inputs.dim() == 4 and can_fuse(self):
+            return FusedConvLinearization(self, inputs)
+        return super().linearize(inputs)
+
     def structured(self, evaluation: Evaluation) -> Linearization:
         """Return the linearisation by the slopes."""
         weights, slopes = self.widened_weights(), evaluation.slopes
@@ -228,18 +258,18 @@ class ConvLinearization(ForwardLinearization):
         self._weights = weights
         self._slopes = slopes
         self._padding_mode = padding_mode
-        self.has_cheap_trace = self._has_structured_trace()
+        self.has_cheap_trace = self._has_structured_trace(value.shape)
 
-    def _has_structured_trace(self) -> bool:
-        middle = self._weights[1] if len(self._slopes) == 2 else None
-        is_local = len(self._slopes) <= 1 or (middle is not None and middle.shape[2:].numel() == 1)
-        return is_local and not self._wraps_around()
+    def _has_structured_trace(self, shape: torch.Size) -> bool:
+        middle = self._weights[1:-1]
+        is_local = len(middle) == 0 or (len(middle) == 1 and middle[0].shape[2:].numel() == 1)
+        return is_local and not self._wraps_around(shape)
 
-    def _wraps_around(self) -> bool:
+    def _wraps_around(self, shape: torch.Size) -> bool:
         """Whether two different entries of first and last kernel can reach the same pixel."""
-        ends = [self._weights[0], self._weights[-1]] if self._slopes else [self._weights[0]]
+        ends = [self._weights[0], *self._weights[1:][-1:]]
         reach = [sum(each) for each in zip(*map(half_widths, ends), strict=True)]
-        too_small = [far >= size for far, size in zip(reach, self.value.shape[2:], strict=True)]
+        too_small = [far >= size for far, size in zip(reach, shape[2:], strict=True)]
         return self._padding_mode == "circular" and any(too_small)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
@@ -347,6 +377,21 @@ class ConvLinearization(ForwardLinearization):
             return max(0, half - position), min(2 * half + 1, half + size - position)
 
         return [(len(list(run)), slice(*ends)) for ends, run in groupby(range(size), inside)]
+
+
+def _together(images: Tensor) -> Tensor:
+    """Return several images of each row, (k, B, channels, H, W), as (k B, channels, H, W)."""
+    return images.reshape(-1, *images.shape[2:])
+
+
+class FusedConvLinearization(FusedLinearization, ConvLinearization):
+    """The linearisation of a convolutional network, with what is differentiated in one node."""
+
+    def __init__(self, function: ConvFunction, inputs: Tensor) -> None:
+        FusedLinearization.__init__(self, function, inputs)
+        self._weights = function.weights
+        self._padding_mode = function.padding_mode
+        self.has_cheap_trace = self._has_structured_trace(inputs.shape)
 
 
 _CHUNK_ELEMENTS = 2**24
