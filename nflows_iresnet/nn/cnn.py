@@ -384,7 +384,7 @@ def _together(images: Tensor) -> Tensor:
     return images.reshape(-1, *images.shape[2:])
 
 
-class FusedConvLinearization(FusedLinearization, ConvLinearization):
+class FusedConvLinearization(FusedLinearization, ConvLinearization):  # type: ignore[override]
     """The linearisation of a convolutional network, with what is differentiated in one node."""
 
     def __init__(self, function: ConvFunction, inputs: Tensor) -> None:

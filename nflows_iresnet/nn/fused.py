@@ -143,10 +143,11 @@ def push(
             t_1 is the same for all rows and has shape (k, 1, hidden).
         slopes: s_i, shapes (B, hidden, *).
     """
-    first = function.weights[0]
-    # Contiguous, because products with the slopes would otherwise take eight times as long.
-    columns = first.mT.contiguous()[:, None, :] if tangents is None else None
-    pushed = [function.push(tangents, 0) if columns is None else columns]
+    if tangents is None:
+        # Contiguous, because products with the slopes would otherwise take eight times as long.
+        pushed = [function.weights[0].mT.contiguous()[:, None, :]]
+    else:
+        pushed = [function.push(tangents, 0)]
     scaled = []
     for index, slope in enumerate(slopes):
         scaled.append(pushed[-1] * slope)

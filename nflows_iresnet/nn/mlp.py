@@ -270,7 +270,7 @@ def has_cheap_trace(weights: Sequence[Tensor], rows: int) -> bool:
     return len(weights) == 3 and 2 * product <= rows * sum(weight.numel() for weight in weights)
 
 
-class FusedMLPLinearization(FusedLinearization, MLPLinearization):
+class FusedMLPLinearization(FusedLinearization, MLPLinearization):  # type: ignore[override]
     """The linearisation of a dense network, with what is differentiated in one node."""
 
     def __init__(self, function: MLPFunction, inputs: Tensor) -> None:
