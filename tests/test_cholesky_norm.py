@@ -351,3 +351,18 @@ def test_a_wide_flow_trains_and_is_certified() -> None:
         assert (
             spectral_norm(weight) <= float(CholeskyNorm()(weight)) <= 1.02 * spectral_norm(weight)
         )
+
+
+def test_a_wide_network_compiles_to_one_graph_of_the_same_function() -> None:
+    """Where no value can be looked at, both norms are computed and one is taken."""
+    torch.manual_seed(18)
+    layers = [nn.LipschitzLinear(30, 40, norm=CholeskyNorm(num_steps=8)) for _ in "ab"]
+    with torch.no_grad():
+        layers[1].weight.zero_()
+    for layer in layers:
+        inputs = torch.randn(3, 30)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        expected = torch.autograd.grad(layer(inputs).sin().sum(), layer.weight)[0]
+        found = torch.autograd.grad(compiled(inputs).sin().sum(), layer.weight)[0]
+        torch.testing.assert_close(compiled(inputs), layer(inputs))
+        torch.testing.assert_close(found, expected)
