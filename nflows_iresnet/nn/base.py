@@ -32,6 +32,7 @@ from nflows_iresnet.nn.activations import (
 from nflows_iresnet.nn.bounds import lipschitz_bound
 from nflows_iresnet.nn.layers import (
     NormedLayer,
+    adopt_norms,
     normalised,
     rounding_margin,
     stacked,
@@ -303,6 +304,10 @@ class LipschitzNet(SettingsInState, ABC):
         """Return what the function depends on beside its weights."""
         norms = [layer.norm for layer in self.normed_layers]
         return {"coeff": self.coeff, "norm": norms, "activation": list(self.activations)}
+
+    def adopt(self, saved: Mapping[str, str]) -> None:
+        """Take over the norms of an older default."""
+        adopt_norms(self.normed_layers, saved.get("norm", ""))
 
     def extra_repr(self) -> str:
         """Show the coefficient."""

@@ -22,7 +22,7 @@ from nflows_iresnet.nn.base import (
 from nflows_iresnet.nn.bounds import spectral_norm_bound
 from nflows_iresnet.nn.fused import FusedLinearization, can_fuse
 from nflows_iresnet.nn.layers import NormedLinear
-from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm
+from nflows_iresnet.nn.norms import MatrixNorm
 from nflows_iresnet.precision import require_precision
 from nflows_iresnet.validation import validated_size
 
@@ -59,7 +59,8 @@ class LipschitzMLP(LayeredNet):
             `Mixed(Sine(), SmoothAbs())`.
         context_hidden_features: widths of the hidden layers of the context's network.
         coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
-        norm: the norm that the weights are divided by; `SchattenNorm()` by default.
+        norm: the norm that the weights are divided by; by default `CholeskyNorm()`
+            for matrices of 256 rows and columns or more, `SchattenNorm()` for others.
         optional_context: whether a network with a context works without one, too: as another
             function. By default a forgotten context is an error.
 
@@ -95,7 +96,6 @@ class LipschitzMLP(LayeredNet):
         features = validated_size("features", features)
         hidden = validated_hidden("hidden_features", hidden_features)
         activation = validated_activation(activation)
-        norm = norm if norm is not None else SchattenNorm()
         fed = [features, *(width * widening_of(activation) for width in hidden)]
         widths = zip(fed, [*hidden, features], strict=True)
         super().__init__(
