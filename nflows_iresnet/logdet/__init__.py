@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nflows_iresnet.linearization import SecondDerivativeError
 from nflows_iresnet.logdet.auto import Auto
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
+from nflows_iresnet.logdet.krylov import Krylov
 from nflows_iresnet.logdet.power_series import (
     Gaussian,
     PowerSeries,
@@ -32,6 +33,7 @@ __all__ = [
     "Gaussian",
     "GeometricTruncation",
     "InfiniteVarianceWarning",
+    "Krylov",
     "LipschitzTruncation",
     "LogDetEstimate",
     "LogDetEstimator",
