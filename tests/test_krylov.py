@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -226,59 +225,60 @@ def test_the_bound_of_the_variance_is_its_formula() -> None:
     )
     expected = 9 * (math.log1p(-bound) ** 2 + pairs)
     found = estimator.variance_bound(bound, features=3)
-    assert expected <= found <= 1.3 * expected
+    assert expected <= found <= 1.5 * expected
     assert estimator.variance_bound(0.0, features=3) == 0
     assert math.isfinite(estimator.variance_bound(0.999, features=3))
     geometric = Krylov(truncation=logdet.GeometricTruncation(0.5))
     assert geometric.variance_bound(0.9, features=3) == math.inf
 
 
-def test_the_fit_scatters_less_than_the_series_with_the_same_products() -> None:
-    """What the truncation adds to the derivative, with the same probes and the same law."""
+@pytest.mark.parametrize("centre", [-0.5, 0.5])
+def test_the_fit_scatters_less_where_the_jacobian_shrinks_or_stretches(centre: float) -> None:
+    """What the truncation adds to the derivative, with the same probes and the same law.
+
+    Where the spectrum is a disc around zero the powers are as good as any polynomial.
+    """
     torch.manual_seed(0)
-    probe = Fixed(logdet.Rademacher().sample_like(torch.zeros(200, 20, dtype=DOUBLE)))
+    probe = Fixed(logdet.Rademacher().sample_like(torch.zeros(20, 8, dtype=DOUBLE)))
     fitted = Krylov(probe=probe)
     plain = logdet.RussianRoulette(
         num_exact_terms=fitted.num_exact_terms, truncation=fitted.truncation, probe=probe
     )
-    assert scatter_of_the_derivative(fitted) < 0.8 * scatter_of_the_derivative(plain)
+    weight = centre * torch.eye(8, dtype=DOUBLE) + theory.matrix(8, 0.3)
+    ratio = scatter_of_the_derivative(fitted, weight) / scatter_of_the_derivative(plain, weight)
+    assert ratio < 0.5
 
 
-def scatter_of_the_derivative(estimator: logdet.RussianRoulette) -> float:
-    """The sum of the variances, over the law of the truncation, in the entries of a matrix J."""
-    weight = theory.matrix(20, 0.9).requires_grad_()
+def scatter_of_the_derivative(estimator: logdet.RussianRoulette, weight: Tensor) -> float:
+    """The sum of the variances, over the law of the truncation, in the entries of J."""
+    weight = weight.clone().requires_grad_()
 
     def draw() -> Tensor:
-        at = linearize(theory.linear(weight), torch.zeros(200, 20, dtype=DOUBLE))
-        value, _ = estimator.logabsdet(at, 0.9)
+        at = linearize(theory.linear(weight), torch.zeros(20, 8, dtype=DOUBLE))
+        value, _ = estimator.logabsdet(at, 0.8)
         (gradient,) = torch.autograd.grad(value.mean(), weight)
         return torch.stack([gradient, gradient.square()])
 
-    mean, second = mean_over_the_law(estimator, 0.9, draw)
+    mean, second = mean_over_the_law(estimator, 0.8, draw)
     return float((second - mean.square()).sum())
 
 
-@contextmanager
-def counted_products(net: FixedLinear) -> Iterator[list[int]]:
-    """Count the products with J, each of which is one vjp or jvp of the net's linearisation."""
-    seen: list[int] = []
-    kind = type(linearize(net, torch.zeros(1, 3)))
-    vjp, jvp = kind.vjp, kind.jvp
-    with (
-        mock.patch.object(kind, "vjp", lambda self, v: (seen.append(1), vjp(self, v))[1]),
-        mock.patch.object(kind, "jvp", lambda self, v: (seen.append(1), jvp(self, v))[1]),
-    ):
-        yield seen
-
-
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("number", [0.999, 0.05])
-def test_n_terms_take_n_products(number: float) -> None:
-    net, inputs = FixedLinear(3), torch.zeros(2, 3)
-    with theory.uniform(number):
-        terms = len(Krylov().term_weights(0.8))
-        with counted_products(net) as seen, torch.no_grad():
-            Krylov(exact_trace=False)(net, inputs)
-    assert len(seen) == terms
+def test_n_terms_take_n_products(number: float, grad: bool) -> None:
+    """n - 1 with the transpose of J, and one with J for value and derivative together."""
+    net, inputs = nn.LipschitzMLP(3, [4]), torch.zeros(2, 3)
+    estimator = Krylov(exact_trace=False, lipschitz=0.8)
+    with theory.uniform(number), torch.set_grad_enabled(grad):
+        terms = len(estimator.term_weights(None))
+        at = linearize(net, inputs)
+        with (
+            mock.patch.object(at, "vjp", wraps=at.vjp) as vjp,
+            mock.patch.object(at, "jvp", wraps=at.jvp) as jvp,
+        ):
+            estimator.logabsdet(at, None)
+    assert vjp.call_count + jvp.call_count == terms
+    assert jvp.call_count == 1
 
 
 def test_only_torch_decides_and_a_generator_too() -> None:

@@ -63,7 +63,9 @@ PLANTED: dict[str, dict[str, Factory]] = {
         "log-det of the batch": lambda: planted_logdet.changed(
             lambda values: values.mean().expand_as(values)
         ),
-        "fitted to the batch": _steep(planted_logdet.FittedToTheBatch(lipschitz=0.8)),
+        "fitted to the batch": lambda: ResidualTransform(
+            Wave(), estimator=planted_logdet.FittedToTheBatch(lipschitz=0.8)
+        ),
     },
     "context_matters": {
         "context without gradient": _conditional(planted.ContextWithoutGradient),
