@@ -213,6 +213,24 @@ CASES: dict[str, Case] = {
         context_features=2,
         excluded=_OPTIONAL,
     ),
+    "krylov-linear-0.8": Case(lambda: _block(FixedLinear(norm=0.8), logdet.Krylov())),
+    "krylov-mlp": Case(lambda: _block(_mlp(8, 8), logdet.Krylov())),
+    "krylov-two-terms": Case(
+        lambda: _block(_mlp(8, 8), logdet.Krylov(num_exact_terms=2, exact_trace=False)),
+        is_variant=True,
+    ),
+    "krylov-probes": Case(
+        lambda: _block(_mlp(8, 8), logdet.Krylov(num_probes=3)), num_draws=100, is_variant=True
+    ),
+    "krylov-of-a-user": Case(
+        lambda: _block(ConditionalByAutograd(), logdet.Krylov(lipschitz=0.95)),
+        context_features=2,
+        excluded=_OPTIONAL,
+        is_variant=True,
+    ),
+    "krylov-cnn": Case(
+        lambda: _block(_cnn(5, 4, channels=2), logdet.Krylov()), shape=(2, 3, 3), is_variant=True
+    ),
     "mlp-context-clipswish": Case(
         lambda: _block(_mlp(4, 4, context=2, activation=lipschitz_nn.CLipSwish())),
         context_features=2,
