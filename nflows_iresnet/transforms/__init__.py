@@ -15,6 +15,7 @@ from nflows_iresnet.transforms.image import (
     multiscale,
 )
 from nflows_iresnet.transforms.linear import LinearTransform
+from nflows_iresnet.transforms.monotone import MonotoneTransform
 from nflows_iresnet.transforms.normalization import ActNorm
 from nflows_iresnet.transforms.residual import ResidualTransform, using
 from nflows_iresnet.transforms.splines import ElementwiseRationalQuadraticSpline
@@ -27,6 +28,7 @@ __all__ = [
     "InjectivePadding",
     "LinearTransform",
     "LogitTransform",
+    "MonotoneTransform",
     "OutsideRangeError",
     "ResidualTransform",
     "SqueezeTransform",
