@@ -282,6 +282,10 @@ CASES: dict[str, Case] = {
         context_features=2,
     ),
     "marginal-spline": Case(_spline),
+    "marginal-spline-quantiles": Case(
+        lambda: transforms.ElementwiseRationalQuadraticSpline(3, 4, initialization="quantiles"),
+        is_variant=True,
+    ),
     "linear": Case(_linear),
     "linear-images": Case(
         lambda: transforms.LinearTransform(2, initialization="whitening"),
