@@ -14,6 +14,7 @@ from nflows_iresnet.transforms.image import (
     dequantize,
     multiscale,
 )
+from nflows_iresnet.transforms.initialization import initialize
 from nflows_iresnet.transforms.linear import LinearTransform
 from nflows_iresnet.transforms.monotone import MonotoneTransform
 from nflows_iresnet.transforms.normalization import ActNorm
@@ -34,6 +35,7 @@ __all__ = [
     "SqueezeTransform",
     "UniformDequantization",
     "dequantize",
+    "initialize",
     "multiscale",
     "using",
 ]
