@@ -13,7 +13,7 @@ import torch
 from nflows.distributions import StandardNormal
 from torch import Tensor, nn
 
-from nflows_iresnet import ResidualFlow, flows, transforms
+from nflows_iresnet import ResidualFlow, flows, logdet, transforms
 from nflows_iresnet.nn import LipschitzMLP
 
 FEATURES = 3
@@ -104,8 +104,11 @@ def test_afterwards_no_batch_starts_anything() -> None:
     assert not changed(flow, before)
 
 
-def test_weights_modes_and_random_numbers_stay() -> None:
-    flow = flow_of(recipe())
+def test_weights_modes_statistics_and_random_numbers_stay() -> None:
+    random_block = transforms.ResidualTransform(
+        LipschitzMLP(FEATURES, [8]), estimator=logdet.RussianRoulette()
+    )
+    flow = flow_of([*recipe(), random_block, nflows.transforms.BatchNorm(FEATURES)])
     flow._transform._transforms[3].eval()
     modes = [each.training for each in flow.modules()]
     before, random = state(flow), torch.get_rng_state()
@@ -149,6 +152,35 @@ class Counting(nflows.transforms.IdentityTransform):
         assert context is None or context.shape[0] in (1, inputs.shape[0])
         self.sizes.append(inputs.shape[0])
         return inputs, inputs.new_zeros(inputs.shape[0])
+
+
+class Refusing(torch.utils._python_dispatch.TorchDispatchMode):
+    """Raises where a value is read by the host, as a capture of a CUDA graph does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits"
+        return func(*args, **(kwargs or {}))
+
+
+def test_once_started_no_part_reads_a_value() -> None:
+    parts = [*recipe()[:3], transforms.LinearTransform(FEATURES), transforms.ActNorm(FEATURES)]
+    flow = flow_of(parts)
+    flow.initialize(table())
+    rows = table(50).requires_grad_()  # no first batch in between
+    with Refusing():
+        for part in parts:
+            part(rows)
+
+
+def test_act_norm_starts_from_rows_that_are_given() -> None:
+    norm = transforms.ActNorm(FEATURES)
+    norm(torch.randn(7, FEATURES))
+    norm.initialize(table())
+    torch.testing.assert_close(norm(table())[0].std(0), torch.ones(3), rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="at least one row"):
+        norm.initialize(table()[:0])
+    with pytest.raises(ValueError, match=r"got \(5, 4\)"):
+        norm.initialize(torch.zeros(5, 4))
 
 
 def test_many_rows_go_through_in_parts() -> None:

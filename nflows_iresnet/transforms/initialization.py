@@ -145,10 +145,10 @@ def _starts_from_rows(part: nn.Module) -> bool:
 
 
 def _start(part: Any, rows: Tensor) -> None:
-    if isinstance(part, nflows_transforms.ActNorm):
-        ActNorm._initialize(part, rows)
-    else:
+    if hasattr(part, "initialize"):
         part.initialize(rows)
+    else:
+        ActNorm._initialize(part, rows)  # of nflows, whose own makes NaN of a constant feature
 
 
 def _check(rows: object, context: Tensor | None) -> None:
