@@ -42,8 +42,9 @@ class MonotoneTransform(ResidualTransform):
     error of z of residual / (1 - L) is twice that in y.
 
     Cost: forward and inverse are each the solver's evaluations of g (5 to 25), and the estimator's
-    cost; the backward pass is as many products with J^T. A training step takes some two or three
-    times that of a `ResidualTransform` with the same g. On a GPU the solver waits for the device.
+    cost; the backward pass is as many products with J^T. On a CPU a training step takes 1.7 (with
+    `Exact`) to 2.9 times (with the roulette) as long as that of a `ResidualTransform` with the same
+    g, in a trained flow 3.5 times. On a GPU the solver waits for the device.
 
     Args:
         net: g, as for `ResidualTransform`.
