@@ -104,8 +104,8 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
     feature a normal marginal, or nearly: for outputs y_k, equally spaced (from -2.6 to 2.6 for 16
     bins to 4), x_k is the empirical quantile of the probability Phi(y_k), and log d_k the mean of
     log(h / w) of the bins on both sides. `initialize` does so from rows that are given, for either
-    kind: a few thousand are a better estimate than a batch. It is no worse than none, on the rows by
-    construction, on others but for chance:
+    kind: a few thousand are a better estimate than a batch. It is no worse than none, on the
+    rows by construction, on others but for chance:
 
     * bins are at least 0.04 of their mean width wide: among knots that are, those closest to the
       quantiles (isotonic regression) are taken, symmetric about a value that is repeated often;
