@@ -107,6 +107,14 @@ def _block(
     return transforms.ResidualTransform(net, estimator=estimator, solver=solver)
 
 
+def _monotone(
+    net: nn.Module,
+    estimator: logdet.LogDetEstimator | None = None,
+    solver: solvers.Solver | None = None,
+) -> transforms.MonotoneTransform:
+    return transforms.MonotoneTransform(net, estimator=estimator, solver=solver)
+
+
 def _roulette(continuation: float | None = None, **options: float) -> logdet.RussianRoulette:
     law = (
         logdet.LipschitzTruncation()
@@ -265,11 +273,37 @@ CASES: dict[str, Case] = {
     "dense-net-roulette": Case(
         lambda: _block(_dense(4, 4, context=2), _roulette()), context_features=2, is_variant=True
     ),
+    "monotone-mlp": Case(lambda: _monotone(_mlp(8, 8))),
+    "monotone-linear-0.8": Case(lambda: _monotone(FixedLinear(norm=0.8), logdet.Exact())),
+    "monotone-context-clipswish": Case(
+        lambda: _monotone(_mlp(4, 4, context=2, activation=lipschitz_nn.CLipSwish())),
+        context_features=2,
+        is_variant=True,
+    ),
+    "monotone-series": Case(
+        lambda: _monotone(FixedLinear(norm=0.6), logdet.PowerSeries(num_terms=12)),
+        bias=2 * logdet.PowerSeries(num_terms=12).bias_bound(0.6, 3),
+        is_variant=True,
+    ),
+    "monotone-roulette": Case(lambda: _monotone(_mlp(8, 8), _roulette())),
+    "monotone-roulette-linear-0.8": Case(
+        lambda: _monotone(FixedLinear(norm=0.8), _roulette()), is_variant=True
+    ),
+    "monotone-module-of-a-user": Case(
+        lambda: _monotone(ConditionalByAutograd()), context_features=2, excluded=_OPTIONAL
+    ),
+    "monotone-cnn": Case(
+        lambda: _monotone(_cnn(4, 4, channels=2)), shape=(2, 2, 3), is_variant=True
+    ),
     "conditional-affine": Case(
         lambda: transforms.ConditionalAffine(3, 2, net=lipschitz_nn.context_mlp(2, [4], 6)),
         context_features=2,
     ),
     "marginal-spline": Case(_spline),
+    "marginal-spline-quantiles": Case(
+        lambda: transforms.ElementwiseRationalQuadraticSpline(3, 4, initialization="quantiles"),
+        is_variant=True,
+    ),
     "linear": Case(_linear),
     "linear-images": Case(
         lambda: transforms.LinearTransform(2, initialization="whitening"),

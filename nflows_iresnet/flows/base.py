@@ -17,6 +17,8 @@ from nflows_iresnet.conditioning import check_context
 from nflows_iresnet.flows.lipschitz import FlowLipschitz, certified_blocks, lipschitz_constants
 from nflows_iresnet.linearization import first_parameter
 from nflows_iresnet.precision import context_like_weights
+from nflows_iresnet.transforms import initialize
+from nflows_iresnet.transforms.initialization import evaluating
 from nflows_iresnet.transforms.residual import inverse_values_only
 from nflows_iresnet.validation import validated_size
 
@@ -211,6 +213,44 @@ class Flow(_NflowsFlow):
         if context is None:
             return noise, None
         return noise.flatten(0, 1), context.repeat_interleave(num_samples, dim=0)
+
+    def initialize(
+        self, rows: Tensor, context: Tensor | None = None, *, batch_size: int = 1024
+    ) -> None:
+        """Start all that depends on data from rows that are given, instead of the first batch.
+
+        A few thousand rows of the training set say more of scales, quantiles and correlations than
+        a batch does. Each part is started from what comes out of those before, see
+        `transforms.initialize`; afterwards no batch starts them again. Called again, or after
+        training, it starts them anew. The weights of residual blocks and networks stay.
+
+        Args:
+            rows: as `log_prob` takes them, shape (N, *).
+            context: shape (N, C), or None.
+            batch_size: how many rows go through a transform at a time.
+
+        Raises:
+            ValueError: if rows or context are not what the flow was built for, there is no row, or
+                a value is not finite.
+
+        Example:
+            >>> from nflows_iresnet.flows import ResidualFlow
+            >>> flow = ResidualFlow(2, 16, num_layers=3)
+            >>> flow.initialize(torch.randn(5000, 2) * 30 + 1000)
+            >>> flow.log_prob(torch.full((1, 2), 1000.0)).isfinite().item()
+            True
+        """
+        self._check_given(rows, context)
+        size = validated_size("batch_size", batch_size)
+        with torch.no_grad(), evaluating(self):
+            embedded = self._embedded_in_batches(context, size)
+        initialize(self._transform, rows, embedded, batch_size=size)
+
+    def _embedded_in_batches(self, context: Tensor | None, size: int) -> Tensor | None:
+        if context is None:
+            return self._embedded(None)
+        parts = [self._embedded(part) for part in context.split(size)]
+        return torch.cat([part for part in parts if part is not None])
 
     def _check_given(self, inputs: Tensor, context: Tensor | None) -> None:
         _require_tensor("inputs", inputs)

@@ -105,7 +105,8 @@ class LinearTransform(Transform):
         self.factors = nn.Parameter(torch.zeros(features, features))
         """L below the diagonal, U above; on it what log d is computed from."""
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
-        self._has_started = initialization == "identity"
+        self.starts_from_rows = initialization == "whitening"
+        self._has_started = not self.starts_from_rows
         self.register_buffer("initialized", torch.tensor(self._has_started))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,21 @@ class ActNorm(_NflowsActNorm):
         scales = self.log_scale.detach().double()
         return _above(float(scales.max().exp())), _above(float((-scales.min()).exp()))
 
+    def initialize(self, rows: Tensor) -> None:
+        """Start from rows that are given, whatever scale and shift are.
+
+        Args:
+            rows: shape (N, features) or (N, features, H, W). Where several processes train one
+                model, each gives its own, at the same time.
+
+        Raises:
+            ValueError: if there is no row, a value is not finite, or shape or precision is another.
+        """
+        if rows.shape[0] == 0:
+            raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
+        self._initialize(self._checked(rows))
+        self._has_started = True
+
     def _checked(self, inputs: Tensor) -> Tensor:
         features = self.shift.shape[0]
         if inputs.dim() in (2, 4) and inputs.shape[1] == features:
