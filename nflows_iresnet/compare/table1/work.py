@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nflows_iresnet.classifiers import ResidualClassifier
 from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
-from nflows_iresnet.compare.evaluation import describe
+from nflows_iresnet.compare.config import describe
 from nflows_iresnet.compare.files import WriteError
 from nflows_iresnet.compare.models import count_parameters
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
+from nflows_iresnet.compare.plan import Seconds, Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.table1.inversion import invert
 from nflows_iresnet.compare.table1.models import Contestant, Size
@@ -25,6 +25,8 @@ from nflows_iresnet.datasets import ImageDataset
 OnStep = Callable[[float, float], None]
 CHUNK = 512
 """Images at a time in examinations."""
+NUM_INVERTED = 2048
+"""Test images that are inverted, where there are more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,9 @@ def _trained(
         settings.seed + begun.repeat,
     )
     model = LabelModel(classifier, Labelled(data.train, data.train_labels).to(device))
-    plan = TrainingPlan(settings.learning_rate, Steps(settings.steps))
+    length = Steps(settings.steps or 0) if settings.budget is None else Seconds(settings.budget)
+    is_short = settings.training_precision == "tf32"
+    plan = TrainingPlan(settings.learning_rate, length, tf32=is_short)
     log = train(model, stream, lambda: cross_entropy(classifier, validation), plan, on_step, keeper)
     test = Labelled(data.test, data.test_labels).to(device)
     residual = classifier if isinstance(classifier, ResidualClassifier) else None
@@ -134,5 +138,7 @@ def _trained(
         num_test=len(test.labels),
         num_wrong=count_wrong(classifier, test),
         lipschitz_bound=None if residual is None else residual.lipschitz_bound(),
-        inversion=None if residual is None else invert(residual, test.images),
+        inversion=None if residual is None else invert(residual, test.images[:NUM_INVERTED]),
+        is_captured=log.is_captured,
+        capture_reason=log.capture_reason,
     )
