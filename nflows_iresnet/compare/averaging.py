@@ -34,8 +34,7 @@ class WeightAverage:
         """Take in the present parameters."""
         decay = min(self._decay, self._count / (self._count + 10))
         self._count += 1
-        for average, parameter in zip(self._averages, self._parameters, strict=True):
-            average.lerp_(parameter, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

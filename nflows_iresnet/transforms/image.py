@@ -25,7 +25,7 @@ _NOISE_STEPS = 2**16
 """The noise is a multiple of 2^-16, so that 255 + noise is a float32 below 256, never 256."""
 _REACH_AT_START = 2.6
 """Where quantiles of a normal end that a few thousand rows tell."""
-_MIN_SHARE_AT_START = 0.04
+_MIN_SHARE_AT_START = 0.02
 """Smallest bin of splines that start from quantiles, as a part of the mean bin."""
 _STEEPEST = 4.0
 """Largest logarithm of a slope there."""
