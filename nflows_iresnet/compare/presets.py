@@ -78,6 +78,7 @@ MNIST: dict[str, dict[str, Any]] = {
         "num_layers": 8,
         "batch_size": 256,
         "training_precision": "tf32",
+        "exact_images": 64,
     },
     "cpu": {
         **_MNIST,

@@ -300,9 +300,7 @@ def adam(parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.A
     if device.type != "cuda":
         return torch.optim.Adam(trained, lr=learning_rate)
     rate = torch.tensor(learning_rate, device=device)
-    optimizer = torch.optim.Adam(trained, lr=rate, capturable=True, foreach=True)
-    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
-    return optimizer
+    return torch.optim.Adam(trained, lr=rate, capturable=True, foreach=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

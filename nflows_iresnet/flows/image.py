@@ -41,9 +41,11 @@ class ImageResidualFlow(Flow):
     What a residual block, which moves a point by less than its distances, cannot do is left to
     others: with `marginal_bins` a spline of each pixel takes over the shape of the marginals, with
     `linear` a 1x1 convolution follows each ActNorm and takes over correlations of channels (the
-    first of a scale starts by whitening). `initialize` starts all of it from training images. On
-    MNIST, where most pixels are at either end, alpha = 1e-6 is worth most: 300 steps of two blocks
-    end at 1.71 bits per dimension, with splines at 1.57.
+    first of a scale starts by whitening). `initialize` starts all of it from training images.
+
+    On MNIST, where most pixels are at either end, small starts are worth more than large networks:
+    300 steps of two blocks a scale, 32 channels, reach 3.59 bits per dimension (validation) with
+    alpha = 0.05, 1.71 with alpha = 1e-6, and 1.46 with splines from `initialize` as well.
 
     Inputs are x = k + u, k the pixel in 0, ..., levels - 1 and u uniform on [0, 1), as
     `transforms.dequantize` makes them: floats in [0, levels). The density is that of x, so that
