@@ -17,7 +17,11 @@ from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.solvers.base import read
 from nflows_iresnet.transforms.composite import CompositeTransform
-from nflows_iresnet.transforms.splines import ElementwiseRationalQuadraticSpline
+from nflows_iresnet.transforms.splines import (
+    _MAX_LOG_SLOPE,
+    _MIN_SIZE,
+    ElementwiseRationalQuadraticSpline,
+)
 
 Shape = tuple[int, int, int]
 
@@ -25,7 +29,7 @@ _NOISE_STEPS = 2**16
 """The noise is a multiple of 2^-16, so that 255 + noise is a float32 below 256, never 256."""
 _REACH_AT_START = 2.6
 """Where quantiles of a normal end that a few thousand rows tell."""
-_MIN_SHARE_AT_START = 0.02
+_MIN_WIDTH_AT_START = 0.02
 """Smallest bin of splines that start from quantiles, as a part of the mean bin."""
 _STEEPEST = 4.0
 """Largest logarithm of a slope there."""
@@ -234,7 +238,7 @@ class PixelwiseSpline(ElementwiseRationalQuadraticSpline):
         >>> spline = PixelwiseSpline((1, 2, 2), bound=14.0)
         >>> images = torch.randn(1000, 1, 2, 2).exp()
         >>> spline.initialize(images)
-        >>> bool((spline(images)[0].std(0) - 1).abs().max() < 0.2)
+        >>> bool(spline(images)[0].median(0).values.abs().max() < 0.01)
         True
     """
 
@@ -275,14 +279,17 @@ class PixelwiseSpline(ElementwiseRationalQuadraticSpline):
         num_bins = self.sizes.shape[2]
         reach = min(_REACH_AT_START, self.bound * (1 - 2 / num_bins))
         images = torch.linspace(-reach, reach, num_bins - 1, dtype=torch.float64).to(values.device)
-        inner = values.quantile(torch.special.ndtr(images), dim=0).mT
-        knots = torch.stack([inner.clamp(-self.bound, self.bound), images.expand_as(inner)])
-        ends = F.pad(F.pad(knots, (1, 0), value=-self.bound), (0, 1), value=self.bound)
-        shares = (ends.diff(dim=2) / (2 * self.bound)).clamp_min(_MIN_SHARE_AT_START / num_bins)
+        quantiles = values.quantile(torch.special.ndtr(images), dim=0).mT
+        gap = _MIN_WIDTH_AT_START * 2 * self.bound / num_bins
+        offsets = gap * torch.arange(1, num_bins, device=values.device)
+        room = (quantiles - offsets).clamp(-self.bound, self.bound - gap * num_bins)
+        inner = torch.stack([room.cummax(1).values + offsets, images.expand_as(room)])
+        knots = F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
+        shares = knots.diff(dim=2) / (2 * self.bound)
         slopes = (shares[1] / shares[0]).log()
         middle = ((slopes[:, 1:] + slopes[:, :-1]) / 2).clamp(-_STEEPEST, _STEEPEST)
-        self.sizes.copy_(shares.log())
-        self.log_slopes.copy_(middle)
+        self.sizes.copy_((shares - _MIN_SIZE / num_bins).log())
+        self.log_slopes.copy_(_MAX_LOG_SLOPE * (middle / _MAX_LOG_SLOPE).atanh())
 
     def _rows(self, inputs: Tensor) -> Tensor:
         if inputs.dim() != 4 or tuple(inputs.shape[1:]) != self.shape:
