@@ -27,6 +27,7 @@ from nflows_iresnet.compare.progress import LiveProgress
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.subcommands import build_parser
 from nflows_iresnet.compare.table1 import command as table1
+from nflows_iresnet.compare.table1 import work
 from nflows_iresnet.compare.table1.settings import TUNED
 from nflows_iresnet.compare.training import Stepper, adam, set_learning_rate, train
 from nflows_iresnet.datasets import images as front
@@ -365,7 +366,7 @@ class FakeGraphedStep:
 class OnGPU(Tensor):
     """A tensor that says that it is on a GPU."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 @pytest.fixture
@@ -544,6 +545,21 @@ def test_a_table_of_mnist_takes_minutes_and_certifies(folder: Path) -> None:
     assert "0.6 s of training" in page
     assert "--budget 0.6" in page
     assert main([*table(folder, "--minutes", "0.01"), "--resume"]) == 0
+
+
+def test_training_images_are_shifted_by_whole_pixels_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    image = torch.arange(1, 31).reshape(1, 1, 5, 6).to(torch.uint8)
+    images = work.shifted(image.expand(400, 1, 5, 6), 2)
+    assert (images.dtype, images.shape) == (torch.uint8, (400, 1, 5, 6))
+    padded = nn.functional.pad(image, (2, 2, 2, 2))[0, 0]
+    views = {(i, j): padded[i : i + 5, j : j + 6] for i in range(5) for j in range(5)}
+    found = [
+        [place for place, view in views.items() if torch.equal(view, each[0])] for each in images
+    ]
+    assert all(len(places) == 1 for places in found)
+    assert {places[0] for places in found} == set(views), "every shift occurs"
+    assert work.shifted(image, 0) is image
 
 
 @pytest.mark.usefixtures("gpu")

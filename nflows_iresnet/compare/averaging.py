@@ -26,7 +26,8 @@ class WeightAverage:
     def __init__(self, parameters: Iterator[Parameter], decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        self._parameters, self._decay, self._count = list(parameters), decay, 0
+        self._parameters: list[torch.Tensor] = list(parameters)
+        self._decay, self._count = decay, 0
         self._averages = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()

@@ -58,6 +58,7 @@ _NUMBERS: dict[str, tuple[Any, str]] = {
     "num_scales": (positive_int, "how often the images are squeezed"),
     "padding": (natural_int, "channels of zeros that are appended to the images"),
     "num_train": (positive_int, "training images to keep"),
+    "shift": (natural_int, "largest random shift of training images, in pixels"),
     "threads": (positive_int, "CPU threads"),
 }
 

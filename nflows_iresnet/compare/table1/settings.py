@@ -26,6 +26,7 @@ class Settings:
         num_scales: how often the images are squeezed.
         padding: channels of zeros that are appended to the images.
         num_train: training images to keep, or None for all.
+        shift: largest number of pixels by which training images are shifted at random.
         data_dir: folder of the data sets, or None.
         device: "cpu" or "cuda".
         threads: CPU threads that torch uses.
@@ -48,6 +49,7 @@ class Settings:
     num_scales: int = 1
     padding: int = 3
     num_train: int | None = None
+    shift: int = 0
     data_dir: str | None = None
     device: str = "cpu"
     threads: int = 1
@@ -75,7 +77,13 @@ QUICK: dict[str, Any] = {
 }
 """What --quick changes."""
 
-_MNIST: dict[str, Any] = {"steps": None, "repeats": 1, "num_scales": 2, "learning_rate": 3e-3}
+_MNIST: dict[str, Any] = {
+    "steps": None,
+    "repeats": 1,
+    "num_scales": 2,
+    "learning_rate": 3e-3,
+    "shift": 2,
+}
 TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "mnist": {
         "cuda": {**_MNIST, "budget": 34.0, "hidden_channels": 64, "training_precision": "tf32"},

@@ -47,20 +47,33 @@ class LabelModel(nn.Module):
     Args:
         classifier: images -> logits.
         data: the training images.
+        shift: largest number of pixels by which images are shifted at random.
     """
 
-    def __init__(self, classifier: nn.Module, data: Labelled) -> None:
+    def __init__(self, classifier: nn.Module, data: Labelled, shift: int = 0) -> None:
         super().__init__()
-        self.classifier, self._data = classifier, data
+        self.classifier, self._data, self._shift = classifier, data, shift
 
     def log_prob(self, indices: Tensor) -> Tensor:
         """Return the log-probabilities of the right labels in nats, (B,) -> (B,)."""
-        return label_log_prob(
-            self.classifier, self._data.images[indices], self._data.labels[indices]
-        )
+        images = shifted(self._data.images[indices], self._shift)
+        return label_log_prob(self.classifier, images, self._data.labels[indices])
 
     def after_step(self) -> None:
         """Do nothing."""
+
+
+def shifted(images: Tensor, largest: int) -> Tensor:
+    """Return images (B, C, H, W), each moved by -largest to largest pixels; zeros come in."""
+    if largest == 0:
+        return images
+    batch, _, height, width = images.shape
+    down, right = torch.randint(0, 2 * largest + 1, (2, batch, 1), device=images.device)
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.arange(width, device=images.device)
+    each = torch.arange(batch, device=images.device)[:, None, None]
+    padded = nn.functional.pad(images, 4 * (largest,)).movedim(1, -1)
+    return padded[each, rows[:, :, None], columns[:, None]].movedim(-1, 1)
 
 
 def label_log_prob(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -123,7 +136,8 @@ def _trained(
         settings.batch_size,
         settings.seed + begun.repeat,
     )
-    model = LabelModel(classifier, Labelled(data.train, data.train_labels).to(device))
+    train_data = Labelled(data.train, data.train_labels).to(device)
+    model = LabelModel(classifier, train_data, settings.shift)
     length = Steps(settings.steps or 0) if settings.budget is None else Seconds(settings.budget)
     is_short = settings.training_precision == "tf32"
     plan = TrainingPlan(settings.learning_rate, length, tf32=is_short)
