@@ -68,7 +68,8 @@ _ROWS = (
 )
 _IMAGES = (
     "Images are dequantised with fresh uniform noise in training, the same for every model, and "
-    "with fixed noise in tests; what is validated and tested is the moving average of the weights. "
+    "with fixed noise in tests; what is validated and tested is the moving average of the weights, "
+    "and the learning rate is warmed up. "
     "Coupling flows and their log-determinants are exact. Residual flows are validated by their "
     "unbiased estimator, also where they are trained by a truncated series, and may start from "
     "training images; on the test images they are exact, or estimated where the table says so, "

@@ -245,7 +245,7 @@ class PixelwiseSpline(ElementwiseRationalQuadraticSpline):
     def __init__(self, shape: Shape, num_bins: int = 16, bound: float = 4.0) -> None:
         shape = validated_shape(shape)
         super().__init__(math.prod(shape), num_bins, bound)
-        self.shape = shape
+        self.shape, self.starts_from_rows = shape, True
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, log|det|), shapes (B, C, H, W) and (B,)."""

@@ -25,7 +25,7 @@ from nflows_iresnet.datasets import ImageDataset
 OnStep = Callable[[float, float], None]
 CHUNK = 512
 """Images at a time in examinations."""
-NUM_INVERTED = 2048
+NUM_INVERTED = 1024
 """Test images that are inverted, where there are more."""
 
 
