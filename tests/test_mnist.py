@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet import transforms
 from nflows_iresnet.compare import arguments, evaluation, training
+from nflows_iresnet.compare.checkpoints import Keeper
 from nflows_iresnet.compare.cli import main
 from nflows_iresnet.compare.config import RunConfig
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, ImageArchitecture, TruncatedModel
@@ -386,14 +387,19 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraphedStep]:
 
 
 def trained_on_gpu(
-    steps: int = 20, on_step: Callable[[float, float], None] = lambda done, loss: None
+    steps: int = 20,
+    on_step: Callable[[float, float], None] = lambda done, loss: None,
+    keeper: Keeper | None = None,
 ) -> tuple[training.TrainingLog, Gaussian]:
     model = Gaussian()
     rows = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) + 1
     stream = Batches(rows, 16, 0, lambda batch, _: batch.as_subclass(OnGPU))
-    validations = iter(range(100, 0, -1))
     plan = TrainingPlan(1e-2, Steps(steps), validations=4, average_decay=0.9)
-    return train(model, stream, lambda: float(next(validations)), plan, on_step), model
+
+    def validate() -> float:
+        return float((model.mean.detach() - 1).square().mean())
+
+    return train(model, stream, validate, plan, on_step, keeper), model
 
 
 def test_steps_on_a_gpu_are_captured_from_the_second_on(graphs: type[FakeGraphedStep]) -> None:
@@ -416,6 +422,23 @@ def test_between_looks_the_host_does_not_wait(graphs: type[FakeGraphedStep]) -> 
     assert len(looks) < 200 / 5
     assert len([point.train for point in log.curve]) == 4
     assert math.isfinite(log.ms_per_step)
+
+
+def test_a_training_on_a_gpu_goes_on_from_where_it_looked(
+    graphs: type[FakeGraphedStep], tmp_path: Path
+) -> None:
+    def stop(done: float, loss: float) -> None:
+        if done >= 0.75:
+            raise KeyboardInterrupt
+
+    straight, first = trained_on_gpu(100)
+    keeper = Keeper(tmp_path / "run.pt", "test", every=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        trained_on_gpu(100, stop, keeper)
+    resumed, second = trained_on_gpu(100, keeper=keeper)
+    assert resumed.steps == straight.steps == 100
+    assert torch.equal(first.mean, second.mean)
+    assert [point.train for point in resumed.curve] == [point.train for point in straight.curve]
 
 
 @pytest.mark.parametrize("problem", ["nflows' LULinear copies from the host", "raises"])
