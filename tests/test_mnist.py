@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nflows import transforms as nflows_transforms
 from torch import Tensor, nn
 
 from nflows_iresnet import transforms
@@ -22,6 +23,7 @@ from nflows_iresnet.compare.checkpoints import Keeper
 from nflows_iresnet.compare.cli import main
 from nflows_iresnet.compare.config import RunConfig
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, ImageArchitecture, TruncatedModel
+from nflows_iresnet.compare.models import MODELS, Architecture
 from nflows_iresnet.compare.plan import Seconds, Steps, TrainingPlan
 from nflows_iresnet.compare.presets import COMPARE
 from nflows_iresnet.compare.progress import LiveProgress
@@ -323,6 +325,15 @@ def test_the_series_is_for_training_and_the_size_reaches_the_flow() -> None:
             if isinstance(each, transforms.LogitTransform)
         ]
         assert logits == [1e-6], name
+
+
+def test_what_we_build_has_our_linear_map_and_not_that_of_nflows() -> None:
+    """nflows' copies from the host at each call, so that no graph can hold it."""
+    image = ImageArchitecture(64, 8, 2, 1, shape=(1, 8, 8), levels=256, num_scales=2)
+    for spec, size in ((MODELS["glow"], Architecture(4, 8, 2, 1)), (IMAGE_MODELS["glow"], image)):
+        kinds = [type(each) for each in spec.build(size).modules()]
+        assert transforms.LinearTransform in kinds
+        assert not any(issubclass(kind, nflows_transforms.LULinear) for kind in kinds)
 
 
 # --- the loop on a GPU, on a device that is pretended ---------------------------------------------
