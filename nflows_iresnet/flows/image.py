@@ -28,8 +28,6 @@ from nflows_iresnet.transforms.image import (
 )
 from nflows_iresnet.validation import validated_size
 
-_ROWS_OF_A_START = 512
-
 
 class ImageResidualFlow(Flow):
     r"""A multi-scale residual flow for images in whole numbers 0, ..., levels - 1, dequantised.
@@ -151,15 +149,18 @@ class ImageResidualFlow(Flow):
         self.levels = validated_levels(levels)
 
     @torch.no_grad()
-    def initialize(self, rows: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, rows: Tensor, context: Tensor | None = None, *, batch_size: int = 512
+    ) -> None:
         """Start what starts from data, in one pass through the transforms, and train from there.
 
         Splines take their knots from the quantiles of all images that are given; ActNorm and linear
-        maps, if they have not started yet, take the first 512 for their first batch.
+        maps, if they have not started yet, take the first `batch_size` for their first batch.
 
         Args:
             rows: images as for `log_prob`; a few thousand training images are plenty.
             context: shape (B, F), or None.
+            batch_size: how many images go through the blocks.
 
         Raises:
             ValueError: if there is no image, or they are not what `log_prob` takes.
@@ -172,7 +173,7 @@ class ImageResidualFlow(Flow):
             second.initialize(first(rows)[0])
         was_training = self.training
         self.train()
-        some = slice(_ROWS_OF_A_START)
+        some = slice(validated_size("batch_size", batch_size))
         self.transform_to_noise(rows[some], None if context is None else context[some])
         self.train(was_training)
 
