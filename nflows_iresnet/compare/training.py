@@ -361,9 +361,10 @@ class Stepper:
     def _graphed(self, batch: Tensor) -> Callable[[Tensor], Tensor]:
         from nflows_iresnet.graphs import GraphedStep
 
+        model: Any = self._model
         try:
             step: Callable[[Tensor], Tensor] = GraphedStep(
-                self._model, self._optimizer, batch, loss=_loss, max_grad_norm=self._clip_norm
+                model, self._optimizer, batch, loss=_loss, max_grad_norm=self._clip_norm
             )
         except (ValueError, RuntimeError) as error:
             self._refused = describe(error)
