@@ -11,16 +11,28 @@ import torch
 from nflows.transforms import MultiscaleCompositeTransform, Transform
 from nflows.transforms.reshape import SqueezeTransform as _NflowsSqueezeTransform
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.solvers.base import read
 from nflows_iresnet.transforms.composite import CompositeTransform
+from nflows_iresnet.transforms.splines import (
+    _MAX_LOG_SLOPE,
+    _MIN_SIZE,
+    ElementwiseRationalQuadraticSpline,
+)
 
 Shape = tuple[int, int, int]
 
 _NOISE_STEPS = 2**16
 """The noise is a multiple of 2^-16, so that 255 + noise is a float32 below 256, never 256."""
+_REACH_AT_START = 2.6
+"""Where quantiles of a normal end that a few thousand rows tell."""
+_MIN_WIDTH_AT_START = 0.02
+"""Smallest bin of splines that start from quantiles, as a part of the mean bin."""
+_STEEPEST = 4.0
+"""Largest logarithm of a slope there."""
 
 
 class OutsideRangeError(ValueError):
@@ -151,12 +163,15 @@ class LogitTransform(SettingsInState, Transform):
     r"""y = logit(alpha + (1 - 2 alpha) x / levels): from [0, levels] to the real line.
 
     log\|det\| = sum_i log((1 - 2 alpha) / levels) - log p_i - log(1 - p_i), p_i the number inside
-    the logit. nflows' `Logit` clamps its inputs, where it has no inverse, and keeps its temperature
+    the logit. Both p_i and 1 - p_i are computed from the nearer end, so that a small alpha loses no
+    digits. nflows' `Logit` clamps its inputs, where it has no inverse, and keeps its temperature
     outside its buffers, on the CPU.
 
     Args:
         levels: how many values a pixel took before its noise.
-        alpha: distance that keeps the logit finite, in (0, 0.5).
+        alpha: distance that keeps the logit finite, in (0, 0.5). A small one, such as 1e-6, spreads
+            the noise of a pixel at either end over the width that a normal density has; with 0.05
+            it stays within 0.07, and the flow has to stretch it fiftyfold.
 
     References:
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP, 2017.
@@ -189,21 +204,100 @@ class LogitTransform(SettingsInState, Transform):
         """
         margin = self.alpha / self._slope
         check_pixels(inputs, -margin, self.levels + margin, self.levels)
-        inside = self.alpha + self._slope * inputs
-        log_inside, log_outside = inside.log(), torch.log1p(-inside)
+        log_inside = (self.alpha + self._slope * inputs).log()
+        log_outside = (self.alpha + self._slope * (self.levels - inputs)).log()
         logabsdet = math.log(self._slope) - log_inside - log_outside
         return log_inside - log_outside, logabsdet.flatten(start_dim=1).sum(1)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, log|det|), shapes (B, *) and (B,); x may leave [0, levels] by its alpha."""
-        positive = torch.nn.functional.softplus(inputs)
+        positive = F.softplus(inputs)
         log_slopes = inputs - 2 * positive - math.log(self._slope)
         outputs = (torch.sigmoid(inputs) - self.alpha) / self._slope
         return outputs, log_slopes.flatten(start_dim=1).sum(1)
 
+    @property
+    def bound(self) -> float:
+        """The largest |y| of x in [0, levels]."""
+        return math.log1p(-self.alpha) - math.log(self.alpha)
+
     def extra_repr(self) -> str:
         """Show the constants."""
         return f"levels={self.levels}, alpha={self.alpha}"
+
+
+class PixelwiseSpline(ElementwiseRationalQuadraticSpline):
+    """One monotone spline per pixel and channel: the shape of the marginals of images.
+
+    Args:
+        shape: (C, H, W).
+        num_bins: bins of each spline.
+        bound: where the splines end.
+
+    Example:
+        >>> spline = PixelwiseSpline((1, 2, 2), bound=14.0)
+        >>> images = torch.randn(1000, 1, 2, 2).exp()
+        >>> spline.initialize(images)
+        >>> bool(spline(images)[0].median(0).values.abs().max() < 0.01)
+        True
+    """
+
+    def __init__(self, shape: Shape, num_bins: int = 16, bound: float = 4.0) -> None:
+        shape = validated_shape(shape)
+        super().__init__(math.prod(shape), num_bins, bound)
+        self.shape, self.starts_from_rows = shape, True
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (y, log|det|), shapes (B, C, H, W) and (B,)."""
+        outputs, logabsdet = super().forward(self._rows(inputs))
+        return outputs.reshape(inputs.shape), logabsdet
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (x, log|det|), shapes (B, C, H, W) and (B,)."""
+        outputs, logabsdet = super().inverse(self._rows(inputs))
+        return outputs.reshape(inputs.shape), logabsdet
+
+    @torch.no_grad()
+    def initialize(self, rows: Tensor) -> None:
+        """Give every pixel a nearly normal marginal: knots are quantiles of images that are given.
+
+        The images of the inner knots are equally spaced, and each knot is the quantile of the
+        normal probability of its image; slopes are the geometric means of the neighbouring secants.
+
+        Args:
+            rows: images of shape (N, C, H, W), within the bound; a few thousand are plenty.
+
+        Raises:
+            ValueError: if the shape is another, there is no image, or a value is not finite.
+        """
+        values = self._rows(rows).to(self.sizes.device, torch.float64)
+        if values.shape[0] == 0 or not bool(values.isfinite().all()):
+            raise ValueError(
+                f"at least one image, and finite values, are needed to start from, got "
+                f"{tuple(rows.shape)} with {int((~values.isfinite()).sum())} others"
+            )
+        num_bins = self.sizes.shape[2]
+        reach = min(_REACH_AT_START, self.bound * (1 - 2 / num_bins))
+        images = torch.linspace(-reach, reach, num_bins - 1, dtype=torch.float64).to(values.device)
+        quantiles = values.quantile(torch.special.ndtr(images), dim=0).mT
+        gap = _MIN_WIDTH_AT_START * 2 * self.bound / num_bins
+        offsets = gap * torch.arange(1, num_bins, device=values.device)
+        room = (quantiles - offsets).clamp(-self.bound, self.bound - gap * num_bins)
+        inner = torch.stack([room.cummax(1).values + offsets, images.expand_as(room)])
+        knots = F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
+        shares = knots.diff(dim=2) / (2 * self.bound)
+        slopes = (shares[1] / shares[0]).log()
+        middle = ((slopes[:, 1:] + slopes[:, :-1]) / 2).clamp(-_STEEPEST, _STEEPEST)
+        self.sizes.copy_((shares - _MIN_SIZE / num_bins).log())
+        self.log_slopes.copy_(_MAX_LOG_SLOPE * (middle / _MAX_LOG_SLOPE).atanh())
+
+    def _rows(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() != 4 or tuple(inputs.shape[1:]) != self.shape:
+            expected = ", ".join(map(str, self.shape))
+            raise ValueError(
+                f"expected inputs of shape (batch, {expected}), got {tuple(inputs.shape)}"
+            )
+        return inputs.flatten(start_dim=1)
 
 
 class CenteringTransform(SettingsInState, Transform):
@@ -306,7 +400,7 @@ class SqueezeTransform(_NflowsSqueezeTransform):
                 f"expected inputs (batch, channels, height, width) with a multiple of "
                 f"{self.factor**2} channels, got {tuple(inputs.shape)}"
             )
-        outputs = torch.nn.functional.pixel_shuffle(inputs, self.factor)
+        outputs = F.pixel_shuffle(inputs, self.factor)
         return outputs, inputs.new_zeros(inputs.shape[0])
 
 
