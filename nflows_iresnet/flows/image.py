@@ -149,34 +149,6 @@ class ImageResidualFlow(Flow):
         self.levels = validated_levels(levels)
 
     @torch.no_grad()
-    def initialize(
-        self, rows: Tensor, context: Tensor | None = None, *, batch_size: int = 512
-    ) -> None:
-        """Start what starts from data, in one pass through the transforms, and train from there.
-
-        Splines take their knots from the quantiles of all images that are given; ActNorm and linear
-        maps, if they have not started yet, take the first `batch_size` for their first batch.
-
-        Args:
-            rows: images as for `log_prob`; a few thousand training images are plenty.
-            context: shape (B, F), or None.
-            batch_size: how many images go through the blocks.
-
-        Raises:
-            ValueError: if there is no image, or they are not what `log_prob` takes.
-        """
-        self._check_given(rows, context)
-        if rows.shape[0] == 0:
-            raise ValueError(f"at least one image is needed to start from, got {rows.shape}")
-        first, second, *_ = self._transform._transforms
-        if isinstance(second, PixelwiseSpline):
-            second.initialize(first(rows)[0])
-        was_training = self.training
-        self.train()
-        some = slice(validated_size("batch_size", batch_size))
-        self.transform_to_noise(rows[some], None if context is None else context[some])
-        self.train(was_training)
-
     def sample(
         self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
     ) -> Tensor:

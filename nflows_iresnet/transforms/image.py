@@ -18,8 +18,6 @@ from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.solvers.base import read
 from nflows_iresnet.transforms.composite import CompositeTransform
 from nflows_iresnet.transforms.splines import (
-    _MAX_LOG_SLOPE,
-    _MIN_SIZE,
     ElementwiseRationalQuadraticSpline,
 )
 
@@ -27,12 +25,6 @@ Shape = tuple[int, int, int]
 
 _NOISE_STEPS = 2**16
 """The noise is a multiple of 2^-16, so that 255 + noise is a float32 below 256, never 256."""
-_REACH_AT_START = 2.6
-"""Where quantiles of a normal end that a few thousand rows tell."""
-_MIN_WIDTH_AT_START = 0.02
-"""Smallest bin of splines that start from quantiles, as a part of the mean bin."""
-_STEEPEST = 4.0
-"""Largest logarithm of a slope there."""
 
 
 class OutsideRangeError(ValueError):
@@ -257,39 +249,16 @@ class PixelwiseSpline(ElementwiseRationalQuadraticSpline):
         outputs, logabsdet = super().inverse(self._rows(inputs))
         return outputs.reshape(inputs.shape), logabsdet
 
-    @torch.no_grad()
     def initialize(self, rows: Tensor) -> None:
-        """Give every pixel a nearly normal marginal: knots are quantiles of images that are given.
-
-        The images of the inner knots are equally spaced, and each knot is the quantile of the
-        normal probability of its image; slopes are the geometric means of the neighbouring secants.
+        """Start from the quantiles of images that are given, see the spline of features.
 
         Args:
-            rows: images of shape (N, C, H, W), within the bound; a few thousand are plenty.
+            rows: images of shape (N, C, H, W); a few thousand are plenty.
 
         Raises:
             ValueError: if the shape is another, there is no image, or a value is not finite.
         """
-        values = self._rows(rows).to(self.sizes.device, torch.float64)
-        if values.shape[0] == 0 or not bool(values.isfinite().all()):
-            raise ValueError(
-                f"at least one image, and finite values, are needed to start from, got "
-                f"{tuple(rows.shape)} with {int((~values.isfinite()).sum())} others"
-            )
-        num_bins = self.sizes.shape[2]
-        reach = min(_REACH_AT_START, self.bound * (1 - 2 / num_bins))
-        images = torch.linspace(-reach, reach, num_bins - 1, dtype=torch.float64).to(values.device)
-        quantiles = values.quantile(torch.special.ndtr(images), dim=0).mT
-        gap = _MIN_WIDTH_AT_START * 2 * self.bound / num_bins
-        offsets = gap * torch.arange(1, num_bins, device=values.device)
-        room = (quantiles - offsets).clamp(-self.bound, self.bound - gap * num_bins)
-        inner = torch.stack([room.cummax(1).values + offsets, images.expand_as(room)])
-        knots = F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
-        shares = knots.diff(dim=2) / (2 * self.bound)
-        slopes = (shares[1] / shares[0]).log()
-        middle = ((slopes[:, 1:] + slopes[:, :-1]) / 2).clamp(-_STEEPEST, _STEEPEST)
-        self.sizes.copy_((shares - _MIN_SIZE / num_bins).log())
-        self.log_slopes.copy_(_MAX_LOG_SLOPE * (middle / _MAX_LOG_SLOPE).atanh())
+        super().initialize(self._rows(rows))
 
     def _rows(self, inputs: Tensor) -> Tensor:
         if inputs.dim() != 4 or tuple(inputs.shape[1:]) != self.shape:
