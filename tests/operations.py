@@ -61,7 +61,7 @@ class Operations(TorchDispatchMode):
         leaves = pytree.tree_leaves((args, kwargs or {}))
         tensors = [each for each in leaves if isinstance(each, Tensor)]
         on_device = [each for each in tensors if each.device.type == self._device.type]
-        target = (kwargs or {}).get("device")
+        target = next((each for each in leaves if isinstance(each, torch.device)), None)
         name = func._schema.name.split("::")[-1]
         if on_device or (target is not None and target.type == self._device.type):
             if name not in VIEWS:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ class OnDevice(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if torch.is_inference_mode_enabled():  # where torch leaves it to others to decompose
+            result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         return _run(func, args, kwargs or {})
 
 
@@ -70,6 +75,9 @@ def register() -> torch.device:
         for name in ("empty.memory_format", "empty_strided"):
             _LIBRARY.impl(name, _factory(name), "PrivateUse1")
         _LIBRARY.impl("_copy_from", _copied, "PrivateUse1")
+        _FALLBACKS.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+        torch.serialization.add_safe_globals([_rebuilt])
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
     return torch.device(NAME, 0)
 
 
@@ -81,6 +89,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
+_FALLBACKS = torch.library.Library("_", "IMPL")
 
 
 def _factory(name: str) -> Callable[..., Any]:
@@ -119,7 +128,14 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return value
         return known[id(value)] if id(value) in known else OnDevice(value)
 
-    return pytree.tree_map(back, results)
+    with _as_normal_as(args[0] if func.is_view else None):
+        return pytree.tree_map(back, results)
+
+
+def _as_normal_as(base: Any) -> AbstractContextManager[object]:
+    """A view of a tensor that is none of inference mode is none either, even in that mode."""
+    is_normal = isinstance(base, Tensor) and not base.is_inference()
+    return torch.inference_mode(False) if is_normal else nullcontext()
 
 
 def _held(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +80,41 @@ def require_mean(draws: Tensor, expected: Tensor, subject: Subject, what: str) -
     error = (draws.mean(0) - expected).abs()
     worst = float((error - allowed).max()) if error.numel() else 0.0
     require(worst <= 0, f"{what}: mean off by {float(error.max()):.3g}, beyond its standard error")
+
+
+def require_gradients(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Require gradients that agree with differences, and with themselves but for rounding.
+
+    A GPU adds in another order each time.
+    """
+    torch.autograd.gradcheck(
+        function, arguments, eps=1e-5, atol=1e-4, rtol=1e-3, nondet_tol=_REORDERED
+    )
+
+
+_REORDERED = 1e-8
+"""By how much a gradient in float64 may differ between two passes: sums in another order, solved
+to the tolerance of a solver."""
+
+
+def drawn(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
+    """Return normal numbers of a seed, the same ones on every device, for a tensor's kind."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(like)
+
+
+@contextmanager
+def generators_kept(*tensors: Tensor) -> Iterator[None]:
+    """Restore torch's generators, of the CPU and of all devices that are seeded, afterwards."""
+    seeded = {"cuda"} if torch.cuda.is_initialized() else set()
+    kinds = seeded | {each.device.type for each in tensors}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in sorted(kinds - {"cpu", "meta"}):
+            everyone = range(torch.get_device_module(kind).device_count())
+            stack.enter_context(torch.random.fork_rng(everyone, device_type=kind))
+        yield
 
 
 def exact_logabsdet(subject: Subject) -> Tensor:
