@@ -15,17 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import pretended
 
 VIEWS = frozenset(
-    "view _unsafe_view t transpose permute expand detach select slice unsqueeze squeeze as_strided "
-    "alias _reshape_alias unbind split split_with_sizes diagonal lift_fresh chunk".split()
+    ["view", "_unsafe_view", "t", "transpose", "permute", "expand", "detach", "select", "slice", "unsqueeze", "squeeze", "as_strided", "alias", "_reshape_alias", "unbind", "split", "split_with_sizes", "diagonal", "lift_fresh", "chunk"]
 )
 WAITS = frozenset(
-    "_local_scalar_dense item is_nonzero equal nonzero masked_select masked_scatter _unique _unique2 "
-    "unique_dim unique_consecutive bincount histc multinomial repeat_interleave _linalg_eigh "
-    "linalg_eig _linalg_svd linalg_lstsq _linalg_check_errors".split()
+    ["_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "masked_scatter", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", "multinomial", "repeat_interleave", "_linalg_eigh", "linalg_eig", "_linalg_svd", "linalg_lstsq", "_linalg_check_errors"]
 )
 """Operators whose result, its shape, or whether they succeeded, is read by the host.
 
-Decompositions are counted with them: their drivers iterate, and the host asks whether they are done.
+Decompositions are counted with them: they iterate until the host sees that they are done.
 """
 
 

@@ -9,7 +9,6 @@ on it by `pytest --device pretended`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,9 +21,11 @@ from torch.utils import backend_registration
 NAME = "pretended"
 
 copies_from_host: list[Callable[[], None]] = []
-"""Called where torch copies from the host without asking a dispatch mode, as `torch.tensor` does."""
+"""Called where torch copies from the host and asks no dispatch mode, as `torch.tensor` does."""
 
-_generators: weakref.WeakSet[torch.Generator] = weakref.WeakSet()
+_generators: dict[int, torch.Generator] = {}
+"""Of the device, by what torch calls them by: each call is handed another object for one."""
+
 _MAY_MIX = {"_to_copy", "copy_", "_copy_from", "copy"}
 
 
@@ -72,7 +73,7 @@ def register() -> torch.device:
         backend_registration._setup_privateuseone_for_python_backend(  # type: ignore[no-untyped-call]
             NAME, backend_module=_Module()
         )
-        for name in ("empty.memory_format", "empty_strided"):
+        for name in _FACTORIES:
             _LIBRARY.impl(name, _factory(name), "PrivateUse1")
         _LIBRARY.impl("_copy_from", _copied, "PrivateUse1")
         _FALLBACKS.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -84,9 +85,14 @@ def register() -> torch.device:
 def generator(seed: int) -> torch.Generator:
     """Return a generator of the device."""
     made = torch.Generator().manual_seed(seed)
-    _generators.add(made)
+    _generators[made._cdata] = made
     return made
 
+
+_FACTORIES = (
+    ["empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step", "eye", "eye.m"]
+)
+"""Out of which torch makes the others; `arange` and `eye` would enlarge an empty tensor."""
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
 _FALLBACKS = torch.library.Library("_", "IMPL")
@@ -126,7 +132,11 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def back(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return known[id(value)] if id(value) in known else OnDevice(value)
+        if id(value) not in known:
+            return OnDevice(value)
+        if known[id(value)].shape != value.shape:
+            raise NotImplementedError(f"{func} changes the shape of a tensor in place")
+        return known[id(value)]
 
     with _as_normal_as(args[0] if func.is_view else None):
         return pytree.tree_map(back, results)
@@ -152,7 +162,7 @@ def _refuse_mixture(func: Any, leaves: list[Any]) -> None:
             raise RuntimeError(
                 f"{func}: all tensors must be on {NAME}, found {tuple(each.shape)} on {each.device}"
             )
-        if isinstance(each, torch.Generator) and each not in _generators:
+        if isinstance(each, torch.Generator) and each._cdata not in _generators:
             raise RuntimeError(f"{func}: the generator must be on {NAME}, found {each.device}")
 
 

@@ -66,9 +66,7 @@ def test_noise_is_uniform_fresh_and_reproducible() -> None:
     noise = (first - levels).sort().values
     expected = (torch.arange(len(noise)) + 0.5) / len(noise)
     assert (noise - expected).abs().max() < 3.1 / math.sqrt(len(noise))  # Kolmogorov, 1e-8
-    draws = [
-        transforms.dequantize(levels, generator=device.generator(5)) for _ in range(2)
-    ]
+    draws = [transforms.dequantize(levels, generator=device.generator(5)) for _ in range(2)]
     assert torch.equal(*draws)
 
 

@@ -169,8 +169,7 @@ def test_only_torch_decides_and_a_generator_too() -> None:
     torch.manual_seed(1)
     assert torch.equal(estimator(net, inputs)[1], first)
     draws = [
-        estimator.estimate(net, inputs, generator=device.generator(7)).logabsdet
-        for _ in range(2)
+        estimator.estimate(net, inputs, generator=device.generator(7)).logabsdet for _ in range(2)
     ]
     assert torch.equal(*draws)
 

@@ -26,7 +26,8 @@ from tests import device
 from tests.operations import Operations
 
 Waits = Mapping[str, int]
-LOOK, NONE = "solvers/base.py:read", {}
+LOOK = "solvers/base.py:read"
+NONE: Waits = {}
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,15 @@ def pixels(*shape: int) -> Tensor:
     return torch.randint(0, 16, (4, *shape)) + torch.rand(4, *shape)
 
 
-def vectors(features: int = 3, **options: Any) -> Kind:
+def vectors(
+    features: int = 3, activation: Callable[[], nn.Module] | None = None, **options: Any
+) -> Kind:
     context = options.get("context_features")
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return flows.ResidualFlow(features, 8, 2, **options)
+        chosen = activation and activation()
+        return flows.ResidualFlow(features, 8, 2, activation=chosen, **options)
 
     return Kind(model, shape=(features,), context=context)
 
@@ -96,8 +100,8 @@ FLOWS = {
     "two-probes": vectors(estimator=logdet.PowerSeries(num_probes=2)),
     "no-spline": vectors(marginal_bins=0),
     "recomputed": vectors(recompute=True),
-    "maxmin": vectors(activation=lipschitz_nn.MaxMin()),
-    "clipswish": vectors(activation=lipschitz_nn.CLipSwish()),
+    "maxmin": vectors(activation=lipschitz_nn.MaxMin),
+    "clipswish": vectors(activation=lipschitz_nn.CLipSwish),
     "conditional": vectors(context_features=2),
     "dense-net": vectors(net=lipschitz_nn.LipschitzDenseNet),
     "dense-net-conditional": vectors(net=lipschitz_nn.LipschitzDenseNet, context_features=2),
@@ -107,9 +111,7 @@ FLOWS = {
     "invertible-resnet": Kind(lambda: flows.InvertibleResNet(3, 8, 2)),
     "whitened": Kind(whitened, blocks=1, norms=0, whitenings=1),
     "images": Kind(images, shape=(1, 8, 8), blocks=4, norms=6),
-    "images-recomputed": Kind(
-        lambda: images(recompute=True), shape=(1, 8, 8), blocks=4, norms=6
-    ),
+    "images-recomputed": Kind(lambda: images(recompute=True), shape=(1, 8, 8), blocks=4, norms=6),
 }
 
 

@@ -69,9 +69,7 @@ def check_transform(
         >>> check_transform(LULinear(3), torch.randn(4, 3), clauses=("round_trip",))
     """
     if inputs.shape[0] < 2:
-        raise ValueError(
-            f"at least 2 rows are needed to check a transform, got {inputs.shape[0]}"
-        )
+        raise ValueError(f"at least 2 rows are needed to check a transform, got {inputs.shape[0]}")
     for name in CLAUSES if clauses is None else clauses:
         if name not in CLAUSES:
             raise ValueError(f"unknown clause {name!r}; known are {', '.join(CLAUSES)}")
