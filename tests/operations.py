@@ -15,10 +15,52 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import pretended
 
 VIEWS = frozenset(
-    ["view", "_unsafe_view", "t", "transpose", "permute", "expand", "detach", "select", "slice", "unsqueeze", "squeeze", "as_strided", "alias", "_reshape_alias", "unbind", "split", "split_with_sizes", "diagonal", "lift_fresh", "chunk"]
+    {
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "detach",
+        "select",
+        "slice",
+        "unsqueeze",
+        "squeeze",
+        "as_strided",
+        "alias",
+        "_reshape_alias",
+        "unbind",
+        "split",
+        "split_with_sizes",
+        "diagonal",
+        "lift_fresh",
+        "chunk",
+    }
 )
 WAITS = frozenset(
-    ["_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "masked_scatter", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", "multinomial", "repeat_interleave", "_linalg_eigh", "linalg_eig", "_linalg_svd", "linalg_lstsq", "_linalg_check_errors"]
+    {
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "equal",
+        "nonzero",
+        "masked_select",
+        "masked_scatter",
+        "_unique",
+        "_unique2",
+        "unique_dim",
+        "unique_consecutive",
+        "bincount",
+        "histc",
+        "multinomial",
+        "repeat_interleave",
+        "_linalg_eigh",
+        "linalg_eig",
+        "_linalg_svd",
+        "linalg_lstsq",
+        "_linalg_check_errors",
+    }
 )
 """Operators whose result, its shape, or whether they succeeded, is read by the host.
 

@@ -35,7 +35,7 @@ class OnDevice(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> OnDevice:
+    def __new__(cls: type[OnDevice], held: Tensor) -> OnDevice:
         made: OnDevice = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
@@ -57,7 +57,7 @@ class OnDevice(Tensor):
         return _rebuilt, (self.held, self.requires_grad, isinstance(self, torch.nn.Parameter))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if torch.is_inference_mode_enabled():  # where torch leaves it to others to decompose
@@ -70,9 +70,7 @@ class OnDevice(Tensor):
 def register() -> torch.device:
     """Tell torch about the device, once, and return it."""
     if not hasattr(torch, NAME):
-        backend_registration._setup_privateuseone_for_python_backend(  # type: ignore[no-untyped-call]
-            NAME, backend_module=_Module()
-        )
+        backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         for name in _FACTORIES:
             _LIBRARY.impl(name, _factory(name), "PrivateUse1")
         _LIBRARY.impl("_copy_from", _copied, "PrivateUse1")
@@ -85,13 +83,23 @@ def register() -> torch.device:
 def generator(seed: int) -> torch.Generator:
     """Return a generator of the device."""
     made = torch.Generator().manual_seed(seed)
-    _generators[made._cdata] = made
+    _generators[_address(made)] = made
     return made
 
 
-_FACTORIES = (
-    ["empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step", "eye", "eye.m"]
-)
+def _address(generator: torch.Generator) -> int:
+    return int(generator._cdata)  # type: ignore[attr-defined]
+
+
+_FACTORIES = [
+    "empty.memory_format",
+    "empty_strided",
+    "arange",
+    "arange.start",
+    "arange.start_step",
+    "eye",
+    "eye.m",
+]
 """Out of which torch makes the others; `arange` and `eye` would enlarge an empty tensor."""
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
@@ -162,7 +170,7 @@ def _refuse_mixture(func: Any, leaves: list[Any]) -> None:
             raise RuntimeError(
                 f"{func}: all tensors must be on {NAME}, found {tuple(each.shape)} on {each.device}"
             )
-        if isinstance(each, torch.Generator) and each._cdata not in _generators:
+        if isinstance(each, torch.Generator) and _address(each) not in _generators:
             raise RuntimeError(f"{func}: the generator must be on {NAME}, found {each.device}")
 
 

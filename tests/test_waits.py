@@ -1,4 +1,4 @@
-"""In training nothing makes the host wait for the device; elsewhere it waits where it must, so often.
+"""In training nothing makes the host wait for the device; elsewhere it waits where it must.
 
 Each call is counted by `Operations`, and whatever waits beyond what is listed here fails by its
 name. The tests run where there is a device: `pytest --device cuda`, or `--device pretended`, for
@@ -7,11 +7,10 @@ which the last test starts a process of its own.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -117,8 +116,8 @@ FLOWS = {
 
 @pytest.fixture(autouse=True)
 def needs_a_device(request: pytest.FixtureRequest) -> None:
-    is_started_here = "start_process" in request.fixturenames
-    if not is_started_here and device.current().type == "cpu":
+    is_of_all = request.function is test_all_of_this_on_a_device_that_is_pretended
+    if not is_of_all and device.current().type == "cpu":
         pytest.skip("on a CPU nothing waits: run with --device pretended, as the last test does")
 
 
@@ -185,7 +184,7 @@ def test_a_deeper_image_flow_waits_in_proportion_to_its_blocks() -> None:
         torch.manual_seed(0)
         flow = flows.ImageResidualFlow((1, 8, 8), 4, layers, num_scales=2).eval()
         with torch.no_grad():
-            require_only({LOOK: 2 * 2 * layers}, lambda flow=flow: flow.sample(4))
+            require_only({LOOK: 2 * 2 * layers}, partial(flow.sample, 4))
 
 
 def test_the_classifier_learns_without_waiting_and_checks_what_it_decodes() -> None:
@@ -204,6 +203,8 @@ def test_the_classifier_learns_without_waiting_and_checks_what_it_decodes() -> N
         allowed = {LOOK: 4, "transforms/image.py:inverse": 1}
         require_only(allowed, lambda: model.decode(features))
 
+
+FEW = "new_wait or twelve or (training and (default or roulette or conditional or images))"
 
 BOUNDS = {
     "nn/bounds.py",
@@ -258,27 +259,14 @@ def test_a_new_wait_is_seen(fault: type[Impatient]) -> None:
         require_only(NONE, lambda: norm(torch.randn(4, 3)))
 
 
-@pytest.fixture
-def start_process(request: pytest.FixtureRequest) -> Callable[[list[str]], str]:
-    """Run pytest on the device that is pretended, which torch wants to know from the beginning."""
-    if request.config.getoption("--device") != "cpu":
-        pytest.skip("these tests run on a device already")
-
-    def run(arguments: list[str]) -> str:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        done = subprocess.run(
-            [*command, "--device", "pretended", *arguments],
-            cwd=request.config.rootpath,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-        return done.stdout
-
-    return run
-
-
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["-k", FEW], id="a few"),
+        pytest.param(["-k", f"not ({FEW})"], id="the others", marks=pytest.mark.slow),
+    ],
+)
 def test_all_of_this_on_a_device_that_is_pretended(
-    start_process: Callable[[list[str]], str],
+    request: pytest.FixtureRequest, arguments: list[str]
 ) -> None:
-    assert " failed" not in start_process([__file__])
+    device.run_on(request.config, [__file__, *arguments])
