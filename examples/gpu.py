@@ -156,7 +156,8 @@ def spline_flow(features: int, hidden: int, blocks: int) -> NflowsFlow:
     """Return the coupling flow of Durkan et al. (2019) from nflows' parts."""
 
     def net(given: int, wanted: int) -> nn.Module:
-        return ResidualNet(given, wanted, hidden_features=hidden, num_blocks=2)
+        made: nn.Module = ResidualNet(given, wanted, hidden_features=hidden, num_blocks=2)
+        return made
 
     layers: list[nn.Module] = []
     for index in range(blocks):

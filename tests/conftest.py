@@ -8,7 +8,6 @@ And Ctrl-C as usual: a shell that starts the tests in the background lets them i
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,24 +26,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+_reason: str | None = None
+"""Why no test can run on the device that is asked for."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let whatever names no device be built there, what test files build when imported, too."""
+    global _reason
+    name = config.getoption("--device")
+    if name != "cpu":
+        _reason = device.reason_against(name)
+        torch.set_default_device("cpu" if _reason else name)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     name = config.getoption("--device")
     if name == "cpu":
         return
-    reason = device.reason_against(name)
     for item in items:
         is_elsewhere = item.path.stem not in device.ON_DEVICE
-        if reason or is_elsewhere:
-            text = reason or "what this file tests has nothing to do with the device"
+        if _reason or is_elsewhere:
+            text = _reason or "what this file tests has nothing to do with the device"
             item.add_marker(pytest.mark.skip(reason=text))
-
-
-@pytest.fixture(autouse=True)
-def on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Build on the device whatever a test builds without naming one."""
-    name = request.config.getoption("--device")
-    if name == "cpu":
-        yield
-        return
-    with torch.device(name):
-        yield
