@@ -16,9 +16,10 @@ from torch import nn
 from nflows_iresnet import testing, transforms
 from nflows_iresnet.nn import LipschitzMLP
 from tests import device, pretended
+from tests.cases import CASES
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "gpu.py"
-CASES = "mlp-context- or act-norm- or marginal-spline or roulette-mlp"
+MORE = "mlp-context- or act-norm- or marginal-spline or roulette-mlp"
 
 
 @pytest.fixture
@@ -55,16 +56,15 @@ def test_the_files_that_run_on_a_device_are_there() -> None:
 
 
 def test_the_contract_holds_on_a_device_that_is_pretended(request: pytest.FixtureRequest) -> None:
-    clauses = "round_trip or weighted or inverse_gradients or no_graph or serialisation"
-    arguments = ["tests/test_contract.py", "-k", f"(mlp-2 or marginal-spline) and ({clauses})"]
-    device.run_on(request.config, [*arguments, __file__])
+    device.run_on(request.config, [__file__, "-k", "not every_case"])
 
 
 @pytest.mark.slow
 def test_more_of_the_contract_holds_on_a_device_that_is_pretended(
     request: pytest.FixtureRequest,
 ) -> None:
-    device.run_on(request.config, ["tests/test_contract.py", "-k", CASES])
+    device.run_on(request.config, ["tests/test_contract.py", "-k", MORE])
+    device.run_on(request.config, [__file__, "-k", "every_case"])
 
 
 @pytest.mark.usefixtures("on_pretended")
@@ -101,6 +101,33 @@ class OnTheCPU(transforms.ActNorm):
 def test_a_tensor_that_is_made_elsewhere_is_seen() -> None:
     with pytest.raises(AssertionError, match="must be on pretended"):
         testing.check_transform(OnTheCPU(3), torch.randn(4, 3), clauses=("round_trip",))
+
+
+@pytest.mark.usefixtures("on_pretended")
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_computes_where_its_tensors_are(name: str) -> None:
+    """Whatever the default device is: it is the CPU here, as it is for most users."""
+    case, where = CASES[name], device.current()
+    with torch.device("cpu"):
+        transform, inputs, context = case.factory(), case.inputs(), case.context()
+        transform = transform.to(where)
+        conditions = None if context is None else context.to(where)
+        clauses = ("round_trip", "every_parameter_learns", "same_seed_negates")
+        testing.check_transform(transform, inputs.to(where), conditions, clauses=clauses)
+        if hasattr(getattr(transform, "net", None), "lipschitz_bound"):
+            assert transform.lipschitz_bound() < 1
+
+
+@pytest.mark.usefixtures("on_pretended")
+@pytest.mark.parametrize("clause", testing.CLAUSES)
+def test_every_clause_is_checked_where_the_tensors_are(clause: str) -> None:
+    where = device.current()
+    with torch.device("cpu"):
+        affine = transforms.ConditionalAffine(3, 2).to(where)
+        inputs, context = torch.randn(4, 3).to(where), torch.randn(4, 2).to(where)
+        testing.check_transform(affine, inputs, context, clauses=(clause,))
+        block = transforms.ResidualTransform(LipschitzMLP(3, [4])).to(where)
+        testing.check_transform(block, inputs, clauses=(clause,))
 
 
 # --- the check of the contract --------------------------------------------------------------------

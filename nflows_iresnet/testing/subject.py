@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,4 +131,4 @@ def _row_jacobian(row: Subject) -> Tensor:
     jacobian = torch.autograd.functional.jacobian(
         outputs, row.inputs.flatten(), create_graph=torch.is_grad_enabled()
     )
-    return torch.as_tensor(jacobian)
+    return cast(Tensor, jacobian)
