@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet import flows, logdet, solvers, transforms
 from nflows_iresnet import nn as lipschitz_nn
+from tests.device import generator
 
 NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -49,7 +50,7 @@ class FixedLinear(nn.Module):
 
     def __init__(self, features: int = 3, norm: float = 0.8) -> None:
         super().__init__()
-        matrix = torch.randn(features, features, generator=torch.Generator().manual_seed(1))
+        matrix = torch.randn(features, features, generator=generator(1))
         self.weight = nn.Parameter(norm * matrix / torch.linalg.matrix_norm(matrix, ord=2))
         self.lipschitz = norm
 
