@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.tensor_float import conv2d
 
 PaddingMode = Literal["zeros", "circular"]
 
@@ -57,8 +58,8 @@ def convolve(
         if is_thin and padding_mode == "zeros":
             return _with_bias(_scattered(inputs, weight), bias)
     if padding_mode == "zeros":
-        return F.conv2d(inputs, weight, bias, padding=half_widths(weight))
-    return F.conv2d(padded(inputs, weight, padding_mode), weight, bias)
+        return conv2d(inputs, weight, bias, padding=half_widths(weight))
+    return conv2d(padded(inputs, weight, padding_mode), weight, bias)
 
 
 def _with_bias(outputs: Tensor, bias: Tensor | None) -> Tensor:

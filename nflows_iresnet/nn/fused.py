@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.activations import Activation, is_unit_wise
 from nflows_iresnet.nn.base import Evaluation, LayeredFunction
+from nflows_iresnet.precision import in_full_precision
 
 
 class Fused(NamedTuple):
@@ -90,6 +91,7 @@ def push(
     return pushed
 
 
+@in_full_precision
 class _Pushforward(torch.autograd.Function):
     @staticmethod
     def forward(

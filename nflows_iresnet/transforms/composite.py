@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -14,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
 from nflows_iresnet.precision import (
     context_like_weights,
-    full_precision,
+    is_foreign,
     require_finite_in_training,
+    training_precision,
+    training_products,
 )
 
 Step = Callable[..., tuple[Tensor, Tensor]]
@@ -64,7 +67,8 @@ class CompositeTransform(_NflowsCompositeTransform):
                 step = partial(transform, function=bound[transform], estimator=transform.estimator)
                 if self.recompute and torch.is_grad_enabled() and not is_traced():
                     step = partial(checkpoint, step, use_reentrant=False)
-            outputs, logabsdet = step(outputs)
+            with self._precision_of(transform):
+                outputs, logabsdet = step(outputs)
             total = total + logabsdet
         return outputs, total
 
@@ -76,17 +80,25 @@ class CompositeTransform(_NflowsCompositeTransform):
             step: Step = partial(transform.inverse, context=context)
             if transform in bound:
                 step = partial(transform.inverse, function=bound[transform])
-            outputs, logabsdet = step(outputs)
+            with self._precision_of(transform):
+                outputs, logabsdet = step(outputs)
             total = total + logabsdet
         return outputs, total
+
+    def _precision_of(self, transform: Transform) -> AbstractContextManager[object]:
+        """Return full precision for what is not of this package, and would not see to it."""
+        if is_foreign(transform) and next(transform.parameters(), None) is not None:
+            return training_products(self, is_opaque=True)
+        return nullcontext()
 
     def _bind(
         self, inputs: Tensor, context: Tensor | None
     ) -> dict[torch.nn.Module, ResidualFunction]:
         """Bind the nets of all blocks that opt in: they state that they take a function."""
         blocks = [each for each in self._transforms if getattr(each, "takes_function", False)]
-        with full_precision(inputs.device):
-            nets = [block.net for block in blocks]
+        nets = [block.net for block in blocks]
+        is_opaque = any(map(is_foreign, nets))
+        with training_precision(self, inputs.device, is_opaque=is_opaque):
             functions = bind_all(nets, context_like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
 
