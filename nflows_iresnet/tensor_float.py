@@ -263,9 +263,12 @@ def is_relaxed() -> bool:
 def unrecorded() -> AbstractContextManager[object]:
     """Return a block whose products are differentiated at once or never, if no graph is recorded.
 
-    For `torch.func`, inside which a graph is always recorded.
+    For `torch.func`, inside which a graph is always recorded. Where a compiler traces that,
+    operators of ours cannot be differentiated, so that products are torch's.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
+        return torch._C.DisableTorchFunction()
+    if torch.is_grad_enabled():
         return nullcontext()
     return _Marked("is_recorded", False)
 
@@ -637,7 +640,8 @@ def conv2d(
         padding: zeros around an image.
     """
     if torch.compiler.is_compiling():
-        if inputs.dtype != torch.float32 or _is_exported():
+        is_left_alone = torch._C._is_torch_function_all_disabled() or _is_exported()
+        if inputs.dtype != torch.float32 or is_left_alone:
             return F.conv2d(inputs, weight, bias, padding=padding)
         return _convolve(F.conv2d, inputs, weight, bias, padding=padding)
     if _HERE.is_relaxed or inputs.dtype != torch.float32:
