@@ -124,7 +124,7 @@ class ResidualClassifier(torch_nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) of images (B, C, H, W) with values 0, ..., levels - 1."""
-        with training_products(self, is_opaque=is_foreign(self)):
+        with training_products(self, "anything" if is_foreign(self) else "matrices"):
             logits: Tensor = self.head(self.encode(images))
         return logits
 

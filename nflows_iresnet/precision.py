@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.tensor_float import (
+    Work,
     constant_when_compiled,
     full_products,
     is_relaxed,
@@ -27,9 +28,7 @@ from nflows_iresnet.tensor_float import (
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def full_precision(
-    device: torch.device, *, is_opaque: bool = False
-) -> AbstractContextManager[object]:
+def full_precision(device: torch.device, work: Work = "matrices") -> AbstractContextManager[object]:
     """Return a context in which autocast is off, and products are those of the dtype.
 
     No setting of torch's that allows TensorFloat-32 counts, neither there nor in what
@@ -40,31 +39,38 @@ def full_precision(
 
     Args:
         device: of the tensors.
-        is_opaque: whether code that is not of this package runs inside.
+        work: what is computed inside.
     """
-    return _without_autocast(device, full_products(is_opaque=is_opaque))
+    return _without_autocast(device, full_products(work))
 
 
 def training_precision(
-    module: nn.Module, device: torch.device, *, is_opaque: bool = False
+    module: nn.Module,
+    device: torch.device,
+    work: Work = "matrices",
 ) -> AbstractContextManager[object]:
     """Return `full_precision`, but for modules in training, inside `allow_tf32_in_training`.
 
     Args:
         module: that computes a value or its log-determinant.
         device: of the tensors.
-        is_opaque: whether code that is not of this package runs inside.
+        work: what is computed inside.
     """
-    return _without_autocast(device, training_products(module, is_opaque=is_opaque))
+    return _without_autocast(device, training_products(module, work))
 
 
-def training_products(
-    module: nn.Module, *, is_opaque: bool = False
-) -> AbstractContextManager[object]:
+def training_products(module: nn.Module, work: Work = "matrices") -> AbstractContextManager[object]:
     """Return `training_precision`, with autocast as it is."""
     if module.training and torch.is_grad_enabled() and _is_tf32_allowed():
         return relaxed()
-    return full_products(is_opaque=is_opaque)
+    return full_products(work)
+
+
+def work_of(function: object, inputs: Tensor) -> Work:
+    """Return what a function, or a network, computes of inputs."""
+    if is_foreign(function):
+        return "anything"
+    return "images" if inputs.dim() > 2 else "matrices"
 
 
 def is_foreign(thing: object) -> bool:

@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -273,31 +273,32 @@ def unrecorded() -> AbstractContextManager[object]:
     return _Marked("is_recorded", False)
 
 
-def full_products(*, is_opaque: bool = False) -> AbstractContextManager[object]:
-    """Return a block whose products are float32's, and those of their derivatives, at any time.
+Work = Literal["matrices", "images", "anything"]
+"""What a block computes: products of matrices and at most a few `conv2d`; many of these, for which
+the settings are switched off once; or what code that is not of this package asks torch for."""
 
-    Args:
-        is_opaque: whether the block may ask torch for convolutions, and not only `conv2d`.
-    """
+
+def full_products(work: Work = "matrices") -> AbstractContextManager[object]:
+    """Return a block whose products are float32's, and those of their derivatives, at any time."""
     if torch.compiler.is_compiling():
-        return _compiled(is_opaque)
-    if not is_opaque and not _HERE.is_relaxed and _HELD.are_products_long():
+        return _compiled(work)
+    if work == "matrices" and not _HERE.is_relaxed and _HELD.are_products_long():
         return nullcontext()
-    return _FullProducts(is_opaque)
+    return _FullProducts(work)
 
 
 class _FullProducts:
-    __slots__ = ("_is_opaque", "_stack")
+    __slots__ = ("_stack", "_work")
 
-    def __init__(self, is_opaque: bool) -> None:
-        self._is_opaque = is_opaque
+    def __init__(self, work: Work) -> None:
+        self._work = work
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
             allowed = stack.enter_context(switched_off())
             if _HERE.is_relaxed:
                 stack.enter_context(_Marked("is_relaxed", False))
-            needed = allowed.products or (allowed.convolutions and self._is_opaque)
+            needed = allowed.products or (allowed.convolutions and self._work == "anything")
             if needed and not _HERE.is_rerouted and _is_recorded():
                 stack.enter_context(_Marked("is_rerouted", True))
                 stack.enter_context(_Rerouted(allowed))
@@ -312,13 +313,13 @@ class _FullProducts:
         self._stack.__exit__(kind, error, trace)
 
 
-def in_full_products(*, is_opaque: bool = False) -> Callable[[_F], _F]:
+def in_full_products(work: Work = "matrices") -> Callable[[_F], _F]:
     """Let calls of a function or method run in `full_products`, unless in a `relaxed` block."""
 
     def protect(function: _F) -> _F:
         @wraps(function)
         def protected(*args: Any, **kwargs: Any) -> Any:
-            with nullcontext() if is_relaxed() else full_products(is_opaque=is_opaque):
+            with nullcontext() if is_relaxed() else full_products(work):
                 return function(*args, **kwargs)
 
         return cast(_F, protected)
@@ -333,13 +334,13 @@ def _is_recorded() -> bool:
     )
 
 
-def _compiled(is_opaque: bool) -> AbstractContextManager[object]:
+def _compiled(work: Work) -> AbstractContextManager[object]:
     """Return a block for a compiler: torch compiles anew where the setting of products changes.
 
     It does not where that of convolutions does, so these are always operators of ours.
     """
     allowed = Allowed(products=_allows_products(), convolutions=True)
-    if _is_exported() or not (allowed.products or is_opaque):
+    if _is_exported() or not (allowed.products or work == "anything"):
         return nullcontext()
     return _Rerouted(allowed)
 
@@ -380,6 +381,11 @@ class _Form(Protocol):
     def widened(self, bias: Tensor, dim: int) -> Tensor:
         """Return a bias as it is added to a product with so many dimensions."""
 
+    def gradients(
+        self, triple: Triple, bias_shape: torch.Size | None, is_needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Return those of a, b, c and the bias from a triple with the cotangent of a b for c."""
+
 
 @dataclass(frozen=True)
 class _Matrices:
@@ -397,6 +403,15 @@ class _Matrices:
 
     def widened(self, bias: Tensor, dim: int) -> Tensor:
         return bias
+
+    def gradients(
+        self, triple: Triple, bias_shape: torch.Size | None, is_needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        left, right = [
+            self.evaluate(place, triple) if is_needed[place] else None for place in (_LEFT, _RIGHT)
+        ]
+        of_bias = None if bias_shape is None else _summed_to(triple[_OUT], bias_shape)
+        return left, right, None, of_bias
 
 
 def _factors(hole: int, triple: Triple) -> tuple[Tensor, Tensor]:
@@ -441,6 +456,16 @@ class _Convolution:
 
     def widened(self, bias: Tensor, dim: int) -> Tensor:
         return bias.reshape(-1, *[1] * (dim - 2))
+
+    def gradients(
+        self, triple: Triple, bias_shape: torch.Size | None, is_needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        inputs, weight, outputs = triple
+        mask = [is_needed[_LEFT], is_needed[_RIGHT], is_needed[3]]
+        left, right, of_bias = torch.ops.aten.convolution_backward(
+            outputs, inputs, weight, bias_shape, *self.options, mask
+        )
+        return left, right, None, of_bias
 
 
 def _convolution(
@@ -506,8 +531,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        triple = list(ctx.saved_tensors)
-        triple[ctx.hole] = cotangent
+        triple = _with(ctx.saved_tensors, ctx.hole, cotangent)
+        if ctx.hole == _OUT and not torch.is_grad_enabled():
+            with switched_off():
+                gradients = ctx.form.gradients(triple, ctx.bias_shape, ctx.needs_input_grad[2:])
+            return None, None, *gradients
         found: list[Tensor | None] = [None, None, None]
         for place in range(3):
             if place != ctx.hole and ctx.needs_input_grad[2 + place]:

@@ -217,7 +217,7 @@ class Flow(_NflowsFlow):
 
     def _of_others(self) -> AbstractContextManager[object]:
         """Return full precision for what is not of this package."""
-        return training_products(self, is_opaque=True)
+        return training_products(self, "anything")
 
     def _check_given(self, inputs: Tensor, context: Tensor | None) -> None:
         _require_tensor("inputs", inputs)

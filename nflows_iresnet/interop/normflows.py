@@ -146,7 +146,7 @@ class FromNormflows(Transform):
         parameter: inspect.Parameter | None,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        with training_products(self, is_opaque=True):
+        with training_products(self, "anything"):
             outputs, logabsdet = direction(inputs, **self._conditions(parameter, context))
         if not isinstance(outputs, Tensor):
             raise ValueError(

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import first_derivative_only, is_traced
-from nflows_iresnet.precision import full_precision
-from nflows_iresnet.tensor_float import in_full_products
+from nflows_iresnet.precision import full_precision, is_foreign
+from nflows_iresnet.tensor_float import Work, in_full_products
 
 State = dict[str, Tensor]
 _TINY = torch.finfo(torch.float64).tiny
@@ -119,7 +119,8 @@ def norms_of(
     Returns:
         Shape (P, K).
     """
-    with full_precision(stacks[0].device, is_opaque=any(each.dim() > 3 for each in stacks)):
+    work: Work = "anything" if any(map(is_foreign, norms)) else "matrices"
+    with full_precision(stacks[0].device, work):
         if torch.compiler.is_compiling():
             return _linear_in_weights(stacks, *_values_and_gradients(stacks, norms, states))
         if is_traced():

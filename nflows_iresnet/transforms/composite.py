@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from nflows.transforms import CompositeTransform as _NflowsCompositeTransform
 from nflows.transforms import Transform
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
@@ -20,6 +20,7 @@ from nflows_iresnet.precision import (
     training_precision,
     training_products,
 )
+from nflows_iresnet.tensor_float import Work
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -87,8 +88,8 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def _precision_of(self, transform: Transform) -> AbstractContextManager[object]:
         """Return full precision for what is not of this package, and would not see to it."""
-        if is_foreign(transform) and next(transform.parameters(), None) is not None:
-            return training_products(self, is_opaque=True)
+        if _has_foreign_parameters(transform):
+            return training_products(self, "anything")
         return nullcontext()
 
     def _bind(
@@ -97,11 +98,20 @@ class CompositeTransform(_NflowsCompositeTransform):
         """Bind the nets of all blocks that opt in: they state that they take a function."""
         blocks = [each for each in self._transforms if getattr(each, "takes_function", False)]
         nets = [block.net for block in blocks]
-        is_opaque = any(map(is_foreign, nets))
-        with training_precision(self, inputs.device, is_opaque=is_opaque):
+        work: Work = "anything" if any(map(is_foreign, nets)) else "matrices"
+        with training_precision(self, inputs.device, work):
             functions = bind_all(nets, context_like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
 
     def extra_repr(self) -> str:
         """Show whether activations are kept."""
         return "recompute=True" if self.recompute else ""
+
+
+def _has_foreign_parameters(module: nn.Module) -> bool:
+    """Whether a transform, or one that it is made of, has weights and is not of this package."""
+    if not is_foreign(module):
+        return False
+    if isinstance(module, (Transform, nn.ModuleList)) and not module._parameters:
+        return any(map(_has_foreign_parameters, module.children()))
+    return next(module.parameters(), None) is not None

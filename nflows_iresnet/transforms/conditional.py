@@ -81,7 +81,7 @@ class ConditionalAffine(Transform):
         if context is None:
             zeros = inputs.new_zeros(inputs.shape)
             return zeros, zeros
-        with training_precision(self, inputs.device, is_opaque=True):
+        with training_precision(self, inputs.device, "anything"):
             values = self.net(context_like_weights(context, self.net))
         if values.shape[1:] != (2 * self.features,):
             raise ValueError(

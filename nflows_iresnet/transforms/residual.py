@@ -24,10 +24,10 @@ from nflows_iresnet.logdet import Auto, LogDetEstimator
 from nflows_iresnet.precision import (
     context_like_weights,
     full_precision,
-    is_foreign,
     like_weights,
     require_finite_in_training,
     training_precision,
+    work_of,
 )
 from nflows_iresnet.renamed import warn_renamed
 from nflows_iresnet.solvers import Anderson, Solver
@@ -120,7 +120,7 @@ class ResidualTransform(Transform):
     def bind(self, context: Tensor | None = None) -> ResidualFunction:
         """Return g for the present weights and one context, see `linearization.bind`."""
         parameter = next(self.net.parameters(), torch.empty(0))
-        with training_precision(self, parameter.device, is_opaque=is_foreign(self.net)):
+        with training_precision(self, parameter.device, work_of(self.net, parameter)):
             return bind(self.net, context_like_weights(context, self.net))
 
     def forward(
@@ -144,7 +144,7 @@ class ResidualTransform(Transform):
                 network does not take; in training on a CPU, if they are not finite.
         """
         inputs = self._checked(inputs, context)
-        with training_precision(self, inputs.device, is_opaque=is_foreign(function or self.net)):
+        with training_precision(self, inputs.device, work_of(function or self.net, inputs)):
             if function is None:
                 require_finite_in_training(self, inputs, context)
                 function = self.bind(context)
@@ -193,7 +193,7 @@ class ResidualTransform(Transform):
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
         inputs = self._checked(inputs, context)
-        with full_precision(inputs.device, is_opaque=is_foreign(function or self.net)):
+        with full_precision(inputs.device, work_of(function or self.net, inputs)):
             function = self.bind(context) if function is None else function
             outputs = _inverse(function, inputs, self.solver)
             if not _NEEDS_LOGABSDET.get():
@@ -347,7 +347,7 @@ class _Implicit(torch.autograd.Function):
     def solve(ctx: Any, target: Tensor, *, is_transposed: bool) -> Tensor:
         at, *tensors = ctx.saved_tensors
         function = ctx.rebuild(tensors)
-        with full_precision(target.device, is_opaque=is_foreign(function)):
+        with full_precision(target.device, work_of(function, target)):
             return solve_linear(function, at, target, ctx.solver, is_transposed=is_transposed)
 
 
