@@ -498,8 +498,19 @@ def _product(form: _Form, hole: int, *triple: Tensor | None, bias: Tensor | None
     if torch.is_grad_enabled():
         node: Tensor = _Product.apply(form, hole, *triple, bias)
         return node
-    with switched_off():
+    with _exactly(triple):
         return form.evaluate(hole, triple, bias)
+
+
+def _exactly(tensors: Triple) -> AbstractContextManager[object]:
+    """Return a block for one product, of a backward pass that may run inside autocast, too."""
+    device = next(each.device.type for each in tensors if each is not None)
+    if not torch.is_autocast_enabled(device):
+        return switched_off()
+    stack = ExitStack()
+    stack.enter_context(torch.autocast(device, enabled=False))
+    stack.enter_context(switched_off())
+    return stack
 
 
 class _Product(torch.autograd.Function):
@@ -516,8 +527,9 @@ class _Product(torch.autograd.Function):
         out: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        with switched_off():
-            return form.evaluate(hole, (left, right, out), bias)
+        triple = left, right, out
+        with _exactly(triple):
+            return form.evaluate(hole, triple, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -533,7 +545,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         triple = _with(ctx.saved_tensors, ctx.hole, cotangent)
         if ctx.hole == _OUT and not torch.is_grad_enabled():
-            with switched_off():
+            with _exactly(triple):
                 gradients = ctx.form.gradients(triple, ctx.bias_shape, ctx.needs_input_grad[2:])
             return None, None, *gradients
         found: list[Tensor | None] = [None, None, None]
@@ -578,7 +590,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(function: Callable[..., Any], *tensors: Tensor) -> Any:
-        with switched_off():
+        with _exactly(tensors):
             return function(*tensors)
 
     @staticmethod
@@ -592,6 +604,7 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         function, is_single, count = ctx.function, ctx.is_single, len(cotangents)
 
+        @torch.enable_grad()  # without it, some backwards of torch's have no derivative
         def pullback(*given: Tensor) -> tuple[Tensor, ...]:
             pull = torch.func.vjp(function, *given[count:])[1]
             gradients: tuple[Tensor, ...] = pull(given[0] if is_single else given[:count])
@@ -613,9 +626,10 @@ class _Whole(torch.autograd.Function):
 
 
 def _whole(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    tensors = tuple(each.contiguous() for each in tensors)
     if torch.is_grad_enabled():
         return _Whole.apply(function, *tensors)
-    with switched_off():
+    with _exactly(tensors):
         return function(*tensors)
 
 
@@ -641,7 +655,7 @@ class _Rerouted(TorchFunctionMode):
             replacement = _OF_CONVOLUTIONS.get(func)
         if replacement is None or not _is_concerned(args, kwargs):
             return func(*args, **kwargs)
-        return replacement(func, *args, **kwargs)
+        return replacement(func, *args, **{k: v for k, v in kwargs.items() if k != "out"})
 
 
 def _is_concerned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -823,6 +837,33 @@ _OF_CONVOLUTIONS: dict[Callable[..., Any], _Replacement] = {
     torch.conv_transpose3d: _convolve_transposed,
 }
 
+_DECOMPOSITIONS = [
+    "cholesky",
+    "cond",
+    "det",
+    "eigh",
+    "eigvalsh",
+    "inv",
+    "lstsq",
+    "lu",
+    "lu_factor",
+    "lu_solve",
+    "matrix_exp",
+    "matrix_norm",
+    "matrix_power",
+    "multi_dot",
+    "norm",
+    "pinv",
+    "qr",
+    "slogdet",
+    "solve",
+    "solve_triangular",
+    "svd",
+    "svdvals",
+    "tensorinv",
+    "tensorsolve",
+]
+
 _OF_PRODUCTS: dict[Callable[..., Any], _Replacement] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -852,19 +893,20 @@ _OF_PRODUCTS: dict[Callable[..., Any], _Replacement] = {
         torch.tensordot,
         torch.bilinear,
         torch.chain_matmul,
-        torch.linalg.multi_dot,
-        torch.linalg.matrix_power,
-        torch.linalg.matrix_exp,
         torch.matrix_exp,
-        torch.linalg.solve_triangular,
-        torch.linalg.solve,
-        torch.linalg.inv,
+        torch.matrix_power,
         torch.inverse,
-        torch.linalg.slogdet,
+        torch.pinverse,
         torch.slogdet,
         torch.logdet,
-        torch.linalg.det,
         torch.det,
+        torch.svd,
+        torch.qr,
+        torch.cholesky,
+        torch.cholesky_solve,
+        torch.cholesky_inverse,
+        torch.triangular_solve,
+        *(getattr(torch.linalg, name) for name in _DECOMPOSITIONS),
     ),
     _any,
 )
