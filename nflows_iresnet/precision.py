@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,18 @@ def allow_tf32_in_training() -> Iterator[None]:
         yield
     finally:
         _TF32_IN_TRAINING.reset(token)
+
+
+def as_now(step: _Function) -> _Function:
+    """Let a function run with the permission of `allow_tf32_in_training` that is given now."""
+    if not _is_tf32_allowed():
+        return step
+
+    def permitted(*args: Any, **kwargs: Any) -> Any:
+        with allow_tf32_in_training():
+            return step(*args, **kwargs)
+
+    return cast(_Function, permitted)
 
 
 def in_full_precision(node: _Function) -> _Function:

@@ -171,9 +171,11 @@ class _Held:
     def leave(self) -> None:
         """Restore the caller's settings if nobody else needs them switched off."""
         with self._lock:
-            if self._holders == 1 and self._settings is not None:
-                self._settings.restore()
-            self._holders -= 1
+            try:
+                if self._holders == 1 and self._settings is not None:
+                    self._settings.restore()
+            finally:
+                self._holders -= 1
 
     def are_products_long(self) -> bool:
         """Whether the caller's settings allow no short products, asked for without the lock."""

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
 from nflows_iresnet.precision import (
+    as_now,
     context_like_weights,
     is_foreign,
     require_finite_in_training,
@@ -67,7 +68,7 @@ class CompositeTransform(_NflowsCompositeTransform):
             if transform in bound:
                 step = partial(transform, function=bound[transform], estimator=transform.estimator)
                 if self.recompute and torch.is_grad_enabled() and not is_traced():
-                    step = partial(checkpoint, step, use_reentrant=False)
+                    step = partial(checkpoint, as_now(step), use_reentrant=False)
             with self._precision_of(transform):
                 outputs, logabsdet = step(outputs)
             total = total + logabsdet
