@@ -27,6 +27,8 @@ from nflows_iresnet.precision import (
     full_precision,
     like_weights,
     require_finite_in_training,
+    training_precision,
+    work_of,
 )
 from nflows_iresnet.renamed import warn_renamed
 from nflows_iresnet.solvers import Anderson, Solver
@@ -119,8 +121,8 @@ class ResidualTransform(Transform):
     def bind(self, context: Tensor | None = None) -> ResidualFunction:
         """Return g for the present weights and one context, see `linearization.bind`."""
         parameter = first_parameter(self.net)
-        device = torch.device("cpu") if parameter is None else parameter.device
-        with full_precision(device):
+        like = torch.empty(0) if parameter is None else parameter
+        with training_precision(self, like.device, work_of(self.net, like)):
             return bind(self.net, context_like_weights(context, self.net))
 
     def forward(
@@ -144,7 +146,7 @@ class ResidualTransform(Transform):
                 network does not take; in training on a CPU, if they are not finite.
         """
         inputs = self._checked(inputs, context)
-        with full_precision(inputs.device):
+        with training_precision(self, inputs.device, work_of(function or self.net, inputs)):
             if function is None:
                 require_finite_in_training(self, inputs, context)
                 function = self.bind(context)
@@ -192,7 +194,7 @@ class ResidualTransform(Transform):
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
         inputs = self._checked(inputs, context)
-        with full_precision(inputs.device):
+        with full_precision(inputs.device, work_of(function or self.net, inputs)):
             function = self.bind(context) if function is None else function
             outputs, point = self._solve(function, inputs)
             if not _NEEDS_LOGABSDET.get():
@@ -364,7 +366,7 @@ class _Implicit(torch.autograd.Function):
     def solve(ctx: Any, target: Tensor, *, is_transposed: bool) -> Tensor:
         at, *tensors = ctx.saved_tensors
         function = ctx.rebuild(tensors)
-        with full_precision(target.device):
+        with full_precision(target.device, work_of(function, target)):
             return solve_linear(function, at, target, ctx.solver, is_transposed=is_transposed)
 
 
