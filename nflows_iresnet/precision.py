@@ -174,7 +174,7 @@ def in_full_precision(node: _Function) -> _Function:
     def protected(ctx: Any, *cotangents: Any) -> Any:
         given = [each for each in cotangents if each is not None]
         device = given[0].device if given else torch.device("cpu")  # nothing will be computed
-        work: Work = "images" if any(each.dim() > 2 for each in given) else "matrices"
+        work: Work = "images" if any(each.dim() > 3 for each in given) else "matrices"
         inner = relaxed() if ctx.is_relaxed else full_products(work)
         with _without_autocast(device, inner):
             return backward(ctx, *cotangents)

@@ -17,6 +17,7 @@ from nflows_iresnet.nn.cholesky_norm import CholeskyNorm, default_norm, top_vect
 from nflows_iresnet.nn.norms import SchattenNorm
 from tests import planted_norms
 from tests.test_norms import KINDS
+from tests.test_tensor_float32 import Emulation
 
 Size = tuple[int, int]
 SIZES = [(1, 1), (2, 3), (25, 25), (64, 300), (256, 256), (300, 700), (512, 512)]
@@ -247,15 +248,24 @@ def test_values_alone_and_in_a_stack_are_equal_and_nothing_is_random() -> None:
     torch.testing.assert_close(values, together[0], rtol=1e-6, atol=0)
 
 
-def test_it_trusts_no_short_products() -> None:
-    weight, before = torch.randn(32, 32), torch.get_float32_matmul_precision()
-    assert CholeskyNorm()._dtype(weight) == torch.float32
+def test_float32_is_used_where_its_rounding_adds_little() -> None:
+    assert CholeskyNorm()._dtype(torch.empty(32, 32)) == torch.float32
     assert CholeskyNorm()._dtype(torch.empty(1025, 1025)) == torch.float64
+    assert CholeskyNorm()._dtype(torch.empty(32, 32, dtype=torch.float64)) == torch.float64
+
+
+@pytest.mark.parametrize("size", [32, 300])
+def test_no_setting_of_short_products_reaches_the_bound(size: int) -> None:
+    torch.manual_seed(0)
+    weight, before = torch.randn(size, size), torch.get_float32_matmul_precision()
+    expected = CholeskyNorm()(weight)
     try:
         torch.set_float32_matmul_precision("high")
-        assert CholeskyNorm()._dtype(weight) == torch.float64
+        with Emulation():
+            found = CholeskyNorm()(weight)
     finally:
         torch.set_float32_matmul_precision(before)
+    assert found == expected
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -838,7 +838,7 @@ def test_planted_it_is_seen_if_nothing_is_switched_off(
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("name", ["densely connected", "large kernels", "user's convolutions"])
+@pytest.mark.parametrize("name", ["densely connected", "user's convolutions"])
 def test_planted_it_is_seen_if_products_are_torchs_nodes(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
