@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nflows_iresnet.linearization import SecondDerivativeError
 from nflows_iresnet.logdet.auto import Auto
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
+from nflows_iresnet.logdet.plan import TermPlan
 from nflows_iresnet.logdet.power_series import (
     Gaussian,
     PowerSeries,
@@ -40,6 +41,7 @@ __all__ = [
     "Rademacher",
     "RussianRoulette",
     "SecondDerivativeError",
+    "TermPlan",
     "Truncation",
 ]
 
