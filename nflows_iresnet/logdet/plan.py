@@ -115,6 +115,11 @@ class TermPlan:
         """How many draws a step makes."""
         return len(self._requests)
 
+    @property
+    def uses_generators(self) -> bool:
+        """Whether a series draws from a generator of its own."""
+        return any(request.generator is not None for request in self._requests)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Remember who draws; everybody draws as without a plan."""

@@ -112,7 +112,10 @@ def weighted_series(
 
 
 def _weighted_sums(
-    linearization: Linearization, probe: Tensor, weights: Sequence[float | Tensor], exact_trace: bool
+    linearization: Linearization,
+    probe: Tensor,
+    weights: Sequence[float | Tensor],
+    exact_trace: bool,
 ) -> list[Tensor]:
     """Return w and s, the vectors of the derivative and of the value."""
     power = probe
