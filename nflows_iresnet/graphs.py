@@ -186,9 +186,7 @@ class _Step:
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         parameters = self.parameters()
-        gradients = [each.grad for each in parameters if each.grad is not None]
-        if gradients:
-            torch._foreach_zero_(gradients)
+        self._zero_gradients(parameters)
         with _without_autocast_cache(parameters[0].device):
             loss = self.loss(self.flow, *arguments)
             if loss.dim() > 0:
@@ -201,22 +199,34 @@ class _Step:
             self.optimizer.step()
         return loss.detach()
 
+    def _zero_gradients(self, trained: list[nn.Parameter]) -> None:
+        gradients = [each.grad for each in trained if each.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
+        for parameter in self._every_parameter():
+            if not parameter.requires_grad:
+                parameter.grad = None  # the optimiser would go on with it
+
     def parameters(self) -> list[nn.Parameter]:
-        """Return what is trained: the model's parameters and the optimiser's, each once."""
+        """Return what is trained."""
+        trained = [each for each in self._every_parameter() if each.requires_grad]
+        if not trained:
+            raise ValueError("nothing is to be trained: no parameter requires a gradient")
+        return trained
+
+    def _every_parameter(self) -> list[nn.Parameter]:
+        """Return the model's parameters and the optimiser's, each once."""
         every = [*self.flow.parameters()]
         for group in self.optimizer.param_groups:
             every += group["params"]
-        trained = {id(each): each for each in every if each.requires_grad}
-        if not trained:
-            raise ValueError("nothing is to be trained: no parameter requires a gradient")
-        return list(trained.values())
+        return list({id(each): each for each in every}.values())
 
     def modules(self) -> Iterable[nn.Module]:
         return self.flow.modules()
 
     def tensors(self) -> list[Tensor]:
         """Return everything that a step may change: weights, buffers, the optimiser's state."""
-        every: list[Tensor] = [*self.parameters(), *self.flow.parameters(), *self.flow.buffers()]
+        every: list[Tensor] = [*self._every_parameter(), *self.flow.buffers()]
         for state in self.optimizer.state.values():
             every += [each for each in state.values() if isinstance(each, Tensor)]
         return list({id(each): each for each in every}.values())
@@ -390,7 +400,7 @@ class _CapturedStep:
     def _prepared(self) -> _OptimizerState:
         """Warm up, capture the first graph, and undo both."""
         optimizer = self._step.optimizer
-        optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+        optimizer._warned_capturable_if_run_uncaptured = True
         before, known = _Snapshot(self._step.tensors()), set(optimizer.state)
         try:
             self._warm_up()

@@ -97,18 +97,19 @@ def weighted_series(
         Shape (B,). Cost: one product with J per term. (With a linearisation whose `bilinear` takes
         one for each vector: one more where a gradient is recorded.)
     """
-    if isinstance(weights, Tensor):
-        weights = weights.to(probe.dtype).unbind()
+    each: Sequence[float | Tensor] = (
+        weights.to(probe.dtype).unbind() if isinstance(weights, Tensor) else weights
+    )
     with torch.no_grad():
-        sums = _weighted_sums(linearization, probe, weights, exact_trace)
-    sums = [each.detach() for each in sums]  # forward mode differentiates without a graph, too
+        sums = _weighted_sums(linearization, probe, each, exact_trace)
+    sums = [vector.detach() for vector in sums]  # forward mode differentiates without a graph, too
     if torch.is_grad_enabled():
         surrogate, value = linearization.bilinear(sums, probe)
         surrogate = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
         value = value.detach() + (surrogate - surrogate.detach())
     else:
         (value,) = linearization.bilinear(sums[1:], probe)
-    return value + weights[0] * linearization.trace() if exact_trace else value
+    return value + each[0] * linearization.trace() if exact_trace else value
 
 
 def _weighted_sums(
