@@ -142,7 +142,7 @@ class GraphedStep:
         obstacle = captured.obstacle(arguments)
         self.reason = None if obstacle is None else obstacle.text
         if obstacle is not None:
-            self._say(obstacle)
+            self._say(obstacle, stacklevel=3)
             return self._step(*arguments)
         if not captured.is_in_place():
             self._capture(arguments)
@@ -166,13 +166,13 @@ class GraphedStep:
 
     def _give_up(self, error: _CaptureError) -> None:
         self._captured, self.reason = None, str(error)
-        self._say(_Obstacle("capture", str(error)))
+        self._say(_Obstacle("capture", str(error)), stacklevel=5)
 
-    def _say(self, obstacle: _Obstacle) -> None:
+    def _say(self, obstacle: _Obstacle, stacklevel: int) -> None:
         if obstacle.kind not in self._said:
             self._said.add(obstacle.kind)
             message = f"the training step runs eagerly: {obstacle.text}"
-            warnings.warn(message, NotCapturedWarning, stacklevel=3)
+            warnings.warn(message, NotCapturedWarning, stacklevel=stacklevel)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nflows.transforms import CompositeTransform, LULinear
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import (
+    CompositeTransform,
+    LULinear,
+    PiecewiseRationalQuadraticCouplingTransform,
+)
 from torch import Tensor, nn
 
-from nflows_iresnet import ResidualFlow, ResidualTransform, logdet
+from nflows_iresnet import ResidualFlow, ResidualTransform, graphs, logdet
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning, graph_length
 from nflows_iresnet.logdet import TermPlan
@@ -126,7 +131,9 @@ def test_a_fresh_optimizer_has_no_state_until_the_first_step(recorder: EmulatedR
 
 
 class Counting(nn.Module):
-    """A flow whose running mean counts the batches it has seen in training."""
+    """A model that counts the batches it has seen."""
+
+    seen: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,6 +299,15 @@ class DrawsOnTheHost(Counting):
         return super().log_prob(inputs) * (1 + np.random.rand())
 
 
+def test_splines_of_nflows_wait_and_are_named(recorder: EmulatedRecorder) -> None:
+    spline = PiecewiseRationalQuadraticCouplingTransform(
+        [1, 0, 1], lambda inputs, outputs: ResidualNet(inputs, outputs, 4), tails="linear"
+    )
+    flow = Flow(CompositeTransform([spline]), StandardNormal([3])).double()
+    with pytest.warns(NotCapturedWarning, match=r"\(PiecewiseRationalQuadraticCouplingTransform\)"):
+        GraphedStep(flow, adam(flow), rows(features=3)[0])
+
+
 def test_a_step_that_draws_on_the_host_is_not_captured(recorder: EmulatedRecorder) -> None:
     flow = DrawsOnTheHost()
     with pytest.warns(NotCapturedWarning, match=r"numpy\.random"):
@@ -444,14 +460,14 @@ def deviations(roulette: logdet.LogDetEstimator, steps: int = 600) -> list[float
     exact = linear_flow(logdet.Exact())
     expected = -exact.log_prob(batch).mean()
     expected.backward()
-    wanted = [expected.item(), *(float(each.grad.sum()) for each in exact.parameters())]  # type: ignore[union-attr]
+    wanted = [expected.item(), *(float(each.grad.sum()) for each in exact.parameters())]
     step = GraphedStep(flow, torch.optim.SGD(flow.parameters(), 0.0), batch)
     assert step.is_captured
     torch.manual_seed(5)
     found = []
     for _ in range(steps):
         loss = float(step(batch))
-        found.append([loss, *(float(each.grad.sum()) for each in flow.parameters())])  # type: ignore[union-attr]
+        found.append([loss, *(float(each.grad.sum()) for each in flow.parameters())])
     values = torch.tensor(found, dtype=torch.float64)
     error = values.std(0) / steps**0.5
     return ((values.mean(0) - torch.tensor(wanted)) / error).abs().tolist()
@@ -492,7 +508,7 @@ def test_one_number_of_terms_for_ever_is_seen(
     monkeypatch.setattr(TermPlan, "draw", once)
     roulette, steps = logdet.RussianRoulette(num_exact_terms=1), 300
     flow, batch = linear_flow(roulette), rows(features=3, batch=2)[0]
-    expected = float(-linear_flow(logdet.Exact()).log_prob(batch).mean())
+    expected = -linear_flow(logdet.Exact()).log_prob(batch).mean().item()
     step = GraphedStep(flow, torch.optim.SGD(flow.parameters(), 0.0), batch)
     losses = torch.stack([step(batch) for _ in range(steps)])
     assert abs(float(losses.mean()) - expected) > 9 * float(losses.std()) / steps**0.5
@@ -509,7 +525,7 @@ def test_blocks_share_a_random_number_and_probes_do_not() -> None:
         for net, estimator in zip([*nets, nets[0]], [tight, tight, roulette], strict=True):
             estimator.estimate(net, batch)
 
-    nets[0].lipschitz = nets[1].lipschitz = 0.95  # type: ignore[assignment]
+    nets[0].lipschitz = nets[1].lipschitz = 0.95
     with plan.recording():
         step()
     assert plan.num_draws == 6
@@ -545,3 +561,52 @@ def test_weights_on_the_device_give_the_same_estimate_as_numbers() -> None:
     with plan.applied(capacity=64):
         found = roulette(net, batch)[1]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("fault", ["rates", "weights", "gradients"])
+def test_the_emulation_shows_what_a_graph_would_not_read(
+    recorder: EmulatedRecorder, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Planted: learning rates that stay, weights of terms that stay, gradients that add up."""
+    if fault == "rates":
+        monkeypatch.setattr(graphs._LearningRates, "settle", lambda self: None)
+        with pytest.raises(AssertionError):
+            test_a_learning_rate_that_is_assigned_is_replayed(recorder)
+    elif fault == "gradients":
+        monkeypatch.setattr(torch, "_foreach_zero_", lambda gradients: None)
+        with pytest.raises(AssertionError):
+            test_gradients_may_be_dropped_and_losses_kept(recorder)
+    else:
+        fill = TermPlan.fill
+
+        def once(plan: TermPlan, *, capacity: int) -> None:
+            if capacity not in plan._tables:
+                fill(plan, capacity=capacity)
+
+        monkeypatch.setattr(TermPlan, "fill", once)
+        monkeypatch.setattr(graphs, "graph_length", lambda num_terms: 256)
+        assert max(deviations(logdet.RussianRoulette(num_exact_terms=1), 100)) > 9
+
+
+def test_autocast_is_part_of_what_was_captured(recorder: EmulatedRecorder) -> None:
+    batches = rows()
+    first_layer = nn.Linear(2, 4)
+    model = nn.Sequential(first_layer, nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def loss(model: Any, batch: Tensor) -> Tensor:
+        return model(batch).float().square().mean()
+
+    step = GraphedStep(model, torch.optim.SGD(model.parameters(), 0.1), batches[0], loss=loss)
+    assert step.is_captured
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.warns(NotCapturedWarning, match="autocast is to torch.bfloat16"),
+    ):
+        step(batches[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        other = GraphedStep(model, torch.optim.SGD(model.parameters(), 0.1), batches[0], loss=loss)
+        assert other.is_captured
+        before = first_layer.weight.detach().clone()
+        first, second = other(batches[0]), other(batches[0])
+    assert float(second) < float(first)
+    assert not torch.equal(before, first_layer.weight)
