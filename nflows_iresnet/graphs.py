@@ -115,12 +115,6 @@ class GraphedStep:
         self._device = self._step.parameters()[0].device
         self._said: set[str] = set()
         self._captured: _CapturedStep | None = None
-        recorder = _recorder_for(self._device)
-        if recorder is None:
-            self.reason = f"the model is on {self._device}, and only CUDA has graphs"
-            return
-        _require_capturable(optimizer)
-        self._recorder = recorder
         self._capture(self._arguments(batch, context))
 
     @property
@@ -159,8 +153,13 @@ class GraphedStep:
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> None:
         self._captured = self.reason = None
+        recorder = _recorder_for(self._device)  # with a pool of its own: the last one is released
+        if recorder is None:
+            self.reason = f"the model is on {self._device}, and only CUDA has graphs"
+            return
+        _require_capturable(self._step.optimizer)
         try:
-            self._captured = _CapturedStep(self._step, arguments, self._recorder)
+            self._captured = _CapturedStep(self._step, arguments, recorder)
         except _CaptureError as error:
             self._give_up(error)
 
@@ -366,7 +365,6 @@ class _CapturedStep:
     def __init__(self, step: _Step, arguments: tuple[Tensor, ...], recorder: _Recorder) -> None:
         self._step, self._recorder = step, recorder
         self._inputs = tuple(each.detach().clone() for each in arguments)
-        self._output: Tensor | None = None
         self._plan = TermPlan(arguments[0].device)
         self._replays: dict[int, Body] = {}
         self._lengths_met: set[int] = set()
@@ -376,7 +374,7 @@ class _CapturedStep:
         random_state = _RandomState(recorder.generator)
         try:
             self._rates.settle()
-            self._start()
+            self._output = torch.empty_like(self._start().detach())
             self._states = self._prepared()
         except BaseException:
             self._rates.release()
@@ -386,16 +384,17 @@ class _CapturedStep:
         self._gradients = [(each, each.grad) for each in step.parameters()]
         self._places = _Places(step)
 
-    def _start(self) -> None:
+    def _start(self) -> Tensor:
         """Let layers that start from their first batch see it; put back what only counts batches.
 
-        What the first pass changes and the second does not has started.
+        What the first pass changes and the second does not has started. Returns a loss.
         """
         before = _Snapshot(self._step.tensors())
         self._step.loss(self._step.flow, *self._inputs)
         after = _Snapshot(before.tensors)
-        self._step.loss(self._step.flow, *self._inputs)
+        loss = self._step.loss(self._step.flow, *self._inputs)
         after.put_back_changed(before)
+        return loss
 
     def _prepared(self) -> _OptimizerState:
         """Warm up, capture the first graph, and undo both."""
@@ -428,10 +427,7 @@ class _CapturedStep:
             )
 
     def _body(self) -> None:
-        loss = self._step(*self._inputs)
-        if self._output is None:
-            self._output = torch.empty_like(loss)
-        self._output.copy_(loss)
+        self._output.copy_(self._step(*self._inputs))
 
     def _capture(self, length: int) -> None:
         """Capture the step for series of one length, and check a replay; change nothing."""
@@ -456,7 +452,6 @@ class _CapturedStep:
         self._replays[length] = replay
 
     def _outcome(self) -> _Outcome:
-        assert self._output is not None
         gradients = [each.grad for each in self._step.parameters() if each.grad is not None]
         return _Outcome(self._output.clone(), [each.clone() for each in gradients])
 
@@ -500,7 +495,6 @@ class _CapturedStep:
         self._plan.fill(capacity=length)
         self._replays[length]()
         self._step.optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers
-        assert self._output is not None
         return self._output.clone()
 
     def eagerly(self, arguments: tuple[Tensor, ...]) -> Tensor:

@@ -19,6 +19,7 @@ from nflows.transforms import (
 from torch import Tensor, nn
 
 from nflows_iresnet import ResidualFlow, ResidualTransform, graphs, logdet
+from nflows_iresnet.flows import ImageResidualFlow
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning, graph_length
 from nflows_iresnet.logdet import TermPlan
@@ -422,6 +423,22 @@ def test_mistakes_of_the_loss_are_errors(recorder: EmulatedRecorder) -> None:
     flow.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing is to be trained"):
         GraphedStep(flow, adam(flow), batch)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_flows_with_their_defaults_are_captured(recorder: EmulatedRecorder, kind: str) -> None:
+    torch.manual_seed(0)
+    flow = ResidualFlow(8, 8, 2) if kind == "vectors" else ImageResidualFlow((1, 8, 8), 4, 1)
+    batch = torch.rand(6, 8) if kind == "vectors" else torch.rand(6, 1, 8, 8)
+    other = copy.deepcopy(flow)
+    other.log_prob(batch)
+    step = GraphedStep(flow, torch.optim.Adam(flow.parameters(), 1e-3, capturable=True), batch)
+    assert step.is_captured, step.reason
+    its_optimizer = torch.optim.Adam(other.parameters(), 1e-3)
+    losses = [float(step(batch)) for _ in range(20)]
+    expected = [float(ordinary(other, its_optimizer, batch)) for _ in range(20)]
+    assert recorder.replays > 8
+    assert losses[-1] == pytest.approx(expected[-1], abs=0.5 * abs(expected[-1] - expected[0]))
 
 
 def test_on_a_cpu_it_is_the_ordinary_step() -> None:
