@@ -69,6 +69,17 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def first_parameter(module: nn.Module) -> Tensor | None:
+    """Return the first of `module.parameters()`, at a tenth of the cost; None if there is none."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (found := first_parameter(child)) is not None:
+            return found
+    return None
+
+
 class SecondDerivativeError(RuntimeError):
     """A derivative was asked for that would have been wrong: only lower ones are right."""
 
@@ -190,6 +201,17 @@ class Linearization(ABC):
         Cost: one jvp for all w where that is as cheap as a vjp, else one vjp for each w.
         """
         return [row_products(self.vjp(cotangent), tangent) for cotangent in cotangents]
+
+    def surrogate(self, for_value: Tensor, for_derivative: Tensor, tangent: Tensor) -> Tensor:
+        """Return s^T J v with the first derivative of w^T J v, shape (B,), w and s held constant.
+
+        Args:
+            for_value: s, shape (B, *).
+            for_derivative: w, shape (B, *).
+            tangent: v, shape (B, *).
+        """
+        derivative, value = self.bilinear([for_derivative, for_value], tangent)
+        return value.detach() + (derivative - derivative.detach())
 
     def pairings(self, cotangents: Sequence[Tensor], tangent: Tensor) -> list[Tensor]:
         """Old name of `bilinear`."""

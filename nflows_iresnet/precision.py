@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.linearization import first_parameter, is_traced
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -32,7 +32,7 @@ def like_weights(values: Tensor, module: nn.Module, name: str = "inputs") -> Ten
     Raises:
         ValueError: if the values are integers, or of another precision than the weights.
     """
-    parameter = next(module.parameters(), None)
+    parameter = first_parameter(module)
     if parameter is None or parameter.dtype == values.dtype:
         return values
     require_precision(values, parameter.dtype, name)

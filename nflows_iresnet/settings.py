@@ -23,6 +23,13 @@ class SettingsInState(nn.Module):
         """Return what the function depends on beside its weights; values are compared by `repr`."""
         raise NotImplementedError
 
+    def adopt(self, saved: Mapping[str, str]) -> None:
+        """Take over settings that were left open when the module was built; none by default.
+
+        Args:
+            saved: the settings in a state that is about to be loaded, by `repr`.
+        """
+
     def get_extra_state(self) -> Tensor:
         """Return the settings as the bytes of a JSON text: tensors survive every way of saving."""
         text = json.dumps({name: repr(value) for name, value in self.settings().items()})
@@ -42,6 +49,8 @@ class SettingsInState(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = f"{prefix}_extra_state"
+        if key in state_dict:
+            self.adopt(_decoded(state_dict[key]))
         problem = _difference(state_dict.get(key), self.get_extra_state())
         if problem is not None:
             where = f"{prefix[:-1] or 'the module'} ({type(self).__name__})"

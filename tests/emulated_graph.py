@@ -66,14 +66,19 @@ class Tape(RefusesToWait):
             results = tree_leaves(func(*args, **kwargs))
             for old, new in zip(tree_leaves(recorded), results, strict=True):
                 if isinstance(old, Tensor) and _place(old) != _place(new):
-                    old.detach().copy_(new)
+                    old.detach().copy_(new.reshape(old.shape))  # it may be squeezed since
 
 
 def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+_SHAPES_ONLY = {"squeeze_", "unsqueeze_", "t_", "transpose_", "as_strided_", "detach_"}
+
+
 def _is_view(func: Any) -> bool:
+    if func._schema.name.split("::")[-1] in _SHAPES_ONLY:
+        return True
     infos = [each.alias_info for each in func._schema.returns]
     return any(info is not None and not info.is_write for info in infos)
 

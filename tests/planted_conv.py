@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import nn
-from nflows_iresnet.nn.cnn import ConvLinearization
+from nflows_iresnet.nn.cnn import ConvLinearization, Regions, regions_of
 from nflows_iresnet.nn.conv_norms import between_frequencies
 from nflows_iresnet.nn.convolution import convolve
 
@@ -44,8 +44,9 @@ class NoLags(nn.FourierNorm):
 class TraceWithoutBorder(ConvLinearization):
     """Takes all pixels for interior ones."""
 
-    def _runs(self, kernel: Tensor, axis: int) -> list[tuple[int, slice]]:
-        return [(self.value.shape[2 + axis], slice(None))]
+    def _regions(self, kernel: Tensor) -> Regions:
+        where = self.value.shape[2:], kernel.shape[2:], "circular"
+        return regions_of(*where, self.value.dtype, self.value.device)
 
 
 class TraceWithoutReflection(ConvLinearization):

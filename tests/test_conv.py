@@ -284,10 +284,12 @@ def test_trace_and_products_are_differentiable_in_everything() -> None:
     slow = AutogradLinearization(net.bind(context), inputs)
     for answer, expected in ((fast.trace(), slow.trace()), (fast.vjp(inputs), slow.vjp(inputs))):
         actual, wanted = (
-            torch.autograd.grad(each.sin().sum(), targets, allow_unused=True, retain_graph=True)
+            torch.autograd.grad(
+                each.sin().sum(), targets, materialize_grads=True, retain_graph=True
+            )
             for each in (answer, expected)
         )
-        assert sum(each is not None for each in actual) > len(targets) / 2
+        assert sum(bool(each.any()) for each in actual) > len(targets) / 2
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-10)
 
 

@@ -21,8 +21,10 @@ from nflows_iresnet.linearization import (
     bind_all,
 )
 from nflows_iresnet.nn.base import LayeredFunction
+from nflows_iresnet.nn.cnn import ConvFunction, FusedConvLinearization
+from nflows_iresnet.nn.convolution import PaddingMode
 from nflows_iresnet.nn.fused import fused
-from nflows_iresnet.nn.mlp import FusedLinearization, MLPFunction
+from nflows_iresnet.nn.mlp import FusedMLPLinearization, MLPFunction
 
 ACTIVATIONS: dict[str, Callable[[], nn.Activation]] = {
     "mixed": lambda: nn.Mixed(nn.Sine(), nn.SmoothAbs()),
@@ -102,8 +104,76 @@ def test_the_recorded_node_is_what_automatic_differentiation_finds(
         at = linearize(function, inputs)
         values = answers(at)
         results.append([value.detach() for value in values] + derivatives(values, sources))
-    assert type(bind(net, given).linearize(inputs)) is FusedLinearization
+    assert type(bind(net, given).linearize(inputs)) is FusedMLPLinearization
     torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize(
+    ("hidden", "kernels", "context"),
+    [([4], (3, 3), None), ([4, 6], (3, 1, 3), 2), ([4, 4], (1, 3, 5), None), ([2], (1, 1), None)],
+)
+def test_the_node_of_convolutions_is_what_automatic_differentiation_finds(
+    hidden: list[int], kernels: tuple[int, ...], context: int | None, padding_mode: PaddingMode
+) -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzCNN(
+        2, hidden, context, kernel_sizes=kernels, padding_mode=padding_mode
+    ).double()
+    inputs = torch.randn(3, 2, 4, 5, dtype=torch.float64).requires_grad_()
+    given = None if context is None else rows(3, context).requires_grad_()
+    sources = [*net.parameters(), inputs, *([] if given is None else [given])]
+    results = []
+    for is_fast in (True, False):
+        function = bind(net, given)
+        assert isinstance(function, ConvFunction)
+        slow = function.structured(function.evaluate(inputs, with_slopes=True))
+        at = function.linearize(inputs) if is_fast else slow
+        values = answers(at)
+        results.append([value.detach() for value in values] + derivatives(values, sources))
+    assert type(bind(net, given).linearize(inputs)) is FusedConvLinearization
+    torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("context", [None, 2])
+def test_the_surrogate_has_the_value_of_one_product_and_the_derivative_of_another(
+    context: int | None,
+) -> None:
+    net = make_net([7, 6], context)
+    inputs = rows().requires_grad_()
+    given = None if context is None else rows(4, context)
+    torch.manual_seed(2)
+    for_value, for_derivative, tangent = torch.randn(3, *inputs.shape, dtype=torch.float64)
+    sources = [*net.parameters(), inputs]
+    results = []
+    for linearize in (lambda function, at: function.linearize(at), by_structure, by_autograd):
+        at = linearize(bind(net, given), inputs)
+        surrogate, value = at.surrogate(for_value, for_derivative, tangent), at.value
+        loss = (surrogate * torch.arange(1.0, 5)).sum() + value.sin().sum()
+        gradients = torch.autograd.grad(loss, sources, materialize_grads=True)
+        results.append([surrogate.detach(), *gradients])
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "clipswish"])
+def test_what_an_activation_writes_is_what_it_returns(activation: str) -> None:
+    torch.manual_seed(0)
+    module = nn.CLipSwish() if activation == "clipswish" else ACTIVATIONS[activation]()
+    inputs = torch.tensor([0.0, -1e-30, 1e30, -3.0, 2.0]).repeat(3, 1)
+    value, slope = module.value_and_slope(inputs)  # with a graph: nothing is written
+    for given in (inputs, inputs.mT.contiguous().mT):
+        written = torch.empty_like(value), torch.empty_like(slope)
+        with torch.no_grad():
+            module.write(given, *written)
+            torch.testing.assert_close(written, (value.detach(), slope.detach()))
+            module.write(given, written[0])
+            torch.testing.assert_close(module(given), value.detach())
+            torch.testing.assert_close(written[0], value.detach())
+            if module.has_curvature:
+                expected = module.curvature(value.requires_grad_(), slope)
+                module.write_curvature(*written, curvature := torch.empty_like(value))
+                torch.testing.assert_close(curvature, expected.detach())
 
 
 def test_the_node_leaves_out_frozen_weights() -> None:

@@ -230,3 +230,13 @@ def test_a_forgotten_context_is_an_error_unless_it_is_optional() -> None:
     ).eval()
     assert model.log_prob(images()).shape == (6,)
     assert model.sample_images(2).shape == (2, 1, 4, 4)
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode() -> None:
+    """What is kept from one call to the next must be usable in a graph."""
+    torch.manual_seed(0)
+    flow, images = ImageResidualFlow((1, 6, 14), 8, 2, num_scales=1), torch.rand(3, 1, 6, 14)
+    flow.train()
+    with torch.inference_mode():
+        flow.log_prob(images)
+    (-flow.log_prob(images).mean()).backward()

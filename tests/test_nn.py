@@ -16,6 +16,7 @@ UPPER_NORMS: dict[str, nn.MatrixNorm] = {
     "schatten": nn.SchattenNorm(),
     "schatten-0": nn.SchattenNorm(num_squarings=0),
     "frobenius": nn.FrobeniusNorm(),
+    "cholesky": nn.CholeskyNorm(),
 }
 UNIT_WISE: dict[str, nn.Activation] = {
     "smooth-abs": nn.SmoothAbs(),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet.conditioning import check_context
 from nflows_iresnet.flows.lipschitz import FlowLipschitz, certified_blocks, lipschitz_constants
+from nflows_iresnet.linearization import first_parameter
 from nflows_iresnet.precision import context_like_weights
 from nflows_iresnet.transforms.residual import inverse_values_only
 from nflows_iresnet.validation import validated_size
@@ -200,7 +201,7 @@ class Flow(_NflowsFlow):
 
     def _noise(self, num_samples: int, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return noise (N, *) in the precision of the transform, and the context of each row."""
-        like = next(self._transform.parameters(), None)
+        like = first_parameter(self._transform)
         if like is None:
             noise = self._distribution.sample(num_samples, context=context)
         elif isinstance(self._distribution, StandardNormal):

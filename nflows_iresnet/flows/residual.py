@@ -50,7 +50,8 @@ class ResidualFlow(Flow):
         activation: a unit-wise activation of `nflows_iresnet.nn`; by default
             `Mixed(Sine(), SmoothAbs())`.
         coeff: bound of the Lipschitz constant of each g, in (0, 1).
-        norm: the norm that weights are divided by; `SchattenNorm()` by default.
+        norm: the norm that weights are divided by; by default `CholeskyNorm()` for
+            matrices of 256 rows and columns or more, `SchattenNorm()` for others.
         recompute: trade time for memory, see `transforms.CompositeTransform`.
         marginal_bins: bins of the spline of each feature; 0 leaves the splines out.
 

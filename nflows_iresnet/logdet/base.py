@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -148,8 +149,7 @@ class Exact(LogDetEstimator):
     ) -> tuple[Tensor, Tensor]:
         """Return the exact value and zeros."""
         jacobian = at_inputs.jacobian()
-        identity = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
-        logabsdet = log_abs_det(jacobian + identity)
+        logabsdet = log_abs_det(jacobian + _identity_like(jacobian))
         return logabsdet, torch.zeros_like(logabsdet)
 
     def _chunks(self, inputs: Tensor) -> list[slice]:
@@ -158,6 +158,19 @@ class Exact(LogDetEstimator):
         if is_traced():
             return [slice(None)]
         return [slice(start, start + size) for start in range(0, max(1, len(inputs)), size)]
+
+
+def _identity_like(matrices: Tensor) -> Tensor:
+    """Return the identity of the size of matrices (*, D, D), made once where they are plain."""
+    kind = matrices.shape[-1], matrices.dtype, matrices.device
+    is_plain = type(matrices) is Tensor and not matrices.is_meta and not is_traced()
+    return _identity(*kind) if is_plain else torch.eye(kind[0], dtype=kind[1], device=kind[2])
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=dtype, device=device)
 
 
 def log_abs_det(matrix: Tensor) -> Tensor:
@@ -197,7 +210,7 @@ def _small_determinant(matrix: Tensor) -> Tensor:
     if dimension == 1:
         return matrix[..., 0, 0]
     if dimension == 2:
-        a, b, c, d = matrix.flatten(start_dim=-2).unbind(-1)
-        return a * d - b * c
+        (a, b), (c, d) = [row.unbind(-1) for row in matrix.unbind(-2)]
+        return torch.addcmul(a * d, b, c, value=-1)
     first, second, third = matrix.unbind(-2)
     return (first * torch.linalg.cross(second, third, dim=-1)).sum(-1)

@@ -102,14 +102,13 @@ def weighted_series(
     )
     with torch.no_grad():
         sums = _weighted_sums(linearization, probe, each, exact_trace)
-    sums = [vector.detach() for vector in sums]  # forward mode differentiates without a graph, too
+    for_derivative, for_value = [vector.detach() for vector in sums]  # forward mode ignores no_grad
     if torch.is_grad_enabled():
-        surrogate, value = linearization.bilinear(sums, probe)
-        surrogate = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
-        value = value.detach() + (surrogate - surrogate.detach())
+        surrogate = linearization.surrogate(for_value, for_derivative, probe)
+        value = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
     else:
-        (value,) = linearization.bilinear(sums[1:], probe)
-    return value + each[0] * linearization.trace() if exact_trace else value
+        (value,) = linearization.bilinear([for_value], probe)
+    return _add(value, linearization.trace(), each[0], 1.0) if exact_trace else value
 
 
 def _weighted_sums(

@@ -22,6 +22,7 @@ from nflows_iresnet.nn.bounds import (
     spectral_norm_bound,
     spectral_penalty,
 )
+from nflows_iresnet.nn.cholesky_norm import CholeskyNorm
 from nflows_iresnet.nn.cnn import LipschitzCNN
 from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm
 from nflows_iresnet.nn.dense import LipschitzDenseNet
@@ -41,6 +42,7 @@ __all__ = [
     "ELU",
     "Activation",
     "CLipSwish",
+    "CholeskyNorm",
     "ConvNorm",
     "ConvPowerIteration",
     "FourierNorm",

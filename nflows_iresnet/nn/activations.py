@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import is_hooked
+from nflows_iresnet.linearization import is_hooked, is_traced
 
 
 class Activation(nn.Module, ABC):
@@ -50,8 +50,25 @@ class Activation(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no curvature")
 
+    def write(self, inputs: Tensor, value: Tensor, slope: Tensor | None = None) -> None:
+        """Write a(x), and a'(x) if there is memory for it, to given memory; no graph is recorded.
+
+        Args:
+            inputs: x, shape (*, units).
+            value: where a(x) goes, shape (*, widening * units).
+            slope: where a'(x) goes, of the same shape, or None.
+        """
+        found = self.value_and_slope(inputs)
+        value.copy_(found[0])
+        if slope is not None:
+            slope.copy_(found[1])
+
+    def write_curvature(self, value: Tensor, slope: Tensor, curvature: Tensor) -> None:
+        """Write a''(x) to given memory, see `curvature`; no graph is recorded."""
+        curvature.copy_(self.curvature(value, slope))
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Forget an inherited curvature where the values and slopes are new."""
+        """Forget what was inherited from a class with other values and slopes."""
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         if "forward" in own and "value_and_slope" not in own:
@@ -59,8 +76,12 @@ class Activation(nn.Module, ABC):
                 f"{cls.__name__} replaces forward alone, so that its slopes are those of another "
                 "function: implement value_and_slope, from which forward follows"
             )
-        if "value_and_slope" in own and "curvature" not in own:
-            cls.curvature = Activation.curvature  # type: ignore[method-assign]
+        for method in ("curvature", "write", "write_curvature"):
+            is_of_others = "value_and_slope" in own or (
+                method == "write_curvature" and "curvature" in own
+            )
+            if is_of_others and method not in own:
+                setattr(cls, method, getattr(Activation, method))
 
     @property
     def has_curvature(self) -> bool:
@@ -97,6 +118,10 @@ def widening_of(activation: nn.Module) -> int:
     return int(getattr(activation, "widening", 1))
 
 
+_ONE = torch.ones((), device="cpu")
+"""A number, for functions of two tensors: of any precision, and on any device."""
+
+
 class SmoothAbs(Activation):
     r"""Smooth absolute value, a(x) = sqrt(1 + x^2) - 1.
 
@@ -119,8 +144,18 @@ class SmoothAbs(Activation):
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return (1 + x^2)^{-3/2}."""
-        inverse_root = (value + 1).reciprocal()
-        return inverse_root * inverse_root * inverse_root
+        return (value + 1).reciprocal().pow(3)
+
+    def write(self, inputs: Tensor, value: Tensor, slope: Tensor | None = None) -> None:
+        """Write the value, and the slope where there is memory for it."""
+        torch.hypot(inputs, _ONE, out=value)
+        if slope is not None:
+            torch.div(inputs, value, out=slope)
+        value.sub_(1)
+
+    def write_curvature(self, value: Tensor, slope: Tensor, curvature: Tensor) -> None:
+        """Write the curvature."""
+        torch.add(value, 1, out=curvature).reciprocal_().pow_(3)
 
 
 class Sine(Activation):
@@ -137,6 +172,16 @@ class Sine(Activation):
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return -sin x."""
         return -value
+
+    def write(self, inputs: Tensor, value: Tensor, slope: Tensor | None = None) -> None:
+        """Write the value, and the slope where there is memory for it."""
+        torch.sin(inputs, out=value)
+        if slope is not None:
+            torch.cos(inputs, out=slope)
+
+    def write_curvature(self, value: Tensor, slope: Tensor, curvature: Tensor) -> None:
+        """Write the curvature."""
+        torch.neg(value, out=curvature)
 
 
 class Mixed(Activation):
@@ -167,29 +212,57 @@ class Mixed(Activation):
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values and slopes of both halves, side by side."""
+        if _can_write():
+            value, slope = torch.empty_like(inputs), torch.empty_like(inputs)
+            self.write(inputs, value, slope)
+            return value, slope
         first, second = _halves(inputs)
-        value, slope = self.first.value_and_slope(first)
-        other_value, other_slope = self.second.value_and_slope(second)
+        value, slope = self.first.value_and_slope(first.contiguous())
+        other_value, other_slope = self.second.value_and_slope(second.contiguous())
         return torch.cat([value, other_value], dim=-1), torch.cat([slope, other_slope], dim=-1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the values of both halves, side by side."""
-        half = inputs.shape[-1] // 2
-        values = [called(self.first, inputs[..., :half]), called(self.second, inputs[..., half:])]
-        return torch.cat(values, dim=-1)
+        if _can_write() and not is_hooked(self.first) and not is_hooked(self.second):
+            value = torch.empty_like(inputs)
+            self.write(inputs, value)
+            return value
+        first, second = _halves(inputs)
+        return torch.cat([called(self.first, first), called(self.second, second)], dim=-1)
 
     def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
         """Return the curvatures of both halves, side by side."""
-        half = value.shape[-1] // 2
-        first = self.first.curvature(value[..., :half], slope[..., :half])
-        second = self.second.curvature(value[..., half:], slope[..., half:])
-        return torch.cat([first, second], dim=-1)
+        if _can_write():
+            curvature = torch.empty_like(value)
+            self.write_curvature(value, slope, curvature)
+            return curvature
+        halves = zip(_halves(value), _halves(slope), strict=True)
+        parts = zip((self.first, self.second), halves, strict=True)
+        return torch.cat([part.curvature(*half) for part, half in parts], dim=-1)
+
+    def write(self, inputs: Tensor, value: Tensor, slope: Tensor | None = None) -> None:
+        """Write the values, and the slopes where there is memory for them, half by half."""
+        slopes = (None, None) if slope is None else _halves(slope)
+        first, second = zip(_halves(inputs), _halves(value), slopes, strict=True)
+        self.first.write(*first)
+        self.second.write(*second)
+
+    def write_curvature(self, value: Tensor, slope: Tensor, curvature: Tensor) -> None:
+        """Write the curvatures, half by half."""
+        first, second = zip(_halves(value), _halves(slope), _halves(curvature), strict=True)
+        self.first.write_curvature(*first)
+        self.second.write_curvature(*second)
 
 
-def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the units in two; copies, because functions of strided memory cost more than that."""
-    half = values.shape[-1] // 2
-    return values[..., :half].contiguous(), values[..., half:].contiguous()
+def _can_write() -> bool:
+    """Whether results may go to memory of their own making: nothing records or follows them."""
+    return not torch.is_grad_enabled() and not is_traced()
+
+
+def _halves(values: Tensor) -> Sequence[Tensor]:
+    """Split the units in two."""
+    units = values.shape[-1]
+    return values.split_with_sizes([units // 2, units - units // 2], -1)
 
 
 class Tanh(Activation):

@@ -32,6 +32,7 @@ from nflows_iresnet.nn.activations import (
 from nflows_iresnet.nn.bounds import lipschitz_bound
 from nflows_iresnet.nn.layers import (
     NormedLayer,
+    adopt_norms,
     normalised,
     rounding_margin,
     stacked,
@@ -87,6 +88,23 @@ class LayeredFunction(ResidualFunction):
 
         Raises:
             ValueError: if the inputs have another number of features, or another rank.
+        """
+
+    @abstractmethod
+    def push(self, tangents: Tensor, index: int) -> Tensor:
+        """Return W_index t for several tangents of each row, (k, B, in, *) -> (k, B, out, *)."""
+
+    @abstractmethod
+    def pull(self, cotangents: Tensor, index: int) -> Tensor:
+        """Return W_index^T v for several cotangents of each row, the other way round."""
+
+    @abstractmethod
+    def outer(self, pairs: Sequence[tuple[Tensor, Tensor]], index: int) -> Tensor:
+        """Return the derivative of sum <v, W_index t> in the weight, of the weight's shape.
+
+        Args:
+            pairs: v of shape (k, B, out, *) and t of shape (k, B, in, *), with k of each pair.
+            index: of the layer.
         """
 
     @abstractmethod
@@ -286,6 +304,10 @@ class LipschitzNet(SettingsInState, ABC):
         """Return what the function depends on beside its weights."""
         norms = [layer.norm for layer in self.normed_layers]
         return {"coeff": self.coeff, "norm": norms, "activation": list(self.activations)}
+
+    def adopt(self, saved: Mapping[str, str]) -> None:
+        """Take over the norms of an older default."""
+        adopt_norms(self.normed_layers, saved.get("norm", ""))
 
     def extra_repr(self) -> str:
         """Show the coefficient."""

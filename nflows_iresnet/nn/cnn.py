@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,10 @@ from nflows_iresnet.nn.convolution import (
     adjoint_kernel,
     convolve,
     half_widths,
+    kernel_gradient,
     validated_padding_mode,
 )
+from nflows_iresnet.nn.fused import FusedLinearization, can_fuse
 from nflows_iresnet.nn.layers import NormedConv2d
 from nflows_iresnet.precision import require_precision
 from nflows_iresnet.validation import validated_size
@@ -175,6 +179,34 @@ class ConvFunction(LayeredFunction):
             return convolve(inputs, weight, self.padding_mode, shift)
         return convolve(inputs, weight, self.padding_mode) + shift
 
+    def push(self, tangents: Tensor, index: int) -> Tensor:
+        """Return W * t, (k, B, in, H, W) -> (k, B, out, H, W)."""
+        return self._convolved(tangents, self.weights[index])
+
+    def pull(self, cotangents: Tensor, index: int) -> Tensor:
+        """Return the adjoint of the convolution, (k, B, out, H, W) -> (k, B, in, H, W)."""
+        return self._convolved(cotangents, adjoint_kernel(self.weights[index]))
+
+    def _convolved(self, images: Tensor, weight: Tensor) -> Tensor:
+        outputs = convolve(_together(images), weight, self.padding_mode)
+        return outputs.view(*images.shape[:2], *outputs.shape[1:])
+
+    def outer(self, pairs: Sequence[tuple[Tensor, Tensor]], index: int) -> Tensor:
+        """Return the derivative of sum <v, W * t> in the kernel, shape (out, in, k_1, k_2)."""
+        kernel = self.weights[index]
+        found = [
+            kernel_gradient(_together(v), _together(t), kernel, self.padding_mode)
+            for v, t in pairs
+            if v.shape[0] > 0
+        ]
+        return found[0] if len(found) == 1 else found[0] + found[1]
+
+    def linearize(self, inputs: Tensor) -> Linearization:
+        """Return g at `inputs`: as one node of the graph where that is possible, see `fused`."""
+        if inputs.dim() == 4 and can_fuse(self):
+            return FusedConvLinearization(self, inputs)
+        return super().linearize(inputs)
+
     def structured(self, evaluation: Evaluation) -> Linearization:
         """Return the linearisation by the slopes."""
         weights, slopes = self.widened_weights(), evaluation.slopes
@@ -217,6 +249,8 @@ class ConvLinearization(ForwardLinearization):
         padding_mode: 'zeros' or 'circular'.
     """
 
+    _adjoints: list[Tensor] | None = None
+
     def __init__(
         self,
         value: Tensor,
@@ -228,26 +262,34 @@ class ConvLinearization(ForwardLinearization):
         self._weights = weights
         self._slopes = slopes
         self._padding_mode = padding_mode
-        self.has_cheap_trace = self._has_structured_trace()
+        self.has_cheap_trace = self._has_structured_trace(value.shape)
 
-    def _has_structured_trace(self) -> bool:
-        middle = self._weights[1] if len(self._slopes) == 2 else None
-        is_local = len(self._slopes) <= 1 or (middle is not None and middle.shape[2:].numel() == 1)
-        return is_local and not self._wraps_around()
+    def _has_structured_trace(self, shape: torch.Size) -> bool:
+        middle = self._weights[1:-1]
+        is_local = len(middle) == 0 or (len(middle) == 1 and middle[0].shape[2:].numel() == 1)
+        return is_local and not self._wraps_around(shape)
 
-    def _wraps_around(self) -> bool:
+    def _wraps_around(self, shape: torch.Size) -> bool:
         """Whether two different entries of first and last kernel can reach the same pixel."""
-        ends = [self._weights[0], self._weights[-1]] if self._slopes else [self._weights[0]]
+        ends = [self._weights[0], *self._weights[1:][-1:]]
         reach = [sum(each) for each in zip(*map(half_widths, ends), strict=True)]
-        too_small = [far >= size for far, size in zip(reach, self.value.shape[2:], strict=True)]
+        too_small = [far >= size for far, size in zip(reach, shape[2:], strict=True)]
         return self._padding_mode == "circular" and any(too_small)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Return J^T v = W_1^T D_1 ... W_n^T v."""
-        product = self._convolve(cotangent, adjoint_kernel(self._weights[-1]))
-        for weight, slope in zip(self._weights[-2::-1], self._slopes[::-1], strict=True):
-            product = self._convolve(product * slope, adjoint_kernel(weight))
+        *others, last = self._adjoint_kernels()
+        product = self._convolve(cotangent, last)
+        for weight, slope in zip(others[::-1], self._slopes[::-1], strict=True):
+            product = self._convolve(product * slope, weight)
         return product
+
+    def _adjoint_kernels(self) -> list[Tensor]:
+        """Return the kernels of W_i^T; those without a graph are kept for the next product."""
+        if torch.is_grad_enabled() or is_traced():
+            return list(map(adjoint_kernel, self._weights))
+        self._adjoints = self._adjoints or list(map(adjoint_kernel, self._weights))
+        return self._adjoints
 
     def jvp(self, tangent: Tensor) -> Tensor:
         """Return J v = W_n ... D_1 W_1 v."""
@@ -288,65 +330,113 @@ class ConvLinearization(ForwardLinearization):
             return (pixels * self._weights[0][:, :, row, column].trace()).expand(
                 self.value.shape[0]
             )
-        terms = self._one_hidden() if len(self._slopes) == 1 else self._two_hidden()
-        return torch.stack(terms).sum(0)
+        return self._one_hidden() if len(self._slopes) == 1 else self._two_hidden()
 
-    def _one_hidden(self) -> list[Tensor]:
+    def _one_hidden(self) -> Tensor:
         first, last = _opposite_entries(self._weights[0], self._weights[-1])
-        pairs = (first * last.transpose(0, 1)).sum(1)
-        (slopes,) = self._slopes
-        return [
-            tile.sum((1, 2)) @ pairs[:, a, b].sum((1, 2))
-            for (tile,), a, b in self._tiles(first, slopes.movedim(1, -1))
+        of_entries = (first * last.transpose(0, 1)).sum(1).flatten(start_dim=1)
+        of_pixels = of_entries @ self._regions(first).inside
+        return self._slopes[0].flatten(start_dim=1) @ of_pixels.flatten()
+
+    def _two_hidden(self) -> Tensor:
+        first, last = _opposite_entries(self._weights[0], self._weights[-1])
+        entries = torch.einsum("hcij,cgij->ijgh", first, last).flatten(0, 1)
+        middle, regions = self._weights[1][:, :, 0, 0], self._regions(first)
+        inside = regions.inside[:, regions.representatives].mT
+        couplings = middle * (inside @ entries.flatten(start_dim=1)).view(-1, *middle.shape)
+        before, after = [slope[:, :, regions.rows, regions.columns] for slope in self._slopes]
+        coupled = before.movedim(1, -1).flatten(0, 2) @ couplings[0].mT
+        total = (coupled.view_as(after.movedim(1, -1)) * after.movedim(1, -1)).sum((1, 2, 3))
+        if len(couplings) == 1:
+            return total
+        before, after = [
+            slope.flatten(start_dim=2)[:, :, regions.border].permute(2, 3, 0, 1)
+            for slope in self._slopes
         ]
+        coupled = torch.bmm(before.flatten(1, 2), couplings[1:].mT).view_as(after)
+        return total + regions.is_pixel.flatten() @ (coupled * after).sum(3).flatten(0, 1)
 
-    def _two_hidden(self) -> list[Tensor]:
-        first, last = _opposite_entries(self._weights[0], self._weights[-1])
-        pairs = torch.einsum("hcij,cgij->ijgh", first, last)
-        middle = self._weights[1][:, :, 0, 0]
-        before_and_after = [slope.movedim(1, -1) for slope in self._slopes]
-        terms = []
-        for (before, after), a, b in self._tiles(first, *before_and_after):
-            coupling = middle * pairs[a, b].flatten(0, 1).sum(0)
-            coupled = before.flatten(0, 2) @ coupling.mT  # one product for all pixels
-            terms.append((coupled.view_as(after) * after).sum((1, 2, 3)))
-        return terms
+    def _regions(self, kernel: Tensor) -> Regions:
+        """Return the regions of the image for a kernel (out, in, k_1, k_2)."""
+        where = self.value.shape[2:], kernel.shape[2:], self._padding_mode
+        like = self.like
+        is_plain = type(like) is Tensor and not like.is_meta and not is_traced()
+        make = regions_of if is_plain else regions_of.__wrapped__
+        return make(*where, like.dtype, like.device)
 
-    def _tiles(
-        self, kernel: Tensor, *slopes: Tensor
-    ) -> list[tuple[tuple[Tensor, ...], slice, slice]]:
-        """Cut slopes (B, H, W, hidden) into rectangles of pixels with the same kernel entries.
 
-        Returns a list of (one rectangle of each of the slopes, its rows and columns of entries).
-        Splitting, unlike indexing, costs one concatenation when differentiated.
-        """
-        rows, columns = (self._runs(kernel, axis) for axis in (0, 1))
-        cut = [
+class Regions(NamedTuple):
+    """The rectangles of an image whose pixels see the same entries of a kernel: the largest first.
+
+    Attributes:
+        inside: 1 where an entry does not leave the image, shape (k_1 k_2, H W).
+        representatives: one pixel of each rectangle.
+        rows: of the largest.
+        columns: of the largest.
+        border: the pixels of each other rectangle, all as many by repetition, (regions - 1, n).
+        is_pixel: 0 for those that only fill up, of the same shape.
+    """
+
+    inside: Tensor
+    representatives: Tensor
+    rows: slice
+    columns: slice
+    border: Tensor
+    is_pixel: Tensor
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def regions_of(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    padding_mode: PaddingMode,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Regions:
+    """Return the regions of images (H, W) for an odd kernel (k_1, k_2)."""
+    runs, masks = [], []
+    for length, entries in zip(size, kernel, strict=True):
+        is_inside = [
             [
-                tile
-                for band in slope.split([count for count, _ in rows], dim=1)
-                for tile in band.split([count for count, _ in columns], dim=2)
+                padding_mode == "circular" or 0 <= at + a - entries // 2 < length
+                for a in range(entries)
             ]
-            for slope in slopes
+            for at in range(length)
         ]
-        entries = [(a, b) for _, a in rows for _, b in columns]
-        return [
-            (tiles, a, b) for tiles, (a, b) in zip(zip(*cut, strict=True), entries, strict=True)
-        ]
+        alike = [list(run) for _, run in groupby(range(length), is_inside.__getitem__)]
+        runs.append(sorted(alike, key=len, reverse=True))
+        masks.append(torch.tensor(is_inside, dtype=dtype, device=device))
+    tiles = [(rows, columns) for rows in runs[0] for columns in runs[1]]
+    pixels = [
+        [row * size[1] + column for row in rows for column in columns] for rows, columns in tiles
+    ]
+    most = max(map(len, pixels[1:]), default=0)
+    filled = [each + each[:1] * (most - len(each)) for each in pixels[1:]]
+    is_pixel = [[float(index < len(each)) for index in range(most)] for each in pixels[1:]]
+    return Regions(
+        inside=torch.einsum("ya,xb->abyx", *masks).flatten(0, 1).flatten(1),
+        representatives=torch.tensor([each[0] for each in pixels], device=device),
+        rows=slice(runs[0][0][0], runs[0][0][-1] + 1),
+        columns=slice(runs[1][0][0], runs[1][0][-1] + 1),
+        border=torch.tensor(filled, dtype=torch.int64, device=device),
+        is_pixel=torch.tensor(is_pixel, dtype=dtype, device=device),
+    )
 
-    def _runs(self, kernel: Tensor, axis: int) -> list[tuple[int, slice]]:
-        """Return numbers of consecutive positions, with the kernel entries that stay inside there.
 
-        Entries are counted from 0; entry `half` is the position itself.
-        """
-        size, half = self.value.shape[2 + axis], half_widths(kernel)[axis]
-        if self._padding_mode == "circular":
-            return [(size, slice(0, 2 * half + 1))]
+def _together(images: Tensor) -> Tensor:
+    """Return several images of each row, (k, B, channels, H, W), as (k B, channels, H, W)."""
+    return images.reshape(-1, *images.shape[2:])
 
-        def inside(position: int) -> tuple[int, int]:
-            return max(0, half - position), min(2 * half + 1, half + size - position)
 
-        return [(len(list(run)), slice(*ends)) for ends, run in groupby(range(size), inside)]
+class FusedConvLinearization(FusedLinearization, ConvLinearization):  # type: ignore[override]
+    """The linearisation of a convolutional network, with what is differentiated in one node."""
+
+    def __init__(self, function: ConvFunction, inputs: Tensor) -> None:
+        FusedLinearization.__init__(self, function, inputs)
+        self._weights = function.weights
+        self._padding_mode = function.padding_mode
+        self.has_cheap_trace = self._has_structured_trace(inputs.shape)
 
 
 _CHUNK_ELEMENTS = 2**24

@@ -89,3 +89,26 @@ def adjoint_kernel(weight: Tensor) -> Tensor:
     p + a to p, which is entry -a. This holds for both kinds of padding.
     """
     return weight.transpose(0, 1).flip(2, 3)
+
+
+def kernel_gradient(
+    of_outputs: Tensor, inputs: Tensor, weight: Tensor, padding_mode: PaddingMode
+) -> Tensor:
+    """Return the derivative of <v, W * x> in the kernel W, (out, in, k_1, k_2).
+
+    Args:
+        of_outputs: v, shape (B, out, H, W).
+        inputs: x, shape (B, in, H, W).
+        weight: W; its shape and its kind of memory matter alone.
+        padding_mode: of the convolution.
+    """
+    if inputs.device.type == "cpu" and weight.shape[2:].numel() == 1:
+        pairs = torch.bmm(of_outputs.flatten(start_dim=2), inputs.flatten(start_dim=2).mT)
+        return pairs.sum(0)[:, :, None, None]
+    padding = half_widths(weight) if padding_mode == "zeros" else (0, 0)
+    images = inputs if padding_mode == "zeros" else padded(inputs, weight, padding_mode)
+    found: Tensor = torch.ops.aten.convolution_backward(
+        of_outputs, images, weight, [0], (1, 1), padding, (1, 1), False, (0, 0), 1,
+        (False, True, False),
+    )[1]  # fmt: skip
+    return found

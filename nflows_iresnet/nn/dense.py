@@ -25,7 +25,7 @@ from nflows_iresnet.nn.base import (
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
 from nflows_iresnet.nn.layers import NormedLinear, rounding_margin, weights_and_norms
 from nflows_iresnet.nn.mlp import MLPFunction
-from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm
+from nflows_iresnet.nn.norms import MatrixNorm
 from nflows_iresnet.validation import validated_size
 
 
@@ -57,7 +57,8 @@ class LipschitzDenseNet(LipschitzNet):
             paper's is `CLipSwish()`.
         context_hidden_features: widths of the hidden layers of the context's network.
         coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
-        norm: the norm that the weights are measured by; `SchattenNorm()` by default.
+        norm: the norm that the weights are measured by; by default `CholeskyNorm()`
+            for matrices of 256 rows and columns or more, `SchattenNorm()` for others.
         optional_context: whether a network with a context works without one, too: as another
             function. By default a forgotten context is an error.
 
@@ -91,7 +92,6 @@ class LipschitzDenseNet(LipschitzNet):
         self.features = features = validated_size("features", features)
         hidden = validated_hidden("hidden_features", hidden_features)
         activation = validated_activation(activation)
-        norm = norm if norm is not None else SchattenNorm()
         added = [width * widening_of(activation) for width in hidden]
         fed = accumulate([features, *added])
         super().__init__(

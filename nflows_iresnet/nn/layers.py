@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from nflows_iresnet.linearization import is_traced
 from nflows_iresnet.nn.bounds import conv_norm_bound, spectral_norm_bound
+from nflows_iresnet.nn.cholesky_norm import default_norm
 from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm
 from nflows_iresnet.nn.convolution import PaddingMode, convolve, validated_padding_mode
 from nflows_iresnet.nn.norms import (
@@ -61,6 +62,7 @@ class NormedLayer(nn.Module):
 
     weight: Tensor
     norm: OperatorNorm
+    _norm_is_open = False
 
     def _adopt(self, norm: OperatorNorm, kind: type[object]) -> None:
         if not isinstance(norm, kind):
@@ -113,18 +115,43 @@ class NormedLinear(NormedLayer, nn.Linear):
         in_features: number of inputs.
         out_features: number of outputs.
         bias: whether to add a bias.
-        norm: the strategy for \|W\|_2.
+        norm: the strategy for \|W\|_2; by default `cholesky_norm.default_norm` of the sizes.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = True, norm: MatrixNorm
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        norm: MatrixNorm | None = None,
     ) -> None:
         sizes = (
             validated_size("in_features", in_features),
             validated_size("out_features", out_features),
         )
         super().__init__(*sizes, bias=bias)
-        self._adopt(norm, MatrixNorm)
+        self._adopt(norm if norm is not None else default_norm(*self.weight.shape), MatrixNorm)
+        self._norm_is_open = norm is None
+
+
+def adopt_norms(layers: Sequence[NormedLayer], saved: str) -> None:
+    """Give layers that were built without a norm the default of the time when they were saved.
+
+    It was `SchattenNorm()` for all sizes once: those weights are of the function with that norm.
+
+    Args:
+        layers: the layers.
+        saved: the `repr` of the list of their norms.
+    """
+    defaults: list[list[OperatorNorm]] = [
+        [default_norm(*layer.weight.shape[:2]) for layer in layers],
+        [SchattenNorm() for _ in layers],
+    ]
+    norms = next((each for each in defaults if repr(each) == saved), None)
+    if norms is not None and all(layer._norm_is_open for layer in layers):
+        for layer, norm in zip(layers, norms, strict=True):
+            layer.norm = norm
 
 
 class LipschitzLinear(SettingsInState, NormedLinear):
@@ -138,8 +165,9 @@ class LipschitzLinear(SettingsInState, NormedLinear):
         out_features: number of outputs.
         bias: whether to add a bias.
         coeff: the bound, in (0, 1).
-        norm: an upper bound of the spectral norm; `SchattenNorm()` by default. With
-            `PowerIteration` nothing is guaranteed.
+        norm: an upper bound of the spectral norm; by default `CholeskyNorm()` for matrices of 256
+            rows and columns or more, `SchattenNorm()` for others. With `PowerIteration` nothing is
+            guaranteed.
 
     Raises:
         ValueError: if `coeff` is not in (0, 1).
@@ -162,12 +190,16 @@ class LipschitzLinear(SettingsInState, NormedLinear):
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, norm=norm or SchattenNorm())
+        super().__init__(in_features, out_features, bias=bias, norm=norm)
         self.coeff = validated_coeff(coeff)
 
     def settings(self) -> Mapping[str, object]:
         """Return the coefficient and the norm."""
         return {"coeff": self.coeff, "norm": self.norm}
+
+    def adopt(self, saved: Mapping[str, str]) -> None:
+        """Take over the norm of an older default."""
+        adopt_norms([self], f"[{saved.get('norm')}]")
 
     def effective_weight(self) -> Tensor:
         """Return W, the weight that is used, shape (out, in)."""

@@ -20,9 +20,9 @@ from nflows_iresnet.nn.base import (
     validated_hidden,
 )
 from nflows_iresnet.nn.bounds import spectral_norm_bound
-from nflows_iresnet.nn.fused import Fused, can_fuse, fused
+from nflows_iresnet.nn.fused import FusedLinearization, can_fuse
 from nflows_iresnet.nn.layers import NormedLinear
-from nflows_iresnet.nn.norms import MatrixNorm, SchattenNorm
+from nflows_iresnet.nn.norms import MatrixNorm
 from nflows_iresnet.precision import require_precision
 from nflows_iresnet.validation import validated_size
 
@@ -59,7 +59,8 @@ class LipschitzMLP(LayeredNet):
             `Mixed(Sine(), SmoothAbs())`.
         context_hidden_features: widths of the hidden layers of the context's network.
         coeff: bound of the Lipschitz constant of the WHOLE network, in (0, 1).
-        norm: the norm that the weights are divided by; `SchattenNorm()` by default.
+        norm: the norm that the weights are divided by; by default `CholeskyNorm()`
+            for matrices of 256 rows and columns or more, `SchattenNorm()` for others.
         optional_context: whether a network with a context works without one, too: as another
             function. By default a forgotten context is an error.
 
@@ -95,7 +96,6 @@ class LipschitzMLP(LayeredNet):
         features = validated_size("features", features)
         hidden = validated_hidden("hidden_features", hidden_features)
         activation = validated_activation(activation)
-        norm = norm if norm is not None else SchattenNorm()
         fed = [features, *(width * widening_of(activation) for width in hidden)]
         widths = zip(fed, [*hidden, features], strict=True)
         super().__init__(
@@ -151,6 +151,24 @@ class MLPFunction(LayeredFunction):
             return F.linear(inputs, weight, shift)
         return F.linear(inputs, weight) + shift
 
+    def push(self, tangents: Tensor, index: int) -> Tensor:
+        """Return W t, (k, B, in) -> (k, B, out)."""
+        return F.linear(tangents, self.weights[index])
+
+    def pull(self, cotangents: Tensor, index: int) -> Tensor:
+        """Return W^T v, (k, B, out) -> (k, B, in)."""
+        return cotangents @ self.weights[index]
+
+    def outer(self, pairs: Sequence[tuple[Tensor, Tensor]], index: int) -> Tensor:
+        """Return the sum of the outer products v t^T over tangents and rows, shape (out, in)."""
+        (left, right), *others = [
+            (v.reshape(-1, v.shape[-1]).mT, t.reshape(-1, t.shape[-1])) for v, t in pairs
+        ]
+        total = left @ right
+        for left, right in others:
+            total = torch.addmm(total, left, right)
+        return total
+
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return g(inputs), shape (B, features); in parts where that is faster."""
         if torch.is_grad_enabled() or is_traced() or not self._is_to_be_cut(inputs):
@@ -178,7 +196,7 @@ class MLPFunction(LayeredFunction):
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: as one node of the graph where that is possible, see `fused`."""
         if inputs.dim() == 2 and can_fuse(self):
-            return FusedLinearization(self, inputs)
+            return FusedMLPLinearization(self, inputs)
         return super().linearize(inputs)
 
 
@@ -252,53 +270,14 @@ def has_cheap_trace(weights: Sequence[Tensor], rows: int) -> bool:
     return len(weights) == 3 and 2 * product <= rows * sum(weight.numel() for weight in weights)
 
 
-class FusedLinearization(MLPLinearization):
-    """The same linearisation, with all that is differentiated in one node of the graph.
-
-    The network is evaluated once, without a graph. Where gradients are recorded, the first of
-    `jvp`, `jacobian`, `trace` and `value` to be asked for makes the node of `nn.fused`, and the
-    others take their part of it; so ask for products before the value.
-
-    Args:
-        function: a network for which `fused.can_fuse` holds.
-        inputs: x, shape (B, features).
-    """
+class FusedMLPLinearization(FusedLinearization, MLPLinearization):  # type: ignore[override]
+    """The linearisation of a dense network, with what is differentiated in one node."""
 
     def __init__(self, function: MLPFunction, inputs: Tensor) -> None:
-        self._function, self._inputs = function, inputs
-        with torch.no_grad():
-            self._evaluation = function.evaluate(inputs, with_slopes=True)
-        self._first: Fused | None = None
+        FusedLinearization.__init__(self, function, inputs)
         self._weights = function.weights
         self.has_cheap_trace = has_cheap_trace(function.weights, inputs.shape[0])
 
-    @property
-    def like(self) -> Tensor:
-        """The value without a graph."""
-        return self._evaluation.value
-
-    @property
-    def value(self) -> Tensor:  # type: ignore[override]
-        """g(x), shape (B, features)."""
-        return self._node().value if torch.is_grad_enabled() else self._evaluation.value
-
-    @property
-    def _slopes(self) -> Sequence[Tensor]:  # type: ignore[override]
-        return self._node().slopes if torch.is_grad_enabled() else self._evaluation.slopes
-
-    def _node(self) -> Fused:
-        return self._first or self._pushed(self._inputs.new_zeros(0, *self._inputs.shape))
-
-    def _pushed(self, tangents: Tensor | None) -> Fused:
-        node = fused(self._function, self._evaluation, self._inputs, tangents)
-        if torch.is_grad_enabled() and self._first is None:
-            self._first = node
-        return node
-
-    def jvp(self, tangent: Tensor) -> Tensor:
-        """Return J v."""
-        return self._pushed(tangent[None]).pushed[0]
-
     def jacobian(self) -> Tensor:
         """Return J, shape (B, features, features)."""
-        return self._pushed(None).pushed.permute(1, 2, 0)
+        return self._node(None).pushed.permute(1, 2, 0)

@@ -67,7 +67,10 @@ class OperatorNorm(ABC):
         with torch.no_grad():
             value, gradient = self.value_and_gradient(weight.detach(), state)
         paired = (gradient.detach() * weight.double()).sum()
-        once = first_derivative_only(paired, f"{type(self).__name__} has no differentiable twin")
+        once = first_derivative_only(
+            paired,
+            f"{self!r} has no second derivatives: take one that has them, such as SchattenNorm()",
+        )
         return value.detach() + (once - once.detach())
 
     def of_stack(self, weights: Tensor, states: Sequence[State]) -> tuple[Tensor, Tensor]:

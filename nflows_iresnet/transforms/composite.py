@@ -57,7 +57,7 @@ class CompositeTransform(_NflowsCompositeTransform):
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         require_finite_in_training(self, inputs, context)
         bound = self._bind(inputs, context)
-        outputs, total = inputs, inputs.new_zeros(inputs.shape[0])
+        outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
         for transform in self._transforms:
             step: Step = partial(transform, context=context)
             if transform in bound:
@@ -65,20 +65,20 @@ class CompositeTransform(_NflowsCompositeTransform):
                 if self.recompute and torch.is_grad_enabled() and not is_traced():
                     step = partial(checkpoint, step, use_reentrant=False)
             outputs, logabsdet = step(outputs)
-            total = total + logabsdet
-        return outputs, total
+            parts.append(logabsdet)
+        return outputs, _total(parts)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         bound = self._bind(inputs, context)
-        outputs, total = inputs, inputs.new_zeros(inputs.shape[0])
+        outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
         for transform in reversed(self._transforms):
             step: Step = partial(transform.inverse, context=context)
             if transform in bound:
                 step = partial(transform.inverse, function=bound[transform])
             outputs, logabsdet = step(outputs)
-            total = total + logabsdet
-        return outputs, total
+            parts.append(logabsdet)
+        return outputs, _total(parts)
 
     def _bind(
         self, inputs: Tensor, context: Tensor | None
@@ -93,3 +93,11 @@ class CompositeTransform(_NflowsCompositeTransform):
     def extra_repr(self) -> str:
         """Show whether activations are kept."""
         return "recompute=True" if self.recompute else ""
+
+
+def _total(logabsdets: list[Tensor]) -> Tensor:
+    """Return the sum of log-determinants (B,): of two operations where all are of one kind."""
+    first = logabsdets[0]
+    if all(each.shape == first.shape and each.dtype == first.dtype for each in logabsdets):
+        return torch.stack(logabsdets).sum(0)
+    return sum(logabsdets[1:], first)

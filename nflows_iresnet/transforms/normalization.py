@@ -84,7 +84,8 @@ class ActNorm(_NflowsActNorm):
         raise ValueError(f"expected inputs of shape {expected}, got {tuple(inputs.shape)}")
 
     def _logabsdet(self, inputs: Tensor) -> Tensor:
-        return inputs.shape[2:].numel() * self.log_scale.sum().expand(inputs.shape[0])
+        logabsdet, pixels = self.log_scale.sum(), inputs.shape[2:].numel()
+        return (logabsdet if pixels == 1 else pixels * logabsdet).expand(inputs.shape[0])
 
     def _start(self, inputs: Tensor) -> None:
         if not self.initialized:

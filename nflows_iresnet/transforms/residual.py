@@ -17,6 +17,7 @@ from nflows_iresnet.linearization import (
     SecondDerivativeError,
     bind,
     first_derivative_only,
+    first_parameter,
     is_forward_over_forward,
     is_traced,
 )
@@ -117,8 +118,9 @@ class ResidualTransform(Transform):
 
     def bind(self, context: Tensor | None = None) -> ResidualFunction:
         """Return g for the present weights and one context, see `linearization.bind`."""
-        parameter = next(self.net.parameters(), torch.empty(0))
-        with full_precision(parameter.device):
+        parameter = first_parameter(self.net)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        with full_precision(device):
             return bind(self.net, context_like_weights(context, self.net))
 
     def forward(

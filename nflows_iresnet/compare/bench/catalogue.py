@@ -11,6 +11,7 @@ from nflows_iresnet.compare.bench import (
     implicit,
     inverses,
     likelihood,
+    operations,
     quality,
     steps,
 )
@@ -23,6 +24,7 @@ ITEMS: dict[str, Item] = {
     "step-batch-64": steps.STEP_BATCH_64,
     "step-depth": steps.STEP_DEPTH,
     "step-image": imagesteps.STEP_IMAGE,
+    "operations": operations.ITEM,
     "step-compiled": compiled.STEP_COMPILED,
     "memory": steps.STEP_MEMORY,
     "likelihood": likelihood.EXACT_LIKELIHOOD,
