@@ -14,6 +14,7 @@ from torch import nn as torch_nn
 from nflows_iresnet import nn
 from nflows_iresnet.linearization import Linearization
 from nflows_iresnet.logdet import LogDetEstimator
+from nflows_iresnet.precision import is_foreign, training_products
 from nflows_iresnet.solvers import Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -123,7 +124,8 @@ class ResidualClassifier(torch_nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) of images (B, C, H, W) with values 0, ..., levels - 1."""
-        logits: Tensor = self.head(self.encode(images))
+        with training_products(self, "anything" if is_foreign(self) else "matrices"):
+            logits: Tensor = self.head(self.encode(images))
         return logits
 
     def encode(self, images: Tensor) -> Tensor:

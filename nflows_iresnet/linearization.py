@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.renamed import warn_renamed
+from nflows_iresnet.tensor_float import in_full_products, unrecorded
 
 Function = Callable[[Tensor], Tensor]
 Rebuild = Callable[[Sequence[Tensor]], "ResidualFunction"]
@@ -265,15 +266,18 @@ class AutogradLinearization(Linearization):
         inputs: the points, shape (B, *).
     """
 
+    @in_full_products("anything")
     def __init__(self, function: Function, inputs: Tensor) -> None:
         self._function = function
         self._inputs = inputs
         self.value, self._pullback = _vjp(function, inputs)
 
+    @in_full_products("anything")
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Return J^T v by one backward pass."""
         return self._pullback(cotangent)
 
+    @in_full_products("anything")
     def jvp(self, tangent: Tensor) -> Tensor:
         """Return J v as the transpose of v -> J^T v."""
 
@@ -284,7 +288,8 @@ class AutogradLinearization(Linearization):
 
 
 def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
-    value, pullback = torch.func.vjp(function, inputs)[:2]
+    with unrecorded():
+        value, pullback = torch.func.vjp(function, inputs)[:2]
     return value, lambda cotangent: pullback(cotangent)[0]
 
 
@@ -360,6 +365,7 @@ class OpaqueFunction(ResidualFunction):
         self._context = context
         self.lipschitz = _validated_claim(net)
 
+    @in_full_products("anything")
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return net(inputs), with the context where there is one."""
         return self._net(inputs) if self._context is None else self._net(inputs, self._context)

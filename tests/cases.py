@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet import flows, logdet, solvers, transforms
 from nflows_iresnet import nn as lipschitz_nn
+from tests.device import generator
 
 NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -49,7 +50,7 @@ class FixedLinear(nn.Module):
 
     def __init__(self, features: int = 3, norm: float = 0.8) -> None:
         super().__init__()
-        matrix = torch.randn(features, features, generator=torch.Generator().manual_seed(1))
+        matrix = torch.randn(features, features, generator=generator(1))
         self.weight = nn.Parameter(norm * matrix / torch.linalg.matrix_norm(matrix, ord=2))
         self.lipschitz = norm
 
@@ -105,6 +106,14 @@ def _block(
     solver: solvers.Solver | None = None,
 ) -> transforms.ResidualTransform:
     return transforms.ResidualTransform(net, estimator=estimator, solver=solver)
+
+
+def _monotone(
+    net: nn.Module,
+    estimator: logdet.LogDetEstimator | None = None,
+    solver: solvers.Solver | None = None,
+) -> transforms.MonotoneTransform:
+    return transforms.MonotoneTransform(net, estimator=estimator, solver=solver)
 
 
 def _roulette(continuation: float | None = None, **options: float) -> logdet.RussianRoulette:
@@ -213,6 +222,24 @@ CASES: dict[str, Case] = {
         context_features=2,
         excluded=_OPTIONAL,
     ),
+    "krylov-linear-0.8": Case(lambda: _block(FixedLinear(norm=0.8), logdet.Krylov())),
+    "krylov-mlp": Case(lambda: _block(_mlp(8, 8), logdet.Krylov())),
+    "krylov-two-terms": Case(
+        lambda: _block(_mlp(8, 8), logdet.Krylov(num_exact_terms=2, exact_trace=False)),
+        is_variant=True,
+    ),
+    "krylov-probes": Case(
+        lambda: _block(_mlp(8, 8), logdet.Krylov(num_probes=3)), num_draws=100, is_variant=True
+    ),
+    "krylov-of-a-user": Case(
+        lambda: _block(ConditionalByAutograd(), logdet.Krylov(lipschitz=0.95)),
+        context_features=2,
+        excluded=_OPTIONAL,
+        is_variant=True,
+    ),
+    "krylov-cnn": Case(
+        lambda: _block(_cnn(5, 4, channels=2), logdet.Krylov()), shape=(2, 3, 3), is_variant=True
+    ),
     "mlp-context-clipswish": Case(
         lambda: _block(_mlp(4, 4, context=2, activation=lipschitz_nn.CLipSwish())),
         context_features=2,
@@ -247,11 +274,37 @@ CASES: dict[str, Case] = {
     "dense-net-roulette": Case(
         lambda: _block(_dense(4, 4, context=2), _roulette()), context_features=2, is_variant=True
     ),
+    "monotone-mlp": Case(lambda: _monotone(_mlp(8, 8))),
+    "monotone-linear-0.8": Case(lambda: _monotone(FixedLinear(norm=0.8), logdet.Exact())),
+    "monotone-context-clipswish": Case(
+        lambda: _monotone(_mlp(4, 4, context=2, activation=lipschitz_nn.CLipSwish())),
+        context_features=2,
+        is_variant=True,
+    ),
+    "monotone-series": Case(
+        lambda: _monotone(FixedLinear(norm=0.6), logdet.PowerSeries(num_terms=12)),
+        bias=2 * logdet.PowerSeries(num_terms=12).bias_bound(0.6, 3),
+        is_variant=True,
+    ),
+    "monotone-roulette": Case(lambda: _monotone(_mlp(8, 8), _roulette())),
+    "monotone-roulette-linear-0.8": Case(
+        lambda: _monotone(FixedLinear(norm=0.8), _roulette()), is_variant=True
+    ),
+    "monotone-module-of-a-user": Case(
+        lambda: _monotone(ConditionalByAutograd()), context_features=2, excluded=_OPTIONAL
+    ),
+    "monotone-cnn": Case(
+        lambda: _monotone(_cnn(4, 4, channels=2)), shape=(2, 2, 3), is_variant=True
+    ),
     "conditional-affine": Case(
         lambda: transforms.ConditionalAffine(3, 2, net=lipschitz_nn.context_mlp(2, [4], 6)),
         context_features=2,
     ),
     "marginal-spline": Case(_spline),
+    "marginal-spline-quantiles": Case(
+        lambda: transforms.ElementwiseRationalQuadraticSpline(3, 4, initialization="quantiles"),
+        is_variant=True,
+    ),
     "linear": Case(_linear),
     "linear-images": Case(
         lambda: transforms.LinearTransform(2, initialization="whitening"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +95,29 @@ class OffByOne(logdet.RussianRoulette):
     ) -> list[float]:
         count = len(super().term_weights(lipschitz, generator))
         return [1 / self.survival(term + 1, self._bound(lipschitz)) for term in range(1, count + 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedWithoutWhatFollows(logdet.Krylov):
+    """The fitted coefficient is not made good by the terms after it."""
+
+    def corrections(self, weights: Sequence[float]) -> list[float]:
+        kept = self.num_exact_terms - 1
+        return [0.0] * kept + list(weights[kept:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedWhereItEnds(logdet.Krylov):
+    """The coefficient is fitted only where no term follows: it depends on the truncation."""
+
+    def corrections(self, weights: Sequence[float]) -> list[float]:
+        is_shortest = len(weights) == self.num_exact_terms
+        return [change * is_shortest for change in super().corrections(weights)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedToTheBatch(logdet.Krylov):
+    """One coefficient for all rows: unbiased, but rows see each other."""
+
+    def excess(self, before: Tensor, last: Tensor) -> Tensor:
+        return super().excess(before, last).mean(0, keepdim=True)

@@ -18,18 +18,20 @@ BASE = {"torch", "numpy"}
 FOUNDATIONS = BASE | {
     "linearization",
     "precision",
+    "tensor_float",
     "conditioning",
     "settings",
     "validation",
     "renamed",
 }
 ALLOWED: dict[str, set[str]] = {
-    "linearization": BASE | {"renamed"},
+    "linearization": BASE | {"renamed", "tensor_float"},
+    "tensor_float": BASE,
     "renamed": BASE,
     "datasets": BASE | {"sklearn"},
     "testing": BASE | {"linearization"},
     "validation": BASE,
-    "precision": BASE | {"linearization"},
+    "precision": BASE | {"linearization", "tensor_float"},
     "conditioning": BASE,
     "settings": BASE,
     "logdet": FOUNDATIONS,

@@ -16,7 +16,7 @@ from nflows_iresnet.linearization import AutogradLinearization
 from nflows_iresnet.nn import cnn as conv
 from nflows_iresnet.nn.cnn import ConvFunction, ConvLinearization
 from nflows_iresnet.nn.convolution import PaddingMode, convolve
-from tests import planted_conv
+from tests import device, planted_conv
 from tests.test_conv_norms import PADDINGS, true_norm
 
 
@@ -176,7 +176,7 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def images(count: int, channels: int, size: tuple[int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
+    generator = device.generator(5)
     return torch.randn(count, channels, *size, generator=generator, dtype=torch.float64)
 
 

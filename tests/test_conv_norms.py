@@ -16,7 +16,7 @@ from nflows_iresnet import nn
 from nflows_iresnet.nn import conv_norms
 from nflows_iresnet.nn.conv_norms import OVERSAMPLINGS, between_frequencies, grid_size
 from nflows_iresnet.nn.convolution import PaddingMode, convolve
-from tests import planted_conv
+from tests import device, planted_conv
 
 PADDINGS: tuple[PaddingMode, ...] = ("zeros", "circular")
 KERNELS = [(1, 1, 3, 3), (2, 5, 3, 3), (5, 2, 3, 3), (3, 3, 5, 5), (2, 2, 1, 3), (4, 3, 1, 1)]
@@ -49,7 +49,7 @@ def largest_true_norm(weight: Tensor) -> float:
 
 
 def random_kernel(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=device.generator(seed), dtype=torch.float64)
 
 
 def underestimates(norm: nn.ConvNorm) -> bool:

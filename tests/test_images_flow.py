@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nflows_iresnet import logdet, transforms
 from nflows_iresnet.flows.image import ImageResidualFlow
+from tests import device
 
 
 def flow(alpha: float | None = 0.05, num_scales: int = 2) -> ImageResidualFlow:
@@ -19,8 +20,8 @@ def flow(alpha: float | None = 0.05, num_scales: int = 2) -> ImageResidualFlow:
 
 
 def images(rows: int = 6) -> Tensor:
-    integers = torch.randint(0, 17, (rows, 1, 4, 4), generator=torch.Generator().manual_seed(1))
-    return transforms.dequantize(integers, generator=torch.Generator().manual_seed(2))
+    integers = torch.randint(0, 17, (rows, 1, 4, 4), generator=device.generator(1))
+    return transforms.dequantize(integers, generator=device.generator(2))
 
 
 @pytest.mark.parametrize("alpha", [0.05, None], ids=["logit", "affine"])

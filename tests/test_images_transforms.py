@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet import testing, transforms
 from nflows_iresnet.transforms.image import CenteringTransform
+from tests import device
 
 CASES: dict[str, Callable[[], nn.Module]] = {
     "centring": lambda: CenteringTransform(levels=17),
@@ -65,9 +66,7 @@ def test_noise_is_uniform_fresh_and_reproducible() -> None:
     noise = (first - levels).sort().values
     expected = (torch.arange(len(noise)) + 0.5) / len(noise)
     assert (noise - expected).abs().max() < 3.1 / math.sqrt(len(noise))  # Kolmogorov, 1e-8
-    draws = [
-        transforms.dequantize(levels, generator=torch.Generator().manual_seed(5)) for _ in range(2)
-    ]
+    draws = [transforms.dequantize(levels, generator=device.generator(5)) for _ in range(2)]
     assert torch.equal(*draws)
 
 

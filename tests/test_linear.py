@@ -20,13 +20,14 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nflows_iresnet.transforms import LinearTransform
+from tests import device
 
 MIXING = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.5, 2.0], [0.1, 0.0, 1.0]], dtype=torch.float64)
 
 
 def data(rows: int = 500, features: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
     """Correlated rows away from zero."""
-    generator = torch.Generator().manual_seed(5)
+    generator = device.generator(5)
     noise = torch.randn(rows, features, generator=generator, dtype=torch.float64)
     mixed = noise @ MIXING if features == 3 else noise.cumsum(1)
     return (mixed + 5).to(dtype)

@@ -16,6 +16,7 @@ from nflows_iresnet.logdet.power_series import weighted_series
 from nflows_iresnet.nn.mlp import MLPLinearization
 from nflows_iresnet.testing import Subject, exact_logabsdet
 from nflows_iresnet.transforms import ResidualTransform
+from tests import device
 from tests.cases import FixedLinear
 
 
@@ -168,8 +169,7 @@ def test_only_torch_decides_and_a_generator_too() -> None:
     torch.manual_seed(1)
     assert torch.equal(estimator(net, inputs)[1], first)
     draws = [
-        estimator.estimate(net, inputs, generator=torch.Generator().manual_seed(7)).logabsdet
-        for _ in range(2)
+        estimator.estimate(net, inputs, generator=device.generator(7)).logabsdet for _ in range(2)
     ]
     assert torch.equal(*draws)
 

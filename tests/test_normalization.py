@@ -16,12 +16,13 @@ from torch.multiprocessing.spawn import start_processes
 
 from nflows_iresnet import ResidualFlow, flows
 from nflows_iresnet.transforms import ActNorm
+from tests import device
 
 # --- when it starts -------------------------------------------------------------------------------
 
 
 def far_data() -> Tensor:
-    return torch.randn(512, 2, generator=torch.Generator().manual_seed(3)) * 20 + 100
+    return torch.randn(512, 2, generator=device.generator(3)) * 20 + 100
 
 
 def nll(flow: Any, *context: Tensor) -> float:
@@ -67,7 +68,7 @@ def test_conditional_and_image_flows_wait_too() -> None:
         torch.manual_seed(0)
         return flows.ImageResidualFlow((1, 4, 4), 8, 1, num_scales=1, levels=17, alpha=None)
 
-    pixels = 8 + torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    pixels = 8 + torch.rand(64, 1, 4, 4, generator=device.generator(1))
     used_image = image()
     used_image.sample_and_log_prob(3)
     values = []
@@ -169,7 +170,7 @@ def test_a_step_that_samples_and_scores_sees_one_model() -> None:
 
 
 def halves() -> tuple[Tensor, Tensor]:
-    rows = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)).double() * 1e-21
+    rows = torch.randn(16, 2, generator=device.generator(1)).double() * 1e-21
     return rows[:13], rows[13:]
 
 

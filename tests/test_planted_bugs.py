@@ -50,6 +50,8 @@ PLANTED: dict[str, dict[str, Factory]] = {
         "value of the surrogate": _steep(planted_logdet.Surrogate(as_value=True)),
         "roulette without weights": _steep(planted_logdet.Unweighted(lipschitz=0.8)),
         "roulette weights off by one": _steep(planted_logdet.OffByOne(lipschitz=0.8)),
+        "fitted, and not made good": _steep(planted_logdet.FittedWithoutWhatFollows(lipschitz=0.8)),
+        "fitted where it ends": _steep(planted_logdet.FittedWhereItEnds(lipschitz=0.8)),
     },
     "same_seed_negates": {
         "inverse with the sign of forward": _wave(planted.InverseHasForwardsSign),
@@ -60,6 +62,9 @@ PLANTED: dict[str, dict[str, Factory]] = {
         "mean over the batch": _wave(planted.RowsSeeEachOther),
         "log-det of the batch": lambda: planted_logdet.changed(
             lambda values: values.mean().expand_as(values)
+        ),
+        "fitted to the batch": lambda: ResidualTransform(
+            Wave(), estimator=planted_logdet.FittedToTheBatch(lipschitz=0.8)
         ),
     },
     "context_matters": {

@@ -83,15 +83,6 @@ def test_recomputing_leaves_stateful_norms_alone() -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_a_precision_set_per_backend_is_taken_for_a_short_one() -> None:
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert nn.SchattenNorm()._dtype(torch.zeros(64, 64)) == torch.float64
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
 def test_the_certificate_holds_inside_autocast() -> None:
     """bfloat16 products would make a norm of rank-one weights too small."""
     torch.manual_seed(0)

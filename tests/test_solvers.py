@@ -16,6 +16,7 @@ from nflows_iresnet import flows, logdet, nn, solvers, transforms
 from nflows_iresnet.linearization import Linearization
 from nflows_iresnet.nn.mlp import MLPFunction
 from nflows_iresnet.solvers.base import Progress, row_norm, steps_to_next_look
+from tests import device
 
 SOLVERS: dict[str, solvers.Solver] = {
     "picard": solvers.FixedPointIteration(),
@@ -61,7 +62,7 @@ def test_the_error_is_bounded_by_the_verified_residual(
 
 @pytest.mark.parametrize("lipschitz", [0.9, 0.97])
 def test_the_inverse_of_minus_l_times_x_is_found(lipschitz: float) -> None:
-    targets = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    targets = torch.randn(4, 6, generator=device.generator(0))
     for solver in SOLVERS.values():
         solution = solver(lambda x: targets + lipschitz * x, targets)
         error = (solution.value - targets / (1 - lipschitz)).norm(dim=1)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+from copy import deepcopy
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from nflows.transforms.splines import rational_quadratic_spline
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import start_processes
 
 from nflows_iresnet import flows, transforms
 from nflows_iresnet.transforms import splines as marginal
+from nflows_iresnet.transforms.splines import Initialization
 
 Spline = transforms.ElementwiseRationalQuadraticSpline
 
@@ -198,3 +204,237 @@ def test_the_inverse_amplifies_by_less_than_it_says() -> None:
     change = 1e-9
     moved = (spline.inverse(outputs + change)[0] - spline.inverse(outputs)[0]).abs().max() / change
     assert 100 < float(moved.detach()) < 1.01 * spline.lipschitz_constants()[1]
+
+
+def marginals(count: int) -> dict[str, Tensor]:
+    """Rows of one feature, (count, 1): what tables hold."""
+
+    def uniform() -> Tensor:
+        return torch.rand(count, 1, dtype=torch.float64)
+
+    def normal() -> Tensor:
+        return torch.randn(count, 1, dtype=torch.float64)
+
+    outliers = normal()
+    outliers[::200] = 1e6
+    return {
+        "normal": normal(),
+        "far from zero": 1e4 + 3 * normal(),
+        "uniform": uniform(),
+        "exponential": -uniform().log(),
+        "log-normal": (1.5 * normal()).exp(),
+        "two peaks": 0.1 * normal() + 2 * (uniform() < 0.5),
+        "Cauchy": torch.tan(math.pi * (uniform() - 0.5)),
+        "outliers": outliers,
+        "binary": (uniform() < 0.3).double(),
+        "whole numbers": (17 * uniform()).floor(),
+        "mostly zero": normal() * (uniform() < 0.05),
+        "constant": torch.full((count, 1), 7.0, dtype=torch.float64),
+        "rounded": (2 * normal()).round() / 2,
+    }
+
+
+def standardised(initialization: Initialization, rows: Tensor) -> transforms.CompositeTransform:
+    features = rows.shape[1]
+    spline = Spline(features, num_bins=16, initialization=initialization)
+    chain = transforms.CompositeTransform([transforms.ActNorm(features), spline]).double()
+    chain(rows)
+    return chain.eval()
+
+
+def log_likelihood(transform: nn.Module, rows: Tensor) -> float:
+    outputs, logabsdet = transform(rows)
+    normal = -0.5 * outputs.square().sum(1) - 0.5 * rows.shape[1] * math.log(2 * math.pi)
+    return float((normal + logabsdet).mean().detach())
+
+
+@pytest.mark.parametrize("name", marginals(1))
+@pytest.mark.parametrize("count", [1, 2, 5, 50, 1000])
+def test_quantiles_are_never_a_worse_start_than_none(name: str, count: int) -> None:
+    torch.manual_seed(0)
+    rows, fresh = marginals(count)[name], marginals(4000)[name]
+    spline, none = standardised("quantiles", rows), standardised("identity", rows)
+    assert log_likelihood(spline, rows) >= log_likelihood(none, rows) - 1e-9
+    if count == 1000:
+        assert log_likelihood(spline, fresh) >= log_likelihood(none, fresh) - 1e-9
+    outputs = spline(fresh)[0]
+    assert bool(outputs.isfinite().all())
+    error = (spline.inverse(outputs)[0] - fresh).abs() / (1 + fresh.abs())
+    assert float(error.max().detach()) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["uniform", "Cauchy", "whole numbers", "rounded"])
+def test_few_rows_do_not_mislead_it(name: str) -> None:
+    """The quantiles of 20 rows, taken at their word, lose a nat on fresh rows where it goes ill."""
+    for seed in range(30):
+        torch.manual_seed(seed)
+        rows, fresh = marginals(20)[name], marginals(2000)[name]
+        spline, none = standardised("quantiles", rows), standardised("identity", rows)
+        assert log_likelihood(spline, fresh) > log_likelihood(none, fresh) - 0.01
+
+
+GAINS = {"uniform": 0.1, "exponential": 0.2, "two peaks": 1.0, "Cauchy": 0.8, "outliers": 2.0}
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_quantiles_are_worth_their_nats(name: str) -> None:
+    torch.manual_seed(0)
+    rows, fresh = marginals(1000)[name], marginals(4000)[name]
+    spline, none = standardised("quantiles", rows), standardised("identity", rows)
+    assert log_likelihood(spline, fresh) > log_likelihood(none, fresh) + GAINS[name]
+
+
+@pytest.mark.parametrize("name", ["normal", "constant"])
+def test_a_feature_that_has_nothing_to_gain_keeps_the_identity(name: str) -> None:
+    torch.manual_seed(0)
+    both = torch.cat([marginals(1000)[name], marginals(1000)["exponential"]], dim=1)
+    spline = Spline(2, num_bins=16, initialization="quantiles").double()
+    spline((both - both.mean(0)) / both.std(0).clamp_min(1e-3))
+    assert not bool(spline.sizes[:, 0].any() | spline.log_slopes[0].any())
+    assert bool(spline.sizes[:, 1].any() & spline.log_slopes[1].any())
+
+
+@pytest.mark.parametrize("num_bins", [1, 2, 3, 8, 16, 64])
+@pytest.mark.parametrize("bound", [0.5, 3.0, 4.0, 20.0])
+def test_knots_are_the_quantiles_of_their_images(num_bins: int, bound: float) -> None:
+    rows = torch.linspace(-1, 1, 4001, dtype=torch.float64)[:, None] * 0.4
+    spline = Spline(1, num_bins, bound).double()
+    spline.initialize(rows)
+    if num_bins == 1:
+        assert not bool(spline.sizes.any())
+        return
+    knots, images = spline._knots()[:, 0, 1:-1].detach()
+    reach = min(bound, 4) * 2.6 / 3.5
+    steps = torch.arange(1, num_bins, dtype=torch.float64)
+    expected = reach * (2 * steps / num_bins - 1)
+    if bool(spline.sizes.any()):
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-9)
+    if bound == 3.0 and num_bins == 16:
+        quantiles = 0.4 * (2 * torch.special.ndtr(expected) - 1)
+        torch.testing.assert_close(knots, quantiles, rtol=0, atol=0.02)
+    assert float(spline._knots()[0].detach().diff().min()) > 0.039 * 2 * bound / num_bins
+
+
+def test_sixteen_bins_to_four_reach_from_minus_to_plus_2_6() -> None:
+    spline = Spline(1, num_bins=16, initialization="quantiles").double()
+    spline(torch.linspace(-1.7, 1.7, 5000, dtype=torch.float64)[:, None])
+    images = spline._knots()[1, 0, 1:-1].detach()
+    expected = torch.linspace(-2.6, 2.6, 15, dtype=torch.float64)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-9)
+    widths, heights = spline._knots()[:, 0].diff(dim=1).detach()
+    secants = (heights / widths).log()
+    slopes = 5 * (spline.log_slopes[0].detach() / 5).tanh()
+    torch.testing.assert_close(slopes, (secants[1:] + secants[:-1]) / 2)
+
+
+def test_isotonic_regression_is_the_closest_increasing_sequence() -> None:
+    values = torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    expected = torch.tensor([[2.0, 2.0, 2.0, 4.5, 4.5], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    torch.testing.assert_close(marginal._isotonic(values), expected)
+
+
+def skewed_rows(count: int = 500) -> Tensor:
+    torch.manual_seed(5)
+    return torch.rand(count, 2) ** 2 * 3 - 1
+
+
+def test_it_starts_from_the_first_batch_in_training_alone() -> None:
+    spline = Spline(2, initialization="quantiles")
+    spline.eval()
+    spline(skewed_rows())
+    spline.train()
+    spline.inverse(skewed_rows())
+    spline(skewed_rows(0))
+    assert not bool(spline.initialized)
+    spline(skewed_rows())
+    first = {name: value.clone() for name, value in spline.state_dict().items()}
+    assert bool(spline.initialized)
+    assert bool(spline.sizes.any())
+    spline(2 * skewed_rows())
+    assert all(torch.equal(value, first[name]) for name, value in spline.state_dict().items())
+
+
+def test_given_rows_start_it_again_whatever_its_kind() -> None:
+    for initialization in get_args(Initialization):
+        spline = Spline(2, initialization=initialization)
+        spline(skewed_rows().flip(0) * 0.5)
+        spline.initialize(skewed_rows().double())
+        expected = Spline(2)
+        expected.initialize(skewed_rows())
+        torch.testing.assert_close(spline.sizes, expected.sizes, rtol=1e-4, atol=1e-4)
+        spline(torch.randn(100, 2))
+        torch.testing.assert_close(spline.sizes, expected.sizes, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_of_its_own_and_what_was_learned_start_nothing() -> None:
+    spline = Spline(2, initialization="quantiles")
+    spline(spline.inverse(skewed_rows())[0])
+    assert not bool(spline.initialized)
+    nn.init.constant_(spline.log_slopes, 0.5)
+    spline(skewed_rows())
+    assert bool(spline.initialized)
+    assert not bool(spline.sizes.any())
+
+
+def test_its_start_is_saved_loaded_and_copied() -> None:
+    spline = Spline(2, initialization="quantiles")
+    spline(skewed_rows())
+    restored = Spline(2, initialization="quantiles")
+    restored.load_state_dict(spline.state_dict())
+    for copy in (restored, deepcopy(spline)):
+        copy(torch.randn(50, 2))
+        assert torch.equal(copy.sizes, spline.sizes)
+    fresh = deepcopy(Spline(2, initialization="quantiles"))
+    fresh(skewed_rows())
+    assert torch.equal(fresh.sizes, spline.sizes)
+
+
+def test_a_state_without_the_flag_loads_and_is_kept() -> None:
+    spline = Spline(2)
+    nn.init.constant_(spline.sizes, 0.0)
+    nn.init.normal_(spline.log_slopes)
+    state = {name: value for name, value in spline.state_dict().items() if name != "initialized"}
+    for initialization in get_args(Initialization):
+        restored = Spline(2, initialization=initialization)
+        restored.load_state_dict(state)
+        restored(skewed_rows())
+        assert torch.equal(restored.log_slopes, spline.log_slopes)
+        assert not bool(restored.sizes.any())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_finite_start_nothing(value: float) -> None:
+    rows = skewed_rows()
+    rows[3, 1] = value
+    spline = Spline(2, initialization="quantiles")
+    for start in (spline, spline.initialize):
+        with pytest.raises(ValueError, match=r"features \[1\], in 1 of 500 rows"):
+            start(rows)
+    assert not bool(spline.initialized | spline.sizes.any())
+    with pytest.raises(ValueError, match="at least one row"):
+        spline.initialize(rows[:0])
+    with pytest.raises(ValueError, match=r"\(batch, 2\), got \(5, 3\)"):
+        spline.initialize(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="'identity' or 'quantiles', got 'data'"):
+        Spline(2, initialization="data")  # type: ignore[arg-type]
+
+
+def _start_of_a_process(rank: int, folder: str) -> None:
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    spline = Spline(2, initialization="quantiles")
+    spline(skewed_rows()[:300] if rank == 0 else skewed_rows()[300:])
+    torch.save(spline.state_dict(), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_start_from_their_joined_rows(tmp_path: Path) -> None:
+    start_processes(_start_of_a_process, (str(tmp_path),), nprocs=2, start_method="spawn")
+    expected = Spline(2, initialization="quantiles")
+    expected(skewed_rows())
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0)

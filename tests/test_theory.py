@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nflows_iresnet import logdet, solvers, testing
 from nflows_iresnet.linearization import linearize
 from nflows_iresnet.transforms import ResidualTransform
-from tests import planted_logdet, planted_theory, theory
+from tests import device, planted_logdet, planted_theory, theory
 
 PICARD = solvers.FixedPointIteration()
 
@@ -23,7 +23,7 @@ def test_banach_rate_is_attained_by_a_multiple_of_the_identity(lipschitz: float)
 
     For g(x) = -L x, the iteration x <- y + L x has exactly this error.
     """
-    targets = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double()
+    targets = torch.randn(5, 3, generator=device.generator(0)).double()
     sharpness = theory.check_banach_rate(
         PICARD, lambda x: targets + lipschitz * x, targets, lipschitz
     )

@@ -63,6 +63,9 @@ class DensityModel(nn.Module, ABC):
     def sample(self, num_samples: int) -> Tensor:
         """Draw samples as a user of the library would; returns (num_samples, *)."""
 
+    def initialize(self, rows: Tensor) -> None:
+        """Start from training rows (N, *) what the library starts from data before training."""
+
     def after_step(self) -> None:
         """Do what the library asks for after each optimiser step."""
 
@@ -105,6 +108,12 @@ class ResidualModel(NflowsModel):
     """A flow of this library, whose residual blocks certify their Lipschitz bound."""
 
     estimates = True
+
+    def initialize(self, rows: Tensor) -> None:
+        """Start a flow that can be started from rows."""
+        initialize = getattr(self.flow, "initialize", None)
+        if initialize is not None:
+            initialize(rows)
 
     @torch.no_grad()
     def exact_log_prob(self, inputs: Tensor) -> Tensor:

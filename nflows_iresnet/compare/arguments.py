@@ -10,7 +10,12 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from nflows_iresnet import datasets
-from nflows_iresnet.compare.config import IMAGE_DEFAULTS, RunConfig, resolve_device
+from nflows_iresnet.compare.config import (
+    IMAGE_DEFAULTS,
+    TRAINING_PRECISIONS,
+    RunConfig,
+    resolve_device,
+)
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.models import MODELS
 from nflows_iresnet.compare.presets import QUICK, Preset
@@ -27,7 +32,10 @@ models with --images:
 """
 CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
-at --hidden-features and --num-layers. A training under way is saved every few minutes, and goes on
+at --hidden-features and --num-layers. `mnist --images` is residual-flow alone unless other --models
+are named, with a size, a start and a time that suit the device: ten minutes of training on a GPU,
+two on a CPU. On a GPU a training step is one CUDA graph where that can be, and it is said where it
+cannot. A training under way is saved every few minutes, and goes on
 from there with --resume. The exit status is 0 when the comparison is complete (a model
 that fails is a result), 1 when a file cannot be written, 2 for arguments or data that cannot work,
 130 after Ctrl-C, which saves the training under way at the end of its step (again, it stops at
@@ -101,6 +109,25 @@ def _add_images(group: argparse._ActionsContainer, preset: Preset) -> None:
         "blocks, which need it, stay in full precision",
     )
     _add_number(group, preset, "--num-scales", positive_int, "halvings of height and width")
+    _add_number(
+        group, preset, "--alpha", positive_float, "distance from black and white of the logit"
+    )
+    _add_number(
+        group,
+        preset,
+        "--marginal-bins",
+        natural_int,
+        "bins of a spline for each pixel in residual-flow, which then has 1x1 convolutions, too, "
+        "and starts from training images; 0 for none of this",
+    )
+    _add_number(
+        group,
+        preset,
+        "--num-terms",
+        natural_int,
+        "terms of the series that residual-flow is trained by, 0 for the roulette; examinations "
+        "are unbiased in either case",
+    )
     group.add_argument(
         "--exact-images",
         type=positive_int,
@@ -130,11 +157,23 @@ def _add_how(group: argparse._ActionsContainer, preset: Preset) -> None:
         metavar="SECONDS",
         help="the same training time for every model instead of the same steps",
     )
+    length.add_argument(
+        "--minutes",
+        type=positive_float,
+        metavar="X",
+        help="--budget in minutes",
+    )
     _add_number(group, preset, "--batch-size", positive_int, "rows per step")
     _add_number(
         group, preset, "--learning-rate", positive_float, "of Adam, annealed to zero by a cosine"
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument(
+        "--training-precision",
+        choices=TRAINING_PRECISIONS,
+        help="tf32 allows TensorFloat-32 in training steps on a GPU, never in examinations "
+        "(default: float32)",
+    )
     _add_number(group, preset, "--threads", positive_int, "CPU threads")
 
 
@@ -184,17 +223,23 @@ def to_config(parsed: argparse.Namespace) -> RunConfig:
     defaults["datasets"] = preset.image_datasets if images else preset.datasets
     defaults["models"] = preset.image_models if images else preset.models
     defaults["steps"] = preset.steps
-    defaults |= QUICK if parsed.quick else {}
-    if parsed.budget is not None:
-        defaults["steps"] = None
+    device = resolve_device(parsed.device)
+    if images:
+        defaults |= preset.tuned_to(parsed.datasets or defaults["datasets"], device)
+    if parsed.quick:
+        defaults |= {**QUICK, "budget": None}
     given = {name: getattr(parsed, name) for name in DEFAULTS}
+    if parsed.minutes is not None:
+        given["budget"] = 60 * parsed.minutes
+    if given["budget"] is not None or given["steps"] is not None:
+        defaults |= {"steps": None, "budget": None}
     chosen = {
         name: default if given[name] in (None, []) else given[name]
         for name, default in defaults.items()
     }
     for name in ("datasets", "models"):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
-    return RunConfig(**{**chosen, "images": images, "device": resolve_device(parsed.device)})
+    return RunConfig(**{**chosen, "images": images, "device": device})
 
 
 def _are_images(names: list[str]) -> bool:

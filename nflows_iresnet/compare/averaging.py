@@ -26,7 +26,8 @@ class WeightAverage:
     def __init__(self, parameters: Iterator[Parameter], decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        self._parameters, self._decay, self._count = list(parameters), decay, 0
+        self._parameters: list[torch.Tensor] = list(parameters)
+        self._decay, self._count = decay, 0
         self._averages = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
@@ -34,8 +35,7 @@ class WeightAverage:
         """Take in the present parameters."""
         decay = min(self._decay, self._count / (self._count + 10))
         self._count += 1
-        for average, parameter in zip(self._averages, self._parameters, strict=True):
-            average.lerp_(parameter, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -215,6 +215,8 @@ def _line(result: Result, data: DatasetSummary) -> str:
     if nll is not None:
         score = f"{nll:.3f} nats" if bits is None else f"{bits:.3f} bits/dim"
         parts.insert(0, f"test NLL {score}")
+    if result.training is not None and result.training.capture_reason is not None:
+        parts.append(f"steps not captured: {result.training.capture_reason}")
     return f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: {'; '.join(parts)}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 DEFAULT_STEPS = 400
+TRAINING_PRECISIONS = ("float32", "tf32")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class RunConfig:
         num_train: training images to keep, or None for all.
         num_scales: how often images are squeezed and half of them factored out.
         amp: whether networks compute in bfloat16 while training.
+        alpha: distance from 0 and 1 at which the logit of pixels begins.
+        marginal_bins: bins of the spline of each pixel in residual-flow, which then has 1x1
+            convolutions, too, and starts from training images; 0 for none of this.
+        num_terms: terms of the power series that residual-flow is trained by, 0 for the roulette;
+            examinations are unbiased in either case.
+        training_precision: "float32", or "tf32" to allow TensorFloat-32 in training steps.
         exact_images: test images that get the exact log-determinant where models estimate it, or
             None for 256, and fewer where images are large.
         dequantisations: draws of noise over which test likelihoods are averaged.
@@ -63,6 +70,10 @@ class RunConfig:
     num_train: int | None = None
     num_scales: int = 2
     amp: bool = False
+    alpha: float = 0.05
+    marginal_bins: int = 0
+    num_terms: int = 0
+    training_precision: str = "float32"
     exact_images: int | None = None
     dequantisations: int = 1
 
@@ -76,6 +87,14 @@ class RunConfig:
             _check_positive(name, getattr(self, name))
         if not self.images and (self.amp or self.num_train is not None):
             raise ValueError("amp and num_train are for images: add --images, or leave them out")
+        if not 0 < self.alpha < 0.5:
+            raise ValueError(f"alpha must be between 0 and 0.5, got {self.alpha}")
+        for name in ("marginal_bins", "num_terms"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.training_precision not in TRAINING_PRECISIONS:
+            known = " or ".join(TRAINING_PRECISIONS)
+            raise ValueError(f"training_precision must be {known}, got {self.training_precision}")
 
     def as_arguments(self) -> dict[str, Any]:
         """Every choice as plain JSON data."""
@@ -140,6 +159,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def slug(name: str) -> str:
     """Turn a name into something every file system accepts."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "data"
+
+
+def describe(error: Exception) -> str:
+    """Say in one short line what went wrong."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    text = lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
+    return f"{type(error).__name__}: {text}"
 
 
 class UsageError(Exception):

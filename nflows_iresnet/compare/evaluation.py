@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.compare.adapters import DensityModel
+from nflows_iresnet.compare.config import describe
 from nflows_iresnet.compare.memory import peak_megabytes
 from nflows_iresnet.compare.training import synchronize
 
@@ -129,13 +130,6 @@ def evaluate(model: DensityModel, exam: Exam, seed: int) -> Evaluation:
             result.failures.append(f"{name}: {describe(error)}")
     result.metrics = Metrics(**found)
     return result
-
-
-def describe(error: Exception) -> str:
-    """Say in one short line what went wrong."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    text = lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
-    return f"{type(error).__name__}: {text}"
 
 
 def exact_log_prob(model: DensityModel, inputs: Tensor) -> Tensor:

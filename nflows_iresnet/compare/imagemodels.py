@@ -26,12 +26,18 @@ class ImageArchitecture(Architecture):
         levels: how many values a pixel can take.
         num_scales: how often the image is squeezed and half of it factored out.
         half_precision: whether networks compute in bfloat16 while training.
+        alpha: of the logit in front of every model.
+        marginal_bins: bins of the splines of residual-flow, which then has 1x1 convolutions; or 0.
+        num_terms: of the power series that residual-flow is trained by, 0 for its default.
     """
 
     shape: Shape
     levels: int
     num_scales: int
     half_precision: bool = False
+    alpha: float = 0.05
+    marginal_bins: int = 0
+    num_terms: int = 0
 
     @property
     def models(self) -> Mapping[str, ModelSpec]:
@@ -121,7 +127,7 @@ def _flow(size: ImageArchitecture, steps: Steps) -> DensityModel:
     from nflows_iresnet.transforms import LogitTransform, multiscale
 
     transform = CompositeTransform(
-        [LogitTransform(size.levels), multiscale(size.shape, size.num_scales, steps)]
+        [LogitTransform(size.levels, size.alpha), multiscale(size.shape, size.num_scales, steps)]
     )
     return NflowsModel(Flow(transform, StandardNormal([size.features])))
 
@@ -129,19 +135,21 @@ def _flow(size: ImageArchitecture, steps: Steps) -> DensityModel:
 def glow_steps(size: ImageArchitecture) -> Steps:
     """Build the steps of Glow: ActNorm, invertible 1 x 1 convolution, affine coupling.
 
+    The convolution starts as the identity, not as a random rotation: the halves that are coupled
+    alternate instead.
+
     References:
         Kingma, Dhariwal. Glow: Generative flow with invertible 1x1 convolutions, 2018.
     """
-    from nflows.transforms import OneByOneConvolution
-
-    from nflows_iresnet.transforms import ActNorm
+    from nflows_iresnet.transforms import ActNorm, LinearTransform
 
     def steps(shape: Shape) -> list[Transform]:
         channels = shape[0]
         mask = torch.arange(channels) >= channels // 2
         layers: list[Transform] = []
-        for _ in range(size.num_layers):
-            layers += [ActNorm(channels), OneByOneConvolution(channels), _coupling(size, mask)]
+        for layer in range(size.num_layers):
+            coupling = _coupling(size, mask if layer % 2 else ~mask)
+            layers += [ActNorm(channels), LinearTransform(channels), coupling]
         return layers
 
     return steps
@@ -221,7 +229,8 @@ def _flat_logits(size: ImageArchitecture) -> Transform:
     from nflows_iresnet.transforms import ActNorm, LogitTransform
 
     flatten = FlattenTransform(size.shape)
-    return CompositeTransform([LogitTransform(size.levels), flatten, ActNorm(size.features)])
+    logit = LogitTransform(size.levels, size.alpha)
+    return CompositeTransform([logit, flatten, ActNorm(size.features)])
 
 
 def _ffjord(size: ImageArchitecture) -> DensityModel:
@@ -241,6 +250,7 @@ def _i_resnet(size: ImageArchitecture) -> DensityModel:
         *(size.shape, size.hidden_features, size.num_layers, size.num_blocks_per_layer),
         num_scales=size.num_scales,
         levels=size.levels,
+        alpha=size.alpha,
         estimator=PowerSeries(num_terms=10, probe=Gaussian(), exact_trace=False),
         solver=FixedPointIteration(),
         activation=lipschitz_nn.ELU(),
@@ -251,22 +261,23 @@ def _i_resnet(size: ImageArchitecture) -> DensityModel:
 
 def _residual_flow(size: ImageArchitecture) -> DensityModel:
     from nflows_iresnet.flows.image import ImageResidualFlow
+    from nflows_iresnet.logdet import PowerSeries
 
-    return ResidualModel(
-        ImageResidualFlow(
-            size.shape,
-            size.hidden_features,
-            size.num_layers,
-            size.num_blocks_per_layer,
-            num_scales=size.num_scales,
-            levels=size.levels,
-        )
+    flow = ImageResidualFlow(
+        *(size.shape, size.hidden_features, size.num_layers, size.num_blocks_per_layer),
+        num_scales=size.num_scales,
+        levels=size.levels,
+        alpha=size.alpha,
+        marginal_bins=size.marginal_bins,
+        linear=size.marginal_bins > 0,
+        estimator=PowerSeries(num_terms=size.num_terms) if size.num_terms else None,
     )
+    return TruncatedModel(flow) if size.num_terms else ResidualModel(flow)
 
 
 IMAGE_MODELS: dict[str, ModelSpec] = {
     "residual-flow": ModelSpec("images: ImageResidualFlow of this library", _residual_flow),
-    "glow": ModelSpec("images: Glow from nflows' parts", _glow),
+    "glow": ModelSpec("images: Glow, nflows' couplings and LinearTransform", _glow),
     "realnvp": ModelSpec("images: Real NVP from nflows' parts", _realnvp),
     "i-resnet": ModelSpec("images: ImageResidualFlow with the i-ResNet's strategies", _i_resnet),
     "nice": ModelSpec("images: nice on flattened logits", _flat("nice"), is_coarse=True),

@@ -22,12 +22,14 @@ from nflows_iresnet.compare.evaluation import (
 from nflows_iresnet.compare.imagemodels import ImageArchitecture
 from nflows_iresnet.compare.results import DatasetSummary
 from nflows_iresnet.compare.stream import Batches
-from nflows_iresnet.compare.tasks import Task
+from nflows_iresnet.compare.tasks import NUM_START_ROWS, Task
 from nflows_iresnet.datasets import ImageDataset
 
 _JACOBIAN_ELEMENTS = 2**28
+_VALIDATION_CHUNK = 128
 _TEST_NOISE = 20_000
 _VALIDATION_NOISE = 10_000
+_START_NOISE = 30_000
 """Seeds of the noise in examinations: the same for every run, so that numbers can be compared."""
 
 
@@ -41,6 +43,7 @@ class ImageTask(Task):
 
     data: ImageDataset
     average_decay = 0.999
+    warmup = 0.02
 
     @classmethod
     def load(cls, name: str, config: RunConfig) -> ImageTask:
@@ -73,6 +76,9 @@ class ImageTask(Task):
             levels=self.data.levels,
             num_scales=config.num_scales,
             half_precision=config.amp,
+            alpha=config.alpha,
+            marginal_bins=config.marginal_bins,
+            num_terms=config.num_terms,
         )
 
     def summarise(self) -> DatasetSummary:
@@ -100,14 +106,18 @@ class ImageTask(Task):
         """Return the training batches, with fresh noise in each."""
         return Batches(self.data.train.to(config.device), config.batch_size, seed, _dequantise)
 
+    def start_rows(self, config: RunConfig) -> Tensor:
+        """Return the first training images, with fixed noise."""
+        return _with_noise(self.data.train[:NUM_START_ROWS], _START_NOISE).to(config.device)
+
     def validate(self, model: DensityModel, config: RunConfig) -> float:
-        """Return the NLL of the first validation images, by the estimator of the training."""
+        """Return the NLL of the first validation images, by the model's unbiased estimator."""
         images = self.data.validation[:NUM_VALIDATION_ROWS]
         rows = _with_noise(images, _VALIDATION_NOISE).to(config.device)
         devices = [rows.device] if rows.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(_VALIDATION_NOISE)
-            return -float(estimated_log_prob(model, rows).double().mean())
+            return -float(estimated_log_prob(model, rows, _VALIDATION_CHUNK).double().mean())
 
     def exam(self, config: RunConfig) -> Exam:
         """Return the dequantised test images and one batch."""

@@ -167,6 +167,8 @@ def _glow(size: Architecture) -> DensityModel:
 def glow_step(size: Architecture, parity: int) -> Transform:
     """Build Glow's step for vectors: ActNorm, LU-parametrised linear map, affine coupling.
 
+    The linear map is this library's: nflows' copies from the host at each call.
+
     References:
         Kingma and Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, 2018.
 
@@ -182,8 +184,9 @@ def glow_step(size: Architecture, parity: int) -> Transform:
         ActNorm,
         AffineCouplingTransform,
         CompositeTransform,
-        LULinear,
     )
+
+    from nflows_iresnet.transforms import LinearTransform
 
     def coupling_net(in_features: int, out_features: int) -> nn.Module:
         return ResidualNet(
@@ -192,7 +195,7 @@ def glow_step(size: Architecture, parity: int) -> Transform:
 
     mask = torch.arange(size.features) % 2 == parity
     coupling = AffineCouplingTransform(mask.long(), coupling_net)
-    return CompositeTransform([ActNorm(size.features), LULinear(size.features), coupling])
+    return CompositeTransform([ActNorm(size.features), LinearTransform(size.features), coupling])
 
 
 def _normflows_residual(size: Architecture) -> DensityModel:
@@ -217,7 +220,7 @@ MODELS: dict[str, ModelSpec] = {
     "nice-scaled": ModelSpec("nice with the diagonal scaling of the paper", _nice_scaled),
     "made": ModelSpec("one Gaussian MADE of nflows", _made),
     "ffjord": ModelSpec("FFJORD: CNF of zuko", _ffjord),
-    "glow": ModelSpec("Glow's step for vectors, from nflows' parts", _glow),
+    "glow": ModelSpec("Glow's step for vectors: nflows' parts, LinearTransform", _glow),
     "nice": ModelSpec("SimpleRealNVP of nflows, additive couplings", _nice),
     "normflows-residual": ModelSpec(
         "Residual of normflows, as its users run it", _normflows_residual

@@ -40,6 +40,8 @@ class TrainingPlan:
         patience: validations without a new best after which training stops.
         average_decay: decay of the moving average of the weights that is validated and kept, None
             to validate and keep the weights themselves.
+        warmup: part of the training in which the learning rate rises from a tenth.
+        tf32: whether steps, but no validation, may use TensorFloat-32 on a GPU.
     """
 
     learning_rate: float
@@ -48,7 +50,10 @@ class TrainingPlan:
     validations: int = 20
     patience: int = 8
     average_decay: float | None = None
+    warmup: float = 0.0
+    tf32: bool = False
 
     def learning_rate_at(self, progress: float) -> float:
-        """Return the cosine-annealed learning rate."""
-        return 0.5 * self.learning_rate * (1.0 + math.cos(math.pi * progress))
+        """Return the learning rate, warmed up and annealed by a cosine."""
+        rising = 1.0 if progress >= self.warmup else max(0.1, progress / self.warmup)
+        return 0.5 * self.learning_rate * rising * (1.0 + math.cos(math.pi * progress))

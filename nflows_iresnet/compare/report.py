@@ -11,7 +11,7 @@ from nflows_iresnet.compare.cells import Column, R, best
 from nflows_iresnet.compare.columns import columns_for
 from nflows_iresnet.compare.memory import MEASURE
 from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
-from nflows_iresnet.compare.summary import caption, rows_of, verdict
+from nflows_iresnet.compare.summary import caption, captures, rows_of, verdict
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -68,9 +68,11 @@ _ROWS = (
 )
 _IMAGES = (
     "Images are dequantised with fresh uniform noise in training, the same for every model, and "
-    "with fixed noise in tests; what is validated and tested is the moving average of the weights. "
+    "with fixed noise in tests; what is validated and tested is the moving average of the weights, "
+    "and the learning rate is warmed up. "
     "Coupling flows and their log-determinants are exact. Residual flows are validated by their "
-    "unbiased estimator; on the test images they are exact, or estimated where the table says so, "
+    "unbiased estimator, also where they are trained by a truncated series, and may start from "
+    "training images; on the test images they are exact, or estimated where the table says so, "
     "and then compared with the exact value on the first of them. "
 )
 
@@ -131,6 +133,7 @@ def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> str:
         f"<p><strong>{escape(verdict(record, folder, dataset.name))}</strong></p>",
         table(columns_for(record, dataset), rows_of(record, dataset.name)),
         _failures(record, dataset),
+        *(f'<p class="caption">{escape(line)}</p>' for line in captures(record, dataset.name)),
         *_pictures(record, folder, dataset),
     ]
     return "\n".join(parts)

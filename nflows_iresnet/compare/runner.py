@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 
 from nflows_iresnet.compare.adapters import DensityModel
 from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
-from nflows_iresnet.compare.config import RunConfig, slug
-from nflows_iresnet.compare.evaluation import Array, Evaluation, Metrics, describe, evaluate
+from nflows_iresnet.compare.config import RunConfig, describe, slug
+from nflows_iresnet.compare.evaluation import Array, Evaluation, Metrics, evaluate
 from nflows_iresnet.compare.files import WriteError
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
 from nflows_iresnet.compare.imagetasks import ImageTask
@@ -88,6 +88,7 @@ def execute(
     model = None
     try:
         model = find_model(run.model, run.size.models).build(run.size).to(config.device)
+        model.initialize(run.task.start_rows(config))
         log = train_run(model, run, config, on_step, keeper)
     except (CheckpointError, WriteError):
         raise
@@ -107,14 +108,16 @@ def train_run(
 ) -> TrainingLog:
     """Train a model that was built for a run; it is left in its best state."""
     stream = run.task.stream(config, config.seed + run.repeat)
-    plan = training_plan(config, run.task.average_decay)
+    plan = replace(
+        training_plan(config), average_decay=run.task.average_decay, warmup=run.task.warmup
+    )
     return train(model, stream, lambda: run.task.validate(model, config), plan, on_step, keeper)
 
 
-def training_plan(config: RunConfig, average_decay: float | None = None) -> TrainingPlan:
+def training_plan(config: RunConfig) -> TrainingPlan:
     """Return the plan that every model is trained by."""
     length = Steps(config.steps or 0) if config.budget is None else Seconds(config.budget)
-    return TrainingPlan(config.learning_rate, length, average_decay=average_decay)
+    return TrainingPlan(config.learning_rate, length, tf32=config.training_precision == "tf32")
 
 
 def _with_bits(metrics: Metrics, data: DatasetSummary) -> Metrics:

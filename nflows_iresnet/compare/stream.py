@@ -19,7 +19,8 @@ class Batches(Iterator[Tensor]):
     """Batches for ever, one seeded shuffle per epoch; a remainder of rows is left out.
 
     Everything random comes from two generators of its own, so equal seeds yield equal batches
-    whatever a model draws in between.
+    whatever a model draws in between. Noise is drawn where the rows are: on a GPU it is other
+    noise, and no batch waits for the device.
 
     Args:
         rows: (N, *).
@@ -34,7 +35,7 @@ class Batches(Iterator[Tensor]):
         self._rows, self._prepare = rows, prepare
         self._size = min(batch_size, len(rows))
         self._shuffles = Generator().manual_seed(seed)
-        self._noise = Generator().manual_seed(seed + _OTHER_SEED)
+        self._noise = Generator(rows.device).manual_seed(seed + _OTHER_SEED)
         self._start_epoch()
 
     def __next__(self) -> Tensor:
@@ -43,12 +44,13 @@ class Batches(Iterator[Tensor]):
             self._start_epoch()
         chosen = self._order[self._position : self._position + self._size]
         self._position += self._size
-        batch = self._rows[chosen.to(self._rows.device)]
+        batch = self._rows[chosen]
         return batch if self._prepare is None else self._prepare(batch, self._noise)
 
     def _start_epoch(self) -> None:
         self._before_shuffle = self._shuffles.get_state()
-        self._order = torch.randperm(len(self._rows), generator=self._shuffles)
+        order = torch.randperm(len(self._rows), generator=self._shuffles)
+        self._order = order.to(self._rows.device)
         self._position = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def training_batches(
     rows = ((train * scale + location) * levels).floor()
 
     def with_noise(batch: Tensor, generator: Generator) -> Tensor:
-        noise = torch.rand(batch.shape, generator=generator).to(batch)
+        noise = torch.rand(batch.shape, generator=generator, device=batch.device).to(batch)
         return (((batch + noise) / levels - location) / scale).to(train.dtype)
 
     return Batches(rows, batch_size, seed, with_noise)

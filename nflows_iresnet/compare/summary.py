@@ -96,6 +96,16 @@ def caption(dataset: DatasetSummary) -> str:
     return text
 
 
+def captures(record: Record, dataset: str) -> list[str]:
+    """Say of each model whose steps ran one by one on a GPU why they were not one graph."""
+    logs = {each.model: each.training for each in record.of(dataset) if each.training is not None}
+    return [
+        f"{model}: its training step was not captured as one CUDA graph: {log.capture_reason}"
+        for model, log in logs.items()
+        if log.capture_reason is not None
+    ]
+
+
 def verdict(record: Record, folder: Folder, dataset: str) -> str:
     """Say in one line which model has the best test NLL, and whether the lead is significant."""
     rows = [row for row in rows_of(record, dataset) if row.metrics.test_nll is not None]

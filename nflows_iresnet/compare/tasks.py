@@ -24,6 +24,7 @@ from nflows_iresnet.compare.stream import Batches, training_batches
 from nflows_iresnet.datasets import Dataset
 
 NUM_PICTURE_ROWS = 4_000
+NUM_START_ROWS = 5_000
 
 
 class Task(ABC):
@@ -31,6 +32,8 @@ class Task(ABC):
 
     average_decay: float | None = None
     """Decay of the moving average of the weights that is validated and examined."""
+    warmup: float = 0.0
+    """Part of the training in which the learning rate rises."""
 
     @property
     @abstractmethod
@@ -52,6 +55,10 @@ class Task(ABC):
     @abstractmethod
     def stream(self, config: RunConfig, seed: int) -> Batches:
         """Return the training batches; the same for every model."""
+
+    @abstractmethod
+    def start_rows(self, config: RunConfig) -> Tensor:
+        """Return training rows from which a model may start."""
 
     @abstractmethod
     def validate(self, model: DensityModel, config: RunConfig) -> float:
@@ -143,6 +150,10 @@ class RowTask(Task):
     def stream(self, config: RunConfig, seed: int) -> Batches:
         """Return the training batches; quantised rows get fresh noise in each."""
         return training_batches(self.data, config.batch_size, seed, config.device)
+
+    def start_rows(self, config: RunConfig) -> Tensor:
+        """Return the first training rows."""
+        return self.data.train[:NUM_START_ROWS].to(config.device)
 
     def validate(self, model: DensityModel, config: RunConfig) -> float:
         """Return the exact NLL of the first validation rows."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -17,10 +17,14 @@ from torch.nn.parameter import Parameter
 
 from nflows_iresnet.compare.averaging import WeightAverage
 from nflows_iresnet.compare.checkpoints import Keeper, random_state, set_random_state
+from nflows_iresnet.compare.config import describe
 from nflows_iresnet.compare.divergence import REMEDY, TrainingDivergedError, check_finite
 from nflows_iresnet.compare.interruption import Postponed
 from nflows_iresnet.compare.plan import TrainingPlan
 from nflows_iresnet.compare.stream import Batches
+
+STEPS_BETWEEN_LOOKS = 8
+"""On a GPU, which is let run ahead: to look at a loss is to wait for it."""
 
 
 class Trainable(Protocol):
@@ -73,6 +77,8 @@ class TrainingLog:
         best_step: the step whose state was restored.
         best_validation: NLL of the validation rows there, in nats.
         curve: the validations, in order.
+        is_captured: whether a step was one CUDA graph.
+        capture_reason: why it was not, None where it was, and on a CPU.
     """
 
     steps: int
@@ -81,6 +87,8 @@ class TrainingLog:
     best_step: int
     best_validation: float
     curve: tuple[CurvePoint, ...]
+    is_captured: bool = False
+    capture_reason: str | None = None
 
 
 def seed_everything(seed: int) -> None:
@@ -94,6 +102,7 @@ class _Progress:
     """The running state of one training."""
 
     plan: TrainingPlan
+    begun: int = 0
     seconds: list[float] = field(default_factory=list)
     elapsed: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -104,7 +113,7 @@ class _Progress:
 
     @property
     def done(self) -> float:
-        return self.plan.length.progress(len(self.seconds), self.elapsed)
+        return self.plan.length.progress(self.begun, self.elapsed)
 
     @property
     def due(self) -> bool:
@@ -118,10 +127,12 @@ class _Progress:
     def _stale(self) -> int:
         return 0 if self.best is None else len(self.curve) - 1 - self.curve.index(self.best)
 
-    def add_step(self, seconds: float, loss: float) -> None:
-        self.seconds.append(seconds)
+    def add_steps(self, seconds: float, losses: list[float]) -> None:
+        for loss in losses:
+            self.seconds.append(seconds / len(losses))
+            self.losses.append(loss)
+            check_finite(loss, len(self.seconds))
         self.elapsed += seconds
-        self.losses.append(loss)
 
     def add_validation(self, model: Trainable, value: float) -> None:
         train = sum(self.losses) / len(self.losses)
@@ -150,6 +161,7 @@ class _Progress:
         self.curve = [CurvePoint(**point) for point in state["curve"]]
         self.best = None if state["best"] is None else self.curve[state["best"]]
         self.best_state, self.validated = state["best_state"], state["validated"]
+        self.begun = len(self.seconds)
 
 
 class _Training:
@@ -157,23 +169,40 @@ class _Training:
 
     def __init__(self, model: Trainable, stream: Batches, plan: TrainingPlan) -> None:
         self.model, self.stream, self.plan = model, stream, plan
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.learning_rate)
+        self.optimizer = adam(model.parameters(), plan.learning_rate)
         self.progress = _Progress(plan)
         self.average = (
             None
             if plan.average_decay is None
             else WeightAverage(model.parameters(), plan.average_decay)
         )
+        self.stepper = Stepper(model, self.optimizer, plan.clip_norm)
+        self._unseen: list[Tensor] = []
+        self._since = 0.0
 
-    def step(self) -> float:
-        _set_learning_rate(self.optimizer, self.plan.learning_rate_at(self.progress.done))
-        batch = next(self.stream)
-        seconds, loss = _timed_step(self.model, self.optimizer, batch, self.plan.clip_norm)
+    def step(self) -> None:
+        if not self._unseen:
+            self._since = time.perf_counter()
+        set_learning_rate(self.optimizer, self.plan.learning_rate_at(self.progress.done))
+        with _precision(self.plan):
+            self._unseen.append(self.stepper(next(self.stream)))
+        self.model.after_step()
         if self.average is not None:
             self.average.update()
-        self.progress.add_step(seconds, loss)
-        check_finite(loss, len(self.progress.seconds))
-        return loss
+        self.progress.begun += 1
+
+    @property
+    def is_to_be_looked_at(self) -> bool:
+        """Whether the host has to know the losses now, or waits for nothing by asking."""
+        on_gpu = self._unseen[-1].is_cuda
+        return not on_gpu or len(self._unseen) >= STEPS_BETWEEN_LOOKS or self.progress.due
+
+    def look(self) -> float:
+        """Take in the losses of the steps since the last look, and return the last."""
+        losses: list[float] = torch.stack(self._unseen).tolist()
+        self._unseen.clear()
+        self.progress.add_steps(time.perf_counter() - self._since, losses)
+        return losses[-1]
 
     def validate(self, validate: Callable[[], float]) -> None:
         with nullcontext() if self.average is None else self.average.applied():
@@ -192,8 +221,11 @@ class _Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         for name in ("model", "optimizer", "stream", "progress"):
             getattr(self, name).load_state_dict(state[name])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # a number on the device stays there; each step sets it
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         set_random_state(state["random"])
@@ -236,7 +268,10 @@ def train(
     interruption = Postponed()
     with nullcontext() if keeper is None else interruption:
         while not training.progress.finished:
-            loss = training.step()
+            training.step()
+            if not (training.is_to_be_looked_at or interruption.was_pressed):
+                continue
+            loss = training.look()
             on_step(training.progress.done, loss)
             if training.progress.due:
                 training.validate(validate)
@@ -245,7 +280,7 @@ def train(
                 keeper.save(training.state_dict())
             if ends:
                 break
-    return _close(model, training.progress)
+    return _close(model, training.progress, training.stepper)
 
 
 def _take_up(training: _Training, keeper: Keeper) -> None:
@@ -258,24 +293,95 @@ def _take_up(training: _Training, keeper: Keeper) -> None:
         raise keeper.damaged() from error
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def adam(parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.Adam:
+    """Return Adam; on a GPU one that a graph can hold, with the learning rate in a tensor."""
+    trained = list(parameters)
+    device = trained[0].device
+    if device.type != "cuda":
+        return torch.optim.Adam(trained, lr=learning_rate)
+    rate = torch.tensor(learning_rate, device=device)
+    return torch.optim.Adam(trained, lr=rate, capturable=True, foreach=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate; a tensor keeps its place, which a graph reads."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
 
 
-def _timed_step(
-    model: Trainable, optimizer: torch.optim.Optimizer, batch: Tensor, clip_norm: float
-) -> tuple[float, float]:
-    started = time.perf_counter()
-    optimizer.zero_grad(set_to_none=True)
-    loss = -model.log_prob(batch).mean()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
-    model.after_step()
-    value = loss.item()
-    synchronize(batch.device)
-    return time.perf_counter() - started, value
+class Stepper:
+    """Optimiser steps of one model: on a GPU from the second on one graph, where that can be.
+
+    The first step shows ActNorm its first batch and fills the state of the optimiser, neither of
+    which a graph can hold.
+
+    Args:
+        model: in training mode.
+        optimizer: of its parameters.
+        clip_norm: largest norm of the gradient.
+    """
+
+    def __init__(
+        self, model: Trainable, optimizer: torch.optim.Optimizer, clip_norm: float
+    ) -> None:
+        self._model, self._optimizer, self._clip_norm = model, optimizer, clip_norm
+        self._step: Callable[[Tensor], Tensor] = self._eager
+        self._steps = 0
+        self._refused: str | None = None
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Take a step and return its loss, which the device may still be computing."""
+        self._steps += 1
+        if batch.is_cuda and self._steps == 2:
+            self._step = self._graphed(batch)
+        return self._step(batch).detach().clone()
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a step is one graph."""
+        return bool(getattr(self._step, "is_captured", False))
+
+    @property
+    def capture_reason(self) -> str | None:
+        """Why it is not, None where it is, and on a CPU."""
+        reason: str | None = getattr(self._step, "reason", self._refused)
+        return None if self.is_captured else reason
+
+    def _eager(self, batch: Tensor) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = _loss(self._model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+        self._optimizer.step()
+        return loss
+
+    def _graphed(self, batch: Tensor) -> Callable[[Tensor], Tensor]:
+        from nflows_iresnet.graphs import GraphedStep
+
+        model: Any = self._model
+        try:
+            step: Callable[[Tensor], Tensor] = GraphedStep(
+                model, self._optimizer, batch, loss=_loss, max_grad_norm=self._clip_norm
+            )
+        except (ValueError, RuntimeError) as error:
+            self._refused = describe(error)
+            return self._eager
+        return step
+
+
+def _loss(model: Trainable, batch: Tensor) -> Tensor:
+    return -model.log_prob(batch).mean()
+
+
+def _precision(plan: TrainingPlan) -> AbstractContextManager[object]:
+    if not plan.tf32:
+        return nullcontext()
+    from nflows_iresnet.precision import allow_tf32_in_training
+
+    return allow_tf32_in_training()
 
 
 def synchronize(device: torch.device) -> None:
@@ -284,7 +390,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _close(model: Trainable, progress: _Progress) -> TrainingLog:
+def _close(model: Trainable, progress: _Progress, stepper: Stepper) -> TrainingLog:
     if progress.best is None or progress.best_state is None:
         raise TrainingDivergedError(f"the validation NLL was never finite; {REMEDY}")
     model.load_state_dict(progress.best_state)
@@ -296,4 +402,6 @@ def _close(model: Trainable, progress: _Progress) -> TrainingLog:
         best_step=progress.best.step,
         best_validation=progress.best.validation,
         curve=tuple(progress.curve),
+        is_captured=stepper.is_captured,
+        capture_reason=stepper.capture_reason,
     )

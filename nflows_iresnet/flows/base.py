@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from nflows_iresnet.conditioning import check_context
 from nflows_iresnet.flows.lipschitz import FlowLipschitz, certified_blocks, lipschitz_constants
 from nflows_iresnet.linearization import first_parameter
-from nflows_iresnet.precision import context_like_weights
+from nflows_iresnet.precision import context_like_weights, training_products
+from nflows_iresnet.transforms import initialize
+from nflows_iresnet.transforms.initialization import evaluating
 from nflows_iresnet.transforms.residual import inverse_values_only
 from nflows_iresnet.validation import validated_size
 
@@ -137,7 +139,9 @@ class Flow(_NflowsFlow):
     def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
         embedded = self._embedded(context)
         noise, logabsdet = self._transform(inputs, context=embedded)
-        log_prob: Tensor = self._distribution.log_prob(noise, context=embedded)
+        is_own = isinstance(self._distribution, StandardNormal)
+        with nullcontext() if is_own else self._of_others():
+            log_prob: Tensor = self._distribution.log_prob(noise, context=embedded)
         return log_prob + logabsdet
 
     def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
@@ -196,21 +200,65 @@ class Flow(_NflowsFlow):
         embedded = self._embedded(context)
         noise, repeated = self._noise(count, embedded)
         samples, logabsdet = self._transform.inverse(noise, context=repeated)
-        log_prob = self._distribution.log_prob(noise, context=repeated) - logabsdet
+        with self._of_others():
+            log_prob = self._distribution.log_prob(noise, context=repeated) - logabsdet
         return _grouped(samples, count, embedded), _grouped(log_prob, count, embedded)
 
     def _noise(self, num_samples: int, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return noise (N, *) in the precision of the transform, and the context of each row."""
         like = first_parameter(self._transform)
-        if like is None:
-            noise = self._distribution.sample(num_samples, context=context)
-        elif isinstance(self._distribution, StandardNormal):
-            noise = self._distribution.draw(num_samples, context, like)
-        else:
-            noise = self._distribution.sample(num_samples, context=context).to(like)
+        with self._of_others():
+            if like is None:
+                noise = self._distribution.sample(num_samples, context=context)
+            elif isinstance(self._distribution, StandardNormal):
+                noise = self._distribution.draw(num_samples, context, like)
+            else:
+                noise = self._distribution.sample(num_samples, context=context).to(like)
         if context is None:
             return noise, None
         return noise.flatten(0, 1), context.repeat_interleave(num_samples, dim=0)
+
+    def initialize(
+        self, rows: Tensor, context: Tensor | None = None, *, batch_size: int = 1024
+    ) -> None:
+        """Start all that depends on data from rows that are given, instead of the first batch.
+
+        A few thousand rows of the training set say more of scales, quantiles and correlations than
+        a batch does. Each part is started from what comes out of those before, see
+        `transforms.initialize`; afterwards no batch starts them again. Called again, or after
+        training, it starts them anew. The weights of residual blocks and networks stay.
+
+        Args:
+            rows: as `log_prob` takes them, shape (N, *).
+            context: shape (N, C), or None.
+            batch_size: how many rows go through a transform at a time.
+
+        Raises:
+            ValueError: if rows or context are not what the flow was built for, there is no row, or
+                a value is not finite.
+
+        Example:
+            >>> from nflows_iresnet.flows import ResidualFlow
+            >>> flow = ResidualFlow(2, 16, num_layers=3)
+            >>> flow.initialize(torch.randn(5000, 2) * 30 + 1000)
+            >>> flow.log_prob(torch.full((1, 2), 1000.0)).isfinite().item()
+            True
+        """
+        self._check_given(rows, context)
+        size = validated_size("batch_size", batch_size)
+        with torch.no_grad(), evaluating(self):
+            embedded = self._embedded_in_batches(context, size)
+        initialize(self._transform, rows, embedded, batch_size=size)
+
+    def _embedded_in_batches(self, context: Tensor | None, size: int) -> Tensor | None:
+        if context is None:
+            return self._embedded(None)
+        parts = [self._embedded(part) for part in context.split(size)]
+        return torch.cat([part for part in parts if part is not None])
+
+    def _of_others(self) -> AbstractContextManager[object]:
+        """Return full precision for what is not of this package."""
+        return training_products(self, "anything")
 
     def _check_given(self, inputs: Tensor, context: Tensor | None) -> None:
         _require_tensor("inputs", inputs)
@@ -239,7 +287,8 @@ class Flow(_NflowsFlow):
     def _embedded_by_net(self, context: Tensor | None) -> Tensor | None:
         net = self._embedding_net
         try:
-            embedded: Tensor | None = net(context)
+            with nullcontext() if isinstance(net, nn.Identity) else self._of_others():
+                embedded: Tensor | None = net(context)
         except (RuntimeError, TypeError, AttributeError) as error:
             if context is None:
                 raise ValueError(

@@ -19,6 +19,7 @@ from nflows_iresnet.transforms import (
     InjectivePadding,
     LinearTransform,
     LogitTransform,
+    MonotoneTransform,
     ResidualTransform,
     SqueezeTransform,
     UniformDequantization,
@@ -73,6 +74,13 @@ def _residual(transform: ResidualTransform) -> Constants:
     if bound >= 1:
         return _up(1 + bound), math.inf
     return _up(1 + bound), _up(1 / math.nextafter(1 - bound, 0))
+
+
+def _monotone(transform: MonotoneTransform) -> Constants:
+    """(I - g)(I + g)^{-1}, which with -g in place of g is its own inverse."""
+    stretch, shrinkage = _residual(transform)
+    bound = _up(stretch * shrinkage)
+    return bound, bound
 
 
 def _composite(transform: nflows_transforms.CompositeTransform) -> Constants:
@@ -131,6 +139,7 @@ def _unknown(transform: nn.Module) -> Constants:
 
 _CONSTANTS: dict[type[nn.Module], Callable[[Any], Constants]] = {
     ResidualTransform: _residual,
+    MonotoneTransform: _monotone,
     CompositeTransform: _composite,
     nflows_transforms.CompositeTransform: _composite,
     nflows_transforms.MultiscaleCompositeTransform: _multiscale,

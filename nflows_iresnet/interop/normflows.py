@@ -25,6 +25,8 @@ import normflows as nf
 from nflows.transforms import InverseNotAvailable, Transform
 from torch import Tensor
 
+from nflows_iresnet.precision import training_products
+
 _STOCHASTIC = (nf.flows.MetropolisHastings, nf.flows.HamiltonianMonteCarlo)
 
 
@@ -144,7 +146,8 @@ class FromNormflows(Transform):
         parameter: inspect.Parameter | None,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        outputs, logabsdet = direction(inputs, **self._conditions(parameter, context))
+        with training_products(self, "anything"):
+            outputs, logabsdet = direction(inputs, **self._conditions(parameter, context))
         if not isinstance(outputs, Tensor):
             raise ValueError(
                 f"{_name(self.flow)} maps to {len(outputs)} tensors; wrap the block that splits "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import Linearization, bind, is_traced
+from nflows_iresnet.tensor_float import in_full_products
 from nflows_iresnet.validation import validated_size
 
 
@@ -57,6 +58,7 @@ class LogDetEstimator(ABC):  # noqa: B024
             f"{type(self).__name__} must implement logabsdet(at_inputs, lipschitz, generator)"
         )
 
+    @in_full_products()
     def estimate(
         self,
         net: Callable[..., Tensor],
@@ -125,6 +127,7 @@ class Exact(LogDetEstimator):
         if self.chunk_size is not None:
             validated_size("chunk_size", self.chunk_size)
 
+    @in_full_products()
     def estimate(
         self,
         net: Callable[..., Tensor],

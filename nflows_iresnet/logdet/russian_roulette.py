@@ -14,9 +14,10 @@ The worst case allowed by \|J\| <= L is t_k ~ L^k / k for the value, L^{k-1} for
 * `LipschitzTruncation(s)`, p_k = L^{k - n} (n / k)^s: finite for EVERY L < 1. For s > 1 the
   expected number of terms is less than n + n / (s - 1), whatever L.
 
-Proofs: docs/guarantees.md#variance-of-the-roulette. The default keeps four terms always, where most
-of the sum is, and has s = 2, because terms of trained flows shrink faster than the bound allows;
-Jacobians close to the bound pay for it. Measured: docs/measurements.md#the-law-of-the-roulette.
+Proofs: docs/guarantees.md#variance-of-the-roulette. The default keeps three terms always, where
+most of the sum is, and has s = 2, because terms of trained flows shrink faster than the bound
+allows; Jacobians close to the bound pay for it. Measured:
+docs/measurements.md#the-law-of-the-roulette.
 """
 
 from __future__ import annotations
@@ -124,12 +125,12 @@ class RussianRoulette(SeriesEstimator):
 
     Example:
         >>> round(RussianRoulette().expected_terms(lipschitz=0.97), 1)
-        6.6
+        5.0
         >>> RussianRoulette(truncation=GeometricTruncation(0.5)).variance_bound(0.9, features=2)
         inf
     """
 
-    num_exact_terms: int = 4
+    num_exact_terms: int = 3
     truncation: Truncation = LipschitzTruncation()
     lipschitz: float | None = None
 

@@ -39,6 +39,7 @@ from nflows_iresnet.nn.layers import (
     validated_coeff,
 )
 from nflows_iresnet.settings import SettingsInState
+from nflows_iresnet.tensor_float import in_full_products
 from nflows_iresnet.validation import validated_size, validated_strategy
 
 
@@ -296,6 +297,7 @@ class LipschitzNet(SettingsInState, ABC):
         count = len(self.layers)
         return list(values[:count]), [bounded_exp(each) for each in values[count:]]
 
+    @in_full_products()
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """Return g(x; context), of the shape of the inputs."""
         return self.bind(context)(inputs)

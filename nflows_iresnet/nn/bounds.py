@@ -17,8 +17,10 @@ from nflows_iresnet.nn.conv_norms import (
     symbol_rounding,
 )
 from nflows_iresnet.nn.convolution import PaddingMode
+from nflows_iresnet.tensor_float import in_full_products
 
 
+@in_full_products()
 @torch.no_grad()
 def spectral_norm_bound(weight: Tensor) -> float:
     r"""Return an upper bound of \|W\|_2 of a matrix, tight to rounding.
@@ -46,6 +48,7 @@ def _require_finite(weight: Tensor) -> None:
         )
 
 
+@in_full_products()
 @torch.no_grad()
 def conv_norm_bound(weight: Tensor) -> float:
     r"""Return an upper bound of the norm of a convolution on images of every size.

@@ -36,6 +36,7 @@ from nflows_iresnet.nn.convolution import (
     validated_padding_mode,
 )
 from nflows_iresnet.nn.norms import OperatorNorm, SchattenNorm, State
+from nflows_iresnet.tensor_float import in_full_products
 
 OVERSAMPLINGS = (4, 8, 16, 32)
 """Nested grids. The certificate of a layer takes the smallest of their bounds, so it is at most the
@@ -401,6 +402,7 @@ class ConvPowerIteration(ConvNorm):
         """Improve u and v in place by `num_steps` iterations."""
         self._iterate(weight, state, self.num_steps)
 
+    @in_full_products()
     @torch.no_grad()
     def _iterate(self, weight: Tensor, state: State, steps: int) -> None:
         adjoint = adjoint_kernel(weight)

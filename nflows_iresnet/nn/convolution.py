@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.tensor_float import conv2d, conv2d_weight
 
 PaddingMode = Literal["zeros", "circular"]
 
@@ -57,8 +58,8 @@ def convolve(
         if is_thin and padding_mode == "zeros":
             return _with_bias(_scattered(inputs, weight), bias)
     if padding_mode == "zeros":
-        return F.conv2d(inputs, weight, bias, padding=half_widths(weight))
-    return F.conv2d(padded(inputs, weight, padding_mode), weight, bias)
+        return conv2d(inputs, weight, bias, padding=half_widths(weight))
+    return conv2d(padded(inputs, weight, padding_mode), weight, bias)
 
 
 def _with_bias(outputs: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,7 +100,7 @@ def kernel_gradient(
     Args:
         of_outputs: v, shape (B, out, H, W).
         inputs: x, shape (B, in, H, W).
-        weight: W; its shape and its kind of memory matter alone.
+        weight: W, of which the shape counts alone.
         padding_mode: of the convolution.
     """
     if inputs.device.type == "cpu" and weight.shape[2:].numel() == 1:
@@ -107,8 +108,4 @@ def kernel_gradient(
         return pairs.sum(0)[:, :, None, None]
     padding = half_widths(weight) if padding_mode == "zeros" else (0, 0)
     images = inputs if padding_mode == "zeros" else padded(inputs, weight, padding_mode)
-    found: Tensor = torch.ops.aten.convolution_backward(
-        of_outputs, images, weight, [0], (1, 1), padding, (1, 1), False, (0, 0), 1,
-        (False, True, False),
-    )[1]  # fmt: skip
-    return found
+    return conv2d_weight(of_outputs, images, weight, padding)

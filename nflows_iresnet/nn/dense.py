@@ -132,7 +132,8 @@ class LipschitzDenseNet(LipschitzNet):
         *hidden, last = [stack[0] for stack in stacks]
         parts = bounded_exp(self.log_parts)
         kept, added = parts.double()
-        constants = norms.new_tensor([lipschitz_bound(each) for each in self.activations])
+        each_constant = [norms.new_full((1,), lipschitz_bound(each)) for each in self.activations]
+        constants = torch.cat([norms.new_empty(0), *each_constant])  # without a copy from the host
         growths = kept.square() + (added * constants * norms[:-1, 0]).square()
         log_bound = norms[-1, 0].log() + growths.log().sum() / 2
         log_target = math.log(self.coeff * rounding_margin(last))

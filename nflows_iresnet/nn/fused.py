@@ -26,6 +26,7 @@ from torch import Tensor
 from nflows_iresnet.linearization import ForwardLinearization, is_traced, row_products
 from nflows_iresnet.nn.activations import Activation, is_unit_wise, widening_of
 from nflows_iresnet.nn.base import Evaluation, LayeredFunction
+from nflows_iresnet.precision import in_full_precision
 
 
 class Fused(NamedTuple):
@@ -159,6 +160,7 @@ _FEW_TANGENTS = 3
 """Up to so many, what one product saves is worth the memory of s_i o t_i."""
 
 
+@in_full_precision
 class _Pushforward(torch.autograd.Function):
     @staticmethod
     def forward(

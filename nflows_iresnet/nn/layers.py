@@ -26,6 +26,7 @@ from nflows_iresnet.nn.norms import (
     norms_of,
 )
 from nflows_iresnet.settings import SettingsInState
+from nflows_iresnet.tensor_float import in_full_products
 from nflows_iresnet.validation import validated_size
 
 
@@ -205,6 +206,7 @@ class LipschitzLinear(SettingsInState, NormedLinear):
         """Return W, the weight that is used, shape (out, in)."""
         return _divided(self, self.coeff)
 
+    @in_full_products()
     def forward(self, inputs: Tensor) -> Tensor:
         """Return W x + b, shape (*, out)."""
         return F.linear(inputs, self.effective_weight(), self.bias)
@@ -330,6 +332,7 @@ class LipschitzConv2d(SettingsInState, NormedConv2d):
         """Return W, the weight that is used, shape (out, in, k, k)."""
         return _divided(self, self.coeff)
 
+    @in_full_products()
     def forward(self, input: Tensor) -> Tensor:
         """Return W * x + b, shape (B, out, H, W)."""
         return convolve(input, self.effective_weight(), self.padding_mode, self.bias)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import first_derivative_only, is_traced
+from nflows_iresnet.precision import full_precision, is_foreign
+from nflows_iresnet.tensor_float import Work, in_full_products
 
 State = dict[str, Tensor]
 _TINY = torch.finfo(torch.float64).tiny
@@ -120,7 +122,8 @@ def norms_of(
     Returns:
         Shape (P, K).
     """
-    with torch.autocast(stacks[0].device.type, enabled=False):
+    work: Work = "anything" if any(map(is_foreign, norms)) else "matrices"
+    with full_precision(stacks[0].device, work):
         if torch.compiler.is_compiling():
             return _linear_in_weights(stacks, *_values_and_gradients(stacks, norms, states))
         if is_traced():
@@ -328,6 +331,7 @@ class PowerIteration(MatrixNorm):
         """Improve u and v in place by `num_steps` iterations."""
         self._iterate(weight, state, self.num_steps)
 
+    @in_full_products()
     @torch.no_grad()
     def _iterate(self, weight: Tensor, state: State, steps: int) -> None:
         for _ in range(steps):
@@ -388,6 +392,7 @@ class SchattenNorm(MatrixNorm):
         if not isinstance(self.num_squarings, int) or not 0 <= self.num_squarings <= 20:
             raise ValueError(f"num_squarings must be between 0 and 20, got {self.num_squarings}")
 
+    @in_full_products()
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the Schatten norms of order 2^{s+1} + 2 and their gradients."""
         double, largest = _squarable(tall_side(weight))
@@ -427,7 +432,7 @@ class SchattenNorm(MatrixNorm):
         return 2 ** (self.num_squarings + 1) + 2
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
-        is_single = weight.dtype == torch.float32 and _products_are_single()
+        is_single = weight.dtype == torch.float32 and not torch.compiler.is_compiling()
         return self._shortest(min(weight.shape[-2:]))[0] if is_single else torch.float64
 
     def _allowance(self, weight: Tensor) -> float:
@@ -505,16 +510,3 @@ def _exact_frobenius(matrix: Tensor) -> Tensor:
     """Return Frobenius norms in float64, with no sum in short precision longer than a row."""
     rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
     return torch.linalg.vector_norm(rows, dim=-2, keepdim=True, dtype=torch.float64)
-
-
-def _products_are_single() -> bool:
-    """Whether float32 products are known to be just that, not TensorFloat-32 or bfloat16.
-
-    torch raises where the precision was set per backend.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:
-        return False

@@ -31,6 +31,9 @@ _FIRST_LOOK = 10
 
 Blocks of flows take 5 to 25 evaluations in float32, trained ones mostly 8 to 12: this first look
 and `steps_to_next_look` make one or two looks of them.
+On a CPU, where looking costs next to nothing, the evaluations beyond those that were needed would:
+with a first look after 5, 8 or 10, inverses of six blocks took 1.1 to 2.0, 1.2 to 2.2 and 1.4 to
+2.9 times as long (2 to 256 dimensions, up to 10,000 rows, before and after 60 training steps).
 """
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from nflows_iresnet.testing.subject import (
     Subject,
+    drawn,
     exact_logabsdet,
     require,
     require_close,
+    require_gradients,
     require_mean,
 )
 
@@ -105,7 +107,7 @@ def _check_context_gradient(subject: Subject, context: Tensor) -> None:
         return replace(subject, context=conditions).forward()[0]
 
     require(outputs(context).requires_grad, "the context gets no gradient")
-    torch.autograd.gradcheck(outputs, (context,), eps=1e-5, atol=1e-4, rtol=1e-3)
+    require_gradients(outputs, (context,))
 
 
 def few_rows(subject: Subject) -> None:
@@ -122,7 +124,8 @@ def few_rows(subject: Subject) -> None:
 
 def weighted_gradient(subject: Subject) -> None:
     """The gradient of sum_i w_i logabsdet_i is right for unequal, negative and zero weights."""
-    weights = torch.linspace(-1, 2, len(subject.inputs), dtype=subject.inputs.dtype)
+    like = subject.inputs
+    weights = torch.linspace(-1, 2, like.shape[0], dtype=like.dtype, device=like.device)
     weights[0] = 0
     context = None if subject.context is None else subject.context.clone().requires_grad_()
     inputs = subject.inputs.clone().requires_grad_()
@@ -209,12 +212,11 @@ def inverse_gradients(subject: Subject) -> None:
         return found[0] if is_random else found
 
     arguments: Any = (outputs, context, *offsets)
-    torch.autograd.gradcheck(inverse, arguments, eps=1e-5, atol=1e-4, rtol=1e-3)
+    require_gradients(inverse, arguments)
 
 
 def _direction(parameter: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(parameter.numel())
-    direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    direction = drawn(parameter.shape, parameter, seed=parameter.numel())
     return direction / max(1, parameter.numel()) ** 0.5
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.testing import clauses as of
-from nflows_iresnet.testing.subject import Subject
+from nflows_iresnet.testing.subject import Subject, generators_kept
 
 Clause = Callable[[Subject], None]
 
@@ -47,7 +47,9 @@ def check_transform(
     num_draws: int = 200,
     bias: float = 0.0,
 ) -> None:
-    """Check that a transform keeps the contract, in float64, on a copy.
+    """Check that a transform keeps the contract, in float64, on a copy, where its tensors are.
+
+    Torch's generators, of the CPU and of the device, are afterwards as they were.
 
     Args:
         transform: a module with forward and inverse, (inputs, context) -> (outputs, logabsdet).
@@ -66,18 +68,19 @@ def check_transform(
         >>> from nflows.transforms import LULinear
         >>> check_transform(LULinear(3), torch.randn(4, 3), clauses=("round_trip",))
     """
-    if len(inputs) < 2:
-        raise ValueError(f"at least 2 rows are needed to check a transform, got {len(inputs)}")
+    if inputs.shape[0] < 2:
+        raise ValueError(f"at least 2 rows are needed to check a transform, got {inputs.shape[0]}")
     for name in CLAUSES if clauses is None else clauses:
         if name not in CLAUSES:
             raise ValueError(f"unknown clause {name!r}; known are {', '.join(CLAUSES)}")
-        try:
-            subject = _prepared(transform, inputs, context, atol, num_draws, bias)
-            CLAUSES[name](subject)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
-        except Exception as error:
-            raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
+        with generators_kept(inputs, *transform.parameters()):
+            try:
+                subject = _prepared(transform, inputs, context, atol, num_draws, bias)
+                CLAUSES[name](subject)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+            except Exception as error:
+                raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _prepared(

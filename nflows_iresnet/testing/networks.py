@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.linearization import AutogradLinearization, Linearization, bind
-from nflows_iresnet.testing.subject import require, require_close
+from nflows_iresnet.testing.subject import drawn, require, require_close
 
 
 def check_lipschitz(
@@ -85,14 +85,13 @@ def check_linearization(
     expected = _answers(AutogradLinearization(function, rows))
     for name, value in _answers(function.linearize(rows)).items():
         require_close(value, expected[name], atol, name)
-    some = torch.arange(rows.shape[0] - 1, 0, -1)
+    some = torch.arange(rows.shape[0] - 1, 0, -1, device=rows.device)
     selected = function.select(some)(rows[some])
     require_close(selected, expected["value"][some], atol, "the value of selected rows")
 
 
 def _answers(at: Linearization) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    tangent, cotangent = torch.randn(2, *at.shape, generator=generator, dtype=torch.float64)
+    tangent, cotangent = drawn((2, *at.shape), at.like, seed=0)
     return {
         "jvp": at.jvp(tangent),
         "vjp": at.vjp(cotangent),

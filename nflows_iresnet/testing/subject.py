@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +82,41 @@ def require_mean(draws: Tensor, expected: Tensor, subject: Subject, what: str) -
     require(worst <= 0, f"{what}: mean off by {float(error.max()):.3g}, beyond its standard error")
 
 
+def require_gradients(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Require gradients that agree with differences, and with themselves but for rounding.
+
+    A GPU adds in another order each time.
+    """
+    torch.autograd.gradcheck(
+        function, arguments, eps=1e-5, atol=1e-4, rtol=1e-3, nondet_tol=_REORDERED
+    )
+
+
+_REORDERED = 1e-8
+"""By how much a gradient in float64 may differ between two passes: sums in another order, solved
+to the tolerance of a solver."""
+
+
+def drawn(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
+    """Return normal numbers of a seed, the same ones on every device, for a tensor's kind."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(like)
+
+
+@contextmanager
+def generators_kept(*tensors: Tensor) -> Iterator[None]:
+    """Restore torch's generators, of the CPU and of all devices that are seeded, afterwards."""
+    seeded = {"cuda"} if torch.cuda.is_initialized() else set()
+    kinds = seeded | {each.device.type for each in tensors}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in sorted(kinds - {"cpu", "meta"}):
+            everyone = range(torch.get_device_module(kind).device_count())
+            stack.enter_context(torch.random.fork_rng(everyone, device_type=kind))
+        yield
+
+
 def exact_logabsdet(subject: Subject) -> Tensor:
     r"""Return log\|det\| of the full Jacobian, row by row, from automatic differentiation: (B,)."""
     rows = [_row_jacobian(subject.rows(slice(i, i + 1))) for i in range(len(subject.inputs))]
@@ -94,4 +131,4 @@ def _row_jacobian(row: Subject) -> Tensor:
     jacobian = torch.autograd.functional.jacobian(
         outputs, row.inputs.flatten(), create_graph=torch.is_grad_enabled()
     )
-    return torch.as_tensor(jacobian)
+    return cast(Tensor, jacobian)

@@ -14,7 +14,9 @@ from nflows_iresnet.transforms.image import (
     dequantize,
     multiscale,
 )
+from nflows_iresnet.transforms.initialization import initialize
 from nflows_iresnet.transforms.linear import LinearTransform
+from nflows_iresnet.transforms.monotone import MonotoneTransform
 from nflows_iresnet.transforms.normalization import ActNorm
 from nflows_iresnet.transforms.residual import ResidualTransform, using
 from nflows_iresnet.transforms.splines import ElementwiseRationalQuadraticSpline
@@ -27,11 +29,13 @@ __all__ = [
     "InjectivePadding",
     "LinearTransform",
     "LogitTransform",
+    "MonotoneTransform",
     "OutsideRangeError",
     "ResidualTransform",
     "SqueezeTransform",
     "UniformDequantization",
     "dequantize",
+    "initialize",
     "multiscale",
     "using",
 ]

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from nflows.transforms import CompositeTransform as _NflowsCompositeTransform
 from nflows.transforms import Transform
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nflows_iresnet.linearization import ResidualFunction, bind_all, is_traced
+from nflows_iresnet.linearization import ResidualFunction, bind_all, first_parameter, is_traced
 from nflows_iresnet.precision import (
+    as_now,
     context_like_weights,
-    full_precision,
+    is_foreign,
     require_finite_in_training,
+    training_precision,
+    training_products,
 )
+from nflows_iresnet.tensor_float import Work
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -63,8 +68,9 @@ class CompositeTransform(_NflowsCompositeTransform):
             if transform in bound:
                 step = partial(transform, function=bound[transform], estimator=transform.estimator)
                 if self.recompute and torch.is_grad_enabled() and not is_traced():
-                    step = partial(checkpoint, step, use_reentrant=False)
-            outputs, logabsdet = step(outputs)
+                    step = partial(checkpoint, as_now(step), use_reentrant=False)
+            with self._precision_of(transform):
+                outputs, logabsdet = step(outputs)
             parts.append(logabsdet)
         return outputs, _total(parts)
 
@@ -76,17 +82,25 @@ class CompositeTransform(_NflowsCompositeTransform):
             step: Step = partial(transform.inverse, context=context)
             if transform in bound:
                 step = partial(transform.inverse, function=bound[transform])
-            outputs, logabsdet = step(outputs)
+            with self._precision_of(transform):
+                outputs, logabsdet = step(outputs)
             parts.append(logabsdet)
         return outputs, _total(parts)
+
+    def _precision_of(self, transform: Transform) -> AbstractContextManager[object]:
+        """Return full precision for what is not of this package, and would not see to it."""
+        if _has_foreign_parameters(transform):
+            return training_products(self, "anything")
+        return nullcontext()
 
     def _bind(
         self, inputs: Tensor, context: Tensor | None
     ) -> dict[torch.nn.Module, ResidualFunction]:
         """Bind the nets of all blocks that opt in: they state that they take a function."""
         blocks = [each for each in self._transforms if getattr(each, "takes_function", False)]
-        with full_precision(inputs.device):
-            nets = [block.net for block in blocks]
+        nets = [block.net for block in blocks]
+        work: Work = "anything" if any(map(is_foreign, nets)) else "matrices"
+        with training_precision(self, inputs.device, work):
             functions = bind_all(nets, context_like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
 
@@ -101,3 +115,12 @@ def _total(logabsdets: list[Tensor]) -> Tensor:
     if all(each.shape == first.shape and each.dtype == first.dtype for each in logabsdets):
         return torch.stack(logabsdets).sum(0)
     return sum(logabsdets[1:], first)
+
+
+def _has_foreign_parameters(module: nn.Module) -> bool:
+    """Whether a transform, or one that it is made of, has weights and is not of this package."""
+    if not is_foreign(module):
+        return False
+    if isinstance(module, (Transform, nn.ModuleList)) and not module._parameters:
+        return any(map(_has_foreign_parameters, module.children()))
+    return first_parameter(module) is not None

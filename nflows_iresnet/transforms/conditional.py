@@ -8,7 +8,7 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 
 from nflows_iresnet.conditioning import check_context, context_mlp
-from nflows_iresnet.precision import context_like_weights, full_precision, like_weights
+from nflows_iresnet.precision import context_like_weights, like_weights, training_precision
 from nflows_iresnet.validation import validated_size, validated_strategy
 
 _HIDDEN_FEATURES = (64, 64)
@@ -81,7 +81,7 @@ class ConditionalAffine(Transform):
         if context is None:
             zeros = inputs.new_zeros(inputs.shape)
             return zeros, zeros
-        with full_precision(inputs.device):
+        with training_precision(self, inputs.device, "anything"):
             values = self.net(context_like_weights(context, self.net))
         if values.shape[1:] != (2 * self.features,):
             raise ValueError(

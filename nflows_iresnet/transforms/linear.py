@@ -10,7 +10,7 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.precision import full_precision, like_weights
+from nflows_iresnet.precision import full_precision, like_weights, training_precision
 from nflows_iresnet.transforms.normalization import depends_on, over_processes
 from nflows_iresnet.validation import validated_size
 
@@ -105,7 +105,8 @@ class LinearTransform(Transform):
         self.factors = nn.Parameter(torch.zeros(features, features))
         """L below the diagonal, U above; on it what log d is computed from."""
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
-        self._has_started = initialization == "identity"
+        self.starts_from_rows = initialization == "whitening"
+        self._has_started = not self.starts_from_rows
         self.register_buffer("initialized", torch.tensor(self._has_started))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ class LinearTransform(Transform):
         rows = _as_rows(inputs)
         if self.training and not self._has_started:
             self._start(rows)
-        with full_precision(inputs.device):
+        with training_precision(self, inputs.device):
             log_diagonal = self.log_diagonal()
             outputs = F.linear(rows, self._weight(log_diagonal), self.bias)
         return _like_inputs(outputs, inputs), _logabsdet(log_diagonal, inputs)

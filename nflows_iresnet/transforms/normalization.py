@@ -74,6 +74,21 @@ class ActNorm(_NflowsActNorm):
         scales = self.log_scale.detach().double()
         return _above(float(scales.max().exp())), _above(float((-scales.min()).exp()))
 
+    def initialize(self, rows: Tensor) -> None:
+        """Start from rows that are given, whatever scale and shift are.
+
+        Args:
+            rows: shape (N, features) or (N, features, H, W). Where several processes train one
+                model, each gives its own, at the same time.
+
+        Raises:
+            ValueError: if there is no row, a value is not finite, or shape or precision is another.
+        """
+        if rows.shape[0] == 0:
+            raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
+        self._initialize(self._checked(rows))
+        self._has_started = True
+
     def _checked(self, inputs: Tensor) -> Tensor:
         features = self.shift.shape[0]
         if inputs.dim() in (2, 4) and inputs.shape[1] == features:
@@ -88,23 +103,23 @@ class ActNorm(_NflowsActNorm):
         return (logabsdet if pixels == 1 else pixels * logabsdet).expand(inputs.shape[0])
 
     def _start(self, inputs: Tensor) -> None:
-        if not self.initialized:
-            if self.log_scale.any() or self.shift.any():
-                self.initialized.fill_(True)
-            elif not depends_on(inputs, (self.log_scale, self.shift)):
-                self._initialize(inputs)
-        self._has_started = bool(self.initialized)
+        states = (self.initialized, self.log_scale.any(), self.shift.any())
+        if bool(torch.stack(states).any()):
+            self.initialized.fill_(True)
+            self._has_started = True
+        elif not depends_on(inputs, (self.log_scale, self.shift)):
+            self._initialize(inputs)
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
         rows = inputs.movedim(1, -1).reshape(-1, inputs.shape[1]).double()
         peak = _largest_over_processes(rows, inputs)
+        if peak is None:
+            return
         unit = torch.where(peak > 0, peak, 1.0)
         rows = rows / unit
-        counted = torch.cat([rows.sum(0), rows.new_tensor([float(rows.shape[0])])])
+        counted = torch.cat([rows.sum(0), rows.new_full((1,), float(rows.shape[0]))])
         totals, count = over_processes(counted, "SUM").split([rows.shape[1], 1])
-        if count == 0:
-            return
         mean = totals / count
         squares = over_processes((rows - mean).square().sum(0), "SUM")
         std = (squares / (count - 1).clamp_min(1)).sqrt()
@@ -115,6 +130,7 @@ class ActNorm(_NflowsActNorm):
         self.log_scale.copy_(-log_std.clamp(-largest, largest))
         self.shift.copy_(-mean * unit * self.scale.double())
         self.initialized.fill_(True)
+        self._has_started = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -142,8 +158,10 @@ def depends_on(values: Tensor, parameters: tuple[Tensor, ...]) -> bool:
     return False
 
 
-def _largest_over_processes(rows: Tensor, inputs: Tensor) -> Tensor:
+def _largest_over_processes(rows: Tensor, inputs: Tensor) -> Tensor | None:
     """Return the largest magnitude of each feature, shape (features,), or raise in all processes.
+
+    None where no process has a row. It is here that the host waits for the first batch.
 
     Args:
         rows: shape (N, features), in float64.
@@ -152,14 +170,16 @@ def _largest_over_processes(rows: Tensor, inputs: Tensor) -> Tensor:
     zeros = rows.new_zeros(1, rows.shape[1])
     peak = torch.cat([zeros, rows.abs()]).amax(0)
     is_bad = (~peak.isfinite()).any()[None]
-    flag_and_peak = torch.cat([is_bad.to(peak), peak.nan_to_num(0.0, posinf=0.0)])
-    flag, largest = over_processes(flag_and_peak, "MAX").split([1, rows.shape[1]])
-    if flag:
+    has_rows = peak.new_full((1,), float(rows.shape[0] > 0))
+    joined = torch.cat([is_bad.to(peak), has_rows, peak.nan_to_num(0.0, posinf=0.0)])
+    flags, largest = over_processes(joined, "MAX").split([2, rows.shape[1]])
+    is_refused, is_filled = cast(list[float], flags.tolist())
+    if is_refused:
         raise ValueError(
             f"the first batch, from which ActNorm starts, is not finite: {_bad_rows(inputs)}. "
             "Drop or impute such rows of the data (or of the context); nothing was stored"
         )
-    return largest
+    return largest if is_filled else None
 
 
 def _bad_rows(inputs: Tensor) -> str:

@@ -21,12 +21,14 @@ from nflows_iresnet.linearization import (
     is_forward_over_forward,
     is_traced,
 )
-from nflows_iresnet.logdet import Auto, LogDetEstimator
+from nflows_iresnet.logdet import Auto, LogDetEstimate, LogDetEstimator
 from nflows_iresnet.precision import (
     context_like_weights,
     full_precision,
     like_weights,
     require_finite_in_training,
+    training_precision,
+    work_of,
 )
 from nflows_iresnet.renamed import warn_renamed
 from nflows_iresnet.solvers import Anderson, Solver
@@ -119,8 +121,8 @@ class ResidualTransform(Transform):
     def bind(self, context: Tensor | None = None) -> ResidualFunction:
         """Return g for the present weights and one context, see `linearization.bind`."""
         parameter = first_parameter(self.net)
-        device = torch.device("cpu") if parameter is None else parameter.device
-        with full_precision(device):
+        like = torch.empty(0) if parameter is None else parameter
+        with training_precision(self, like.device, work_of(self.net, like)):
             return bind(self.net, context_like_weights(context, self.net))
 
     def forward(
@@ -144,12 +146,11 @@ class ResidualTransform(Transform):
                 network does not take; in training on a CPU, if they are not finite.
         """
         inputs = self._checked(inputs, context)
-        with full_precision(inputs.device):
+        with training_precision(self, inputs.device, work_of(function or self.net, inputs)):
             if function is None:
                 require_finite_in_training(self, inputs, context)
                 function = self.bind(context)
-            estimate = (estimator or self.estimator).estimate(function, inputs)
-            return inputs + estimate.outputs, estimate.logabsdet
+            return self._map(function, inputs, estimator or self.estimator)
 
     def forward_bound(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Old name of `forward(inputs, function=function)`."""
@@ -193,12 +194,30 @@ class ResidualTransform(Transform):
             FixedPointNotConverged: if the residual does not get below the tolerance.
         """
         inputs = self._checked(inputs, context)
-        with full_precision(inputs.device):
+        with full_precision(inputs.device, work_of(function or self.net, inputs)):
             function = self.bind(context) if function is None else function
-            outputs = _inverse(function, inputs, self.solver)
+            outputs, point = self._solve(function, inputs)
             if not _NEEDS_LOGABSDET.get():
                 return outputs, outputs.new_full((outputs.shape[0],), torch.nan)
-            return outputs, -self.estimator.estimate(function, outputs).logabsdet
+            return outputs, -self._estimate(function, point, self.estimator).logabsdet
+
+    def _map(
+        self, function: ResidualFunction, inputs: Tensor, estimator: LogDetEstimator
+    ) -> tuple[Tensor, Tensor]:
+        """Return the outputs and the log-determinant for a g that is bound."""
+        estimate = self._estimate(function, inputs, estimator)
+        return inputs + estimate.outputs, estimate.logabsdet
+
+    def _solve(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inverse, and the point at which `_estimate` finds its log-determinant."""
+        outputs = solve_residual(function, inputs, self.solver)
+        return outputs, outputs
+
+    def _estimate(
+        self, function: ResidualFunction, point: Tensor, estimator: LogDetEstimator
+    ) -> LogDetEstimate:
+        """Return g at a point, and the log-determinant of forward that belongs to it."""
+        return estimator.estimate(function, point)
 
     def lipschitz_bound(self) -> float:
         """Return a certified upper bound of Lip(g) for the present weights.
@@ -233,7 +252,7 @@ class _FixedPointMap:
         return _FixedPointMap(self.function.select(rows), self.targets[rows])
 
 
-def _inverse(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
+def solve_residual(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
     """Return x with x + g(x) = inputs, differentiable in all that g and the inputs depend on."""
     targets = inputs.detach()
     solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value.detach()
@@ -347,7 +366,7 @@ class _Implicit(torch.autograd.Function):
     def solve(ctx: Any, target: Tensor, *, is_transposed: bool) -> Tensor:
         at, *tensors = ctx.saved_tensors
         function = ctx.rebuild(tensors)
-        with full_precision(target.device):
+        with full_precision(target.device, work_of(function, target)):
             return solve_linear(function, at, target, ctx.solver, is_transposed=is_transposed)
 
 

@@ -11,7 +11,7 @@ import torch
 from nflows_iresnet.compare.bench.clock import Clock, Work
 from nflows_iresnet.compare.bench.race import RaceResult, Rounds, race
 from nflows_iresnet.compare.bench.statistics import Spread, paired_ratio, spread
-from nflows_iresnet.compare.evaluation import describe
+from nflows_iresnet.compare.config import describe
 
 OURS = "ours"
 BASELINE = "normflows"

@@ -24,7 +24,8 @@ from nflows_iresnet.compare.bench.items import (
     Target,
 )
 from nflows_iresnet.compare.bench.steps import training_step
-from nflows_iresnet.compare.evaluation import describe, exact_nll
+from nflows_iresnet.compare.config import describe
+from nflows_iresnet.compare.evaluation import exact_nll
 from nflows_iresnet.compare.stream import training_batches
 from nflows_iresnet.compare.training import seed_everything
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from nflows_iresnet.compare.bench.clock import Clock, Reading, Work
-from nflows_iresnet.compare.evaluation import describe
+from nflows_iresnet.compare.config import describe
 
 
 @dataclass(frozen=True)

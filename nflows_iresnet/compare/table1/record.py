@@ -57,8 +57,10 @@ class Outcome:
         num_test: test images.
         num_wrong: how many of them were misclassified.
         lipschitz_bound: largest certified bound over the blocks, None where none is known.
-        inversion: what became of the test images in the inverse, None where there is none.
+        inversion: what became of test images in the inverse, None where there is none.
         failure: what went wrong, None if nothing did.
+        is_captured: whether a training step was one CUDA graph.
+        capture_reason: why it was not, None where it was, and on a CPU.
     """
 
     model: str
@@ -73,6 +75,8 @@ class Outcome:
     lipschitz_bound: float | None = None
     inversion: Inversion | None = None
     failure: str | None = None
+    is_captured: bool = False
+    capture_reason: str | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -152,6 +156,15 @@ class Record:
             published=self.published.get(name, {}),
             failures=tuple(each.failure for each in outcomes if each.failure is not None),
         )
+
+    def captures(self) -> list[str]:
+        """Say of each row whose steps ran one by one on a GPU why they were not one graph."""
+        reasons = {each.model: each.capture_reason for each in self.outcomes}
+        return [
+            f"{model}: its training step was not captured as one CUDA graph: {reason}"
+            for model, reason in reasons.items()
+            if reason is not None
+        ]
 
     def adding(self, outcome: Outcome) -> Record:
         """Return the record with one more outcome."""

@@ -39,7 +39,8 @@ FAIRNESS = (
     "All rows but resnet are one architecture, with ordinary or with certified convolutions; "
     "resnet has as many blocks and the width that comes nearest to as many parameters. Every "
     "row sees the same images in the same order, is trained by Adam with the same learning "
-    "rate, cosine schedule and gradient clipping, without augmentation, and the state with the "
+    "rate, cosine schedule and gradient clipping, without augmentation but the random shifts "
+    "named below, if any, and the state with the "
     "best cross-entropy on the validation images is kept. The standard error counts each "
     "distinct test image once, however many repeats saw it. The guarantee is read off the "
     "certified bound of the trained weights."
@@ -49,10 +50,12 @@ FAIRNESS = (
 def caption(record: Record) -> str:
     """Describe the images in one line."""
     data, repeats = record.data, record.arguments["repeats"]
+    budget = record.arguments.get("budget")
+    length = f"{record.arguments['steps']} steps" if budget is None else f"{budget:g} s of training"
     return (
         f"{data.num_train} training and {data.num_test} test images of "
         f"{'x'.join(map(str, data.shape))}, {repeats} repeat{'s' if repeats > 1 else ''}, "
-        f"{data.num_distinct} distinct test images, {record.arguments['steps']} steps"
+        f"{data.num_distinct} distinct test images, {length}"
     )
 
 
@@ -69,7 +72,8 @@ def render(record: Record, picture: bytes) -> str:
         torch=versions["torch"],
         caption=escape(f"{caption(record)}. Source: {record.data.source}; {record.data.split}."),
         table=table(columns, rows),
-        failures="".join(
+        failures="".join(f'<p class="caption">{escape(line)}</p>' for line in record.captures())
+        + "".join(
             f'<p class="failed">{escape(row.model)} failed: {escape(failure)}</p>'
             for row in rows
             for failure in row.failures

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nflows_iresnet.classifiers import ResidualClassifier
 from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
-from nflows_iresnet.compare.evaluation import describe
+from nflows_iresnet.compare.config import describe
 from nflows_iresnet.compare.files import WriteError
 from nflows_iresnet.compare.models import count_parameters
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
+from nflows_iresnet.compare.plan import Seconds, Steps, TrainingPlan
 from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.table1.inversion import invert
 from nflows_iresnet.compare.table1.models import Contestant, Size
@@ -25,6 +25,8 @@ from nflows_iresnet.datasets import ImageDataset
 OnStep = Callable[[float, float], None]
 CHUNK = 512
 """Images at a time in examinations."""
+NUM_INVERTED = 1024
+"""Test images that are inverted, where there are more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +47,33 @@ class LabelModel(nn.Module):
     Args:
         classifier: images -> logits.
         data: the training images.
+        shift: largest number of pixels by which images are shifted at random.
     """
 
-    def __init__(self, classifier: nn.Module, data: Labelled) -> None:
+    def __init__(self, classifier: nn.Module, data: Labelled, shift: int = 0) -> None:
         super().__init__()
-        self.classifier, self._data = classifier, data
+        self.classifier, self._data, self._shift = classifier, data, shift
 
     def log_prob(self, indices: Tensor) -> Tensor:
         """Return the log-probabilities of the right labels in nats, (B,) -> (B,)."""
-        return label_log_prob(
-            self.classifier, self._data.images[indices], self._data.labels[indices]
-        )
+        images = shifted(self._data.images[indices], self._shift)
+        return label_log_prob(self.classifier, images, self._data.labels[indices])
 
     def after_step(self) -> None:
         """Do nothing."""
+
+
+def shifted(images: Tensor, largest: int) -> Tensor:
+    """Return images (B, C, H, W), each moved by -largest to largest pixels; zeros come in."""
+    if largest == 0:
+        return images
+    batch, _, height, width = images.shape
+    down, right = torch.randint(0, 2 * largest + 1, (2, batch, 1), device=images.device)
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.arange(width, device=images.device)
+    each = torch.arange(batch, device=images.device)[:, None, None]
+    padded = nn.functional.pad(images, 4 * (largest,)).movedim(1, -1)
+    return padded[each, rows[:, :, None], columns[:, None]].movedim(-1, 1)
 
 
 def label_log_prob(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -121,8 +136,11 @@ def _trained(
         settings.batch_size,
         settings.seed + begun.repeat,
     )
-    model = LabelModel(classifier, Labelled(data.train, data.train_labels).to(device))
-    plan = TrainingPlan(settings.learning_rate, Steps(settings.steps))
+    train_data = Labelled(data.train, data.train_labels).to(device)
+    model = LabelModel(classifier, train_data, settings.shift)
+    length = Steps(settings.steps or 0) if settings.budget is None else Seconds(settings.budget)
+    is_short = settings.training_precision == "tf32"
+    plan = TrainingPlan(settings.learning_rate, length, tf32=is_short)
     log = train(model, stream, lambda: cross_entropy(classifier, validation), plan, on_step, keeper)
     test = Labelled(data.test, data.test_labels).to(device)
     residual = classifier if isinstance(classifier, ResidualClassifier) else None
@@ -134,5 +152,7 @@ def _trained(
         num_test=len(test.labels),
         num_wrong=count_wrong(classifier, test),
         lipschitz_bound=None if residual is None else residual.lipschitz_bound(),
-        inversion=None if residual is None else invert(residual, test.images),
+        inversion=None if residual is None else invert(residual, test.images[:NUM_INVERTED]),
+        is_captured=log.is_captured,
+        capture_reason=log.capture_reason,
     )

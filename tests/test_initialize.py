@@ -1,0 +1,364 @@
+"""The start of a flow from rows: in order, in one pass, for good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import nflows.flows
+import nflows.transforms
+import pytest
+import torch
+from nflows.distributions import StandardNormal
+from torch import Tensor, nn
+
+from nflows_iresnet import ResidualFlow, flows, logdet, transforms
+from nflows_iresnet.nn import LipschitzMLP
+
+FEATURES = 3
+
+
+def table(count: int = 3000, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Columns that are skewed, correlated, and far from zero and one."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
+    mixed = rows @ torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.1, 0.0], [0.0, 0.3, 1.0]]).double()
+    scales, shifts = torch.tensor([100.0, 1e-2, 1.0]), torch.tensor([1e3, 0.0, -5.0])
+    return ((mixed + 0.3 * mixed.exp()) * scales + shifts).to(dtype)
+
+
+def block(context_features: int | None = None) -> transforms.ResidualTransform:
+    return transforms.ResidualTransform(LipschitzMLP(FEATURES, [8], context_features))
+
+
+def recipe(context_features: int | None = None) -> list[Any]:
+    torch.manual_seed(2)
+    return [
+        transforms.ActNorm(FEATURES),
+        transforms.ElementwiseRationalQuadraticSpline(FEATURES, 16, initialization="quantiles"),
+        transforms.LinearTransform(FEATURES, initialization="whitening"),
+        block(context_features),
+        transforms.LinearTransform(FEATURES),
+        transforms.MonotoneTransform(LipschitzMLP(FEATURES, [8], context_features)),
+        transforms.ActNorm(FEATURES),
+    ]
+
+
+def flow_of(parts: list[Any]) -> flows.Flow:
+    composite = transforms.CompositeTransform(parts)
+    return flows.Flow(composite, flows.StandardNormal([FEATURES]))
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    now = module.state_dict()
+    return {name for name, value in before.items() if not torch.equal(value, now[name])}
+
+
+def log_likelihood(flow: Any, rows: Tensor) -> float:
+    with torch.no_grad():
+        return float(flow.eval().log_prob(rows).mean())
+
+
+def test_each_part_starts_from_what_comes_out_of_those_before() -> None:
+    flow = flow_of(recipe())
+    flow.initialize(table())
+    rows = table()
+    for index, part in enumerate(flow._transform._transforms):
+        if index in (0, 2, 6):
+            rows = part(rows)[0]
+            torch.testing.assert_close(rows.mean(0), torch.zeros(3), rtol=0, atol=1e-3)
+            torch.testing.assert_close(rows.std(0), torch.ones(3), rtol=0, atol=1e-2)
+            continue
+        if index == 4:
+            assert not bool(part.factors.any())
+        rows = part(rows)[0]
+
+
+def test_it_is_the_first_batch_given_in_advance() -> None:
+    by_batch, by_rows = flow_of(recipe()), flow_of(recipe())
+    by_batch.log_prob(table())
+    by_rows.initialize(table())
+    for name, value in by_batch.state_dict().items():
+        torch.testing.assert_close(by_rows.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_worth_nats_and_no_worse_than_a_small_batch() -> None:
+    none, by_batch, by_rows = flow_of(recipe()), flow_of(recipe()), flow_of(recipe())
+    by_batch.log_prob(table()[:64])
+    by_rows.initialize(table())
+    fresh = table(6000)[3000:]
+    assert log_likelihood(by_rows, fresh) > log_likelihood(by_batch, fresh)
+    assert log_likelihood(by_rows, fresh) > log_likelihood(none, fresh) + 100
+
+
+def test_afterwards_no_batch_starts_anything() -> None:
+    flow = flow_of(recipe())
+    flow.initialize(table())
+    before = state(flow)
+    flow.train().log_prob(7 * table(500) + 3)
+    assert not changed(flow, before)
+
+
+def test_weights_modes_statistics_and_random_numbers_stay() -> None:
+    random_block = transforms.ResidualTransform(
+        LipschitzMLP(FEATURES, [8]), estimator=logdet.RussianRoulette()
+    )
+    flow = flow_of([*recipe(), random_block, nflows.transforms.BatchNorm(FEATURES)])
+    flow._transform._transforms[3].eval()
+    modes = [each.training for each in flow.modules()]
+    before, random = state(flow), torch.get_rng_state()
+    estimators = [each.estimator for each in flow.modules() if hasattr(each, "estimator")]
+    flow.initialize(table(40))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [each.training for each in flow.modules()] == modes
+    assert estimators == [each.estimator for each in flow.modules() if hasattr(each, "estimator")]
+    starting = tuple(f"_transform._transforms.{index}." for index in (0, 1, 2, 6))
+    assert all(name.startswith(starting) for name in changed(flow, before))
+    assert all(each.grad is None for each in flow.parameters())
+
+
+def test_called_again_it_starts_anew() -> None:
+    flow, once = flow_of(recipe()), flow_of(recipe())
+    flow.log_prob(10 * table(300))
+    flow.initialize(-3 * table())
+    flow.initialize(table())
+    once.initialize(table())
+    for name, value in once.state_dict().items():
+        torch.testing.assert_close(flow.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_number_of_rows_at_a_time_does_not_matter() -> None:
+    at_once, in_parts = flow_of(recipe()).double(), flow_of(recipe()).double()
+    rows = table(333, torch.float64)
+    at_once.initialize(rows, batch_size=10_000)
+    in_parts.initialize(rows, batch_size=50)
+    for name, value in at_once.state_dict().items():
+        torch.testing.assert_close(in_parts.state_dict()[name], value, rtol=1e-7, atol=1e-7)
+
+
+class Counting(nflows.transforms.IdentityTransform):
+    """Remembers how many rows it got, and of what context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is None or context.shape[0] in (1, inputs.shape[0])
+        self.sizes.append(inputs.shape[0])
+        return inputs, inputs.new_zeros(inputs.shape[0])
+
+
+class Refusing(torch.utils._python_dispatch.TorchDispatchMode):
+    """Raises where a value is read by the host, as a capture of a CUDA graph does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits"
+        return func(*args, **(kwargs or {}))
+
+
+def test_once_started_no_part_reads_a_value() -> None:
+    parts = [*recipe()[:3], transforms.LinearTransform(FEATURES), transforms.ActNorm(FEATURES)]
+    flow = flow_of(parts)
+    flow.initialize(table())
+    rows = table(50).requires_grad_()  # no first batch in between
+    with Refusing():
+        for part in parts:
+            part(rows)
+
+
+def test_act_norm_starts_from_rows_that_are_given() -> None:
+    norm = transforms.ActNorm(FEATURES)
+    norm(torch.randn(7, FEATURES))
+    norm.initialize(table())
+    torch.testing.assert_close(norm(table())[0].std(0), torch.ones(3), rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="at least one row"):
+        norm.initialize(table()[:0])
+    with pytest.raises(ValueError, match=r"got \(5, 4\)"):
+        norm.initialize(torch.zeros(5, 4))
+
+
+def test_many_rows_go_through_in_parts() -> None:
+    counting = Counting()
+    inner = transforms.CompositeTransform([counting, transforms.ActNorm(FEATURES)])
+    transforms.initialize(inner, torch.randn(50_000, FEATURES))
+    assert max(counting.sizes) == 1024
+    assert sum(counting.sizes) == 50_000
+
+
+@pytest.mark.parametrize(
+    "kind", [transforms.CompositeTransform, nflows.transforms.CompositeTransform]
+)
+def test_nested_composites_start_from_inside(kind: Callable[..., Any]) -> None:
+    parts = recipe()
+    nested = flow_of([kind(parts[:2]), kind([kind(parts[2:4]), *parts[4:]])])
+    plain = flow_of(recipe())
+    for flow in (nested, plain):
+        flow.initialize(table())
+    for value, expected in zip(nested.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+class OfAUser(nflows.transforms.Transform):
+    """No composition that is known, with parts inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = recipe()[0], recipe()[2]
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs, first = self.norm(inputs)
+        outputs, second = self.linear(outputs)
+        return outputs, first + second
+
+
+class Scaling(nflows.transforms.Transform):
+    """A part of a user, with a start of its own."""
+
+    starts_from_rows = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(FEATURES))
+
+    def initialize(self, rows: Tensor) -> None:
+        self.scale.copy_(1 / rows.std(0))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return inputs * self.scale, self.scale.log().sum().expand(inputs.shape[0])
+
+
+@pytest.mark.parametrize("factory", [OfAUser, Scaling])
+def test_parts_of_a_user_start_too(factory: Callable[[], Any]) -> None:
+    own, norm = factory(), transforms.ActNorm(FEATURES)
+    composite = transforms.CompositeTransform([own, norm]).double()
+    transforms.initialize(composite, table(dtype=torch.float64))
+    torch.testing.assert_close(norm.log_scale, torch.zeros(3).double(), rtol=0, atol=1e-3)
+    assert not any(each._forward_pre_hooks for each in composite.modules())
+    before = state(composite)
+    composite(5 * table(dtype=torch.float64))
+    assert not changed(composite, before)
+
+
+def test_a_plain_flow_of_nflows_starts_by_the_function() -> None:
+    coupling = nflows.transforms.MaskedAffineAutoregressiveTransform(
+        FEATURES, 8, context_features=2
+    )
+    parts = [nflows.transforms.ActNorm(FEATURES), coupling, nflows.transforms.ActNorm(FEATURES)]
+    flow = nflows.flows.Flow(
+        nflows.transforms.CompositeTransform(parts), StandardNormal([FEATURES])
+    )
+    context = torch.randn(3000, 2)
+    transforms.initialize(flow._transform, table(), context)
+    before = state(flow)
+    flow.train().log_prob(5 * table(), context)
+    assert not changed(flow, before)
+    outputs = flow.transform_to_noise(table(), context)
+    torch.testing.assert_close(outputs.std(0), torch.ones(3), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("constant", [1, 3000])
+def test_nflows_act_norm_starts_where_its_own_start_would_fail(constant: int) -> None:
+    norm = nflows.transforms.ActNorm(FEATURES)
+    transforms.initialize(norm, torch.full((constant, FEATURES), 7.0))
+    assert bool(norm.initialized)
+    assert all(bool(each.isfinite().all()) for each in norm.parameters())
+    torch.testing.assert_close(norm(torch.full((1, FEATURES), 7.0))[0], torch.zeros(1, FEATURES))
+
+
+def test_images_start_scale_by_scale() -> None:
+    torch.manual_seed(0)
+    images = transforms.dequantize(torch.randint(0, 8, (300, 1, 8, 8)))
+    flow = flows.ImageResidualFlow((1, 8, 8), 4, 2, levels=8, num_scales=2)
+    flow.initialize(images, batch_size=128)
+    norms = [each for each in flow.modules() if isinstance(each, transforms.ActNorm)]
+    assert all(bool(each.initialized) for each in norms)
+    outputs = flow.transform_to_noise(images).detach()
+    torch.testing.assert_close(outputs.std(), torch.ones(()), rtol=0, atol=0.01)
+    torch.testing.assert_close(outputs.mean(), torch.zeros(()), rtol=0, atol=0.01)
+    before = state(flow)
+    flow.train().log_prob(images[:10])
+    assert not changed(flow, before)
+
+
+def test_what_follows_scales_gets_their_noise_in_its_order() -> None:
+    scales = transforms.multiscale((1, 8, 8), 2, lambda shape: [transforms.ActNorm(shape[0])])
+    last = transforms.ActNorm(64)
+    composite = transforms.CompositeTransform([scales, last]).double()
+    images = torch.randn(200, 1, 8, 8, dtype=torch.float64) * torch.arange(1, 65).reshape(1, 8, 8)
+    transforms.initialize(composite, images, batch_size=64)
+    outputs = composite(images)[0].detach()
+    torch.testing.assert_close(outputs.std(0), torch.ones(64).double())
+
+
+def test_a_context_is_embedded_and_goes_along() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(2)
+    embedding = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5), norm)
+    composite = transforms.CompositeTransform(recipe(context_features=2))
+    flow = flows.Flow(composite, flows.StandardNormal([FEATURES]), embedding).double()
+    context = torch.randn(500, 4, dtype=torch.float64)
+    before = state(norm)
+    rows = table(500, torch.float64)
+    flow.initialize(rows, context, batch_size=64)
+    assert not changed(norm, before)
+    assert all(each.training for each in embedding)
+    outputs = flow.eval().transform_to_noise(rows, context).detach()
+    torch.testing.assert_close(outputs.std(0), torch.ones(3).double())
+    with pytest.raises(ValueError, match="one row for each row"):
+        flow.initialize(rows, context[:-1])
+    with pytest.raises(ValueError, match="context"):
+        ResidualFlow(FEATURES, 8, 1, context_features=2).initialize(table())
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "another size": (torch.zeros(5, FEATURES + 1), r"\(batch, 3\), got \(5, 4\)"),
+    "one row": (torch.zeros(FEATURES), r"\(batch, 3\), got \(3,\)"),
+    "no rows": (torch.zeros(0, FEATURES), "at least one row"),
+    "no tensor": ([[1.0, 2.0, 3.0]], "must be a tensor, got list"),
+    "another precision": (torch.zeros(5, FEATURES, dtype=torch.float64), r"\.to\(torch.float32\)"),
+    "NaN": (torch.tensor([[1.0, 2.0, 3.0], [1.0, math.nan, 3.0]]), "1 of 2 rows .* first row 1"),
+    "infinity": (torch.tensor([[math.inf, 2.0, 3.0]]), "1 of 1 rows"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_started_from_is_named_and_starts_nothing(name: str) -> None:
+    rows, message = WRONG[name]
+    flow = ResidualFlow(FEATURES, 8, 2)
+    before = state(flow)
+    with pytest.raises(ValueError, match=message):
+        flow.initialize(rows)
+    assert not changed(flow, before)
+    assert flow.training
+
+
+def test_a_batch_size_and_a_context_must_fit() -> None:
+    for size in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="batch_size"):
+            ResidualFlow(FEATURES, 8, 2).initialize(table(), batch_size=size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one row for each of the 3000 rows"):
+        transforms.initialize(transforms.ActNorm(FEATURES), table(), torch.zeros(7, 2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_rows_start_it_too(count: int) -> None:
+    flow = flow_of(recipe())
+    flow.initialize(table(count))
+    assert math.isfinite(log_likelihood(flow, table()))
+    assert log_likelihood(flow, table(count)) > -50
+
+
+def test_double_precision_stays_and_the_inverse_is_one() -> None:
+    flow = flow_of(recipe()).double()
+    rows = table(dtype=torch.float64)
+    flow.initialize(rows)
+    assert {each.dtype for each in flow.parameters()} == {torch.float64}
+    noise = flow.transform_to_noise(rows[:50])
+    back = flow._transform.inverse(noise)[0]
+    torch.testing.assert_close(back, rows[:50], rtol=1e-9, atol=1e-9)
