@@ -5,8 +5,8 @@
 `ResidualFlow` is a whole model with the arguments of nflows' `SimpleRealNVP`; `ResidualTransform`
 is one block y = x + g(x) to put between other transforms. The rooms: `nn` (networks with a
 certified Lipschitz bound), `logdet` and `solvers` (strategies), `transforms`, `flows`,
-`classifiers`, `interop` (normflows), `datasets`, `testing` (the contract, for your own transforms
-too).
+`classifiers`, `interop` (normflows), `datasets`, `graphs` (a training step as one CUDA graph),
+`testing` (the contract, for your own transforms too).
 """
 
 TYPE_CHECKING = False
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         classifiers,
         datasets,
         flows,
+        graphs,
         linearization,
         logdet,
         nn,
@@ -32,6 +33,7 @@ __all__ = [
     "classifiers",
     "datasets",
     "flows",
+    "graphs",
     "linearization",
     "logdet",
     "nn",

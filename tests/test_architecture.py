@@ -40,6 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "transforms": FOUNDATIONS | {"nflows", "logdet", "solvers"},
     "flows": FOUNDATIONS | {"nflows", "logdet", "solvers", "nn", "transforms"},
     "classifiers": FOUNDATIONS | {"nflows", "logdet", "solvers", "nn", "transforms"},
+    "graphs": FOUNDATIONS
+    | {"nflows", "logdet", "solvers", "nn", "transforms", "flows", "classifiers", "interop"},
     "interop": FOUNDATIONS
     | {"nflows", "normflows", "transforms", "flows", "nn", "logdet", "solvers", "sbi"},
 }

@@ -12,6 +12,7 @@ from nflows_iresnet.linearization import SecondDerivativeError
 from nflows_iresnet.logdet.auto import Auto
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
 from nflows_iresnet.logdet.krylov import Krylov
+from nflows_iresnet.logdet.plan import TermPlan
 from nflows_iresnet.logdet.power_series import (
     Gaussian,
     PowerSeries,
@@ -42,6 +43,7 @@ __all__ = [
     "Rademacher",
     "RussianRoulette",
     "SecondDerivativeError",
+    "TermPlan",
     "Truncation",
 ]
 

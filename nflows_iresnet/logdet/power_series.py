@@ -29,13 +29,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import Linearization, first_derivative_only, is_traced
 from nflows_iresnet.logdet.base import LogDetEstimator
+from nflows_iresnet.logdet.plan import planned_weights
 from nflows_iresnet.validation import validated_size
 
 
@@ -79,33 +80,42 @@ class Gaussian:
 
 
 def weighted_series(
-    linearization: Linearization, probe: Tensor, weights: Sequence[float], exact_trace: bool
+    linearization: Linearization,
+    probe: Tensor,
+    weights: Sequence[float] | Tensor,
+    exact_trace: bool,
 ) -> Tensor:
     """Return sum_k (-1)^{k+1} weights[k-1] v^T J^k v / k, with the derivative described above.
 
     Args:
         linearization: g at x.
         probe: v, shape (B, *).
-        weights: c_1, c_2, ..., one per term.
+        weights: c_1, c_2, ..., one per term: numbers, or a tensor that is read on its device.
         exact_trace: replace v^T J v by tr J in the first term.
 
     Returns:
         Shape (B,). Cost: one product with J per term. (With a linearisation whose `bilinear` takes
         one for each vector: one more where a gradient is recorded.)
     """
+    each: Sequence[float | Tensor] = (
+        weights.to(probe.dtype).unbind() if isinstance(weights, Tensor) else weights
+    )
     with torch.no_grad():
-        sums = _weighted_sums(linearization, probe, weights, exact_trace)
-    for_derivative, for_value = [each.detach() for each in sums]  # forward mode ignores no_grad
+        sums = _weighted_sums(linearization, probe, each, exact_trace)
+    for_derivative, for_value = [vector.detach() for vector in sums]  # forward mode ignores no_grad
     if torch.is_grad_enabled():
         surrogate = linearization.surrogate(for_value, for_derivative, probe)
         value = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
     else:
         (value,) = linearization.bilinear([for_value], probe)
-    return torch.add(value, linearization.trace(), alpha=weights[0]) if exact_trace else value
+    return _add(value, linearization.trace(), each[0], 1.0) if exact_trace else value
 
 
 def _weighted_sums(
-    linearization: Linearization, probe: Tensor, weights: Sequence[float], exact_trace: bool
+    linearization: Linearization,
+    probe: Tensor,
+    weights: Sequence[float | Tensor],
+    exact_trace: bool,
 ) -> list[Tensor]:
     """Return w and s, the vectors of the derivative and of the value."""
     power = probe
@@ -115,10 +125,17 @@ def _weighted_sums(
             break
         power = linearization.vjp(power) if index > 0 else power
         if index > 0 or not exact_trace:
-            signed = -weight if index % 2 else weight
-            for_derivative = for_derivative.add(power, alpha=signed)
-            for_value = for_value.add(power, alpha=signed / (index + 1))
+            sign = -1.0 if index % 2 else 1.0
+            for_derivative = _add(for_derivative, power, weight, sign)
+            for_value = _add(for_value, power, weight, sign / (index + 1))
     return [for_derivative, for_value]
+
+
+def _add(total: Tensor, power: Tensor, weight: float | Tensor, factor: float) -> Tensor:
+    """Return total + factor * weight * power."""
+    if isinstance(weight, Tensor):
+        return torch.addcmul(total, power, weight, value=factor)
+    return total.add(power, alpha=factor * weight)
 
 
 _NO_SECOND_DERIVATIVE = (
@@ -153,6 +170,8 @@ class SeriesEstimator(LogDetEstimator):
     num_probes: int = 1
     probe: Probe = Rademacher()
     exact_trace: bool | None = None
+    has_fixed_length: ClassVar[bool] = False
+    """Whether `term_weights` draws nothing, so that a recorded step may keep what it returned."""
 
     def __post_init__(self) -> None:
         validated_size("num_probes", self.num_probes)
@@ -187,10 +206,10 @@ class SeriesEstimator(LogDetEstimator):
             weighted_series(
                 at_inputs,
                 self.probe.sample_like(like, generator),
-                self.term_weights(lipschitz, generator),
+                self._weights(lipschitz, generator, index),
                 exact_trace,
             )
-            for _ in range(self.num_probes)
+            for index in range(self.num_probes)
         ]
         if len(draws) == 1:
             return draws[0], None
@@ -198,6 +217,13 @@ class SeriesEstimator(LogDetEstimator):
         mean = together.mean(0)
         squares = (together - mean).detach().square().sum(0)
         return mean, (squares / (len(draws) * (len(draws) - 1))).sqrt()
+
+    def _weights(
+        self, lipschitz: float | None, generator: torch.Generator | None, probe: int
+    ) -> Sequence[float] | Tensor:
+        if self.has_fixed_length or is_traced():
+            return self.term_weights(lipschitz, generator)
+        return planned_weights(self, lipschitz, generator, probe)
 
 
 def validated_lipschitz(lipschitz: float) -> float:
@@ -232,6 +258,7 @@ class PowerSeries(SeriesEstimator):
     """
 
     num_terms: int = 10
+    has_fixed_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

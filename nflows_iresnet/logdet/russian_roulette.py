@@ -102,8 +102,8 @@ class RussianRoulette(SeriesEstimator):
     r"""Unbiased estimate of log\|det(I + J)\| and of its derivative, with finite variance.
 
     Cost: E[N] products with J per probe (`expected_terms`); for networks without structure one
-    more where a gradient is recorded.
-    Memory O(1) in the number of terms. The truncation is drawn from torch's generator.
+    more where a gradient is recorded. Memory O(1) in the number of terms. The truncation is drawn
+    from torch's generator, or before the step, where a `logdet.TermPlan` applies.
 
     Args:
         num_exact_terms: n, the number of terms that are always kept, at least 1.
