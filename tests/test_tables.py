@@ -278,7 +278,7 @@ def test_images_are_recognised_by_name(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_help_names_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, expected in (("table1", "(default: 300)"), ("table2", "default: digits")):
+    for name, expected in (("table1", "(default: 300; mnist"), ("table2", "default: digits")):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         assert expected in capsys.readouterr().out

@@ -148,7 +148,6 @@ class ImageResidualFlow(Flow):
         )
         self.levels = validated_levels(levels)
 
-    @torch.no_grad()
     def sample(
         self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
     ) -> Tensor:

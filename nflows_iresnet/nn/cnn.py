@@ -342,8 +342,7 @@ class ConvLinearization(ForwardLinearization):
         first, last = _opposite_entries(self._weights[0], self._weights[-1])
         entries = torch.einsum("hcij,cgij->ijgh", first, last).flatten(0, 1)
         middle, regions = self._weights[1][:, :, 0, 0], self._regions(first)
-        inside = regions.inside[:, regions.representatives].mT
-        couplings = middle * (inside @ entries.flatten(start_dim=1)).view(-1, *middle.shape)
+        couplings = middle * (regions.seen @ entries.flatten(start_dim=1)).view(-1, *middle.shape)
         before, after = [slope[:, :, regions.rows, regions.columns] for slope in self._slopes]
         coupled = before.movedim(1, -1).flatten(0, 2) @ couplings[0].mT
         total = (coupled.view_as(after.movedim(1, -1)) * after.movedim(1, -1)).sum((1, 2, 3))
@@ -354,7 +353,8 @@ class ConvLinearization(ForwardLinearization):
             for slope in self._slopes
         ]
         coupled = torch.bmm(before.flatten(1, 2), couplings[1:].mT).view_as(after)
-        return total + regions.is_pixel.flatten() @ (coupled * after).sum(3).flatten(0, 1)
+        of_pixels = (coupled * after).sum(3).flatten(0, 1)
+        return total + torch.mv(of_pixels.mT, regions.is_pixel.flatten())
 
     def _regions(self, kernel: Tensor) -> Regions:
         """Return the regions of the image for a kernel (out, in, k_1, k_2)."""
@@ -370,7 +370,7 @@ class Regions(NamedTuple):
 
     Attributes:
         inside: 1 where an entry does not leave the image, shape (k_1 k_2, H W).
-        representatives: one pixel of each rectangle.
+        seen: the same for one pixel of each rectangle, shape (regions, k_1 k_2).
         rows: of the largest.
         columns: of the largest.
         border: the pixels of each other rectangle, all as many by repetition, (regions - 1, n).
@@ -378,7 +378,7 @@ class Regions(NamedTuple):
     """
 
     inside: Tensor
-    representatives: Tensor
+    seen: Tensor
     rows: slice
     columns: slice
     border: Tensor
@@ -397,30 +397,39 @@ def regions_of(
     """Return the regions of images (H, W) for an odd kernel (k_1, k_2)."""
     runs, masks = [], []
     for length, entries in zip(size, kernel, strict=True):
+        half = entries // 2
+        steps = range(-half, half + 1)
         is_inside = [
-            [
-                padding_mode == "circular" or 0 <= at + a - entries // 2 < length
-                for a in range(entries)
-            ]
-            for at in range(length)
+            [padding_mode == "circular" or 0 <= position + step < length for step in steps]
+            for position in range(length)
         ]
         alike = [list(run) for _, run in groupby(range(length), is_inside.__getitem__)]
         runs.append(sorted(alike, key=len, reverse=True))
-        masks.append(torch.tensor(is_inside, dtype=dtype, device=device))
+        reached = torch.arange(length, device=device)[:, None] + torch.arange(
+            -half, half + 1, device=device
+        )
+        mask = (reached >= 0) & (reached < length) | (padding_mode == "circular")
+        masks.append(mask.to(dtype))
+    inside = torch.einsum("ya,xb->abyx", *masks).flatten(0, 1).flatten(1)
     tiles = [(rows, columns) for rows in runs[0] for columns in runs[1]]
-    pixels = [
-        [row * size[1] + column for row in rows for column in columns] for rows, columns in tiles
-    ]
-    most = max(map(len, pixels[1:]), default=0)
-    filled = [each + each[:1] * (most - len(each)) for each in pixels[1:]]
-    is_pixel = [[float(index < len(each)) for index in range(most)] for each in pixels[1:]]
+    corners = [rows[0] * size[1] + columns[0] for rows, columns in tiles]
+    index = torch.arange(
+        max([len(rows) * len(columns) for rows, columns in tiles[1:]], default=0), device=device
+    )
+    is_pixel: list[Tensor] = []
+    border: list[Tensor] = []
+    for corner, (rows, columns) in zip(corners[1:], tiles[1:], strict=True):
+        is_pixel.append(index < len(rows) * len(columns))
+        place = torch.where(is_pixel[-1], index, 0)
+        row = torch.div(place, len(columns), rounding_mode="floor")
+        border.append(corner + row * size[1] + place % len(columns))
     return Regions(
-        inside=torch.einsum("ya,xb->abyx", *masks).flatten(0, 1).flatten(1),
-        representatives=torch.tensor([each[0] for each in pixels], device=device),
+        inside=inside,
+        seen=torch.stack([inside[:, corner] for corner in corners]),
         rows=slice(runs[0][0][0], runs[0][0][-1] + 1),
         columns=slice(runs[1][0][0], runs[1][0][-1] + 1),
-        border=torch.tensor(filled, dtype=torch.int64, device=device),
-        is_pixel=torch.tensor(is_pixel, dtype=dtype, device=device),
+        border=torch.stack(border) if border else index[None, :],
+        is_pixel=(torch.stack(is_pixel) if is_pixel else index[None, :]).to(dtype),
     )
 
 
