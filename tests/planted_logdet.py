@@ -101,7 +101,7 @@ class OffByOne(logdet.RussianRoulette):
 class FittedWithoutWhatFollows(logdet.Krylov):
     """The fitted coefficient is not made good by the terms after it."""
 
-    def corrections(self, weights: Sequence[float]) -> list[float]:
+    def corrections(self, weights: Sequence[float | Tensor]) -> list[float | Tensor]:
         kept = self.num_exact_terms - 1
         return [0.0] * kept + list(weights[kept:])
 
@@ -110,7 +110,7 @@ class FittedWithoutWhatFollows(logdet.Krylov):
 class FittedWhereItEnds(logdet.Krylov):
     """The coefficient is fitted only where no term follows: it depends on the truncation."""
 
-    def corrections(self, weights: Sequence[float]) -> list[float]:
+    def corrections(self, weights: Sequence[float | Tensor]) -> list[float | Tensor]:
         is_shortest = len(weights) == self.num_exact_terms
         return [change * is_shortest for change in super().corrections(weights)]
 

@@ -495,6 +495,7 @@ ROULETTES = {
     "short": logdet.RussianRoulette(num_exact_terms=1),
     "two probes": logdet.RussianRoulette(num_exact_terms=1, num_probes=2),
     "automatic": logdet.Auto(max_exact_features=1),
+    "fitted": logdet.Krylov(num_exact_terms=2, truncation=logdet.LipschitzTruncation(1.0)),
     "geometric": logdet.RussianRoulette(
         num_exact_terms=1, truncation=logdet.GeometricTruncation(0.85)
     ),

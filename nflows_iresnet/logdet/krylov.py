@@ -34,8 +34,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import Linearization, first_derivative_only, row_products
-from nflows_iresnet.logdet.power_series import validated_lipschitz
+from nflows_iresnet.linearization import Linearization, row_products
+from nflows_iresnet.logdet.power_series import validated_lipschitz, weighted_series
 from nflows_iresnet.logdet.russian_roulette import (
     LipschitzTruncation,
     RussianRoulette,
@@ -92,47 +92,22 @@ class Krylov(RussianRoulette):
                 "is fitted with the help of the one before; RussianRoulette takes 1"
             )
 
-    def logabsdet(
+    def _draw(
         self,
         at_inputs: Linearization,
-        lipschitz: float | None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the mean over the probes and, with several probes, its standard error.
-
-        Each probe draws its own vector and its own truncation. Within one probe the truncation is
-        shared by the batch: rows of one call are not independent draws.
-        """
-        exact_trace = at_inputs.has_cheap_trace if self.exact_trace is None else self.exact_trace
-        draws = []
-        for _ in range(self.num_probes):
-            probe = self.probe.sample_like(at_inputs.like, generator)
-            weights = self.term_weights(lipschitz, generator)
-            draws.append(self._draw(at_inputs, probe, weights, exact_trace))
-        if len(draws) == 1:
-            return draws[0], None
-        together = torch.stack(draws)
-        mean = together.mean(0)
-        squares = (together - mean).detach().square().sum(0)
-        return mean, (squares / (len(draws) * (len(draws) - 1))).sqrt()
-
-    def _draw(
-        self, at_inputs: Linearization, probe: Tensor, weights: Sequence[float], exact_trace: bool
+        probe: Tensor,
+        weights: Sequence[float] | Tensor,
+        exact_trace: bool,
     ) -> Tensor:
         """Return the estimate from one probe and one truncation, shape (B,)."""
-        with torch.no_grad():
-            for_derivative, for_value = self._sums(at_inputs, probe, weights, exact_trace)
-        sums = [for_derivative.detach(), for_value.detach()]  # forward mode has no graph to leave
-        if torch.is_grad_enabled():
-            surrogate, value = at_inputs.bilinear(sums, probe)
-            surrogate = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
-            value = value.detach() + (surrogate - surrogate.detach())
-        else:
-            (value,) = at_inputs.bilinear(sums[1:], probe)
-        return value + at_inputs.trace() if exact_trace else value
+        return weighted_series(at_inputs, probe, weights, exact_trace, self._sums)
 
     def _sums(
-        self, at_inputs: Linearization, probe: Tensor, weights: Sequence[float], exact_trace: bool
+        self,
+        at_inputs: Linearization,
+        probe: Tensor,
+        weights: Sequence[float | Tensor],
+        exact_trace: bool,
     ) -> tuple[Tensor, Tensor]:
         """Return w and s: w^T dJ v is the derivative, s^T J v the value."""
         fitted_terms = zip(weights, self.corrections(weights), strict=True)
@@ -167,7 +142,7 @@ class Krylov(RussianRoulette):
         excess = -row_products(direction, last) / length
         return excess.reshape(-1, *(1 for _ in last.shape[1:]))
 
-    def corrections(self, weights: Sequence[float]) -> list[float]:
+    def corrections(self, weights: Sequence[float | Tensor]) -> list[float | Tensor]:
         """Return c_k - c_{k+1} for the terms k >= n that the fit changes, and 0 for those before.
 
         Args:
@@ -175,8 +150,10 @@ class Krylov(RussianRoulette):
         """
         following = [*weights[1:], 0.0]
         kept = self.num_exact_terms - 1
-        changes = [now - after for now, after in zip(weights, following, strict=True)]
-        return [0.0] * kept + changes[kept:]
+        changes: list[float | Tensor] = [
+            now - after for now, after in zip(weights, following, strict=True)
+        ]
+        return [*[0.0] * kept, *changes[kept:]]
 
     def variance_bound(self, lipschitz: float, features: int) -> float:
         r"""Return a bound of the variance of one draw, in nats^2, for any J with \|J\| <= L.
@@ -213,9 +190,3 @@ class Krylov(RussianRoulette):
 
 _LEFT_OUT = 1e-6
 """Relatively more than what is left out of the sum."""
-
-
-_NO_SECOND_DERIVATIVE = (
-    "logdet.Krylov has a first derivative only: a second one would be wrong. Use logdet.Exact(), "
-    "for example by `with transforms.using(flow, estimator=Exact())`"
-)

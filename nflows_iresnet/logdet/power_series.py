@@ -27,7 +27,7 @@ trace instead of v^T J v (and c_1 v is left out of s and w): the same expectatio
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -79,11 +79,15 @@ class Gaussian:
         return torch.empty_like(inputs, requires_grad=False).normal_(generator=generator)
 
 
+Sums = Callable[[Linearization, Tensor, Sequence[float | Tensor], bool], Sequence[Tensor]]
+
+
 def weighted_series(
     linearization: Linearization,
     probe: Tensor,
     weights: Sequence[float] | Tensor,
     exact_trace: bool,
+    sums: Sums | None = None,
 ) -> Tensor:
     """Return sum_k (-1)^{k+1} weights[k-1] v^T J^k v / k, with the derivative described above.
 
@@ -92,6 +96,8 @@ def weighted_series(
         probe: v, shape (B, *).
         weights: c_1, c_2, ..., one per term: numbers, or a tensor that is read on its device.
         exact_trace: replace v^T J v by tr J in the first term.
+        sums: returns w and s from the same arguments, the weights one by one; by default those of
+            this series.
 
     Returns:
         Shape (B,). Cost: one product with J per term. (With a linearisation whose `bilinear` takes
@@ -101,8 +107,10 @@ def weighted_series(
         weights.to(probe.dtype).unbind() if isinstance(weights, Tensor) else weights
     )
     with torch.no_grad():
-        sums = _weighted_sums(linearization, probe, each, exact_trace)
-    for_derivative, for_value = [vector.detach() for vector in sums]  # forward mode ignores no_grad
+        vectors = (sums or _weighted_sums)(linearization, probe, each, exact_trace)
+    for_derivative, for_value = [
+        vector.detach() for vector in vectors
+    ]  # forward mode ignores no_grad
     if torch.is_grad_enabled():
         surrogate = linearization.surrogate(for_value, for_derivative, probe)
         value = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
@@ -203,7 +211,7 @@ class SeriesEstimator(LogDetEstimator):
         exact_trace = at_inputs.has_cheap_trace if self.exact_trace is None else self.exact_trace
         like = at_inputs.like
         draws = [
-            weighted_series(
+            self._draw(
                 at_inputs,
                 self.probe.sample_like(like, generator),
                 self._weights(lipschitz, generator, index),
@@ -217,6 +225,16 @@ class SeriesEstimator(LogDetEstimator):
         mean = together.mean(0)
         squares = (together - mean).detach().square().sum(0)
         return mean, (squares / (len(draws) * (len(draws) - 1))).sqrt()
+
+    def _draw(
+        self,
+        at_inputs: Linearization,
+        probe: Tensor,
+        weights: Sequence[float] | Tensor,
+        exact_trace: bool,
+    ) -> Tensor:
+        """Return the estimate from one probe and one draw of the weights, shape (B,)."""
+        return weighted_series(at_inputs, probe, weights, exact_trace)
 
     def _weights(
         self, lipschitz: float | None, generator: torch.Generator | None, probe: int
