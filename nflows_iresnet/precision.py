@@ -81,7 +81,7 @@ def is_foreign(thing: object) -> bool:
 def _without_autocast(
     device: torch.device, inner: AbstractContextManager[object]
 ) -> AbstractContextManager[object]:
-    if not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return inner
     return _Both(torch.autocast(device.type, enabled=False), inner)
 

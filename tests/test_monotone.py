@@ -225,3 +225,14 @@ def test_it_does_not_stop_before_its_tolerance() -> None:
     for direction in (block, block.inverse):
         with pytest.raises(solvers.FixedPointNotConverged):
             direction(torch.ones(2, 2))
+
+
+def test_a_series_that_is_fitted_is_asked_for_both_determinants() -> None:
+    """Its odd weights alone would be another estimator."""
+    assert type(cayley(logdet.Krylov())) is type(cayley(Halved()))
+    assert type(cayley(logdet.Krylov())) is not type(cayley(logdet.RussianRoulette()))
+
+
+@dataclass(frozen=True)
+class Halved(logdet.LogDetEstimator):
+    """An estimator of no kind that is known."""

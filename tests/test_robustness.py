@@ -106,6 +106,18 @@ class FastSine(nn.Sine):
         return self.value_and_slope(inputs)[0]
 
 
+class Doubled:
+    """Values and slopes of twice the inputs, for whatever activation comes after it."""
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = super().value_and_slope(2 * inputs)  # type: ignore[misc]
+        return value / 2, slope
+
+
+class DoubledSine(Doubled, nn.Sine):
+    """What it inherits from the sine alone would be that of another function."""
+
+
 class LearnedSine(nn.Sine):
     """A parameter, which no hand-written derivative knows of."""
 
@@ -124,7 +136,14 @@ class LearnedSine(nn.Sine):
 
 
 @pytest.mark.parametrize(
-    "activation", [FastSine(), LearnedSine(), nn.Mixed(FastSine(), nn.SmoothAbs())]
+    "activation",
+    [
+        FastSine(),
+        LearnedSine(),
+        DoubledSine(),
+        nn.Mixed(FastSine(), nn.SmoothAbs()),
+        nn.Mixed(nn.SmoothAbs(), DoubledSine()),
+    ],
 )
 def test_activations_of_ones_own_have_their_own_derivatives(activation: nn.Activation) -> None:
     torch.manual_seed(0)

@@ -76,12 +76,12 @@ class Activation(nn.Module, ABC):
                 f"{cls.__name__} replaces forward alone, so that its slopes are those of another "
                 "function: implement value_and_slope, from which forward follows"
             )
-        for method in ("curvature", "write", "write_curvature"):
-            is_of_others = "value_and_slope" in own or (
-                method == "write_curvature" and "curvature" in own
-            )
-            if is_of_others and method not in own:
+        of_values, of_curvature = _depth(cls, "value_and_slope"), _depth(cls, "curvature")
+        for method in ("forward", "curvature", "write"):
+            if _depth(cls, method) > of_values:
                 setattr(cls, method, getattr(Activation, method))
+        if _depth(cls, "write_curvature") > min(of_values, of_curvature):
+            cls.write_curvature = Activation.write_curvature  # type: ignore[method-assign]
 
     @property
     def has_curvature(self) -> bool:
@@ -93,6 +93,11 @@ class Activation(nn.Module, ABC):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return a(x), shape (*, widening * units)."""
         return self.value_and_slope(inputs)[0]
+
+
+def _depth(kind: type, name: str) -> int:
+    """Return how far up, among the classes that a class is made of, a method is defined."""
+    return next(index for index, each in enumerate(kind.__mro__) if name in vars(each))
 
 
 def called(activation: nn.Module, inputs: Tensor) -> Tensor:

@@ -106,7 +106,9 @@ def cayley(estimator: LogDetEstimator) -> LogDetEstimator:
 def _keeps_series(kind: type[SeriesEstimator]) -> bool:
     """Whether a kind of series differs from others in its weights alone."""
     base = SeriesEstimator
-    return kind.logabsdet is base.logabsdet and kind.estimate is base.estimate
+    return all(
+        getattr(kind, name) is getattr(base, name) for name in ("logabsdet", "estimate", "_draw")
+    )
 
 
 @dataclass(frozen=True)
