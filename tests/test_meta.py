@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet import ResidualFlow, flows, transforms
+from nflows_iresnet import ResidualFlow, flows, nn, transforms
 from nflows_iresnet.classifiers import InvertibleClassifier
 
 FLOWS: dict[str, Callable[[], Any]] = {
@@ -120,3 +120,10 @@ def test_a_classifier_gives_the_numbers_of_the_one_whose_state_it_got(
     torch.testing.assert_close(
         other.decode(other.encode(images)), images.float(), rtol=0, atol=1e-3
     )
+
+
+def test_shapes_are_known_without_values() -> None:
+    block = transforms.ResidualTransform(nn.LipschitzMLP(2, [8])).to("meta")
+    outputs, logabsdet = block(torch.empty(3, 2, device="meta"))
+    assert outputs.shape == (3, 2)
+    assert logabsdet.shape == (3,)
