@@ -84,7 +84,7 @@ def _residual_flow(size: Architecture) -> DensityModel:
 def _residual_flow_plain(size: Architecture) -> DensityModel:
     from nflows_iresnet.flows import ResidualFlow
 
-    return ResidualModel(ResidualFlow(*size.as_tuple(), marginal_bins=0))
+    return ResidualModel(ResidualFlow(*size.as_tuple(), marginal_bins=0, linear=False))
 
 
 def _i_resnet(size: Architecture) -> DensityModel:
