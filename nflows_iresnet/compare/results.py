@@ -19,7 +19,7 @@ from nflows_iresnet.compare.environment import check_environment
 from nflows_iresnet.compare.evaluation import Array, Metrics
 from nflows_iresnet.compare.files import prepare_folder, write_atomically
 from nflows_iresnet.compare.plain import finite, parse, rebuild
-from nflows_iresnet.compare.training import TrainingLog
+from nflows_iresnet.training import History
 
 FORMAT = 1
 Loaded = TypeVar("Loaded")
@@ -88,7 +88,7 @@ class Result:
     hyperparameters: dict[str, Any]
     num_parameters: int
     failures: tuple[str, ...]
-    training: TrainingLog | None
+    training: History | None
     metrics: Metrics
     model_class: str | None = None
 

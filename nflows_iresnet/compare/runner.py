@@ -20,10 +20,10 @@ from nflows_iresnet.compare.models import (
     find_model,
     match_parameters,
 )
-from nflows_iresnet.compare.plan import Seconds, Steps, TrainingPlan
 from nflows_iresnet.compare.results import DatasetSummary, Result
 from nflows_iresnet.compare.tasks import RowTask, Task
-from nflows_iresnet.compare.training import TrainingLog, seed_everything, train
+from nflows_iresnet.compare.training import train
+from nflows_iresnet.training import History, Seconds, Steps, TrainingPlan, seed_everything
 
 OnStep = Callable[[float, float], None]
 
@@ -105,7 +105,7 @@ def train_run(
     config: RunConfig,
     on_step: OnStep,
     keeper: Keeper | None = None,
-) -> TrainingLog:
+) -> History:
     """Train a model that was built for a run; it is left in its best state."""
     stream = run.task.stream(config, config.seed + run.repeat)
     plan = replace(
@@ -133,7 +133,7 @@ def _result(
     run: Run,
     seed: int,
     model: DensityModel | None,
-    log: TrainingLog | None,
+    log: History | None,
     evaluation: Evaluation,
 ) -> Result:
     return Result(

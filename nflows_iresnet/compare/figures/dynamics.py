@@ -18,15 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from nflows_iresnet.compare.divergence import check_finite
 from nflows_iresnet.compare.evaluation import Array
 from nflows_iresnet.compare.figures.drawing import Drawing, Settings, Stage
 from nflows_iresnet.compare.figures.paths import count_crossings, find_crossings, smallest_gap
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.plots import DATA, INK, STYLE, as_png
-from nflows_iresnet.compare.training import seed_everything
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn import LipschitzMLP
+from nflows_iresnet.training import Steps, TrainingPlan, check_finite, seed_everything
 
 EDGE = 2.0
 NUM_PATHS = 33
