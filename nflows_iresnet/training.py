@@ -30,6 +30,7 @@ STEPS_BETWEEN_LOOKS = 8
 START_ROWS = 5_000
 """Rows that a flow is started from."""
 MAX_STEPS = 5_000
+CLIP_NORM = 10.0
 _EXACT_FEATURES = 64
 """Up to so many dimensions validation takes the exact log-determinant of residual blocks."""
 _ROWS_AT_ONCE = 1_024
@@ -164,7 +165,7 @@ class TrainingPlan:
 
     learning_rate: float
     length: Length
-    clip_norm: float | None = 10.0
+    clip_norm: float | None = CLIP_NORM
     validations: int = 20
     patience: int = 8
     average_decay: float | None = None
@@ -236,9 +237,12 @@ class History:
     @classmethod
     def from_json(cls, text: str) -> History:
         """Rebuild a history from `to_json`."""
-        values = json.loads(text)
-        curve = [{k: math.nan if v is None else v for k, v in p.items()} for p in values["curve"]]
-        return cls(**{**values, "curve": tuple(CurvePoint(**point) for point in curve)})
+        values: dict[str, Any] = json.loads(text)
+        points: Any = (
+            {name: math.nan if value is None else value for name, value in point.items()}
+            for point in values["curve"]
+        )
+        return cls(**{**values, "curve": tuple(CurvePoint(**point) for point in points)})
 
 
 def _plain(value: Any) -> Any:
@@ -771,7 +775,7 @@ def fit(
     batch_size: int = 256,
     max_steps: int | None = None,
     max_seconds: float | None = None,
-    max_grad_norm: float | None = 10.0,
+    max_grad_norm: float | None = CLIP_NORM,
     warmup: float = 0.02,
     average_decay: float | None = 0.999,
     validations: int = 50,

@@ -42,8 +42,6 @@ class ImageTask(Task):
     """
 
     data: ImageDataset
-    average_decay = 0.999
-    warmup = 0.02
 
     @classmethod
     def load(cls, name: str, config: RunConfig) -> ImageTask:

@@ -26,6 +26,9 @@ class Row:
         repeats_se: standard error of the test NLL over repeats, None for one repeat.
         failures: what went wrong in any repeat.
         metrics: the measurements.
+        steps: mean number of steps.
+        best_step: mean of the steps whose states were kept.
+        learning_rate: with which it was trained.
     """
 
     model: str
@@ -36,6 +39,9 @@ class Row:
     repeats_se: float | None
     failures: tuple[str, ...]
     metrics: Metrics
+    steps: float | None = None
+    best_step: float | None = None
+    learning_rate: float | None = None
 
 
 def rows_of(record: Record, dataset: str) -> list[Row]:
@@ -58,6 +64,9 @@ def _row(results: list[Result]) -> Row:
         repeats_se=mean_and_error(torch.tensor(nlls))[1] if nlls else None,
         failures=tuple(dict.fromkeys(text for r in results for text in r.failures)),
         metrics=_combine([r.metrics for r in results]),
+        steps=statistics.fmean(log.steps for log in logs) if logs else None,
+        best_step=statistics.fmean(log.best_step for log in logs) if logs else None,
+        learning_rate=results[0].learning_rate,
     )
 
 
@@ -94,6 +103,20 @@ def caption(dataset: DatasetSummary) -> str:
     if dataset.log_scale:
         text += f"; standardised: add {dataset.log_scale:.3f} nats for the units of the source"
     return text
+
+
+def early_stops(record: Record, dataset: str) -> list[str]:
+    """Say of each training that stopped before the end of its schedule where it was best."""
+    return [
+        f"{_named(each)} stopped early, at step {each.training.steps}: its best validation was at "
+        f"step {each.training.best_step}"
+        for each in record.of(dataset)
+        if each.training is not None and each.training.stopped == "patience"
+    ]
+
+
+def _named(result: Result) -> str:
+    return f"{result.model}, repeat {result.repeat + 1}," if result.repeat else result.model
 
 
 def captures(record: Record, dataset: str) -> list[str]:

@@ -31,11 +31,6 @@ NUM_START_ROWS = 5_000
 class Task(ABC):
     """Data that models are trained and examined on."""
 
-    average_decay: float | None = None
-    """Decay of the moving average of the weights that is validated and examined."""
-    warmup: float = 0.0
-    """Part of the training in which the learning rate rises."""
-
     @property
     @abstractmethod
     def name(self) -> str:
