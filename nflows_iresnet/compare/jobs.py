@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -29,6 +31,7 @@ from nflows_iresnet.compare.tasks import Task
 from nflows_iresnet.training import Interruption
 
 Outcome = tuple[Result | Trial, dict[str, Array]]
+_GRACE = 30.0
 _STOPPING = (
     "\ninterrupted: finishing the steps under way, then saving checkpoints "
     "(Ctrl-C again stops at once)"
@@ -237,7 +240,17 @@ def _settle_in(stop: Event, parent: int, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", module=r"(nflows|normflows)\.")
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
     _told.append(_Told(stop, parent))
+
+
+def _outlive_nobody() -> None:
+    """End this process soon after the one that started it, by when a step has been saved."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        time.sleep(_GRACE)
+        os._exit(1)
 
 
 def _work(order: Order) -> Outcome:
