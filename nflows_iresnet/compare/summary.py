@@ -130,7 +130,10 @@ def captures(record: Record, dataset: str) -> list[str]:
 
 
 def verdict(record: Record, folder: Folder, dataset: str) -> str:
-    """Say in one line which model has the best test NLL, and whether the lead is significant."""
+    """Say in one line which model has the best test NLL, and whether the lead is significant.
+
+    The error of the lead is that over the rows, and, with repeats, that over the seeds of both.
+    """
     rows = [row for row in rows_of(record, dataset) if row.metrics.test_nll is not None]
     if not rows:
         return "No model finished."
@@ -140,9 +143,10 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
     better, worse = (_mean_log_prob(record, folder, dataset, row.model) for row in (first, second))
     if better is None or worse is None:
         return f"{first.model} is best; by how much, its arrays would say, and they are gone."
-    lead, error = mean_and_error(torch.from_numpy(better - worse))
+    lead, over_rows = mean_and_error(torch.from_numpy(better - worse))
+    error = math.hypot(over_rows or 0.0, first.repeats_se or 0.0, second.repeats_se or 0.0)
     gap = f"by {with_error(lead, error)} nats on the same test rows"
-    if lead < 2 * (error or 0.0):
+    if lead < 2 * error:
         return f"{first.model} and {second.model} are level: they differ {gap}."
     return f"{first.model} is best: ahead of {second.model} {gap}."
 
