@@ -184,9 +184,9 @@ def test_toys_load_with_their_density(name: str) -> None:
 
 
 def test_every_name_is_described() -> None:
-    assert list(datasets.available()) == [
-        *(*NAMES, "digits", "casp", "magic", "galaxies"),
-    ]
+    packaged = ["digits", "casp", "magic", "galaxies"]
+    standard = ["power", "gas", "hepmass", "miniboone", "bsds300"]
+    assert list(datasets.available()) == [*NAMES, *packaged, *standard]
 
 
 def _rows(num_rows: int = 50) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -18,6 +18,7 @@ import pytest
 from nflows_iresnet import datasets
 from nflows_iresnet.datasets.files import SourceFile
 from nflows_iresnet.datasets.pickles import read_frame, read_pickle, to_array
+from nflows_iresnet.datasets.standard import STANDARD, Splits, read_power
 
 Array = npt.NDArray[np.float64]
 GALAXY_COLUMNS = ("redshift", *"ugrizy")
@@ -283,3 +284,285 @@ def test_packaged_tables_are_standardised_by_training_rows_and_split_by_the_seed
     train = first.to_original(first.train).numpy()
     np.testing.assert_allclose(first.location.numpy(), train.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(first.scale.numpy(), train.std(axis=0), atol=1e-6)
+
+
+# --- the five tables of the archive ---------------------------------------------------------------
+
+
+def put_array(path: Path, rows: npt.NDArray[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, rows)
+    return path
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def sizes(splits: Splits) -> list[int]:
+    return [len(part) for part in splits.parts]
+
+
+def test_power_loses_two_columns_and_gets_the_published_noise_and_order(tmp_path: Path) -> None:
+    rows = np.round(normal(205, 8) * 10)
+    rows[:, 7] = np.arange(205)
+    splits = read_power([put_array(tmp_path / "data.npy", rows)])
+    assert sizes(splits) == [167, 18, 20]
+    shuffled, random = rows.copy(), np.random.RandomState(42)
+    random.shuffle(shuffled)
+    noise = [draw * random.rand(205, width) for draw, width in ((0.01, 1), (0.001, 1), (1.0, 3))]
+    found = np.concatenate(splits.parts)
+    np.testing.assert_array_equal(found[:, 5], shuffled[:, 7])
+    np.testing.assert_allclose(found[:, 1] - shuffled[:, 2], noise[0][:, 0], atol=1e-12)
+    np.testing.assert_allclose(found[:, 0] - shuffled[:, 0], noise[1][:, 0], atol=1e-12)
+    np.testing.assert_allclose(found[:, 2:5] - shuffled[:, 4:7], noise[2], atol=1e-12)
+    np.testing.assert_allclose(splits.location, found[:185].mean(axis=0))
+    np.testing.assert_allclose(splits.scale, found[:185].std(axis=0))
+
+
+def test_miniboone_keeps_the_order_and_scales_by_training_and_validation_rows(
+    tmp_path: Path,
+) -> None:
+    rows = normal(1010, 43) * 5 + 3
+    put_array(tmp_path / "data/miniboone/data.npy", rows)
+    data = datasets.load("miniboone", data_dir=tmp_path, seed=7)
+    assert (data.num_rows, data.features, data.seed) == (1010, 43, 7)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [819, 90, 101]
+    both = rows[:909]
+    scaled = ((rows - both.mean(axis=0)) / both.std(axis=0)).astype(np.float32)
+    found = np.concatenate([data.train.numpy(), data.validation.numpy(), data.test.numpy()])
+    np.testing.assert_allclose(found, scaled, atol=1e-6)
+    np.testing.assert_allclose(data.to_original(data.test).numpy(), rows[909:], atol=1e-5)
+    assert any("819 + 90 + 101 rows" in note and "do not compare" in note for note in data.notes)
+
+
+def gas_rows(number: int = 300) -> tuple[tuple[str, ...], Array]:
+    """Return sensors a to e: b repeats a and d, a chain; c opposes a; e is free."""
+    time, meth, eth, a, noise, free = normal(6, number)
+    near = [a, a + 0.1 * noise, -a, a + 0.2 * noise, free]
+    return ("Time", "Meth", "Eth", *"abcde"), np.stack([time, meth, eth, *near], axis=1)
+
+
+@pytest.mark.parametrize("suffix", ["pickle", "csv"])
+def test_gas_loses_the_first_of_columns_that_correlate(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, rows = gas_rows()
+    folder = tmp_path / "gas"
+    folder.mkdir()
+    if suffix == "csv":
+        np.savetxt(
+            folder / "ethylene_CO.csv", rows, "%.17g", ",", header=",".join(names), comments=""
+        )
+    else:
+        content = dumps_frame(monkeypatch, [(rows.T, slice(0, 8, 1))], names, protocol=2, old=True)
+        monkeypatch.undo()
+        (folder / "ethylene_CO.pickle").write_bytes(content)
+    data = datasets.load("gas", data_dir=tmp_path)
+    assert data.columns == ("c", "d", "e"), "a goes for b, then b for d; c opposes them and stays"
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [243, 27, 30]
+    kept = rows[:, 5:8]
+    np.testing.assert_allclose(data.location.numpy(), kept.mean(axis=0))
+    np.testing.assert_allclose(data.scale.numpy(), kept.std(axis=0, ddof=1))
+    np.testing.assert_allclose(data.to_original(data.test).numpy(), kept[270:], atol=1e-6)
+
+
+def put_hepmass(folder: Path, train: Array, test: Array, names: list[str]) -> None:
+    """Write the two files, with the surplus name of the test file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, rows, extra in (("1000_train.csv", train, []), ("1000_test.csv", test, ["mass"])):
+        header = ",".join(["# label", *names, *extra])
+        np.savetxt(folder / path, rows, "%.18e", ",", header=header, comments="")
+
+
+def hepmass_rows(number: int, seed: int) -> Array:
+    """Return a class, and columns: free, smallest value often, another value often, free."""
+    label = np.arange(number) % 2
+    first, second, third, fourth = normal(4, number, seed=seed)
+    return np.stack([label, first, np.abs(second).clip(0.5), third.clip(None, 0.5), fourth], axis=1)
+
+
+def test_hepmass_keeps_class_one_and_columns_whose_smallest_value_is_rare(tmp_path: Path) -> None:
+    train, test = hepmass_rows(420, 0), hepmass_rows(100, 1)
+    put_hepmass(tmp_path / "hepmass", train, test, ["f0", "f1", "f2", "f3"])
+    data = datasets.load("hepmass", data_dir=tmp_path)
+    assert data.columns == ("f0", "f2", "f3"), "only the smallest value is counted, as published"
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [189, 21, 50]
+    kept = train[train[:, 0] == 1][:, [1, 3, 4]]
+    np.testing.assert_allclose(data.location.numpy(), kept.mean(axis=0))
+    np.testing.assert_allclose(data.scale.numpy(), kept.std(axis=0, ddof=1))
+    np.testing.assert_allclose(data.to_original(data.validation).numpy(), kept[189:], atol=1e-6)
+    expected = test[test[:, 0] == 1][:, [1, 3, 4]]
+    np.testing.assert_allclose(data.to_original(data.test).numpy(), expected, atol=1e-6)
+
+
+def test_a_smallest_value_may_occur_five_times(tmp_path: Path) -> None:
+    for repeats, kept in ((5, ("f0", "f1")), (6, ("f1",))):
+        train = np.stack([np.ones(100), *normal(2, 100)], axis=1)
+        train[:repeats, 1] = -9.0
+        put_hepmass(tmp_path / "hepmass", train, train[:30], ["f0", "f1"])
+        assert datasets.load("hepmass", data_dir=tmp_path).columns == kept
+
+
+@pytest.fixture
+def h5py(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let .npz stand for HDF5 where h5py is not installed."""
+    try:
+        import h5py  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+    except ImportError:
+        fake = ModuleType("h5py")
+        fake.File = lambda path, mode: np.load(path)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "h5py", fake)
+
+
+def put_bsds300(path: Path, **tables: npt.NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    h5py = sys.modules["h5py"]
+    if not hasattr(h5py, "Dataset"):
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=True, **tables)
+        return
+    with h5py.File(path, "w") as file:
+        for key, rows in tables.items():
+            file[key] = rows
+
+
+@pytest.mark.usefixtures("h5py")
+@pytest.mark.parametrize("name", ["BSDS300/BSDS300.hdf5", "bsds300/bsds300.hdf5"])
+def test_bsds300_is_taken_as_it_stands(name: str, tmp_path: Path) -> None:
+    parts = {
+        key: normal(rows, 63, seed=rows).astype(np.float32)
+        for key, rows in (("train", 40), ("validation", 5), ("test", 10))
+    }
+    put_bsds300(tmp_path / name, **parts)
+    data = datasets.load("bsds300", data_dir=tmp_path)
+    for found, key in ((data.train, "train"), (data.validation, "validation"), (data.test, "test")):
+        np.testing.assert_array_equal(found.numpy(), parts[key])
+    assert (data.log_scale, data.features) == (0.0, 63)
+    put_bsds300(tmp_path / name, **{**parts, "test": parts["test"][:, :5]})
+    with pytest.raises(ValueError, match=r"test: float32 of shape \(10, 5\), expected"):
+        datasets.load("bsds300", data_dir=tmp_path)
+    (tmp_path / name).write_bytes(b"no HDF5" * 100)
+    with pytest.raises(ValueError, match="is not an HDF5 file with a table 'train'"):
+        datasets.load("bsds300", data_dir=tmp_path)
+
+
+def test_bsds300_without_h5py_names_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "BSDS300").mkdir()
+    (tmp_path / "BSDS300/BSDS300.hdf5").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match="needs h5py: pip install h5py"):
+        datasets.load("bsds300", data_dir=tmp_path)
+
+
+def test_published_splits_do_not_depend_on_the_seed_and_can_be_shortened(tmp_path: Path) -> None:
+    put_array(tmp_path / "power/data.npy", normal(1000, 8))
+    first, other, few = (
+        datasets.load("power", data_dir=tmp_path, seed=seed, num_samples=rows)
+        for seed, rows in ((0, None), (1, None), (0, 100))
+    )
+    assert first.train.equal(other.train)
+    assert few.train.equal(first.train[:80])
+    assert few.test.equal(first.test[:10])
+    assert few.location.equal(first.location)
+    with pytest.raises(ValueError, match="num_samples=2000: power has splits of 810, 90, 100 rows"):
+        datasets.load("power", data_dir=tmp_path, num_samples=2000)
+
+
+def test_tables_of_the_published_shape_say_that_they_compare(tmp_path: Path) -> None:
+    path = put_array(tmp_path / "miniboone/data.npy", normal(36_488, 43))
+    data = datasets.load("miniboone", data_dir=tmp_path)
+    assert "test NLL compares with what papers report" in data.notes
+    assert data.source == str(path)
+    assert data.licence is not None
+
+
+def test_published_sizes_are_those_of_tenths() -> None:
+    for table in STANDARD.values():
+        train, validation, test, features = table.shape
+        total = train + validation + test
+        assert f"{total} x {features}" in datasets.available()[table.name]
+        if table.name not in ("hepmass", "bsds300"):
+            assert test == total // 10
+            assert validation == (total - test) // 10
+
+
+@pytest.mark.parametrize("name", list(STANDARD))
+def test_an_absent_archive_says_where_to_get_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"get data.tar.gz of https://zenodo.org/record/1161203"):
+        datasets.load(name, data_dir=tmp_path)
+    with pytest.raises(ValueError, match="--data-dir"):
+        datasets.load(name)
+
+
+def broken(names: str, text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        for name in names.split():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+
+    return write
+
+
+HEPMASS_FILES = "hepmass/1000_train.csv hepmass/1000_test.csv"
+NAMED = "# label,f0,f1\n"
+BROKEN: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "has 7 columns, expected 8": (
+        "power",
+        lambda folder: np.save(made(folder, "power/data.npy"), normal(50, 7)),
+    ),
+    "gives 9 rows: too few for a tenth": (
+        "power",
+        lambda folder: np.save(made(folder, "power/data.npy"), normal(9, 8)),
+    ),
+    "column 3: nan": (
+        "miniboone",
+        lambda folder: np.save(
+            made(folder, "miniboone/data.npy"), np.where(np.arange(43) == 3, np.nan, normal(99, 43))
+        ),
+    ),
+    "constant, so without a density: column 0, 1, 2": (
+        "miniboone",
+        lambda folder: np.save(made(folder, "miniboone/data.npy"), np.ones((99, 43))),
+    ),
+    "is empty, damaged": ("power", broken("power/data.npy", "")),
+    "has no column Meth, Eth": ("gas", broken("gas/ethylene_CO.csv", "Time,a\n1,2\n3,4")),
+    "constant, so without a density: column a": (
+        "gas",
+        broken("gas/ethylene_CO.csv", "Time,Meth,Eth,a,b\n1,2,3,4,5\n3,4,5,4,7"),
+    ),
+    "could not convert string ''": ("hepmass", broken(HEPMASS_FILES, NAMED + "1,2,\n")),
+    "could not convert string 'x'": ("hepmass", broken(HEPMASS_FILES, NAMED + "1,x,3\n")),
+    "with 2 columns": ("hepmass", broken(HEPMASS_FILES, NAMED + "1,2,3\n1,2\n")),
+    "no row below one line of names": ("hepmass", broken(HEPMASS_FILES, NAMED)),
+    "holds no row": ("hepmass", broken(HEPMASS_FILES, "")),
+    "no row of class 1": ("hepmass", broken(HEPMASS_FILES, NAMED + "0,2,3\n0,3,4")),
+    "every column is discrete": ("hepmass", broken(HEPMASS_FILES, NAMED + "1,2,3\n" * 9)),
+    "too few for a tenth": ("hepmass", broken(HEPMASS_FILES, NAMED + "1,2,3\n1,4,5\n")),
+    "column f1: inf": ("hepmass", broken(HEPMASS_FILES, NAMED + "1,2,3\n1,4,inf\n")),
+}
+
+
+def made(folder: Path, name: str) -> Path:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_archives_are_refused_in_one_line(message: str, tmp_path: Path) -> None:
+    name, write = BROKEN[message]
+    write(tmp_path)
+    with pytest.raises(ValueError, match=message) as refused:
+        datasets.load(name, data_dir=tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_files_of_another_header_are_refused(tmp_path: Path) -> None:
+    rows = np.stack([np.ones(40), *normal(2, 40)], axis=1)
+    put_hepmass(tmp_path / "hepmass", rows, rows, ["f0", "f1"])
+    test = tmp_path / "hepmass/1000_test.csv"
+    test.write_text(test.read_text().replace("f0", "g0"))
+    with pytest.raises(ValueError, match="has other columns than"):
+        datasets.load("hepmass", data_dir=tmp_path)

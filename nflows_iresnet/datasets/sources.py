@@ -26,7 +26,7 @@ from nflows_iresnet.datasets.tables import (
 FloatArray = npt.NDArray[np.float64]
 Folder = str | os.PathLike[str]
 
-_UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
+UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
 _DIGIT_LEVELS = 17
 _MAGIC_COLUMNS = (
     "fLength",
@@ -158,7 +158,7 @@ def read_casp(data_dir: Folder | None = None) -> Table:
     """
     file = CASP.find(data_dir)
     columns, values = _numbers(file, read_text(file), 10)
-    return _without_repeats(CASP.name, file, columns, values, _UCI)
+    return _without_repeats(CASP.name, file, columns, values, UCI)
 
 
 def read_magic(data_dir: Folder | None = None) -> Table:
@@ -191,7 +191,7 @@ def read_magic(data_dir: Folder | None = None) -> Table:
         _refuse_width(file, row, 11)
     features = [TextRow(row.number, row.cells[:10]) for row in rows]
     columns, values = _numbers(file, features, 10, _MAGIC_COLUMNS)
-    table = _without_repeats(MAGIC.name, file, columns, values, _UCI)
+    table = _without_repeats(MAGIC.name, file, columns, values, UCI)
     return replace(table, notes=("class column dropped", *table.notes))
 
 
@@ -273,7 +273,7 @@ def read_digits(generator: Generator) -> Table:
         source="sklearn.datasets.load_digits",
         notes=("uniform noise added to the integers 0..16, then divided by 17",),
         levels=_DIGIT_LEVELS,
-        licence=_UCI,
+        licence=UCI,
     )
 
 
