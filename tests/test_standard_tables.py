@@ -16,9 +16,11 @@ import numpy.typing as npt
 import pytest
 
 from nflows_iresnet import datasets
+from nflows_iresnet.compare import published, report
+from nflows_iresnet.compare.results import DatasetSummary
 from nflows_iresnet.datasets.files import SourceFile
 from nflows_iresnet.datasets.pickles import read_frame, read_pickle, to_array
-from nflows_iresnet.datasets.standard import STANDARD, Splits, read_power
+from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD, Splits, read_power
 
 Array = npt.NDArray[np.float64]
 GALAXY_COLUMNS = ("redshift", *"ugrizy")
@@ -474,7 +476,8 @@ def test_published_splits_do_not_depend_on_the_seed_and_can_be_shortened(tmp_pat
 def test_tables_of_the_published_shape_say_that_they_compare(tmp_path: Path) -> None:
     path = put_array(tmp_path / "miniboone/data.npy", normal(36_488, 43))
     data = datasets.load("miniboone", data_dir=tmp_path)
-    assert "test NLL compares with what papers report" in data.notes
+    assert COMPARABLE in data.notes
+    assert COMPARABLE not in datasets.load("miniboone", data_dir=tmp_path, num_samples=100).notes
     assert data.source == str(path)
     assert data.licence is not None
 
@@ -566,3 +569,36 @@ def test_files_of_another_header_are_refused(tmp_path: Path) -> None:
     test.write_text(test.read_text().replace("f0", "g0"))
     with pytest.raises(ValueError, match="has other columns than"):
         datasets.load("hepmass", data_dir=tmp_path)
+
+
+# --- what papers report ---------------------------------------------------------------------------
+
+
+def test_published_numbers_are_complete_and_sorted() -> None:
+    tables = {name: published.table_nlls(name) for name in STANDARD}
+    models = [{row.model for row in rows} for rows in tables.values()]
+    assert all(each == models[0] for each in models)
+    assert len(models[0]) == 19
+    for name, rows in tables.items():
+        nlls = [row.nll for row in rows]
+        assert nlls == sorted(nlls)
+        assert rows[-1].model == "Gaussian", name
+    best = {name: rows[0].model for name, rows in tables.items()}
+    assert best["hepmass"] == "RQ-NSF, autoregressive"
+    assert (best["miniboone"], best["bsds300"]) == ("NAF", "NAF")
+    gas = {row.model: row.text for row in tables["gas"]}
+    assert gas["MAF (10)"] == "-10.08 ± 0.02"
+    assert gas["FFJORD"] == "-8.59 ± 0.12†"
+    assert gas["Residual Flow"] == "-6.20"
+
+
+def summary(name: str, notes: tuple[str, ...]) -> DatasetSummary:
+    return DatasetSummary(name, "file", 8, 8, 1, 1, None, None, 0.0, None, notes)
+
+
+def test_published_numbers_stand_only_beside_the_published_rows() -> None:
+    page = report._published(summary("gas", (COMPARABLE,)))
+    for text in ("RQ-NSF, autoregressive", "-13.09 ± 0.02", "not measured here"):
+        assert text in page
+    assert report._published(summary("gas", ())) == "", "somebody's own gas.csv"
+    assert report._published(summary("casp", (COMPARABLE,))) == ""

@@ -33,6 +33,9 @@ from nflows_iresnet.datasets.tables import read_array, refuse_nonfinite
 FloatArray = npt.NDArray[np.float64]
 Rows = npt.NDArray[Any]
 
+COMPARABLE = "test NLL compares with what papers report"
+"""The note of a data set whose rows and units are the published ones."""
+
 _ARCHIVE = "data.tar.gz of https://zenodo.org/record/1161203"
 _SEED_OF_POWER = 42
 _LARGEST_CORRELATION = 0.98
@@ -54,11 +57,6 @@ class Splits:
     columns: tuple[str, ...]
     location: FloatArray
     scale: FloatArray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows of the three splits, and features."""
-        return (*(len(part) for part in self.parts), len(self.columns))
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,7 @@ class StandardTable:
         paths = self._find(data_dir)
         splits = self.read(paths)
         kept = _first(self.name, splits.parts, num_samples)
+        shape = (*(len(part) for part in kept), len(splits.columns))
         train, validation, test = (
             _standardised(part, splits.location, splits.scale) for part in kept
         )
@@ -124,22 +123,15 @@ class StandardTable:
             columns=splits.columns,
             location=torch.from_numpy(splits.location),
             scale=torch.from_numpy(splits.scale),
-            notes=(*self._notes(splits), *licence_notes(self.licence)),
+            notes=(*self._notes(shape), *licence_notes(self.licence)),
             licence=self.licence,
         )
 
-    def _notes(self, splits: Splits) -> tuple[str, ...]:
+    def _notes(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         published = "splits and units of Papamakarios et al., 2017; the seed does not change them"
-        if splits.shape == self.shape:
-            return f"{self.origin}; {published}", "test NLL compares with what papers report"
-        found, wanted = (
-            "{} + {} + {} rows of {} features".format(*shape)
-            for shape in (splits.shape, self.shape)
-        )
-        return (
-            f"{self.origin}; {published}",
-            f"{found} where the archive has {wanted}: do not compare with what papers report",
-        )
+        found, wanted = ("{} + {} + {} rows of {} features".format(*s) for s in (shape, self.shape))
+        other = f"{found} where papers have {wanted}: do not compare with what they report"
+        return f"{self.origin}; {published}", COMPARABLE if shape == self.shape else other
 
     def _find(self, data_dir: Folder | None) -> list[Path]:
         if data_dir is None:
