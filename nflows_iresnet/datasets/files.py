@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_LONG = 160
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -49,6 +51,26 @@ class SourceFile:
             )
 
 
+def one_line(text: object) -> str:
+    r"""Return text from a file, or an error about it, so that it can stand in a message.
+
+    Args:
+        text: Anything; what cannot be printed is escaped, and what is long is cut.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> one_line("a\nb")
+        'a b'
+        >>> one_line("\x1b[31m")
+        '\\x1b[31m'
+    """
+    words = " ".join(str(text).split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return shown if len(shown) <= _LONG else shown[:_LONG] + "..."
+
+
 def read_file(path: Path) -> SourceFile:
     """Read a file, decompressing ``.gz``.
 
@@ -72,7 +94,9 @@ def read_file(path: Path) -> SourceFile:
         content = path.read_bytes()
         return SourceFile(str(path), gzip.decompress(content) if path.suffix == ".gz" else content)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read or is damaged ({error}); get it again") from error
+        raise ValueError(
+            f"{path} cannot be read or is damaged ({one_line(error)}); get it again"
+        ) from error
 
 
 def read_zipped(path: Path, name: str) -> SourceFile:
@@ -100,7 +124,9 @@ def read_zipped(path: Path, name: str) -> SourceFile:
         with zipfile.ZipFile(path) as archive:
             return SourceFile(f"{path}:{name}", archive.read(name))
     except Exception as error:
-        raise ValueError(f"{path} is damaged or lacks {name} ({error}); get it again") from error
+        raise ValueError(
+            f"{path} is damaged or lacks {name} ({one_line(error)}); get it again"
+        ) from error
 
 
 def read_members(path: Path, names: Sequence[str]) -> list[SourceFile]:
@@ -120,7 +146,9 @@ def read_members(path: Path, names: Sequence[str]) -> list[SourceFile]:
         with tarfile.open(path) as archive:
             return [SourceFile(f"{path}:{name}", _member(archive, name)) for name in names]
     except Exception as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}); get it again") from error
+        raise ValueError(
+            f"{path} is damaged or incomplete ({one_line(error)}); get it again"
+        ) from error
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:

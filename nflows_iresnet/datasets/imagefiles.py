@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nflows_iresnet.datasets.files import SourceFile
+from nflows_iresnet.datasets.files import SourceFile, one_line
 from nflows_iresnet.datasets.pickles import Recorded, read_pickle, to_array
 
 Bytes = npt.NDArray[np.uint8]
@@ -77,7 +77,9 @@ def parse_cifar(file: SourceFile, labels_key: str) -> tuple[Bytes, npt.NDArray[n
     try:
         data, labels = (_array(batch[key]) for key in wanted)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{file.path} is not a CIFAR batch: {error}; get it again") from error
+        raise ValueError(
+            f"{file.path} is not a CIFAR batch: {one_line(error)}; get it again"
+        ) from error
     well_formed = data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
     if not well_formed or labels.shape != data.shape[:1]:
         raise ValueError(

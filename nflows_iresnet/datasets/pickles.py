@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nflows_iresnet.datasets.files import SourceFile
+from nflows_iresnet.datasets.files import SourceFile, one_line
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -34,6 +35,7 @@ _KNOWN = {
 }
 _BYTES = (("_codecs", "encode"), ("__builtin__", "bytes"), ("builtins", "bytes"))
 _NUMERIC = re.compile(r"b1|[iu][1248]|f[248]")
+_MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
 _BYTE_ORDERS = ("<", ">", "|", "=")
 
 
@@ -106,13 +108,24 @@ def read_pickle(file: SourceFile) -> Any:
         ValueError: harmful refers to builtins.print, ...
     """
     try:
+        _check_sizes(file.content)
         return _Recorder(io.BytesIO(file.content), encoding="bytes").load()
     except _ForbiddenError as error:
         raise ValueError(
-            f"{file.path} refers to {error}, which no data set needs: it was not read further"
+            f"{file.path} refers to {one_line(error)}, which no data set needs: it was not read"
+            " further"
         ) from None
     except Exception as error:
-        raise ValueError(f"{file.path} is not a readable pickle ({error}); get it again") from error
+        raise ValueError(
+            f"{file.path} is not a readable pickle ({one_line(error)}); get it again"
+        ) from error
+
+
+def _check_sizes(content: bytes) -> None:
+    """Refuse a pickle that is cut short, or asks for more memory than it has bytes."""
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in _MEMO and (argument or 0) > len(content):
+            raise ValueError(f"{argument} values in {len(content)} bytes")
 
 
 def to_array(value: object) -> npt.NDArray[Any]:
@@ -166,7 +179,7 @@ def read_frame(file: SourceFile) -> tuple[tuple[str, ...], FloatArray]:
         return _frame(found)
     except Exception as error:
         raise ValueError(
-            f"{file.path} does not hold a pandas data frame of numbers ({error or 'no list'}); if"
+            f"{file.path} does not hold a pandas data frame of numbers ({one_line(error)}); if"
             " you trust it, convert it where pandas can read it: pandas.read_pickle(path)"
             ".to_csv('same name.csv', index=False), and put that beside it"
         ) from error

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.datasets.dataset import Dataset, licence_notes, split_sizes
-from nflows_iresnet.datasets.files import read_file
+from nflows_iresnet.datasets.files import one_line, read_file
 from nflows_iresnet.datasets.pickles import read_frame
 from nflows_iresnet.datasets.sources import UCI, Folder
 from nflows_iresnet.datasets.tables import read_array, refuse_nonfinite
@@ -432,12 +432,12 @@ def _read_csv(path: Path, width: int | None = None) -> tuple[tuple[str, ...], Fl
     try:
         with path.open(encoding="utf-8-sig", newline="") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            header = tuple(name.strip() for name in next(csv.reader([file.readline()]), []))
+            header = tuple(one_line(name) for name in next(csv.reader([file.readline()]), []))
             used = range(len(header) if width is None else width)
             rows = np.loadtxt(file, delimiter=",", usecols=used, comments=None, ndmin=2)
     except (ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path} is not a table of numbers below one line of names ({error}); give"
+            f"{path} is not a table of numbers below one line of names ({one_line(error)}); give"
             " the file of the archive"
         ) from error
     if not header or not len(rows):
@@ -455,7 +455,8 @@ def _hdf5(path: Path, key: str, width: int) -> Rows:
             rows = np.asarray(file[key])
     except Exception as error:
         raise ValueError(
-            f"{path} is not an HDF5 file with a table {key!r} ({error}); give that of the archive"
+            f"{path} is not an HDF5 file with a table {key!r} ({one_line(error)}); give that of the"
+            " archive"
         ) from error
     if rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1] != width or not len(rows):
         raise ValueError(

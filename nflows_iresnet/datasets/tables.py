@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nflows_iresnet.datasets.files import SourceFile
+from nflows_iresnet.datasets.files import SourceFile, one_line
 
 Place = Path | str
 """Where something is, for a message."""
@@ -21,7 +21,6 @@ SUFFIXES = (".npy", *TEXT_SUFFIXES)
 _LARGEST = 1e100
 _FEW_VALUES = 0.05
 _MISSING = ("", "?", "-", "na", "n/a", "null", "none", ".")
-_LONG_CELL = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +139,10 @@ def read_text(file: Path | SourceFile, comment: str | None = None) -> list[TextR
     if not kept:
         raise ValueError(f"{path} is empty: give a file with at least ten rows of numbers")
     separator = _separator(kept[0][1])
-    return [TextRow(number, _cells(line, separator)) for number, line in kept]
+    try:
+        return [TextRow(number, _cells(line, separator)) for number, line in kept]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a table of numbers ({one_line(error)})") from error
 
 
 def to_numbers(path: Place, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
@@ -169,7 +171,7 @@ def to_numbers(path: Place, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.N
                 f" {width}; give every row the same number"
             )
     try:
-        values = np.array([[float(cell) for cell in row.cells] for row in rows])
+        values = np.array([[_number(cell) for cell in row.cells] for row in rows])
     except ValueError:
         raise ValueError(_first_bad_cell(path, columns, rows)) from None
     return columns, values.reshape(len(rows), width)
@@ -257,7 +259,8 @@ def read_array(path: Path) -> npt.NDArray[np.float64]:
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:
         raise ValueError(
-            f"{path} is empty, damaged or of object dtype ({error}); save a plain numeric array"
+            f"{path} is empty, damaged or of object dtype ({one_line(error)}); save a plain numeric"
+            " array"
         ) from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path} has dtype {array.dtype}: save an array of real numbers")
@@ -279,9 +282,16 @@ def _cells(line: str, separator: str | None) -> list[str]:
     return [cell.strip() for cell in cells]
 
 
+def _number(cell: str) -> float:
+    """Read a number as tables have it, not as Python has it: 1_000 is none."""
+    if "_" in cell:
+        raise ValueError(cell)
+    return float(cell)
+
+
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        _number(cell)
     except ValueError:
         return False
     return True
@@ -291,7 +301,7 @@ def _split_header(rows: list[TextRow]) -> tuple[tuple[str, ...], list[TextRow]]:
     first = rows[0].cells
     if any(_is_number(cell) for cell in first):
         return tuple(str(index) for index in range(len(first))), rows
-    return tuple(first), rows[1:]
+    return tuple(map(one_line, first)), rows[1:]
 
 
 def _first_bad_cell(path: Place, columns: tuple[str, ...], rows: list[TextRow]) -> str:
@@ -302,17 +312,13 @@ def _first_bad_cell(path: Place, columns: tuple[str, ...], rows: list[TextRow]) 
     is_missing = cell.lower() in _MISSING
     return (
         f"{path}, line {row.number}, column {columns[index]} (index {index}):"
-        f" {_shortened(cell)!r} is not a number; "
+        f" '{one_line(cell)}' is not a number; "
         + (
             "fill it, or remove its row"
             if is_missing
             else "keep numeric columns, with a decimal point"
         )
     )
-
-
-def _shortened(cell: str) -> str:
-    return cell if len(cell) <= _LONG_CELL else cell[:_LONG_CELL] + "..."
 
 
 def _repeat_notes(values: npt.NDArray[np.float64]) -> tuple[str, ...]:
