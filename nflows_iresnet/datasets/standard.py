@@ -155,10 +155,10 @@ class StandardTable:
 def read_power(paths: Sequence[Path]) -> Splits:
     """Electricity of one household, a row per minute: six of eight columns, with noise.
 
-    Reactive power and current are dropped. The other quantised columns get uniform noise as wide as
-    their steps: 0.001 kW, 0.01 V and 1 Wh; that of the time of day is in the archive already. Rows
-    are shuffled before. Test rows are the last tenth, validation rows the last tenth of the rest,
-    and mean and deviation those of training and validation rows together.
+    Reactive power and current are dropped. The others get uniform noise as wide as their steps,
+    0.001 kW, 0.01 V and 1 Wh, except the time of day, which gets none. Rows are shuffled before.
+    Test rows are the last tenth, validation rows the last tenth of the rest, and mean and deviation
+    those of training and validation rows together.
 
     References:
         "Individual household electric power consumption", UCI Machine Learning Repository
@@ -224,7 +224,8 @@ def read_gas(paths: Sequence[Path]) -> Splits:
 def read_hepmass(paths: Sequence[Path]) -> Splits:
     """Simulated collisions that make a new particle of mass 1000: 21 of 27 columns.
 
-    Only rows of class 1 stay. The last name of the test file has no column and is passed over.
+    Only rows of class 1 stay. The test file names one column more than the training file, its last,
+    which is passed over.
     Columns whose smallest value occurs more than five times in the training file are dropped; other
     values are not counted, as in the published splits. Mean and deviation (of a sample) are those
     of the training file, and its last tenth is for validation.
@@ -239,13 +240,16 @@ def read_hepmass(paths: Sequence[Path]) -> Splits:
         The splits.
 
     Raises:
-        ValueError: If a file does not hold a table of finite numbers, or the two have different
+        ValueError: If a file does not hold a table of finite numbers, or the test file has fewer
             columns.
     """
     names, train = _read_csv(paths[0])
     other, test = _read_csv(paths[1], len(names))
-    if other[: len(names)] != names:
-        raise ValueError(f"{paths[1]} has other columns than {paths[0]}: give those of the archive")
+    if len(other) < len(names):
+        raise ValueError(
+            f"{paths[1]} names {len(other)} columns and {paths[0]} {len(names)}: give the files of"
+            " the archive"
+        )
     for path, rows in zip(paths, (train, test), strict=True):
         refuse_nonfinite(path, names, rows)
     train, test = (rows[rows[:, 0] == 1, 1:] for rows in (train, test))
