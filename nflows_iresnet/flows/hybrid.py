@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from nflows.nn.nets import ResidualNet
@@ -11,6 +13,7 @@ from nflows.transforms import (
     AffineCouplingTransform,
     MaskedAffineAutoregressiveTransform,
     PiecewiseRationalQuadraticCouplingTransform,
+    ReversePermutation,
     Transform,
 )
 from torch import Tensor, nn
@@ -182,9 +185,9 @@ class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
 
     The same parameters, state_dict and values. nflows selects what is inside of the bound by
     boolean masks, which wait for a GPU and cannot be captured in a graph, raises an AssertionError
-    where rounding makes the discriminant of its inverse negative, and computes in bfloat16 inside
-    autocast. Here all are evaluated at values within the bound, what is outside stays as it is, and
-    the discriminant is at least zero.
+    where rounding makes the discriminant of its inverse negative, refuses an empty batch, and
+    computes in bfloat16 inside autocast. Here all are evaluated at values within the bound, what is
+    outside stays as it is, and the discriminant is at least zero.
 
     Args:
         features: number of features, at least 2.
@@ -239,21 +242,23 @@ class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
         check_context(context, self.context_features)
         return like_weights(inputs, self), context_like_weights(context, self)
 
-    def _piecewise_cdf(
+    def _coupling_transform(
         self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return the values and the logarithms of the slopes, each of the shape of the inputs."""
+        """Return the values and the sum of the logarithms of the slopes, (B, F) and (B,)."""
         bins, bound = self.num_bins, self.tail_bound
-        widths, heights, slopes = transform_params.split([bins, bins, bins - 1], dim=-1)
+        of_each = transform_params.unflatten(1, (inputs.shape[1], 3 * bins - 1))
+        widths, heights, slopes = of_each.split([bins, bins, bins - 1], dim=-1)
         scale = math.sqrt(self.transform_net.hidden_features)
         across = _knots(widths / scale, bound, self.min_bin_width)
         along = _knots(heights / scale, bound, self.min_bin_height)
         slopes = F.pad(self.min_derivative + F.softplus(slopes), (1, 1), value=1.0)
-        within = inputs.clamp(-bound, bound)
-        evaluate = _inverse_spline if inverse else _spline
-        values, log_slopes = evaluate(within, across, along, slopes)
+        spline = _Spline(across, along, slopes)
+        evaluate = spline.inverse if inverse else spline.forward
+        values, log_slopes = evaluate(inputs.clamp(-bound, bound))
         is_inside = inputs.abs() <= bound
-        return torch.where(is_inside, values, inputs), torch.where(is_inside, log_slopes, 0.0)
+        logabsdet = torch.where(is_inside, log_slopes, 0.0).sum(dim=1)
+        return torch.where(is_inside, values, inputs), logabsdet
 
 
 def _knots(raw: Tensor, bound: float, smallest: float) -> Tensor:
@@ -263,53 +268,71 @@ def _knots(raw: Tensor, bound: float, smallest: float) -> Tensor:
     return F.pad(F.pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
 
 
-class _Bin:
-    """The bins that values fall into: their lower ends, sizes and slopes at both ends."""
+class _Bin(NamedTuple):
+    """The bin of each value: lower ends and sizes along x and y, and the slopes at both ends."""
 
-    def __init__(self, values: Tensor, knots: Tensor, across: Tensor, along: Tensor, slopes: Tensor):
-        index = (values[..., None] >= knots[..., 1:-1]).sum(dim=-1, keepdim=True)
+    left: Tensor
+    width: Tensor
+    bottom: Tensor
+    height: Tensor
+    first: Tensor
+    last: Tensor
 
-        def at(each: Tensor) -> Tensor:
-            return each.gather(-1, index)[..., 0]
-
-        self.left, self.width = at(across), at(across.diff(dim=-1))
-        self.bottom, self.height = at(along), at(along.diff(dim=-1))
-        self.first, self.last = at(slopes[..., :-1]), at(slopes[..., 1:])
-        self.mean = self.height / self.width
-        self.bend = self.first + self.last - 2 * self.mean
+    @property
+    def mean(self) -> Tensor:
+        """Return its mean slope."""
+        return self.height / self.width
 
     def log_slope(self, part: Tensor) -> Tensor:
         """Return the logarithm of the slope at a part of the width, from 0 to 1."""
-        rest = 1 - part
-        numerator = self.last * part**2 + 2 * self.mean * part * rest + self.first * rest**2
-        denominator = self.mean + self.bend * part * rest
-        return numerator.log() + 2 * (self.mean.log() - denominator.log())
+        rest, mean = 1 - part, self.mean
+        product = part * rest
+        numerator = self.last * part**2 + 2 * mean * product + self.first * rest**2
+        denominator = mean + (self.first + self.last - 2 * mean) * product
+        return numerator.log() + 2 * (mean.log() - denominator.log())
 
 
-def _spline(
-    inputs: Tensor, across: Tensor, along: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return values and logarithms of slopes at inputs (...), from knots (..., K + 1)."""
-    bins = _Bin(inputs, across, across, along, slopes)
-    part = (inputs - bins.left) / bins.width
-    rest = 1 - part
-    numerator = bins.height * part * (bins.mean * part + bins.first * rest)
-    values = bins.bottom + numerator / (bins.mean + bins.bend * part * rest)
-    return values, bins.log_slope(part)
+@dataclass(frozen=True)
+class _Spline:
+    """Monotone rational-quadratic splines, one for each value.
 
+    Args:
+        across: knots along x, shape (..., K + 1).
+        along: their images, shape (..., K + 1).
+        slopes: shape (..., K + 1).
+    """
 
-def _inverse_spline(
-    outputs: Tensor, across: Tensor, along: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the inverse of `_spline` and the logarithms of its slopes."""
-    bins = _Bin(outputs, along, across, along, slopes)
-    above = outputs - bins.bottom
-    linear = bins.height * bins.first - above * bins.bend
-    quadratic = bins.height * (bins.mean - bins.first) + above * bins.bend
-    constant = -bins.mean * above
-    discriminant = (linear**2 - 4 * quadratic * constant).clamp_min(0)
-    part = 2 * constant / (-linear - discriminant.sqrt())
-    return bins.left + part * bins.width, -bins.log_slope(part)
+    across: Tensor
+    along: Tensor
+    slopes: Tensor
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx at x, each of shape (...)."""
+        found = self._bin(inputs, self.across)
+        part, mean = (inputs - found.left) / found.width, found.mean
+        product = part * (1 - part)
+        numerator = found.height * (mean * part**2 + found.first * product)
+        denominator = mean + (found.first + found.last - 2 * mean) * product
+        return found.bottom + numerator / denominator, found.log_slope(part)
+
+    def inverse(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy at y, each of shape (...)."""
+        found = self._bin(outputs, self.along)
+        above, mean = outputs - found.bottom, found.mean
+        bent = above * (found.first + found.last - 2 * mean)
+        linear = found.height * found.first - bent
+        quadratic = found.height * (mean - found.first) + bent
+        discriminant = (linear**2 + 4 * quadratic * mean * above).clamp_min(0)
+        part = 2 * mean * above / (linear + discriminant.sqrt())
+        return found.left + part * found.width, -found.log_slope(part)
+
+    def _bin(self, values: Tensor, knots: Tensor) -> _Bin:
+        index = (values[..., None] >= knots[..., 1:-1]).sum(dim=-1)[..., None, None]
+        ends, sizes = (self.across, self.along), (self.across.diff(), self.along.diff())
+        columns = [ends[0][..., :-1], sizes[0], ends[1][..., :-1], sizes[1]]
+        table = torch.stack([*columns, self.slopes[..., :-1], self.slopes[..., 1:]], dim=-1)
+        found = table.gather(-2, index.expand(*values.shape, 1, 6))
+        return _Bin(*found.squeeze(-2).unbind(-1))
 
 
 def spline_coupling(
@@ -375,16 +398,18 @@ def masked_autoregressive(
     num_blocks: int,
     context_features: int | None = None,
 ) -> Transform:
-    """Make a masked affine autoregressive transform of nflows; arguments as `spline_coupling`.
+    """Make a masked affine autoregressive transform of nflows, after a reversal of the features.
 
-    Its inverse, and so sampling, evaluates its network once for each feature.
+    For the arguments see `spline_coupling`; what is given what alternates by the reversals. Its
+    inverse, and so sampling, evaluates its network once for each feature.
 
     References:
         Papamakarios, Pavlakou, Murray. Masked autoregressive flow for density estimation, 2017.
     """
-    return MaskedAffineAutoregressiveTransform(
+    masked = MaskedAffineAutoregressiveTransform(
         features, hidden_features, context_features, num_blocks=num_blocks
     )
+    return CompositeTransform([ReversePermutation(features), masked])
 
 
 def _alternating_mask(features: int, parity: int) -> Tensor:
