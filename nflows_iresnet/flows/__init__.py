@@ -3,6 +3,7 @@
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.flows.hybrid import (
     HybridFlow,
+    Partner,
     affine_coupling,
     masked_autoregressive,
     spline_coupling,
@@ -17,6 +18,7 @@ __all__ = [
     "HybridFlow",
     "ImageResidualFlow",
     "InvertibleResNet",
+    "Partner",
     "ResidualFlow",
     "StandardNormal",
     "affine_coupling",

@@ -171,13 +171,22 @@ class HybridFlow(Flow):
             if layer % 2 == 0:
                 layers += residual()
             else:
-                layers.append(make_partner(layer // 2, features, hidden, depth, context_features))
+                sizes = (features, hidden, depth, context_features)
+                layers.append(_made(make_partner(layer // 2, *sizes)))
         layers.append(ActNorm(features))
         super().__init__(
             CompositeTransform(layers, recompute=recompute),
             StandardNormal([features]),
             expects=Expected((features,), context_features),
         )
+
+
+def _made(partner: object) -> Transform:
+    if not isinstance(partner, Transform):
+        raise ValueError(
+            f"partner must return a Transform of nflows, but partner returned {partner!r}"
+        )
+    return partner
 
 
 class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
@@ -316,14 +325,21 @@ class _Spline:
         return found.bottom + numerator / denominator, found.log_slope(part)
 
     def inverse(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy at y, each of shape (...)."""
+        """Return x and log dx/dy at y, each of shape (...).
+
+        The root of a t^2 + b t - c = 0 that lies in [0, 1] is a quotient of sums of one sign: where
+        b is negative, a is positive.
+        """
         found = self._bin(outputs, self.along)
         above, mean = outputs - found.bottom, found.mean
-        bent = above * (found.first + found.last - 2 * mean)
+        bent, constant = above * (found.first + found.last - 2 * mean), mean * above
         linear = found.height * found.first - bent
         quadratic = found.height * (mean - found.first) + bent
-        discriminant = (linear**2 + 4 * quadratic * mean * above).clamp_min(0)
-        part = 2 * mean * above / (linear + discriminant.sqrt())
+        smallest = torch.finfo(outputs.dtype).tiny
+        discriminant = (linear**2 + 4 * quadratic * constant).clamp_min(smallest)
+        total, is_rising = linear.abs() + discriminant.sqrt(), linear >= 0
+        numerator = torch.where(is_rising, 2 * constant, total)
+        part = (numerator / torch.where(is_rising, total, 2 * quadratic)).clamp(0, 1)
         return found.left + part * found.width, -found.log_slope(part)
 
     def _bin(self, values: Tensor, knots: Tensor) -> _Bin:
