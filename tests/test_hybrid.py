@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -55,14 +56,14 @@ def log_prob_by_slogdet(flow: flows.Flow, rows: Tensor) -> Tensor:
     return base + torch.linalg.slogdet(jacobians).logabsdet
 
 
-def wild(coupling: nn.Module) -> nn.Module:
+def wild(coupling: Any) -> Any:
     torch.manual_seed(4)
     for parameter in coupling.parameters():
         nn.init.normal_(parameter, std=0.5)
     return coupling.double()
 
 
-def nflows_twin(coupling: SplineCoupling) -> nn.Module:
+def nflows_twin(coupling: Any) -> Any:
     width = coupling.transform_net.hidden_features
     mask = torch.zeros(coupling.features)
     mask[coupling.transform_features] = 1
@@ -205,7 +206,10 @@ def test_one_feature_works_with_what_need_not_split_it_and_is_refused_by_what_mu
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (partial(flows.HybridFlow, partner="spline-coupling"), "partner must make a transform"),
+        (
+            partial(flows.HybridFlow, partner="spline-coupling"),  # type: ignore[arg-type]
+            "partner must make a transform",
+        ),
         (partial(flows.HybridFlow, partner=IdentityTransform()), "partner must make a transform"),
         (partial(flows.HybridFlow, partner=lambda *sizes: None), "partner returned None"),
         (partial(flows.HybridFlow, marginal_bins=-1), "marginal_bins must be at least 1, got -1"),
@@ -257,7 +261,6 @@ def test_the_spline_couplings_of_nflows_are_not(recorder: EmulatedRecorder) -> N
 @pytest.mark.parametrize("parity", [0, 1])
 def test_the_spline_coupling_is_that_of_nflows(parity: int) -> None:
     coupling = wild(flows.spline_coupling(parity, 5, 8, 1, num_bins=6, bound=2.0))
-    assert isinstance(coupling, SplineCoupling)
     twin = nflows_twin(coupling)
     rows = 2 * torch.randn(400, 5).double()
     for mine, its in ((coupling, twin), (coupling.inverse, twin.inverse)):

@@ -355,7 +355,7 @@ MODELS: dict[str, ModelSpec] = {
         "RQ-NSF (AR) of nflows with LU, as in its paper", _nsf_autoregressive
     ),
     "zuko-nsf": ModelSpec("NSF of zuko: autoregressive splines", _zuko_nsf),
-    "zuko-naf": ModelSpec("NAF of zuko: autoregressive monotone networks", _zuko_naf),
+    "zuko-naf": ModelSpec("NAF of zuko, which inverts within 10 units of 0", _zuko_naf),
 }
 
 DEFAULT_MODELS = ("residual-flow", "i-resnet", "realnvp", "maf", "glow")
