@@ -211,6 +211,7 @@ def test_one_feature_works_with_what_need_not_split_it_and_is_refused_by_what_mu
             "partner must make a transform",
         ),
         (partial(flows.HybridFlow, partner=IdentityTransform()), "partner must make a transform"),
+        (partial(flows.HybridFlow, net=nn.Identity()), "net must make a network"),
         (partial(flows.HybridFlow, partner=lambda *sizes: None), "partner returned None"),
         (partial(flows.HybridFlow, marginal_bins=-1), "marginal_bins must be at least 1, got -1"),
         (

@@ -381,8 +381,8 @@ def find_model(name: str, known: Mapping[str, ModelSpec] = MODELS) -> ModelSpec:
 def same_start(spec: ModelSpec) -> ModelSpec:
     """Return a model for rows with the start of this library's flows in front of it.
 
-    That is ActNorm, a spline of each feature from its quantiles, ActNorm and whitening: with it in
-    front of all, a comparison says what the blocks do. Its parameters count as the model's.
+    That is ActNorm, a spline of each feature from its quantiles, and whitening: with it in front of
+    all, a comparison says what the blocks do. Its parameters count as the model's.
 
     Args:
         spec: of the model behind the start.

@@ -41,20 +41,23 @@ num_blocks_per_layer and context_features."""
 
 
 def start_from_data(features: int, num_bins: int = 16) -> list[Transform]:
-    """Return ActNorm, a spline of each feature, ActNorm and a linear map that whitens.
+    """Return ActNorm, a spline of each feature, and a linear map that whitens.
 
     Started from rows by `transforms.initialize`, or by the first batch, they return features of
     nearly normal marginals, mean 0 and covariance I.
 
     Args:
         features: number of features.
-        num_bins: bins of the splines; 0 leaves them out, and the second ActNorm.
+        num_bins: bins of the splines; 0 leaves them out.
+
+    Raises:
+        ValueError: if a size is not positive, or `num_bins` negative.
     """
-    whitening = LinearTransform(features, initialization="whitening")
-    if num_bins == 0:
-        return [ActNorm(features), whitening]
-    spline = ElementwiseRationalQuadraticSpline(features, num_bins, initialization="quantiles")
-    return [ActNorm(features), spline, ActNorm(features), whitening]
+    start: list[Transform] = [ActNorm(features)]
+    if num_bins != 0 or isinstance(num_bins, bool):
+        bins = validated_size("marginal_bins", num_bins)
+        start.append(ElementwiseRationalQuadraticSpline(features, bins, initialization="quantiles"))
+    return [*start, LinearTransform(features, initialization="whitening")]
 
 
 class HybridFlow(Flow):
@@ -65,7 +68,7 @@ class HybridFlow(Flow):
         start, B_0, LU, P_0, LU, B_1, LU, P_1, ..., ActNorm    (T blocks B and P in all),
 
     where B_i is y = x + g(x), P_i = `partner(i, ...)`, LU a `LinearTransform`, and the start
-    ActNorm, a spline of each feature from its quantiles, ActNorm and whitening. An odd T ends with
+    ActNorm, a spline of each feature from its quantiles, and whitening. An odd T ends with
     a residual block. What one kind cannot do, the other can: a residual block moves all features at
     once, by less than their distances; a coupling stretches without limit, but half of the features
     given the other half, whose roles alternate from one to the next. With a context it enters each
@@ -144,13 +147,8 @@ class HybridFlow(Flow):
         hidden = validated_size("hidden_features", hidden_features)
         depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
         make_partner = spline_coupling if partner is None else partner
-        if isinstance(make_partner, nn.Module) or not callable(make_partner):
-            raise ValueError(
-                f"partner must make a transform for each layer, as the function spline_coupling "
-                f"does, got {partner!r}"
-            )
-        if isinstance(marginal_bins, bool) or marginal_bins != 0:
-            marginal_bins = validated_size("marginal_bins", marginal_bins)
+        _require_maker("net", net, "a network for each block, as the class LipschitzMLP")
+        _require_maker("partner", make_partner, "a transform, as the function spline_coupling")
 
         def residual() -> list[Transform]:
             branch = net(
@@ -179,6 +177,11 @@ class HybridFlow(Flow):
             StandardNormal([features]),
             expects=Expected((features,), context_features),
         )
+
+
+def _require_maker(name: str, maker: object, example: str) -> None:
+    if isinstance(maker, nn.Module) or not callable(maker):
+        raise ValueError(f"{name} must make {example} does, got {maker!r}")
 
 
 def _made(partner: object) -> Transform:
