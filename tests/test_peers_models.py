@@ -156,7 +156,7 @@ def test_the_start_is_in_front_and_began_with_the_rows(name: str) -> None:
     seed_everything(1)
     model = find_model(name).build(SMALL)
     assert isinstance(model, StartedModel)
-    model.initialize(table(2000))
+    model.eval().initialize(table(2000))
     values = model.start(table(2000))[0].detach()
     torch.testing.assert_close(values.mean(0), torch.zeros(3), rtol=0, atol=1e-3)
     torch.testing.assert_close(values.T.cov(), torch.eye(3), rtol=0, atol=1e-2)

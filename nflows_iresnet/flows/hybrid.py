@@ -342,7 +342,7 @@ class _Spline:
         discriminant = (linear**2 + 4 * quadratic * constant).clamp_min(smallest)
         total, is_rising = linear.abs() + discriminant.sqrt(), linear >= 0
         numerator = torch.where(is_rising, 2 * constant, total)
-        part = (numerator / torch.where(is_rising, total, 2 * quadratic)).clamp(0, 1)
+        part = numerator / torch.where(is_rising, total, 2 * quadratic)
         return found.left + part * found.width, -found.log_slope(part)
 
     def _bin(self, values: Tensor, knots: Tensor) -> _Bin:
