@@ -256,6 +256,8 @@ class ToTheHost(Impatient):
 
 @pytest.mark.parametrize("fault", [Impatient, ByMask, FromTheHost, ToTheHost])
 def test_a_new_wait_is_seen(fault: type[Impatient]) -> None:
+    if fault is FromTheHost and device.current().type == "cuda":
+        pytest.skip("torch tells nobody of it there; a capture would refuse it")
     norm = fault(3)
     norm(torch.randn(4, 3))
     with pytest.raises(AssertionError, match="the host waits where it may not"):
