@@ -18,11 +18,10 @@ from nflows_iresnet.compare.config import RunConfig
 from nflows_iresnet.compare.evaluation import exact_log_prob
 from nflows_iresnet.compare.memory import peak_megabytes
 from nflows_iresnet.compare.models import MODELS, Architecture, ModelSpec, count_parameters
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.report import render
 from nflows_iresnet.compare.results import Folder
-from nflows_iresnet.compare.stream import Batches
-from nflows_iresnet.compare.training import seed_everything, train
+from nflows_iresnet.compare.training import train
+from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
 
 pytest.importorskip("matplotlib")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from nflows_iresnet import datasets
 from nflows_iresnet.compare.config import (
     IMAGE_DEFAULTS,
+    RACE_RATES,
     TRAINING_PRECISIONS,
     RunConfig,
     resolve_device,
@@ -172,6 +173,39 @@ def _add_how(group: argparse._ActionsContainer, preset: Preset) -> None:
         metavar="X",
         help="--budget in minutes",
     )
+    length.add_argument(
+        "--race",
+        type=duration,
+        metavar="TIME",
+        help="the same seconds of the CPU for every model and repeat, on a GPU of the clock, such "
+        "as 150s or 2.5min: the schedule follows the time, validation does not count, and the "
+        "table has means over the seeds, steps and learning rates",
+    )
+    group.add_argument(
+        "--learning-rates",
+        type=positive_float,
+        nargs="+",
+        metavar="X",
+        help="train each model with each of these and the first seed, and keep the rate that "
+        "validates best; the other trainings count nothing, but cost as much as one that does "
+        f"(default: none; with --race: {' '.join(map(str, RACE_RATES))}, unless --learning-rate "
+        "is given)",
+    )
+    _add_number(
+        group,
+        preset,
+        "--patience",
+        positive_int,
+        "stop after so many of the 20 validations without a new best",
+    )
+    group.add_argument(
+        "--jobs",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="train so many models side by side, each in a process with --threads of its own "
+        "(default: 1)",
+    )
     _add_number(group, preset, "--batch-size", positive_int, "rows per step")
     _add_number(
         group, preset, "--learning-rate", positive_float, "of Adam, annealed to zero by a cosine"
@@ -240,13 +274,15 @@ def to_config(parsed: argparse.Namespace) -> RunConfig:
     given = {name: getattr(parsed, name) for name in DEFAULTS}
     if parsed.minutes is not None:
         given["budget"] = 60 * parsed.minutes
-    if given["budget"] is not None or given["steps"] is not None:
-        defaults |= {"steps": None, "budget": None}
+    if any(given[name] is not None for name in ("steps", "budget", "race")):
+        defaults |= {"steps": None, "budget": None, "race": None}
+    if given["race"] is not None and given["learning_rate"] is None:
+        defaults["learning_rates"] = RACE_RATES
     chosen = {
         name: default if given[name] in (None, []) else given[name]
         for name, default in defaults.items()
     }
-    for name in ("datasets", "models"):
+    for name in ("datasets", "models", "learning_rates"):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
     if parsed.same_start:
         if images:
@@ -274,6 +310,17 @@ def natural_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """Parse a positive, finite number."""
     return _parse(text, float, lambda value: 0 < value < math.inf, "a positive number, such as 0.5")
+
+
+def duration(text: str) -> float:
+    """Parse a time in seconds: 150, 150s or 2.5min."""
+    units = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+    number = text.strip().rstrip("acehimnst ")
+    unit = units.get(text.strip()[len(number) :].strip() or "s")
+    with suppress(argparse.ArgumentTypeError):
+        if unit is not None:
+            return unit * positive_float(number)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time, such as 150s or 2.5min")
 
 
 def _parse(
