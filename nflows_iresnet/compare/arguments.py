@@ -18,7 +18,7 @@ from nflows_iresnet.compare.config import (
     resolve_device,
 )
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
-from nflows_iresnet.compare.models import MODELS
+from nflows_iresnet.compare.models import MODELS, SAME_START, with_same_start
 from nflows_iresnet.compare.presets import QUICK, Preset
 
 Number = TypeVar("Number", int, float)
@@ -26,10 +26,10 @@ Number = TypeVar("Number", int, float)
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RunConfig)}
 MODELS_TEXT = f"""\
 models:
-{chr(10).join(f"  {name:20}{spec.description}" for name, spec in MODELS.items())}
+{chr(10).join(f"  {name:27}{spec.description}" for name, spec in MODELS.items())}
 
 models with --images:
-{chr(10).join(f"  {name:20}{spec.description}" for name, spec in IMAGE_MODELS.items())}
+{chr(10).join(f"  {name:27}{spec.description}" for name, spec in IMAGE_MODELS.items())}
 """
 CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
@@ -77,6 +77,15 @@ def _add_what(group: argparse._ActionsContainer, preset: Preset) -> None:
         metavar="MODEL",
         help=f"models to compare (default: {_words(preset.models)}; with --images: "
         f"{_words(preset.image_models)})",
+    )
+    group.add_argument(
+        "--same-start",
+        action="store_true",
+        help="compare every model twice, as it is and, as a row of its own, with the start of "
+        "residual-flow in front of it (ActNorm, a spline of each feature, whitening, started from "
+        "5,000 training rows; its parameters count): what differs then is what the blocks do. "
+        "Models that have this start themselves stay one row, and with a name such as "
+        f"maf{SAME_START} --models takes one alone; not for --images",
     )
     group.add_argument(
         "--data-dir",
@@ -275,6 +284,10 @@ def to_config(parsed: argparse.Namespace) -> RunConfig:
     }
     for name in ("datasets", "models", "learning_rates"):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
+    if parsed.same_start:
+        if images:
+            raise ValueError("--same-start is for rows, and these are images: leave it out")
+        chosen["models"] = with_same_start(chosen["models"])
     return RunConfig(**{**chosen, "images": images, "device": device})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nflows_iresnet.compare.files import WriteError, write_atomically
+from nflows_iresnet.compare.files import WriteError, read_intact, write_atomically
 
 
 class CheckpointError(ValueError):
@@ -56,7 +56,7 @@ class Keeper:
         if not self.path.exists():
             return None
         try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = torch.load(read_intact(self.path), map_location="cpu", weights_only=True)
             identity, state = found["identity"], dict(found["state"])
         except Exception as error:  # a damaged file may raise anything
             raise self.damaged() from error

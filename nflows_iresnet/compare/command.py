@@ -124,7 +124,7 @@ def _described(models: dict[str, ModelSpec]) -> dict[str, str]:
 
 
 def _lines(described: dict[str, str]) -> Iterator[str]:
-    return (f"  {name:20}{description}" for name, description in described.items())
+    return (f"  {name:27}{description}" for name, description in described.items())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from html import escape
 
+from nflows_iresnet.compare import published
 from nflows_iresnet.compare.cells import Column, R, best
 from nflows_iresnet.compare.columns import columns_for
 from nflows_iresnet.compare.memory import MEASURE
@@ -137,6 +138,7 @@ def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> str:
         f"{escape(' '.join(dataset.notes))}</p>",
         f"<p><strong>{escape(verdict(record, folder, dataset.name))}</strong></p>",
         table(columns_for(record, dataset), rows_of(record, dataset.name)),
+        _published(dataset),
         _failures(record, dataset),
         *(
             f'<p class="caption">{escape(line)}</p>'
@@ -146,6 +148,13 @@ def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> str:
         *_pictures(record, folder, dataset),
     ]
     return "\n".join(parts)
+
+
+def _published(dataset: DatasetSummary) -> str:
+    """Render what papers report for these rows."""
+    rows = published.beside(dataset.name, dataset.notes)
+    caption = f'<p class="caption">{escape(published.TABLE_CAPTION)}</p>'
+    return caption + table(published.TABLE_COLUMNS, rows) if rows else ""
 
 
 def table(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
