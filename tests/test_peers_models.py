@@ -25,10 +25,9 @@ from nflows_iresnet.compare.models import (
     match_parameters,
     with_same_start,
 )
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
-from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.subcommands import build_parser
-from nflows_iresnet.compare.training import seed_everything, train
+from nflows_iresnet.compare.training import train
+from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from nflows_iresnet.transforms import LinearTransform
 from tests.optional import named
 
