@@ -259,7 +259,7 @@ def weights_together(transforms: Sequence[LinearTransform]) -> list[LinearWeight
     Args:
         transforms: of the same number of features, precision and device.
     """
-    factors = [each.factors for each in transforms]
+    factors: list[Tensor] = [each.factors for each in transforms]
     together = factors[0][None] if len(factors) == 1 else torch.stack(factors)
     matrices, logabsdets = (_products if is_traced() else _Products.apply)(together)
     pairs = zip(matrices.unbind(0), logabsdets.unbind(0), strict=True)
