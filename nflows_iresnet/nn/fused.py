@@ -313,7 +313,7 @@ def _of_first(
     """Return the gradient of the first weight, from cotangents of z_1 and t_1, and x and T."""
     inputs, tangents = given
     if tangents is None:
-        return function.outer([(of_units, inputs[None])], 0) + of_tangents.sum(1).mT
+        return torch.addmm(of_tangents.sum(1).mT, of_units[0].mT, inputs)
     return function.outer([(of_units, inputs[None]), (of_tangents, tangents)], 0)
 
 
