@@ -218,9 +218,9 @@ class Mixed(Activation):
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values and slopes of both halves, side by side."""
         if _can_write():
-            both = inputs.new_empty(2, *inputs.shape)
-            self.write(inputs, both[0], both[1])
-            return both[0], both[1]
+            value, slope = torch.empty_like(inputs), torch.empty_like(inputs)
+            self.write(inputs, value, slope)
+            return value, slope
         first, second = _halves(inputs)
         value, slope = self.first.value_and_slope(first.contiguous())
         other_value, other_slope = self.second.value_and_slope(second.contiguous())

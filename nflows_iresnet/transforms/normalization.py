@@ -61,7 +61,7 @@ class ActNorm(_NflowsActNorm):
         if self.training and not self._has_started:
             self._start(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
-        return torch.addcmul(shift, scale, inputs), self._logabsdet(inputs)
+        return scale * inputs + shift, self._logabsdet(inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, minus the sum of s over what was scaled), shapes (B, *) and (B,)."""
