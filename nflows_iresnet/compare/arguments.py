@@ -33,7 +33,9 @@ models with --images:
 """
 CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
-at --hidden-features and --num-layers. `mnist --images` is residual-flow alone unless other --models
+at --hidden-features and --num-layers. The validation rows choose all that is chosen: training stops
+after --patience validations without a new best, the best state of the averaged weights is kept, and
+of several --learning-rates the best one; the test rows choose nothing. `mnist --images` is residual-flow alone unless other --models
 are named, with a size, a start and a time that suit the device: ten minutes of training on a GPU,
 two on a CPU. On a GPU a training step is one CUDA graph where that can be, and it is said where it
 cannot. A training under way is saved every few minutes, and goes on
