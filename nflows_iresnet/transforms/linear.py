@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,7 +11,13 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.precision import full_precision, like_weights, training_precision
+from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.precision import (
+    full_precision,
+    in_full_precision,
+    like_weights,
+    training_precision,
+)
 from nflows_iresnet.transforms.normalization import (
     ENOUGH_ROWS,
     depends_on,
@@ -74,7 +81,8 @@ class LinearTransform(Transform):
     transform can be part of a CUDA graph, and compiles to one graph.
 
     Cost: F^3 multiplications for W, and B F^2 for B rows or pixels; B F^2 for the inverse. It
-    computes in the precision of its weights, inside autocast too.
+    computes in the precision of its weights, inside autocast too. `CompositeTransform` computes
+    the W of all its linear maps together.
 
     Args:
         features: number F of features (B, F), or of channels (B, F, H, W).
@@ -119,16 +127,38 @@ class LinearTransform(Transform):
         self._has_started = not self.starts_from_rows
         self.register_buffer("initialized", torch.tensor(self._has_started))
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (W x + b, sum of log d over pixels), shapes (B, *) and (B,)."""
+    def forward(
+        self,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        *,
+        weight: LinearWeight | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (W x + b, sum of log d over pixels), shapes (B, *) and (B,).
+
+        Args:
+            inputs: x, shape (B, F) or (B, F, H, W).
+            context: not used.
+            weight: W where it is computed already, as `weights_together` returns it.
+        """
         inputs = self._checked(inputs)
         rows = _as_rows(inputs)
         if self.training and not self._has_started:
             self._start(rows)
         with training_precision(self, inputs.device):
-            log_diagonal = self.log_diagonal()
-            outputs = F.linear(rows, self._weight(log_diagonal), self.bias)
-        return _like_inputs(outputs, inputs), _logabsdet(log_diagonal, inputs)
+            matrix, logabsdet = weights_together([self])[0] if weight is None else weight
+            outputs = F.linear(rows, matrix, self.bias)
+        return _like_inputs(outputs, inputs), _for_each_row(logabsdet, inputs)
+
+    @property
+    def takes_weight(self) -> bool:
+        """Whether `forward` may be given a W that was computed with others'.
+
+        Not before its start, nor in subclasses, nor with hooks before the call, which may change W.
+        """
+        is_own = type(self) is LinearTransform and "forward" not in vars(self)
+        is_ready = self._has_started or not self.training
+        return is_own and is_ready and not self._forward_pre_hooks
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (W^-1 (y - b), minus the sum of log d over pixels), shapes (B, *) and (B,)."""
@@ -142,26 +172,20 @@ class LinearTransform(Transform):
             solve = torch.linalg.solve_triangular
             columns = solve(lower, rows.mT, upper=False, unitriangular=True)
             columns = solve(upper, columns, upper=True)
-        return _like_inputs(columns.mT, inputs), -_logabsdet(log_diagonal, inputs)
+        return _like_inputs(columns.mT, inputs), -_for_each_row(log_diagonal.sum(), inputs)
 
     def weight(self) -> Tensor:
         """Return W, shape (F, F)."""
         with full_precision(self.factors.device):
-            return self._weight(self.log_diagonal())
+            return weights_together([self])[0].matrix
 
     def log_diagonal(self) -> Tensor:
         """Return log d, shape (F,)."""
-        raw = self.factors.diagonal()
-        return _MAX_LOG_DIAGONAL * (raw / _MAX_LOG_DIAGONAL).tanh()
-
-    def _weight(self, log_diagonal: Tensor) -> Tensor:
-        lower, upper = self._lower_and_upper(log_diagonal)
-        return torch.addmm(upper, lower, upper)
+        return _log_diagonals(self.factors)
 
     def _lower_and_upper(self, log_diagonal: Tensor) -> tuple[Tensor, Tensor]:
         """Return L without its ones, and U."""
-        upper = self.factors.triu(1) + log_diagonal.exp().diag_embed()
-        return self.factors.tril(-1), upper
+        return _lower_and_upper(self.factors, log_diagonal)
 
     def _checked(self, inputs: Tensor) -> Tensor:
         self._check_shape(inputs)
@@ -228,13 +252,96 @@ class LinearTransform(Transform):
         return f"features={self.factors.shape[0]}, bias={self.bias is not None}"
 
 
+class LinearWeight(NamedTuple):
+    """What the parameters of a `LinearTransform` say.
+
+    Attributes:
+        matrix: W, shape (F, F).
+        logabsdet: log|det W|, a scalar.
+    """
+
+    matrix: Tensor
+    logabsdet: Tensor
+
+
+def weights_together(transforms: Sequence[LinearTransform]) -> list[LinearWeight]:
+    """Return the weight of each of several transforms of one size, in the operations of one.
+
+    Args:
+        transforms: of the same number of features, precision and device.
+    """
+    factors: list[Tensor] = [each.factors for each in transforms]
+    together = factors[0][None] if len(factors) == 1 else torch.stack(factors)
+    matrices, logabsdets = (_products if is_traced() else _Products.apply)(together)
+    pairs = zip(matrices.unbind(0), logabsdets.unbind(0), strict=True)
+    return [LinearWeight(*pair) for pair in pairs]
+
+
+def _products(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W = L U and log|det W| for factors (K, F, F): the slow twin of `_Products`."""
+    log_diagonals = _log_diagonals(factors)
+    lower, upper = _lower_and_upper(factors, log_diagonals)
+    return torch.baddbmm(upper, lower, upper), log_diagonals.sum(-1)
+
+
+def _log_diagonals(factors: Tensor) -> Tensor:
+    raw = factors.diagonal(dim1=-2, dim2=-1)
+    return _MAX_LOG_DIAGONAL * (raw / _MAX_LOG_DIAGONAL).tanh()
+
+
+def _lower_and_upper(factors: Tensor, log_diagonals: Tensor) -> tuple[Tensor, Tensor]:
+    return factors.tril(-1), factors.triu(1) + log_diagonals.exp().diag_embed()
+
+
+@in_full_precision
+class _Products(torch.autograd.Function):
+    r"""W = L U and log\|det W\| as one node, derived by hand.
+
+    With cotangents G of W and c of log\|det W\|, and T = L^T G,
+
+        of L: the part of G U^T below the diagonal,    of U: the part of T above it,
+        of raw_j: (T_jj d_j + c) (1 - tanh(raw_j / 80)^2).
+
+    Second derivatives are those of the slow twin, `_products`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factors: Tensor) -> tuple[Tensor, Tensor]:
+        lower, upper = factors.tril(-1), factors.triu()
+        diagonals = upper.diagonal(dim1=-2, dim2=-1)
+        bent = (diagonals / _MAX_LOG_DIAGONAL).tanh_()
+        torch.mul(bent, _MAX_LOG_DIAGONAL, out=diagonals)
+        logabsdets = diagonals.sum(-1)
+        diagonals.exp_()
+        ctx.save_for_backward(factors, lower, upper, bent)
+        return torch.baddbmm(upper, lower, upper), logabsdets
+
+    @staticmethod
+    def backward(ctx: Any, of_matrices: Tensor, of_logabsdets: Tensor) -> Tensor:
+        factors, lower, upper, bent = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            cotangents = [of_matrices, of_logabsdets]
+            (found,) = torch.autograd.grad(
+                _products(factors), factors, cotangents, create_graph=True
+            )
+            return found
+        of_upper = torch.baddbmm(of_matrices, lower.mT, of_matrices)
+        of_lower = torch.bmm(of_matrices, upper.mT)
+        found = of_lower.tril_(-1).add_(of_upper.triu())
+        diagonals = found.diagonal(dim1=-2, dim2=-1)
+        diagonals.mul_(upper.diagonal(dim1=-2, dim2=-1)).add_(of_logabsdets[:, None])
+        diagonals.addcmul_(diagonals * bent, bent, value=-1)
+        return found
+
+
 def _as_rows(inputs: Tensor) -> Tensor:
     return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
 
 
-def _logabsdet(log_diagonal: Tensor, inputs: Tensor) -> Tensor:
+def _for_each_row(logabsdet: Tensor, inputs: Tensor) -> Tensor:
+    """Return the log-determinant of one row, or pixel, for each row of the inputs."""
     pixels = math.prod(inputs.shape[2:])
-    return (pixels * log_diagonal.sum()).expand(inputs.shape[0])
+    return (logabsdet if pixels == 1 else pixels * logabsdet).expand(inputs.shape[0])
 
 
 def _like_inputs(rows: Tensor, inputs: Tensor) -> Tensor:
