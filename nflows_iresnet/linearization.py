@@ -288,8 +288,17 @@ class AutogradLinearization(Linearization):
 
 
 def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
-    with unrecorded():
-        value, pullback = torch.func.vjp(function, inputs)[:2]
+    try:
+        with unrecorded():
+            value, pullback = torch.func.vjp(function, inputs)[:2]
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        raise ValueError(
+            "the network changes a tensor of its own while it is evaluated, as power iteration "
+            "does, but one call must see one g: use a network whose forward changes nothing, such "
+            "as those of nflows_iresnet.nn (some others change nothing in evaluation mode)"
+        ) from error
     return value, lambda cotangent: pullback(cotangent)[0]
 
 
