@@ -14,7 +14,8 @@ differentiation: correct, but each product costs one backward pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from itertools import islice
 from typing import Any
@@ -289,7 +290,7 @@ class AutogradLinearization(Linearization):
 
 def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
     try:
-        with unrecorded():
+        with unrecorded(), _out_of_inference_mode():
             value, pullback = torch.func.vjp(function, inputs)[:2]
     except RuntimeError as error:
         if "mutate a captured Tensor" not in str(error):
@@ -299,7 +300,24 @@ def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
             "does, but one call must see one g: use a network whose forward changes nothing, such "
             "as those of nflows_iresnet.nn (some others change nothing in evaluation mode)"
         ) from error
-    return value, lambda cotangent: pullback(cotangent)[0]
+
+    def pulled(cotangent: Tensor) -> Tensor:
+        with _out_of_inference_mode():
+            return pullback(cotangent)[0]
+
+    return value, pulled
+
+
+def _out_of_inference_mode() -> AbstractContextManager[object]:
+    """Return a block where derivatives are right: in inference mode torch 2.4 makes them zero."""
+    is_inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return _no_grad_instead() if is_inference else nullcontext()
+
+
+@contextmanager
+def _no_grad_instead() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class ResidualFunction(ABC):

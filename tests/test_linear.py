@@ -116,7 +116,7 @@ def test_what_was_built_on_the_meta_device_computes_the_same(
     with torch.device("meta"):
         built = LinearTransform(3, initialization=initialization).double()
     if not assign:
-        built.to_empty(device="cpu")
+        built.to_empty(device=device.current())
     built.load_state_dict(trained.state_dict(), assign=assign)
     torch.testing.assert_close(built(2 * data()), trained(2 * data()), rtol=0, atol=0)
 

@@ -98,6 +98,7 @@ examples:
   nflows-iresnet compare                                  three toy densities, five models
   nflows-iresnet compare my.csv --steps 3000 --out here   your own rows (.csv or .npy)
   nflows-iresnet compare moons --models residual-flow normflows-residual --repeats 3
+  nflows-iresnet compare casp --data-dir data --models hybrid nsf-coupling maf --same-start
   nflows-iresnet compare digits --budget 60               one minute of training per model
   nflows-iresnet compare my.csv --steps 3000 --out here --resume    go on after an interruption
   nflows-iresnet compare digits --images                  multi-scale flows, bits per dimension

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from nflows.transforms import Transform
 from torch import nn
@@ -16,6 +18,7 @@ from nflows_iresnet.transforms import (
     CompositeTransform,
     ConditionalAffine,
     ElementwiseRationalQuadraticSpline,
+    LinearTransform,
     ResidualTransform,
 )
 from nflows_iresnet.validation import validated_size
@@ -84,7 +87,9 @@ class ResidualFlow(Flow):
         coeff: float = 0.97,
         norm: MatrixNorm | None = None,
         recompute: bool = False,
-        marginal_bins: int = 8,
+        marginal_bins: int = 16,
+        linear: bool = True,
+        block_bins: int = 0,
     ) -> None:
         features = validated_size("features", features)
         hidden = validated_size("hidden_features", hidden_features)
@@ -94,37 +99,64 @@ class ResidualFlow(Flow):
                 f"net must make a network for each block, as the class LipschitzMLP does, got "
                 f"{net!r}"
             )
+        make = partial(
+            net,
+            features,
+            [hidden] * depth,
+            context_features,
+            optional_context=optional_context,
+            activation=activation,
+            coeff=coeff,
+            norm=norm,
+        )
+        between = _Between(features, context_features, optional_context, bool(linear), block_bins)
         layers: list[Transform] = []
-        for _ in range(validated_size("num_layers", num_layers)):
-            branch = net(
-                features,
-                [hidden] * depth,
-                context_features,
-                optional_context=optional_context,
-                activation=activation,
-                coeff=coeff,
-                norm=norm,
-            )
-            block = ResidualTransform(branch, estimator=estimator, solver=solver)
-            layers += [*_normalisation(features, context_features, optional_context), block]
-        layers += _normalisation(features, context_features, optional_context)
-        if isinstance(marginal_bins, bool) or marginal_bins != 0:
-            bins = validated_size("marginal_bins", marginal_bins)
-            layers.insert(1, ElementwiseRationalQuadraticSpline(features, bins))
+        for index in range(validated_size("num_layers", num_layers)):
+            block = ResidualTransform(make(), estimator=estimator, solver=solver)
+            before = between.first(marginal_bins) if index == 0 else between.next()
+            layers += [*before, block]
         super().__init__(
-            CompositeTransform(layers, recompute=recompute),
+            CompositeTransform([*layers, *between.last()], recompute=recompute),
             StandardNormal([features]),
             expects=Expected((features,), context_features, optional_context),
         )
 
 
-def _normalisation(
-    features: int, context_features: int | None, optional_context: bool
-) -> list[Transform]:
-    if context_features is None:
-        return [ActNorm(features)]
-    affine = ConditionalAffine(features, context_features, optional_context=optional_context)
-    return [ActNorm(features), affine]
+@dataclass(frozen=True)
+class _Between:
+    """What stands before the blocks of a `ResidualFlow`, and after the last."""
+
+    features: int
+    context_features: int | None
+    optional_context: bool
+    linear: bool
+    block_bins: int
+
+    def first(self, marginal_bins: int) -> list[Transform]:
+        splines = self._spline("marginal_bins", marginal_bins)
+        whitening = [LinearTransform(self.features, initialization="whitening")]
+        mixing = whitening if self.linear else []
+        return [ActNorm(self.features), *splines, *mixing, *self._conditional()]
+
+    def next(self) -> list[Transform]:
+        mixing = LinearTransform(self.features) if self.linear else ActNorm(self.features)
+        splines = self._spline("block_bins", self.block_bins)
+        return [mixing, *splines, *self._conditional()]
+
+    def last(self) -> list[Transform]:
+        return [ActNorm(self.features), *self._conditional()]
+
+    def _spline(self, name: str, num_bins: int) -> list[Transform]:
+        if num_bins == 0 and not isinstance(num_bins, bool):
+            return []
+        bins = validated_size(name, num_bins)
+        return [ElementwiseRationalQuadraticSpline(self.features, bins, initialization="quantiles")]
+
+    def _conditional(self) -> list[Transform]:
+        if self.context_features is None:
+            return []
+        optional = self.optional_context
+        return [ConditionalAffine(self.features, self.context_features, optional_context=optional)]
 
 
 class InvertibleResNet(ResidualFlow):
@@ -194,4 +226,5 @@ class InvertibleResNet(ResidualFlow):
             norm=norm,
             recompute=recompute,
             marginal_bins=0,
+            linear=False,
         )

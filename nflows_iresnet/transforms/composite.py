@@ -22,6 +22,7 @@ from nflows_iresnet.precision import (
     training_products,
 )
 from nflows_iresnet.tensor_float import Work
+from nflows_iresnet.transforms.residual import as_used
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -68,7 +69,7 @@ class CompositeTransform(_NflowsCompositeTransform):
             if transform in bound:
                 step = partial(transform, function=bound[transform], estimator=transform.estimator)
                 if self.recompute and torch.is_grad_enabled() and not is_traced():
-                    step = partial(checkpoint, as_now(step), use_reentrant=False)
+                    step = partial(checkpoint, as_used(as_now(step)), use_reentrant=False)
             with self._precision_of(transform):
                 outputs, logabsdet = step(outputs)
             parts.append(logabsdet)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from nflows_iresnet import datasets
 from nflows_iresnet.compare.adapters import value_and_jacobian
 from nflows_iresnet.compare.bench.items import Settings
-from nflows_iresnet.compare.stream import Batches
-from nflows_iresnet.compare.training import seed_everything
 from nflows_iresnet.flows import ResidualFlow
 from nflows_iresnet.nn import LipschitzMLP
+from nflows_iresnet.training import Batches, seed_everything
 from nflows_iresnet.transforms import ResidualTransform
 
 SOURCES = {2: "checkerboard", 64: "digits"}
