@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nflows_iresnet.precision import full_precision, like_weights, training_precision
 from nflows_iresnet.transforms.normalization import depends_on, over_processes
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import require_tensor, validated_size
 
 Initialization = Literal["identity", "whitening"]
 
@@ -158,6 +158,7 @@ class LinearTransform(Transform):
         return like_weights(inputs, self)
 
     def _check_shape(self, inputs: Tensor) -> None:
+        require_tensor("inputs", inputs)
         features = self.factors.shape[0]
         if inputs.dim() not in (2, 4) or inputs.shape[1] != features:
             raise ValueError(

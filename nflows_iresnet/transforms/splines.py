@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.transforms.normalization import depends_on, over_processes
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import require_tensor, validated_size
 
 Initialization = Literal["identity", "quantiles"]
 
@@ -301,6 +301,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         return like_weights(inputs, self)
 
     def _check_shape(self, inputs: Tensor) -> None:
+        require_tensor("inputs", inputs)
         features = self.sizes.shape[1]
         if inputs.dim() != 2 or inputs.shape[1] != features:
             raise ValueError(
