@@ -25,12 +25,20 @@ from nflows_iresnet.compare.models import (
     match_parameters,
     with_same_start,
 )
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
-from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.subcommands import build_parser
-from nflows_iresnet.compare.training import seed_everything, train
-from nflows_iresnet.transforms import LinearTransform
+from nflows_iresnet.compare.training import train
+from nflows_iresnet.graphs import GraphedStep
+from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
+from nflows_iresnet.transforms import (
+    ActNorm,
+    ElementwiseRationalQuadraticSpline,
+    LinearTransform,
+    ResidualTransform,
+)
+from tests.emulated_graph import EmulatedRecorder, recorder
 from tests.optional import named
+
+__all__ = ["recorder"]
 
 NEW = (
     "hybrid",
@@ -114,6 +122,14 @@ def test_the_linear_layers_of_normflows_are_one_for_each_block() -> None:
     assert normflows.flows.LULinearPermute not in map(type, plain.flow.flows)
 
 
+@pytest.mark.parametrize("name", ["residual-flow-plain", "i-resnet"])
+def test_the_flows_of_the_papers_have_neither_splines_nor_linear_layers(name: str) -> None:
+    kinds = {type(each) for each in MODELS[name].build(SMALL).flow._transform._transforms}
+    assert kinds == {ActNorm, ResidualTransform}
+    ours = {type(each) for each in MODELS["residual-flow"].build(SMALL).flow.modules()}
+    assert {LinearTransform, ElementwiseRationalQuadraticSpline} <= ours
+
+
 @pytest.mark.parametrize("name", ["nsf-coupling", "nsf-autoregressive"])
 def test_nsf_has_a_linear_layer_before_each_step_and_after_the_last(name: str) -> None:
     parts = MODELS[name].build(SMALL).flow._transform._transforms
@@ -190,6 +206,23 @@ def test_a_model_behind_a_start_keeps_its_certificate_and_its_estimates() -> Non
     assert bound.certified
     assert model.estimates == plain.estimates
     assert model.flow_class == plain.flow_class
+
+
+@pytest.mark.parametrize("name", ["hybrid", "maf-same-start"])
+def test_a_training_step_is_captured_with_the_start(recorder: EmulatedRecorder, name: str) -> None:
+    seed_everything(1)
+    model = find_model(name).build(SMALL).double()
+    model.initialize(table().double())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, capturable=True, foreach=True)
+    step = GraphedStep(
+        model,
+        optimizer,
+        table(32).double(),
+        loss=lambda flow, batch: -flow.log_prob(batch).mean(),
+    )
+    step(table(32).double())
+    step(table(32).double())
+    assert step.is_captured, step.reason
 
 
 # --- the command ----------------------------------------------------------------------------------

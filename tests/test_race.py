@@ -416,7 +416,7 @@ def test_an_end_in_the_middle_loses_nothing_that_was_finished(
     start: Callable[..., subprocess.Popen[str]],
 ) -> None:
     out = tmp_path / "out"
-    words = [table, "--models", "nice", "--steps", "4000", "--repeats", "3", *TINY]
+    words = [table, "--models", "nice", "--steps", "2000", "--repeats", "3", *TINY]
     words += ["--patience", "20", "--checkpoint-minutes", "0.001", "--out", str(out)]
     process = start(*words, "--jobs", "2")
     wait_for(lambda: len(list((out / "runs").glob("*.pt"))) == 2)
@@ -433,4 +433,4 @@ def test_an_end_in_the_middle_loses_nothing_that_was_finished(
     assert again.returncode == 0, printed
     assert len(before) == 2
     found = results(out)["results"]
-    assert [each["training"]["steps"] for each in found] == [4000] * 3
+    assert [each["training"]["steps"] for each in found] == [2000] * 3

@@ -60,9 +60,7 @@ class Order:
         if job.is_trial:
             return runner.try_rate(job, config, on_step, self.keeper, interruption), {}
         return runner.execute(
-            *(job.run, config, on_step, self.keeper),
-            learning_rate=job.learning_rate,
-            interruption=interruption,
+            job.run, config, on_step, self.keeper, job.learning_rate, interruption
         )
 
 

@@ -91,7 +91,7 @@ def _residual_flow(size: Architecture) -> DensityModel:
 def _residual_flow_plain(size: Architecture) -> DensityModel:
     from nflows_iresnet.flows import ResidualFlow
 
-    return ResidualModel(ResidualFlow(*size.as_tuple(), marginal_bins=0))
+    return ResidualModel(ResidualFlow(*size.as_tuple(), marginal_bins=0, linear=False))
 
 
 def _hybrid(size: Architecture) -> DensityModel:
@@ -331,7 +331,9 @@ def _normflows_residual(size: Architecture, *, linear: bool = False) -> DensityM
 
 MODELS: dict[str, ModelSpec] = {
     "residual-flow": ModelSpec("ResidualFlow of this library", _residual_flow, has_start=True),
-    "residual-flow-plain": ModelSpec("the same without splines", _residual_flow_plain),
+    "residual-flow-plain": ModelSpec(
+        "the flow of the papers: no splines, no linear layers", _residual_flow_plain
+    ),
     "hybrid": ModelSpec(
         "HybridFlow of this library: half of it spline couplings", _hybrid, has_start=True
     ),

@@ -302,10 +302,10 @@ class Folder:
             pending: keys of those without a result, which may have a checkpoint.
         """
         saved = [str(path) for key in pending if (path := self.checkpoint(key)).exists()]
-        under_way = f", and the one under way up to its last checkpoint ({saved[0]})"
-        if len(saved) != 1:
-            several = f", and {len(saved)} under way up to their last checkpoints (in runs)"
-            under_way = several if saved else ""
+        under_way = f", and {len(saved)} under way up to their last checkpoints (in runs)"
+        if len(saved) < 2:
+            one = ", and the one under way up to its last checkpoint ({})"
+            under_way = one.format(*saved) if saved else ""
         return f"{done} of {total} runs are kept in {self.path}{under_way}"
 
     def resume(self, command_line: str) -> str:

@@ -167,7 +167,6 @@ def execute(
     config: RunConfig,
     on_step: OnStep,
     keeper: Keeper | None = None,
-    *,
     learning_rate: float | None = None,
     interruption: Interruption | None = None,
 ) -> tuple[Result, dict[str, Array]]:
@@ -177,9 +176,7 @@ def execute(
     model = None
     try:
         model = build(run, config)
-        log = train_run(
-            model, run, config, on_step, keeper, learning_rate=rate, interruption=interruption
-        )
+        log = train_run(model, run, config, on_step, keeper, rate, interruption)
     except (CheckpointError, WriteError):
         raise
     except Exception as error:
@@ -202,12 +199,8 @@ def try_rate(
     trial = Trial(*run.key[:2], rate)
     seed_everything(config.seed + run.repeat)
     try:
-        log = train_run(
-            build(run, config),
-            *(run, config, on_step, keeper),
-            learning_rate=rate,
-            interruption=interruption,
-        )
+        model = build(run, config)
+        log = train_run(model, run, config, on_step, keeper, rate, interruption)
     except (CheckpointError, WriteError):
         raise
     except Exception as error:
@@ -228,7 +221,6 @@ def train_run(
     config: RunConfig,
     on_step: OnStep,
     keeper: Keeper | None = None,
-    *,
     learning_rate: float | None = None,
     interruption: Interruption | None = None,
 ) -> History:

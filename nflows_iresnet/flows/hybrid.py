@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from nflows.nn.nets import ResidualNet
@@ -170,7 +170,7 @@ class HybridFlow(Flow):
                 layers += residual()
             else:
                 sizes = (features, hidden, depth, context_features)
-                layers.append(_made(make_partner(layer // 2, *sizes)))
+                layers.append(_built(make_partner, layer // 2, *sizes))
         layers.append(ActNorm(features))
         super().__init__(
             CompositeTransform(layers, recompute=recompute),
@@ -184,12 +184,16 @@ def _require_maker(name: str, maker: object, example: str) -> None:
         raise ValueError(f"{name} must make {example} does, got {maker!r}")
 
 
-def _made(partner: object) -> Transform:
+def _built(make: Partner, *sizes: Any) -> Transform:
+    """Return a partner, built on the CPU: nflows looks at its masks, which "meta" has not."""
+    device = torch.empty(0).device
+    with torch.device("cpu"):
+        partner: object = make(*sizes)
     if not isinstance(partner, Transform):
         raise ValueError(
             f"partner must return a Transform of nflows, but partner returned {partner!r}"
         )
-    return partner
+    return partner if device.type == "cpu" else partner.to(device)
 
 
 class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
@@ -259,7 +263,7 @@ class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
     ) -> tuple[Tensor, Tensor]:
         """Return the values and the sum of the logarithms of the slopes, (B, F) and (B,)."""
         bins, bound = self.num_bins, self.tail_bound
-        of_each = transform_params.unflatten(1, (inputs.shape[1], 3 * bins - 1))
+        of_each = transform_params.reshape(*inputs.shape, 3 * bins - 1)
         widths, heights, slopes = of_each.split([bins, bins, bins - 1], dim=-1)
         scale = math.sqrt(self.transform_net.hidden_features)
         across = _knots(widths / scale, bound, self.min_bin_width)

@@ -1,4 +1,4 @@
-"""Named models: residual blocks, ActNorm between them, a spline of each feature, a normal."""
+"""Named models: residual blocks, what stands between them, a normal."""
 
 from __future__ import annotations
 
@@ -25,15 +25,29 @@ from nflows_iresnet.validation import validated_size
 
 
 class ResidualFlow(Flow):
-    r"""A residual flow for vectors: `num_layers` times ActNorm and y = x + g(x), then ActNorm.
+    r"""A residual flow for vectors: blocks y = x + g(x), and what such blocks cannot do between.
 
-    After the first ActNorm an `ElementwiseRationalQuadraticSpline` takes over the shape of the
-    marginals, which dense networks learn slowly and, from few rows, by heart. A step takes 6 to 9 %
-    longer; on digits the best test likelihood is 17 nats better, on 2-D toys hardly another. All
-    numbers: docs/measurements.md.
+    A block moves points by less than their distances: many are needed to stretch, to whiten, or to
+    change the shape of a marginal. So from data to noise there are
 
-    With a context, a `ConditionalAffine` map follows each ActNorm. To forget the context is an
-    error: without one it would be another density. With `optional_context=True` it is that density.
+    1. `ActNorm`, so that rows of any scale are of unit scale;
+    2. a spline of each feature that starts at the quantiles: marginals become normal, or nearly;
+    3. a `LinearTransform` that starts by whitening, then the first block;
+    4. before each other block a `LinearTransform`, started as the identity;
+    5. `ActNorm`, so that what the blocks return starts with the scale of the noise.
+
+    The start comes from the first batch in training mode, or better from some thousand rows by
+    `initialize(rows)`. It is made not to be worse for unseen rows than none, see the parts: few
+    rows, constants, discrete, dependent or heavy-tailed features start less. One value of 1e8 is
+    the scale of its feature, though: drop or clip it, or take logarithms.
+
+    `marginal_bins=0, linear=False` is the flow of the papers: ActNorm before each block, and after
+    the last. All numbers: docs/measurements.md.
+
+    With a context, a `ConditionalAffine` map stands before each block, and at the end: after the
+    splines and linear maps, which know p(x) alone and are started without the context, so that it
+    acts on features of unit scale. To forget the context is an error: without one it would be
+    another density. With `optional_context=True` it is that density.
 
     Takes the four sizes of nflows' `SimpleRealNVP` and `MaskedAutoregressiveFlow` in their order,
     so that one line swaps the model, and all else by keyword.
@@ -57,12 +71,16 @@ class ResidualFlow(Flow):
             matrices of 256 rows and columns or more, `SchattenNorm()` for others.
         recompute: trade time for memory, see `transforms.CompositeTransform`.
         marginal_bins: bins of the spline of each feature; 0 leaves the splines out.
+        linear: whether there are linear maps; without, there is an ActNorm before each block.
+        block_bins: bins of a further spline of each feature before each block but the first; 0,
+            the default, for none.
 
     Raises:
         ValueError: if a size is not positive or another argument is none of its kind.
 
     References:
         Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
 
     Example:
         >>> import torch
@@ -109,14 +127,14 @@ class ResidualFlow(Flow):
             coeff=coeff,
             norm=norm,
         )
-        between = _Between(features, context_features, optional_context, bool(linear), block_bins)
+        between = _Between(features, context_features, optional_context, linear, block_bins)
         layers: list[Transform] = []
         for index in range(validated_size("num_layers", num_layers)):
             block = ResidualTransform(make(), estimator=estimator, solver=solver)
-            before = between.first(marginal_bins) if index == 0 else between.next()
+            before = between.before_first(marginal_bins) if index == 0 else between.before_next()
             layers += [*before, block]
         super().__init__(
-            CompositeTransform([*layers, *between.last()], recompute=recompute),
+            CompositeTransform([*layers, *between.after_last()], recompute=recompute),
             StandardNormal([features]),
             expects=Expected((features,), context_features, optional_context),
         )
@@ -124,7 +142,7 @@ class ResidualFlow(Flow):
 
 @dataclass(frozen=True)
 class _Between:
-    """What stands before the blocks of a `ResidualFlow`, and after the last."""
+    """What stands before each block of a `ResidualFlow`, and after the last."""
 
     features: int
     context_features: int | None
@@ -132,18 +150,18 @@ class _Between:
     linear: bool
     block_bins: int
 
-    def first(self, marginal_bins: int) -> list[Transform]:
+    def before_first(self, marginal_bins: int) -> list[Transform]:
         splines = self._spline("marginal_bins", marginal_bins)
         whitening = [LinearTransform(self.features, initialization="whitening")]
         mixing = whitening if self.linear else []
         return [ActNorm(self.features), *splines, *mixing, *self._conditional()]
 
-    def next(self) -> list[Transform]:
+    def before_next(self) -> list[Transform]:
         mixing = LinearTransform(self.features) if self.linear else ActNorm(self.features)
         splines = self._spline("block_bins", self.block_bins)
         return [mixing, *splines, *self._conditional()]
 
-    def last(self) -> list[Transform]:
+    def after_last(self) -> list[Transform]:
         return [ActNorm(self.features), *self._conditional()]
 
     def _spline(self, name: str, num_bins: int) -> list[Transform]:

@@ -220,9 +220,9 @@ relatively, it is also more than is left out in the end."""
 
 
 def _uniform(generator: torch.Generator | None) -> float:
-    """Draw a number of [0, 1): on the CPU, so that a GPU never waits for it, or where it is told to.
+    """Draw a number of [0, 1): on the CPU, so that a GPU never waits for it.
 
-    A generator of a GPU decides on all that is random, this number, too, and the host waits for it.
+    A generator of a GPU decides on this number, too, and then the host waits for it.
     Inside `vmap` one number is drawn for all lanes, as one is for all rows of a batch.
     """
     device = "cpu" if generator is None else generator.device
