@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,17 +39,19 @@ def test_of_flows_by_normflows(name: str, dtype: torch.dtype) -> None:
     case, judge = CASES[name], FlowTest()
     flow = ToNormflows(case.factory().to(dtype))
     noise, context = case.inputs().to(dtype), case.context()
-    context = None if context is None else context.to(dtype)
-    flow.inverse(noise, context)
+    given = [noise] if context is None else [noise, context.to(dtype)]
+    if len(given) > 1 and "context" not in inspect.signature(judge.checkForward).parameters:
+        pytest.skip("FlowTest of this normflows knows no context")
+    flow.inverse(*given)
     blocks = [each for each in flow.modules() if isinstance(each, ResidualTransform)]
     for training in (True, False):
         flow.train(training)
-        data, _ = judge.checkForward(flow, noise, context)
-        back, _ = judge.checkInverse(flow, data, context)
+        data, _ = judge.checkForward(flow, *given)
+        back, _ = judge.checkInverse(flow, data, *given[1:])
         judge.assertClose(back, noise, atol=1e-5, rtol=1e-5)
         for block in blocks:
             block.estimator = logdet.Exact()
-        judge.checkForwardInverse(flow, noise, context, atol=1e-5, rtol=1e-5)
+        judge.checkForwardInverse(flow, *given, atol=1e-5, rtol=1e-5)
 
 
 class Sampled:
