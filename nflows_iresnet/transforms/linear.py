@@ -24,7 +24,7 @@ from nflows_iresnet.transforms.normalization import (
     likely_moments,
     over_processes,
 )
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import require_tensor, validated_size
 
 Initialization = Literal["identity", "whitening"]
 
@@ -192,6 +192,7 @@ class LinearTransform(Transform):
         return like_weights(inputs, self)
 
     def _check_shape(self, inputs: Tensor) -> None:
+        require_tensor("inputs", inputs)
         features = self.factors.shape[0]
         if inputs.dim() not in (2, 4) or inputs.shape[1] != features:
             raise ValueError(

@@ -10,7 +10,7 @@ from nflows.transforms.normalization import ActNorm as _NflowsActNorm
 from torch import Tensor, distributed
 
 from nflows_iresnet.precision import like_weights
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import require_tensor, validated_size
 
 _ROUNDING_UNITS = 4.0
 """A feature whose standard deviation is less than so many units in the last place is constant."""
@@ -104,6 +104,7 @@ class ActNorm(_NflowsActNorm):
         self._has_started = True
 
     def _checked(self, inputs: Tensor) -> Tensor:
+        require_tensor("inputs", inputs)
         features = self.shift.shape[0]
         if inputs.dim() in (2, 4) and inputs.shape[1] == features:
             return like_weights(inputs, self)
