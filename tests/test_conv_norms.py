@@ -310,6 +310,7 @@ def test_scale_does_not_matter(
         torch.testing.assert_close(scaled.grad, expected.to(dtype), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("values_are_seen")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_weights_that_are_not_finite_are_refused(bad: float, kernel_size: int) -> None:
@@ -462,3 +463,13 @@ def test_padding_without_a_bound_is_refused(options: dict[str, Any]) -> None:
     layer = torch.nn.Conv2d(1, 1, 3, **{"padding": 1, **options})
     with pytest.raises(ValueError, match="padding_mode"):
         nn.lipschitz_bound(layer)
+
+
+def test_power_iteration_starts_where_the_weight_is_whatever_the_default_device() -> None:
+    kernel = random_kernel((4, 3, 3, 3), 1)
+    norm = nn.ConvPowerIteration((5, 6))
+    expected = norm.initial_state(kernel)
+    with torch.device("meta"):
+        found = norm.initial_state(kernel)
+    for name, vector in expected.items():
+        torch.testing.assert_close(found[name], vector, rtol=0, atol=0)

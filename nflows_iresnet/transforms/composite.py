@@ -24,6 +24,7 @@ from nflows_iresnet.precision import (
 )
 from nflows_iresnet.tensor_float import Work
 from nflows_iresnet.transforms.linear import LinearTransform, LinearWeight, weights_together
+from nflows_iresnet.transforms.residual import as_used
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -72,7 +73,7 @@ class CompositeTransform(_NflowsCompositeTransform):
             elif transform in bound:
                 step = partial(transform, function=bound[transform], estimator=transform.estimator)
                 if self.recompute and torch.is_grad_enabled() and not is_traced():
-                    step = partial(checkpoint, as_now(step), use_reentrant=False)
+                    step = partial(checkpoint, as_used(as_now(step)), use_reentrant=False)
             with self._precision_of(transform):
                 outputs, logabsdet = step(outputs)
             parts.append(logabsdet)

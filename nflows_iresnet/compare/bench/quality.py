@@ -27,7 +27,7 @@ from nflows_iresnet.compare.bench.steps import training_step
 from nflows_iresnet.compare.config import describe
 from nflows_iresnet.compare.evaluation import exact_nll
 from nflows_iresnet.compare.stream import training_batches
-from nflows_iresnet.compare.training import seed_everything
+from nflows_iresnet.training import seed_everything
 
 NLL = Figure("nll", "best test\nNLL", ".3f", baseline=None)
 REACH = Figure("reach", "seconds to\nnormflows' best", ".2f")
