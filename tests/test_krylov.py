@@ -14,8 +14,9 @@ from torch import Tensor
 from nflows_iresnet import logdet, nn
 from nflows_iresnet.linearization import SecondDerivativeError, linearize
 from nflows_iresnet.logdet import Krylov
-from tests import planted_logdet, theory
+from tests import theory
 from tests.cases import FixedLinear
+from tests.planted import logdet as planted_logdet
 
 DOUBLE = torch.float64
 

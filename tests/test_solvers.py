@@ -634,3 +634,16 @@ def test_rows_that_are_done_are_left_out_whatever_the_others_do(
     solution = solver(fn, torch.zeros(200, 6, dtype=torch.float64), 0.9)
     torch.testing.assert_close(fn(solution.value), solution.value, rtol=0, atol=1e-10)
     assert int(solution.num_steps[:100].max()) < int(solution.num_steps[100:].max())
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("lipschitz", [None, 0.9])
+def test_a_tolerance_that_is_given_is_never_exceeded(
+    solver: solvers.Solver, lipschitz: float | None
+) -> None:
+    """Not where the iteration has stopped, and the bound would excuse what rounding leaves."""
+    problem = Contraction(0.9, dtype=torch.float32)
+    unreachable = replace(solver, atol=1e-12, rtol=0.0)
+    with pytest.raises(solvers.FixedPointNotConverged) as caught:
+        unreachable(problem, problem.offset, lipschitz)
+    assert float(caught.value.solution.tolerance.max()) <= 1e-12
