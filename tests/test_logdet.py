@@ -370,7 +370,7 @@ def test_a_generator_decides_all_and_leaves_the_global_one_alone(
 
 
 def test_at_its_boundary_a_geometric_law_has_no_finite_variance() -> None:
-    """With q = L^2 the bound is the sum of 1 / k^2 for the value, but of ones for its derivative."""
+    """With q = L^2 the bound sums up 1 / k^2 for the value, but ones for its derivative."""
     law = logdet.GeometricTruncation(0.25)
     assert not law.has_finite_variance(0.5)
     assert law.has_finite_variance(0.499)

@@ -368,7 +368,7 @@ def test_the_margin_for_rounding_counts_every_entry_of_a_kernel() -> None:
 
 @pytest.mark.parametrize("context_features", [None, 2])
 def test_balanced_networks_are_what_their_documentation_says(context_features: int | None) -> None:
-    """Hidden units are t e a((V x + b + c) / (t e)): the scales are not those of the weights alone."""
+    """Hidden units are t e a((V x + b + c) / (t e)): scales are not of the weights alone."""
     torch.manual_seed(0)
     net = nn.LipschitzMLP(3, [8], context_features, activation=nn.Sine()).double()
     with torch.no_grad():

@@ -647,3 +647,19 @@ def test_a_tolerance_that_is_given_is_never_exceeded(
     with pytest.raises(solvers.FixedPointNotConverged) as caught:
         unreachable(problem, problem.offset, lipschitz)
     assert float(caught.value.solution.tolerance.max()) <= 1e-12
+
+
+def test_a_norm_whose_squares_vanish_is_that_of_its_numbers() -> None:
+    for small, dtype in ((1e-25, torch.float32), (1e-200, torch.float64)):
+        rows = torch.full((2, 4), small, dtype=dtype)
+        torch.testing.assert_close(row_norm(rows), torch.full((2,), 2 * small, dtype=dtype))
+
+
+def test_as_many_differences_are_combined_as_were_asked_for() -> None:
+    """In the plane two solve a linear map at once, one does not, and more there are none."""
+    problem, steps = Contraction(0.97, features=2), {}
+    for history in (1, 2, 5):
+        found = solvers.Anderson(history=history)(problem, torch.zeros_like(problem.offset))
+        steps[history] = int(found.num_steps.max())
+    assert steps[1] > 2 * steps[2]
+    assert steps[5] == steps[2] <= 6

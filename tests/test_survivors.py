@@ -155,9 +155,7 @@ def _verdict(log_probs: dict[tuple[str, int], np.ndarray[Any, Any]]) -> str:
 def test_the_verdict_is_that_of_all_repeats() -> None:
     """One model leads by a nat in the first, the other by three in the second."""
     rows = np.random.default_rng(0).normal(size=400) * 0.1
-    said = _verdict(
-        {("a", 0): rows + 1, ("b", 0): rows, ("a", 1): rows, ("b", 1): rows[::-1] + 3}
-    )
+    said = _verdict({("a", 0): rows + 1, ("b", 0): rows, ("a", 1): rows, ("b", 1): rows[::-1] + 3})
     assert said.startswith("b is best")
     assert "1.000" in said
 
@@ -195,3 +193,9 @@ def test_models_are_examined_in_evaluation_mode_and_left_without_gradients() -> 
     assert modes["sample"] == {False}
     assert not model.training
     assert all(each.grad is None for each in model.parameters())
+
+
+def test_the_coefficient_of_an_image_flow_is_that_of_its_blocks() -> None:
+    flow = flows.ImageResidualFlow((1, 4, 4), 4, 1, coeff=0.5)
+    blocks = [each for each in flow.modules() if isinstance(each, transforms.ResidualTransform)]
+    assert {block.net.coeff for block in blocks} == {0.5}

@@ -26,7 +26,8 @@ from tests.planted.fault import PACKAGE, ROOT, Fault, LostFaultError
 from tests.planted.faults import FAULTS
 
 COPIED = (PACKAGE, "tests", "docs", "examples", "pyproject.toml", "README.md", "CHANGELOG.md")
-PATIENCE = 400.0
+PLUGINS = ("tests.planted.quickest",)
+PATIENCE = 900.0
 """Seconds after which tests that hang are taken for a sign."""
 
 
@@ -66,8 +67,9 @@ def planted(fault: Fault, root: Path) -> Iterator[None]:
 
 def run_tests(root: Path, tests: Sequence[str], *options: str) -> tuple[int | None, str]:
     """Return the exit code of pytest, None if it hangs, and what it said."""
-    plugins = ["-p", "no:cacheprovider", "-p", "tests.planted.quickest"]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", *plugins, *options]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    for plugin in PLUGINS:
+        command += ["-p", plugin]
     environment = {"PLANTED_DURATIONS": str(root.parent / "planted-durations.json")} | os.environ
     environment |= {
         "OMP_NUM_THREADS": "1",
@@ -76,7 +78,7 @@ def run_tests(root: Path, tests: Sequence[str], *options: str) -> tuple[int | No
     }
     try:
         done = subprocess.run(
-            [*command, *tests],
+            [*command, *options, *tests],
             cwd=root,
             env=environment,
             capture_output=True,

@@ -15,14 +15,15 @@ class LostFaultError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A text of a file that is replaced, and who should see it.
+    """A text of a file that is replaced, and who sees it.
 
     Attributes:
         name: what is wrong then, in a few words.
         file: of the package, from its folder.
         source: a text that the file holds once.
         faulty: what stands there instead.
-        tests: files that should see it, without `test_` and `.py`, the likeliest first.
+        tests: who should see it, the likeliest first, one space between: files without `test_` and
+            `.py`, or tests, `logdet::test_standard_errors_are_right`.
     """
 
     name: str
@@ -37,7 +38,9 @@ class Fault:
 
     @property
     def test_files(self) -> list[str]:
-        return [f"tests/test_{name}.py" for name in self.tests.split()]
+        """The tests, as pytest takes them."""
+        split = [each.partition("::") for each in self.tests.split()]
+        return [f"tests/test_{file}.py{colons}{test}" for file, colons, test in split]
 
     def planted_in(self, text: str) -> str:
         """Return the text of the file with the fault.
@@ -53,5 +56,5 @@ class Fault:
             )
         return text.replace(self.source, self.faulty)
 
-    def path(self, root: Path = ROOT) -> Path:
+    def path(self, root: Path) -> Path:
         return root / PACKAGE / self.file
