@@ -390,3 +390,20 @@ def test_the_exact_log_determinant_is_that_of_the_magnitude_in_every_dimension()
         logabsdet = logdet.Exact()(lambda x, net=net: x @ net.weight.mT, inputs)[1]
         expected = math.log(2.0) + (features - 1) * math.log(1.5)
         torch.testing.assert_close(logabsdet, torch.full_like(logabsdet, expected))
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0, 3.5])
+def test_the_matched_law_is_its_formula(power: float) -> None:
+    law = logdet.LipschitzTruncation(power=power)
+    for term, num_exact, lipschitz in ((4, 3, 0.9), (10, 2, 0.5), (7, 5, 0.97)):
+        expected = lipschitz ** (term - num_exact) * (num_exact / term) ** power
+        assert law.survival(term, num_exact, lipschitz) == pytest.approx(expected, rel=1e-12)
+
+
+def test_terms_that_are_small_but_not_lost_are_summed_up() -> None:
+    """Of g(x) = x / 5 the fifth term is below a thousandth, and the sum is known to 15 digits."""
+    inputs = torch.randn(3, 4, dtype=torch.float64)
+    series = logdet.PowerSeries(num_terms=24, exact_trace=False)
+    logabsdet = series(lambda x: x / 5, inputs)[1]
+    expected = torch.full_like(logabsdet, 4 * math.log(1.2))
+    torch.testing.assert_close(logabsdet, expected, rtol=0, atol=1e-13)
