@@ -339,6 +339,7 @@ def test_two_probes_tell_their_standard_error_from_their_difference() -> None:
     both = two.estimate(net, inputs, generator=generator.manual_seed(2))
     torch.testing.assert_close(both.logabsdet, (first + second) / 2)
     torch.testing.assert_close(_known(both.standard_error), (first - second).abs() / 2)
+    assert bool((first != second).any())
 
 
 @pytest.mark.parametrize(
@@ -407,3 +408,13 @@ def test_terms_that_are_small_but_not_lost_are_summed_up() -> None:
     logabsdet = series(lambda x: x / 5, inputs)[1]
     expected = torch.full_like(logabsdet, 4 * math.log(1.2))
     torch.testing.assert_close(logabsdet, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("estimator", [logdet.RussianRoulette(), logdet.Krylov()], ids=str)
+def test_the_bound_of_a_variance_grows_as_the_square_of_the_dimension(
+    estimator: logdet.RussianRoulette,
+) -> None:
+    """Terms of the trace add up in step, where J is a multiple of the identity."""
+    one = estimator.variance_bound(0.8, features=1)
+    assert 0 < one < math.inf
+    assert estimator.variance_bound(0.8, features=6) == pytest.approx(36 * one, rel=1e-12)

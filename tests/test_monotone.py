@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nflows_iresnet import flows, logdet, solvers, transforms
 from nflows_iresnet.flows.lipschitz import lipschitz_constants
 from nflows_iresnet.linearization import Linearization, ResidualFunction
+from nflows_iresnet.logdet.power_series import SeriesEstimator
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.transforms.monotone import cayley
 from tests.cases import FixedLinear
@@ -246,7 +247,7 @@ class Halved(logdet.LogDetEstimator):
     ],
     ids=str,
 )
-def test_its_standard_error_is_told_by_the_draws(estimator: logdet.SeriesEstimator) -> None:
+def test_its_standard_error_is_told_by_the_draws(estimator: SeriesEstimator) -> None:
     """Half of the difference of two for one series; for two series the root of both squares."""
     net, inputs = FixedLinear(12, norm=0.7).double().requires_grad_(False), rows(6, 12)
     generator = torch.Generator().manual_seed(3)
