@@ -418,3 +418,18 @@ def test_the_bound_of_a_variance_grows_as_the_square_of_the_dimension(
     one = estimator.variance_bound(0.8, features=1)
     assert 0 < one < math.inf
     assert estimator.variance_bound(0.8, features=6) == pytest.approx(36 * one, rel=1e-12)
+
+
+def test_a_bound_that_is_given_comes_before_the_one_that_is_guaranteed() -> None:
+    """The user may know better than the certificate; the law is matched to what was given."""
+    given = logdet.RussianRoulette(lipschitz=0.5)
+    for seed in range(20):
+        found, expected, guaranteed = [
+            roulette.term_weights(bound, torch.Generator().manual_seed(seed))
+            for roulette, bound in (
+                (given, 0.9),
+                (given, None),
+                (logdet.RussianRoulette(), 0.5),
+            )
+        ]
+        assert found == expected == guaranteed
