@@ -3,7 +3,8 @@
     python examples/gpu.py --device cuda --minutes 10 --out gpu
     python examples/gpu.py --quick                               # small sizes, on a CPU too
 
-Writes `gpu.json` and the table `gpu.md` to a folder after each section. What is not there, fails,
+Writes `gpu.json`, the table `gpu.md` and, where matplotlib is installed, the picture `gpu.png` of
+the training steps to a folder after each section. What is not there, fails,
 or would come after the time that is given is a row of the table, with the reason; the other rows
 do not depend on it. Times are medians in milliseconds between synchronisations.
 """
@@ -123,6 +124,33 @@ class Run:
             note = row.note.replace("|", "/")
             lines.append(f"| {row.section} | {row.name} | {value} | {row.unit} | {note} |")
         (self.folder / "gpu.md").write_text("\n".join(lines) + "\n")
+        self._draw(record["device"])
+
+    def _draw(self, device: str) -> None:
+        """Draw the training steps: one panel for each size, one bar for each model."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        steps = [row for row in self.rows if row.section == "step" and row.value is not None]
+        titles = list(dict.fromkeys(row.name.split(": ")[0] for row in steps))
+        if not titles:
+            return
+        figure = Figure(figsize=(11, 1.2 + 2.6 * ((len(titles) + 1) // 2)), layout="constrained")
+        figure.suptitle(f"One training step on {device}, milliseconds")
+        panels = figure.subplots((len(titles) + 1) // 2, min(2, len(titles)), squeeze=False)
+        for panel in panels.flat[len(titles) :]:
+            panel.set_axis_off()
+        for panel, title in zip(panels.flat, titles, strict=False):
+            here = [row for row in reversed(steps) if row.name.startswith(f"{title}: ")]
+            names = [row.name.split(": ")[1] for row in here]
+            colors = ["tab:blue" if name.startswith("ours") else "0.7" for name in names]
+            bars = panel.barh(names, [cast(float, row.value) for row in here], color=colors)
+            panel.bar_label(bars, fmt="%.3g", padding=3)
+            panel.set(title=title, xscale="log")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.margins(x=0.15)
+        figure.savefig(self.folder / "gpu.png", dpi=120)
 
 
 def name_of(device: torch.device) -> str:
@@ -410,7 +438,7 @@ def main() -> None:
         if not (arguments.quick and section is mnist):
             section(run)
         run.write()
-    print(f"wrote {arguments.out / 'gpu.json'} and {arguments.out / 'gpu.md'}")
+    print(f"wrote {arguments.out / 'gpu.json'}, gpu.md and gpu.png")
 
 
 if __name__ == "__main__":

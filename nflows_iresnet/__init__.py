@@ -6,7 +6,7 @@
 is one block y = x + g(x) to put between other transforms. The rooms: `nn` (networks with a
 certified Lipschitz bound), `logdet` and `solvers` (strategies), `transforms`, `flows`,
 `classifiers`, `interop` (normflows), `datasets`, `graphs` (a training step as one CUDA graph),
-`testing` (the contract, for your own transforms too).
+`training` (training that stops by itself), `testing` (the contract, for your own transforms too).
 """
 
 TYPE_CHECKING = False
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         nn,
         solvers,
         testing,
+        training,
         transforms,
     )
     from nflows_iresnet.flows import ResidualFlow
@@ -39,6 +40,7 @@ __all__ = [
     "nn",
     "solvers",
     "testing",
+    "training",
     "transforms",
 ]
 _HOMES = {"ResidualFlow": "flows", "ResidualTransform": "transforms"}

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_MAX_LOG_SCALE = 7.0
+MAX_LOG_SCALE = 7.0
+"""Bound of the logarithm of a scale."""
 _INITIAL_GAIN = 0.1
 
 
 def bounded_exp(log_scale: Tensor) -> Tensor:
     """Return exp(log_scale), kept between exp(-7) and exp(7)."""
-    return log_scale.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE).exp()
+    return log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
 
 
 def context_mlp(context_features: int, hidden_features: Sequence[int], outputs: int) -> nn.Module:

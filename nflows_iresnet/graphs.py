@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.logdet import TermPlan
+from nflows_iresnet.transforms import ResidualTransform
 
 Loss = Callable[..., Tensor]
 Body = Callable[[], None]
@@ -62,10 +63,10 @@ class GraphedStep:
     the loss reads is as it was when captured, unless it is a tensor that is changed in place.
 
     **What runs eagerly**, with a `reason`, and one `NotCapturedWarning` on CUDA: batches of another
-    shape or dtype; another mode (`train`, autocast) or hyperparameter (`OneCycleLR` needs
-    `cycle_momentum=False`) than was captured; a step that waits for the device, copies from the
-    host, as nflows' `LULinear` does, or draws random numbers there; `recompute=True`;
-    `DistributedDataParallel`; several devices.
+    shape or dtype; another mode (`train`, autocast), estimator, solver (`transforms.using`) or
+    hyperparameter (`OneCycleLR` needs `cycle_momentum=False`) than was captured; a step that waits
+    for the device, copies from the host, as nflows' `LULinear` does, or draws random numbers there;
+    `recompute=True`; `DistributedDataParallel`; several devices.
 
     **Mixed precision**: autocast to bfloat16 works, around the calls or inside the loss;
     `torch.amp.GradScaler` decides on the host, and does not. **Accumulated gradients**: let the
@@ -369,7 +370,8 @@ class _CapturedStep:
         self._replays: dict[int, Body] = {}
         self._lengths_met: set[int] = set()
         self._rates = _LearningRates(step.optimizer, arguments[0].device)
-        self._setting = _Setting.of(step)
+        self._blocks = [each for each in step.modules() if isinstance(each, ResidualTransform)]
+        self._setting = _Setting.of(step, self._blocks)
         _require_known_to_work(step)
         random_state = _RandomState(recorder.generator)
         try:
@@ -472,7 +474,7 @@ class _CapturedStep:
         given, known = _kinds(arguments), _kinds(self._inputs)
         if given != known:
             return _Obstacle("shape", f"it is given {given}, and was captured for {known}")
-        return self._setting.obstacle(_Setting.of(self._step))
+        return self._setting.obstacle(_Setting.of(self._step, self._blocks))
 
     def is_in_place(self) -> bool:
         """Whether the parameters are where the graphs read and write them."""
@@ -530,9 +532,10 @@ class _Setting:
     is_training: bool
     autocast: torch.dtype | None
     hyperparameters: tuple[tuple[tuple[str, object], ...], ...]
+    strategies: tuple[tuple[object, object], ...]
 
     @staticmethod
-    def of(step: _Step) -> _Setting:
+    def of(step: _Step, blocks: Sequence[ResidualTransform]) -> _Setting:
         kind = step.optimizer.param_groups[0]["params"][0].device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         names = sorted(step.optimizer.defaults.keys() - {"lr", "fused", "foreach", "capturable"})
@@ -540,7 +543,8 @@ class _Setting:
             tuple((name, _comparable(group.get(name))) for name in names)
             for group in step.optimizer.param_groups
         )
-        return _Setting(bool(step.flow.training), autocast, hyperparameters)
+        strategies = tuple((block.estimator, block.solver) for block in blocks)
+        return _Setting(bool(step.flow.training), autocast, hyperparameters, strategies)
 
     def obstacle(self, present: _Setting) -> _Obstacle | None:
         if present == self:
@@ -552,6 +556,11 @@ class _Setting:
         if present.autocast != self.autocast:
             text = f"autocast is to {present.autocast}, and was to {self.autocast} when captured"
             return _Obstacle("autocast", text)
+        if present.strategies != self.strategies:
+            pairs = zip(self.strategies, present.strategies, strict=True)
+            old, new = next(pair for pair in pairs if pair[0] != pair[1])
+            text = f"a block's estimator and solver are {new}, and were {old} when captured"
+            return _Obstacle("strategies", text)
         groups = zip(self.hyperparameters, present.hyperparameters, strict=False)
         changed = {name for then, now in groups for name, _ in set(then) ^ set(now)}
         named = ", ".join(sorted(changed)) or "groups"

@@ -14,7 +14,8 @@ differentiation: correct, but each product costs one backward pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from itertools import islice
 from typing import Any
@@ -288,9 +289,26 @@ class AutogradLinearization(Linearization):
 
 
 def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
-    with unrecorded():
+    with unrecorded(), _out_of_inference_mode():
         value, pullback = torch.func.vjp(function, inputs)[:2]
-    return value, lambda cotangent: pullback(cotangent)[0]
+
+    def pulled(cotangent: Tensor) -> Tensor:
+        with _out_of_inference_mode():
+            return pullback(cotangent)[0]
+
+    return value, pulled
+
+
+def _out_of_inference_mode() -> AbstractContextManager[object]:
+    """Return a block where derivatives are right: in inference mode torch 2.4 makes them zero."""
+    is_inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return _no_grad_instead() if is_inference else nullcontext()
+
+
+@contextmanager
+def _no_grad_instead() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class ResidualFunction(ABC):

@@ -18,6 +18,7 @@ What that promises, and what is global: docs/guarantees.md#tensorfloat-32.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -177,6 +178,13 @@ class _Held:
             finally:
                 self._holders -= 1
 
+    def leave_others_behind(self, is_held_here: bool) -> None:
+        """Go on in a forked process, which has but the thread that forked."""
+        self._lock = threading.Lock()
+        if not is_held_here and self._holders > 0 and self._settings is not None:
+            self._settings.restore()
+        self._holders = int(is_held_here)
+
     def are_products_long(self) -> bool:
         """Whether the caller's settings allow no short products, asked for without the lock."""
         times = self._times
@@ -207,6 +215,9 @@ class _Here(threading.local):
 
 
 _HERE = _Here()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _HELD.leave_others_behind(_HERE.depth > 0))
 
 
 class switched_off:  # noqa: N801
@@ -884,6 +895,17 @@ _DECOMPOSITIONS = [
     "tensorsolve",
 ]
 
+_OLD_DECOMPOSITIONS = [
+    "svd",
+    "qr",
+    "cholesky",
+    "cholesky_solve",
+    "cholesky_inverse",
+    "triangular_solve",
+    "chain_matmul",
+]
+"""Torch has removed some of their kind, and will remove others."""
+
 _OF_PRODUCTS: dict[Callable[..., Any], _Replacement] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -912,7 +934,6 @@ _OF_PRODUCTS: dict[Callable[..., Any], _Replacement] = {
         torch.einsum,
         torch.tensordot,
         torch.bilinear,
-        torch.chain_matmul,
         torch.matrix_exp,
         torch.matrix_power,
         torch.inverse,
@@ -920,12 +941,7 @@ _OF_PRODUCTS: dict[Callable[..., Any], _Replacement] = {
         torch.slogdet,
         torch.logdet,
         torch.det,
-        torch.svd,
-        torch.qr,
-        torch.cholesky,
-        torch.cholesky_solve,
-        torch.cholesky_inverse,
-        torch.triangular_solve,
+        *(getattr(torch, name) for name in _OLD_DECOMPOSITIONS if hasattr(torch, name)),
         *(getattr(torch.linalg, name) for name in _DECOMPOSITIONS),
     ),
     _any,

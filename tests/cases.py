@@ -152,6 +152,14 @@ def _coupling() -> nn.Module:
     )
 
 
+def _spline_coupling() -> nn.Module:
+    torch.manual_seed(3)
+    coupling = flows.spline_coupling(1, 3, 8, 1, 2, num_bins=4, bound=2.0)
+    for parameter in coupling.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return coupling
+
+
 def _maf() -> nn.Module:
     return nflows_transforms.MaskedAffineAutoregressiveTransform(3, 8, num_blocks=1)
 
@@ -320,6 +328,23 @@ CASES: dict[str, Case] = {
         lambda: _preset(flows.InvertibleResNet(3, 8, 1, coeff=0.5)),
         bias=logdet.PowerSeries(num_terms=10).bias_bound(0.5, 3),
     ),
+    "hybrid-flow": Case(
+        lambda: _preset(flows.HybridFlow(3, 8, 3, 1, context_features=2)), context_features=2
+    ),
+    "hybrid-flow-affine": Case(
+        lambda: _preset(flows.HybridFlow(3, 8, 3, 1, partner=flows.affine_coupling)),
+        excluded=_AUTOCAST,
+        is_variant=True,
+    ),
+    "hybrid-flow-autoregressive": Case(
+        lambda: _preset(
+            flows.HybridFlow(3, 8, 3, 1, context_features=2, partner=flows.masked_autoregressive)
+        ),
+        context_features=2,
+        excluded=_AUTOCAST,
+        is_variant=True,
+    ),
+    "spline-coupling": Case(_spline_coupling, context_features=2),
     "nflows-lu": Case(
         lambda: nflows_transforms.LULinear(3, identity_init=False), excluded=_AUTOCAST
     ),

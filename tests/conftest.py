@@ -48,3 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _reason or is_elsewhere:
             text = _reason or "what this file tests has nothing to do with the device"
             item.add_marker(pytest.mark.skip(reason=text))
+
+
+@pytest.fixture
+def values_are_seen() -> None:
+    """Errors and numbers of steps that need a look at values, which a GPU's host is spared."""
+    if device.current().type != "cpu":
+        pytest.skip("nobody waits for the device to look at values")

@@ -12,6 +12,7 @@ from tests import pretended
 
 ON_DEVICE = frozenset(
     {
+        "test_captured",
         "test_conditional",
         "test_contract",
         "test_conv",

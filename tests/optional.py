@@ -17,7 +17,7 @@ def named(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
         slow: those whose test is slow.
     """
     missing = pytest.mark.skipif(find_spec("zuko") is None, reason="needs zuko: .[ffjord]")
-    marks = {name: [missing] if "ffjord" in name else [] for name in names}
+    marks = {name: [missing] if name.startswith(("ffjord", "zuko")) else [] for name in names}
     for name in slow:
         marks[name].append(pytest.mark.slow)
     return [pytest.param(name, marks=each) for name, each in marks.items()]

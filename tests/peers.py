@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.transforms import ResidualTransform
+from tests import device
 
 FEATURES = 6
 
@@ -92,7 +93,8 @@ def normflows_mlp(*widths: int) -> nn.Module:
 
 def rows(num_rows: int, features: int = FEATURES) -> Tensor:
     """Standard normal rows, the same in each call."""
-    return torch.randn(num_rows, features, generator=_generator(1))
+    drawn = torch.randn(num_rows, features, generator=_generator(1), device="cpu")
+    return drawn.to(device.current())
 
 
 def draws(sample: Callable[[], Tensor], num_draws: int) -> Tensor:

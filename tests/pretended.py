@@ -174,7 +174,10 @@ def _refuse_mixture(func: Any, leaves: list[Any]) -> None:
             raise RuntimeError(f"{func}: the generator must be on {NAME}, found {each.device}")
 
 
-class _Module(backend_registration._DummyBackendModule):
+_DummyModule: Any = getattr(backend_registration, "_DummyBackendModule", object)
+
+
+class _Module(_DummyModule):
     """What torch asks of `torch.pretended`."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:

@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "classifiers": FOUNDATIONS | {"nflows", "logdet", "solvers", "nn", "transforms"},
     "graphs": FOUNDATIONS
     | {"nflows", "logdet", "solvers", "nn", "transforms", "flows", "classifiers", "interop"},
+    "training": FOUNDATIONS | {"logdet", "transforms", "graphs"},
     "interop": FOUNDATIONS
     | {"nflows", "normflows", "transforms", "flows", "nn", "logdet", "solvers", "sbi"},
 }

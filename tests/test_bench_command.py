@@ -128,7 +128,8 @@ def test_quality_trains_both_and_draws(tmp_path: Path, monkeypatch: pytest.Monke
     for cell in result["cells"]:
         assert len(cell["raw"]["seconds"]) == len(cell["raw"]["nll"]) == 17
         assert cell["raw"]["seconds"][-1] >= 0.2
-        assert cell["figures"]["nll"] == min(cell["raw"]["nll"])
+        chosen = cell["raw"]["validation"].index(min(cell["raw"]["validation"]))
+        assert cell["figures"]["nll"] == cell["raw"]["nll"][chosen]
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -144,7 +145,7 @@ def test_a_model_that_fails_in_training_leaves_the_other(
     (result,) = run(tmp_path, "--only", "quality", "--seconds", "0.1")["results"]
     ours, failed = result["cells"]
     assert len(ours["raw"]["nll"]) == 17
-    assert failed["raw"] == {"seconds": [], "nll": []}
+    assert failed["raw"] == {"seconds": [], "validation": [], "nll": []}
     assert "RuntimeError" in failed["note"]
 
 
@@ -374,14 +375,15 @@ def test_checkpoints_end_at_the_budget() -> None:
     assert times[-1] == 256.0
 
 
-def test_seconds_to_a_likelihood() -> None:
-    curve = [(1.0, 5.0), (2.0, 3.0), (4.0, 3.5)]
+def test_validation_chooses_the_point_that_is_reported() -> None:
+    curve = [quality.Point(1.0, 5.0, 7.0), quality.Point(2.0, 3.0, 6.0)]
+    curve.append(quality.Point(4.0, 3.5, 1.0))
     trainee = quality.Trainee("x", torch.nn.Module(), lambda: None, curve=curve)  # type: ignore[arg-type]
-    assert trainee.best == 3.0
+    assert trainee.best == (2.0, 3.0, 6.0)
     assert trainee.seconds_to(4.0) == 2.0
     assert trainee.seconds_to(2.0) is None
-    trainee.curve.insert(0, (0.5, math.nan))
-    assert trainee.best == 3.0
+    trainee.curve.insert(0, quality.Point(0.5, math.nan, 0.0))
+    assert trainee.best.test == 6.0
 
 
 @pytest.mark.parametrize("name", imagesteps.BUILDERS)

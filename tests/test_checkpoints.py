@@ -16,13 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.compare.averaging import WeightAverage
-from nflows_iresnet.compare.checkpoints import Keeper, random_state, set_random_state
+from nflows_iresnet.compare.checkpoints import Keeper
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, ImageArchitecture
 from nflows_iresnet.compare.models import MODELS, Architecture
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
-from nflows_iresnet.compare.stream import Batches
-from nflows_iresnet.compare.training import TrainingLog, seed_everything, train
+from nflows_iresnet.compare.training import train
+from nflows_iresnet.training import (
+    Batches,
+    History,
+    Steps,
+    TrainingPlan,
+    WeightAverage,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
 from tests.optional import named
 
 STEPS = 20
@@ -65,7 +72,7 @@ def run(
     stop_after: int | None = None,
     stop: Callable[[], None] = interrupt,
     every: float = 0.0,
-) -> tuple[TrainingLog, Noisy]:
+) -> tuple[History, Noisy]:
     """Train for 20 steps with a checkpoint after every step, unless stopped before."""
     seed_everything(0)
     model, steps = Noisy(), 0
@@ -87,7 +94,7 @@ def run(
     return train(model, stream, validate, PLAN, count, keeper), model
 
 
-def values_of(log: TrainingLog) -> list[tuple[int, float, float]]:
+def values_of(log: History) -> list[tuple[int, float, float]]:
     return [(point.step, point.train, point.validation) for point in log.curve]
 
 

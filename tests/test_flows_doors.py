@@ -121,7 +121,9 @@ def test_rows_of_samples_belong_to_their_context() -> None:
     flow = conditional().double().eval()
     context = 3 * torch.tensor([[-1.0, 0, 0], [1.0, 0, 0]], dtype=torch.float64)
     with torch.no_grad():
-        affine = flow._transform._transforms[2]
+        affine = next(
+            each for each in flow.modules() if isinstance(each, transforms.ConditionalAffine)
+        )
         affine.net = nn.Linear(3, 4, bias=False).double()
         affine.net.weight.copy_(2 * torch.eye(4, 3).roll(2, dims=0))
         for samples, scores in (

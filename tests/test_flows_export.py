@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet import ResidualFlow, transforms
+from nflows_iresnet.flows import HybridFlow
 
 
 class Forward(nn.Module):
@@ -38,6 +39,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "spline-inverse": lambda: Inverse(transforms.ElementwiseRationalQuadraticSpline(2)),
     "affine": lambda: Forward(transforms.ConditionalAffine(2, 3)),
     "affine-inverse": lambda: Inverse(transforms.ConditionalAffine(2, 3)),
+    "hybrid": lambda: LogProb(HybridFlow(2, 8, 2, context_features=3)),
     "flow": lambda: LogProb(ResidualFlow(2, 8, 1, context_features=3)),
 }
 

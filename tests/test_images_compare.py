@@ -16,9 +16,8 @@ from nflows_iresnet.compare.evaluation import CHUNK, Exam, evaluate, exact_log_p
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, CouplingNet, ImageArchitecture
 from nflows_iresnet.compare.imagetasks import ImageTask
 from nflows_iresnet.compare.models import count_parameters
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
-from nflows_iresnet.compare.stream import Batches
-from nflows_iresnet.compare.training import seed_everything, train
+from nflows_iresnet.compare.training import train
+from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
 
 pytest.importorskip("matplotlib")

@@ -19,8 +19,10 @@ import torch
 
 from nflows_iresnet import datasets
 from nflows_iresnet.datasets import images as front
-from nflows_iresnet.datasets.imagefiles import SourceFile, parse_cifar, parse_idx, read_pickle
+from nflows_iresnet.datasets.files import SourceFile
+from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
 from nflows_iresnet.datasets.imagesets import FASHION_MNIST, MNIST
+from nflows_iresnet.datasets.pickles import read_pickle
 
 IDX = {"train-images-idx3-ubyte": 40, "t10k-images-idx3-ubyte": 12}
 Layout = Callable[[Path], None]
@@ -220,7 +222,7 @@ DAMAGED_CIFAR = {
     "readable pickle": b"no pickle",
     "a dictionary with": pickle.dumps([1]),
     "uint8 of shape": pickle.dumps({b"data": np.zeros((2, 7), np.uint8), b"labels": [1, 2]}),
-    "and 1": pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, protocol=2),
+    r"and \(1,\)": pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}),
 }
 
 

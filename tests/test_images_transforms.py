@@ -165,6 +165,7 @@ def test_padding_by_nothing() -> None:
 # --- values and sizes that do not fit -------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("values_are_seen")
 def test_pixels_outside_the_range_are_refused() -> None:
     """They were NaN: 0 to 255 where 17 levels are expected."""
     logit = transforms.LogitTransform(levels=17)
@@ -199,6 +200,7 @@ def test_the_check_of_pixels_does_not_stop_a_transform_of_torch_func() -> None:
     torch.testing.assert_close(logit(values)[1], logabsdet)
 
 
+@pytest.mark.usefixtures("values_are_seen")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
 def test_only_whole_numbers_are_dequantised(dtype: torch.dtype) -> None:
     for bad in (-1, 256):
@@ -208,6 +210,7 @@ def test_only_whole_numbers_are_dequantised(dtype: torch.dtype) -> None:
     assert values.floor().tolist() == [0, 255]
 
 
+@pytest.mark.usefixtures("values_are_seen")
 def test_numbers_that_are_not_whole_are_not_dequantised() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8)
     for bad in (transforms.dequantize(images), images / 255 + 0.1, torch.tensor([math.nan])):

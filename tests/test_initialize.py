@@ -262,13 +262,14 @@ def test_a_plain_flow_of_nflows_starts_by_the_function() -> None:
     torch.testing.assert_close(outputs.std(0), torch.ones(3), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("constant", [1, 3000])
-def test_nflows_act_norm_starts_where_its_own_start_would_fail(constant: int) -> None:
+@pytest.mark.parametrize(("count", "found"), [(1, 1.0), (3000, 0.0)])
+def test_nflows_act_norm_starts_where_its_own_start_would_fail(count: int, found: float) -> None:
     norm = nflows.transforms.ActNorm(FEATURES)
-    transforms.initialize(norm, torch.full((constant, FEATURES), 7.0))
+    transforms.initialize(norm, torch.full((count, FEATURES), 7.0))
     assert bool(norm.initialized)
     assert all(bool(each.isfinite().all()) for each in norm.parameters())
-    torch.testing.assert_close(norm(torch.full((1, FEATURES), 7.0))[0], torch.zeros(1, FEATURES))
+    outputs = norm(torch.full((1, FEATURES), 7.0))[0]
+    torch.testing.assert_close(outputs, torch.full((1, FEATURES), found))
 
 
 def test_images_start_scale_by_scale() -> None:

@@ -306,6 +306,7 @@ def test_a_series_of_n_terms_takes_n_products(grad: bool, exact_trace: bool) -> 
     torch.testing.assert_close(value, torch.full_like(value, expected), rtol=0, atol=1e-14)
 
 
+@pytest.mark.usefixtures("values_are_seen")
 def test_products_that_are_lost_in_rounding_are_left_out() -> None:
     """They would be with subnormal numbers, for which a CPU takes a hundred times as long."""
     at = Counted(0.05, torch.float32)

@@ -18,24 +18,32 @@ from nflows import transforms as nflows_transforms
 from torch import Tensor, nn
 
 from nflows_iresnet import transforms
-from nflows_iresnet.compare import arguments, evaluation, training
+from nflows_iresnet.compare import arguments, evaluation
 from nflows_iresnet.compare.checkpoints import Keeper
 from nflows_iresnet.compare.cli import main
 from nflows_iresnet.compare.config import RunConfig
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, ImageArchitecture, TruncatedModel
 from nflows_iresnet.compare.models import MODELS, Architecture
-from nflows_iresnet.compare.plan import Seconds, Steps, TrainingPlan
 from nflows_iresnet.compare.presets import COMPARE
 from nflows_iresnet.compare.progress import LiveProgress
-from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.subcommands import build_parser
 from nflows_iresnet.compare.table1 import command as table1
 from nflows_iresnet.compare.table1 import work
 from nflows_iresnet.compare.table1.settings import TUNED
-from nflows_iresnet.compare.training import Stepper, adam, set_learning_rate, train
+from nflows_iresnet.compare.training import train
 from nflows_iresnet.datasets import images as front
 from nflows_iresnet.datasets.imagesets import MNIST
 from nflows_iresnet.flows.image import ImageResidualFlow
+from nflows_iresnet.training import (
+    Batches,
+    History,
+    Seconds,
+    Stepper,
+    Steps,
+    TrainingPlan,
+    adam,
+    set_learning_rate,
+)
 from nflows_iresnet.transforms.image import PixelwiseSpline
 
 pytest.importorskip("matplotlib")
@@ -401,7 +409,7 @@ def trained_on_gpu(
     steps: int = 20,
     on_step: Callable[[float, float], None] = lambda done, loss: None,
     keeper: Keeper | None = None,
-) -> tuple[training.TrainingLog, Gaussian]:
+) -> tuple[History, Gaussian]:
     model = Gaussian()
     rows = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) + 1
     stream = Batches(rows, 16, 0, lambda batch, _: batch.as_subclass(OnGPU))
@@ -525,11 +533,11 @@ def test_a_learning_rate_on_the_device_keeps_its_place() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     rate = torch.tensor(1e-2)
     optimizer = torch.optim.SGD([parameter], lr=rate)
-    set_learning_rate(optimizer, 5e-3)
+    set_learning_rate(optimizer.param_groups[0], 5e-3)
     assert optimizer.param_groups[0]["lr"] is rate
     assert rate.item() == pytest.approx(5e-3)
     plain = adam([parameter], 1e-2)
-    set_learning_rate(plain, 5e-3)
+    set_learning_rate(plain.param_groups[0], 5e-3)
     assert plain.param_groups[0]["lr"] == 5e-3
 
 

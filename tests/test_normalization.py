@@ -280,11 +280,11 @@ def test_a_constant_feature_is_centred_only(constant: Tensor) -> None:
     assert outputs[:, 1].std().item() == pytest.approx(1, rel=1e-4)
 
 
-def test_a_batch_of_one_is_centred_only() -> None:
-    norm = ActNorm(2)
-    outputs, _ = norm(torch.tensor([[1e-6, 1e6]]))
-    assert torch.equal(outputs, torch.zeros(1, 2))
-    assert torch.equal(norm.log_scale, torch.zeros(2))
+def test_a_batch_of_one_tells_magnitudes_alone() -> None:
+    norm = ActNorm(3)
+    outputs, _ = norm(torch.tensor([[1e-6, 1e6, 1.5]]))
+    torch.testing.assert_close(outputs, torch.tensor([[6.266e-3, 1, 1.5]]), rtol=0, atol=1e-5)
+    assert norm.scale[2].item() == 1
 
 
 def test_small_data_learn_as_fast_as_large_ones() -> None:

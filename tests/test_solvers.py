@@ -86,6 +86,7 @@ def test_anderson_needs_fewer_steps() -> None:
     assert int(accelerated.num_steps.max()) < int(plain.num_steps.min()) / 2
 
 
+@pytest.mark.usefixtures("values_are_seen")
 def test_rows_are_solved_as_if_alone() -> None:
     problem = Contraction(0.9)
     together = solvers.Anderson()(problem, problem.offset)
@@ -186,6 +187,7 @@ def test_the_banach_rate_of_plain_iteration() -> None:
         assert bool((error <= 0.9**step / 0.1 * first_step * (1 + 1e-9)).all())
 
 
+@pytest.mark.usefixtures("values_are_seen")
 @pytest.mark.parametrize("rtol", [0.0, 1e-6, 1e-2, 0.3, 0.6])
 @pytest.mark.parametrize("atol", [1e-9, 1e-2, 1.0])
 @pytest.mark.parametrize("known", [True, False])
@@ -205,6 +207,7 @@ def test_a_row_is_accepted_at_the_first_point_within_its_tolerance(
     assert solution.num_steps.tolist() == first.tolist()
 
 
+@pytest.mark.usefixtures("values_are_seen")
 @pytest.mark.parametrize("history", [1, 2, 3])
 def test_as_many_differences_as_dimensions_solve_a_linear_map(history: int) -> None:
     """Two evaluations give the first difference; each later one gives another."""
@@ -226,6 +229,7 @@ def test_parallel_differences_do_no_harm(history: int, dtype: torch.dtype) -> No
     assert int(solution.num_steps.max()) < 40
 
 
+@pytest.mark.usefixtures("values_are_seen")
 def test_rows_that_are_done_do_not_move_while_others_go_on() -> None:
     """The first row is a fixed point from the start."""
     problem = Contraction(0.97)
@@ -571,6 +575,7 @@ def test_a_context_follows_its_rows_through_the_inverse() -> None:
     torch.testing.assert_close(inverse_logabsdet, -logabsdet, rtol=0, atol=1e-8)
 
 
+@pytest.mark.usefixtures("values_are_seen")
 def test_terms_that_rounding_loses_are_not_computed() -> None:
     """Powers of a tiny Jacobian become subnormal, and products with those are very slow."""
     products: list[Tensor] = []

@@ -15,7 +15,9 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
 
 from nflows_iresnet import flows, transforms
+from nflows_iresnet.compare.bench.operations import counted_operations
 from nflows_iresnet.transforms import splines as marginal
+from nflows_iresnet.transforms.rational_quadratic import MAX_LOG_SLOPE, MIN_SIZE, differentiable
 from nflows_iresnet.transforms.splines import Initialization
 
 Spline = transforms.ElementwiseRationalQuadraticSpline
@@ -32,8 +34,8 @@ def random_spline(dtype: torch.dtype = torch.float64, spread: float = 1.0) -> Sp
 
 
 def spline_of_nflows(spline: Spline, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    smallest = marginal._MIN_SIZE / 5
-    slopes = marginal._MAX_LOG_SLOPE * (spline.log_slopes / marginal._MAX_LOG_SLOPE).tanh()
+    smallest = MIN_SIZE / 5
+    slopes = MAX_LOG_SLOPE * (spline.log_slopes / MAX_LOG_SLOPE).tanh()
     slopes = nn.functional.pad(slopes.exp(), (1, 1), value=1.0)
     rows = [each.expand(len(inputs), *each.shape) for each in (*spline.sizes, slopes.expm1().log())]
     outputs, logabsdet = rational_quadratic_spline(
@@ -71,6 +73,70 @@ def test_its_density_has_no_jump_at_knots_and_bounds() -> None:
     knots = spline._knots()[0].T.detach()
     below, above = (spline(knots + step)[1] for step in (-1e-11, 1e-11))
     torch.testing.assert_close(below, above, rtol=0, atol=1e-6)
+
+
+def of_loss(spline: Spline, inputs: Tensor, *, by_twin: bool) -> list[Tensor]:
+    """Return the outputs, and the gradients of every input of a nonlinear function of them."""
+    moving = [inputs.clone().requires_grad_(), *spline.parameters()]
+    inputs, sizes, log_slopes = moving
+    values = differentiable(inputs, sizes, log_slopes, spline.bound) if by_twin else spline(inputs)
+    loss = values[0].sin().sum() + values[1].pow(2).sum()
+    return [*values, *torch.autograd.grad(loss, moving)]
+
+
+@pytest.mark.parametrize("num_bins", [1, 2, 8])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_its_node_is_its_slow_twin(num_bins: int, spread: float) -> None:
+    torch.manual_seed(3)
+    spline = Spline(4, num_bins, bound=BOUND).double()
+    for parameter in spline.parameters():
+        nn.init.normal_(parameter, std=spread)
+    ends = torch.tensor([[BOUND, -BOUND, BOUND + 1, -9.0]], dtype=torch.float64)
+    inputs = torch.cat([BOUND * torch.randn(200, 4, dtype=torch.float64), ends])
+    for found, wanted in zip(
+        of_loss(spline, inputs, by_twin=False), of_loss(spline, inputs, by_twin=True), strict=True
+    ):
+        size = wanted.abs().max().item() if wanted.numel() else 0.0
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * size)
+
+
+def test_its_derivatives_are_right_to_the_second_and_inside_transforms() -> None:
+    spline = random_spline()
+    inputs = torch.tensor([[0.3, -1.2, 2.1, -4.0]], dtype=torch.float64)
+
+    def outputs(values: Tensor, sizes: Tensor, log_slopes: Tensor) -> tuple[Tensor, Tensor]:
+        moved = {"sizes": sizes, "log_slopes": log_slopes}
+        found = torch.func.functional_call(spline, moved, (values,))
+        return found[0], found[1]
+
+    moving = [each.detach().requires_grad_() for each in (inputs, *spline.parameters())]
+    assert torch.autograd.gradcheck(outputs, moving)
+    assert torch.autograd.gradgradcheck(outputs, moving)
+    rows = BOUND * torch.rand(5, 4, dtype=torch.float64)
+    jacobian = torch.func.jacrev(lambda row: spline(row[None])[0][0])
+    slopes = torch.func.vmap(jacobian)(rows).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(slopes.log().sum(1), spline(rows)[1])
+    forward = torch.func.vmap(torch.func.jacfwd(lambda row: spline(row[None])[0][0]))(rows)
+    torch.testing.assert_close(forward, torch.func.vmap(jacobian)(rows))
+
+
+def test_only_what_is_wanted_is_differentiated_twice() -> None:
+    spline = random_spline().requires_grad_(False)
+    inputs = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(spline(inputs)[0].sum(), inputs, create_graph=True)
+    torch.testing.assert_close(slopes.log().sum(1), spline(inputs)[1])
+    assert slopes.requires_grad
+
+
+def test_a_step_asks_for_hardly_more_than_a_hundred_operations() -> None:
+    spline = random_spline(torch.float32)
+
+    def step() -> None:
+        inputs = torch.ones(8, 4, requires_grad=True)
+        outputs, logabsdet = spline(inputs)
+        (outputs.sum() - logabsdet.sum()).backward()
+
+    assert counted_operations(step) < 125
 
 
 @pytest.mark.parametrize("num_bins", [1, 8])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet import datasets, flows, logdet, transforms
+from nflows_iresnet.linearization import linearize
 from nflows_iresnet.transforms.image import dequantize
 from nflows_iresnet.transforms.residual import inverse_values_only
 from tests.peers import Wave
@@ -156,8 +157,8 @@ def test_the_verdict_is_that_of_all_repeats() -> None:
     """One model leads by a nat in the first, the other by three in the second."""
     rows = np.random.default_rng(0).normal(size=400) * 0.1
     said = _verdict({("a", 0): rows + 1, ("b", 0): rows, ("a", 1): rows, ("b", 1): rows[::-1] + 3})
-    assert said.startswith("b is best")
-    assert "1.000" in said
+    assert said.startswith("b and a ")
+    assert "by 1.000 ±" in said
 
 
 def test_a_lead_within_two_standard_errors_is_none() -> None:
@@ -199,3 +200,55 @@ def test_the_coefficient_of_an_image_flow_is_that_of_its_blocks() -> None:
     flow = flows.ImageResidualFlow((1, 4, 4), 4, 1, coeff=0.5)
     blocks = [each for each in flow.modules() if isinstance(each, transforms.ResidualTransform)]
     assert {block.net.coeff for block in blocks} == {0.5}
+
+
+class _Spied:
+    """A model that remembers what it was asked the density of."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        self.seen.append(inputs)
+        return torch.zeros(inputs.shape[0])
+
+    exact_log_prob = log_prob
+
+
+def test_models_are_selected_on_validation_rows() -> None:
+    from nflows_iresnet.compare.tasks import RowTask
+
+    data = datasets.make("moons", num_train=30, num_validation=20, num_test=10)
+    model: Any = _Spied()
+    RowTask(data).validate(model, SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(model.seen), data.validation)
+
+
+def test_models_of_images_are_selected_on_validation_images() -> None:
+    pytest.importorskip("sklearn")
+    from nflows_iresnet.compare.imagetasks import ImageTask
+
+    data = datasets.load_images("digits")
+    model: Any = _Spied()
+    ImageTask(data).validate(model, SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(model.seen).floor().to(torch.uint8), data.validation)
+
+
+def test_the_default_estimator_counts_all_values_of_a_row_and_asks_for_a_bound() -> None:
+    """The exact one knows its error, zero; one draw of the roulette knows none."""
+
+    class Claims(Wave):
+        lipschitz = 0.9
+
+    auto = logdet.Auto(max_exact_features=6, max_exact_features_without_bound=16)
+    for shape, net, is_exact in (
+        ((6,), Claims(), True),
+        ((7,), Claims(), False),
+        ((1, 2, 3), Claims(), True),
+        ((1, 3, 3), Claims(), False),
+        ((1, 3, 3), Wave(), True),
+    ):
+        inputs = torch.randn(2, *shape)
+        assert (auto.estimate(net, inputs).standard_error is not None) == is_exact
+        at_inputs, bound = linearize(net, inputs), getattr(net, "lipschitz", None)
+        assert (auto.logabsdet(at_inputs, bound)[1] is not None) == is_exact

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from nflows.flows import Flow
+    from nflows.transforms import Transform
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,94 @@ class ResidualModel(NflowsModel):
 
         blocks = [block for block in self.flow.modules() if isinstance(block, ResidualTransform)]
         return LipschitzBound(max(block.lipschitz_bound() for block in blocks), certified=True)
+
+
+class StartedModel(DensityModel):
+    """Any model with this library's start in front of it, which is trained together with it.
+
+    Args:
+        start: the transform of nflows between the data and the model.
+        model: what takes the values that come out of it.
+    """
+
+    def __init__(self, start: Transform, model: DensityModel) -> None:
+        super().__init__()
+        self.start, self.model = start, model
+        self.estimates = model.estimates
+
+    @property
+    def flow_class(self) -> str:
+        """Return the full name of the class of the flow behind the start."""
+        return self.model.flow_class
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the model's own log-density, and that of the start."""
+        values, logabsdet = self.start(inputs)
+        return self.model.log_prob(values) + logabsdet
+
+    @torch.no_grad()
+    def exact_log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the model's exact log-density, and that of the start, which is exact."""
+        values, logabsdet = self.start(inputs)
+        return self.model.exact_log_prob(values) + logabsdet
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Data to noise."""
+        return self.model.encode(self.start(inputs)[0])
+
+    def decode(self, noise: Tensor) -> Tensor:
+        """Noise to data."""
+        return self.start.inverse(self.model.decode(noise))[0]
+
+    def sample(self, num_samples: int) -> Tensor:
+        """Draw samples."""
+        return self.start.inverse(self.model.sample(num_samples))[0]
+
+    def initialize(self, rows: Tensor) -> None:
+        """Start the start from training rows, and the model from what comes out of it."""
+        from nflows_iresnet.transforms import initialize
+
+        initialize(self.start, rows)
+        with torch.no_grad():
+            self.model.initialize(self.start(rows)[0])
+
+    def after_step(self) -> None:
+        """Do what the model's library asks for."""
+        self.model.after_step()
+
+    def lipschitz(self) -> LipschitzBound | None:
+        """Return the bound over the model's residual blocks."""
+        return self.model.lipschitz()
+
+
+class ZukoModel(DensityModel):
+    """A flow of zuko whose log-determinant is exact."""
+
+    def __init__(self, flow: nn.Module) -> None:
+        """Wrap a flow."""
+        super().__init__()
+        self.flow = flow
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the flow's own log-density."""
+        return self.flow().log_prob(inputs)
+
+    @torch.no_grad()
+    def exact_log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the flow's own log-density, which is exact for these transforms."""
+        return self.flow().log_prob(inputs)
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Data to noise."""
+        return self.flow().transform(inputs)
+
+    def decode(self, noise: Tensor) -> Tensor:
+        """Noise to data, by zuko's inverse, which for some transforms is a bisection."""
+        return self.flow().transform.inv(noise)
+
+    def sample(self, num_samples: int) -> Tensor:
+        """Draw samples."""
+        return self.flow().sample((num_samples,))
 
 
 class _NormflowsFlow(Protocol):

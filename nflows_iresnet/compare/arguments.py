@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 from nflows_iresnet import datasets
 from nflows_iresnet.compare.config import (
     IMAGE_DEFAULTS,
+    RACE_RATES,
     TRAINING_PRECISIONS,
     RunConfig,
     resolve_device,
 )
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
-from nflows_iresnet.compare.models import MODELS
+from nflows_iresnet.compare.models import MODELS, SAME_START, with_same_start
 from nflows_iresnet.compare.presets import QUICK, Preset
 
 Number = TypeVar("Number", int, float)
@@ -25,10 +26,10 @@ Number = TypeVar("Number", int, float)
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RunConfig)}
 MODELS_TEXT = f"""\
 models:
-{chr(10).join(f"  {name:20}{spec.description}" for name, spec in MODELS.items())}
+{chr(10).join(f"  {name:27}{spec.description}" for name, spec in MODELS.items())}
 
 models with --images:
-{chr(10).join(f"  {name:20}{spec.description}" for name, spec in IMAGE_MODELS.items())}
+{chr(10).join(f"  {name:27}{spec.description}" for name, spec in IMAGE_MODELS.items())}
 """
 CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
@@ -76,6 +77,15 @@ def _add_what(group: argparse._ActionsContainer, preset: Preset) -> None:
         metavar="MODEL",
         help=f"models to compare (default: {_words(preset.models)}; with --images: "
         f"{_words(preset.image_models)})",
+    )
+    group.add_argument(
+        "--same-start",
+        action="store_true",
+        help="compare every model twice, as it is and, as a row of its own, with the start of "
+        "residual-flow in front of it (ActNorm, a spline of each feature, whitening, started from "
+        "5,000 training rows; its parameters count): what differs then is what the blocks do. "
+        "Models that have this start themselves stay one row, and with a name such as "
+        f"maf{SAME_START} --models takes one alone; not for --images",
     )
     group.add_argument(
         "--data-dir",
@@ -163,6 +173,39 @@ def _add_how(group: argparse._ActionsContainer, preset: Preset) -> None:
         metavar="X",
         help="--budget in minutes",
     )
+    length.add_argument(
+        "--race",
+        type=duration,
+        metavar="TIME",
+        help="the same seconds of the CPU for every model and repeat, on a GPU of the clock, such "
+        "as 150s or 2.5min: the schedule follows the time, validation does not count, and the "
+        "table has means over the seeds, steps and learning rates",
+    )
+    group.add_argument(
+        "--learning-rates",
+        type=positive_float,
+        nargs="+",
+        metavar="X",
+        help="train each model with each of these and the first seed, and keep the rate that "
+        "validates best; the other trainings count nothing, but cost as much as one that does "
+        f"(default: none; with --race: {' '.join(map(str, RACE_RATES))}, unless --learning-rate "
+        "is given)",
+    )
+    _add_number(
+        group,
+        preset,
+        "--patience",
+        positive_int,
+        "stop after so many of the 20 validations without a new best",
+    )
+    group.add_argument(
+        "--jobs",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="train so many models side by side, each in a process with --threads of its own "
+        "(default: 1)",
+    )
     _add_number(group, preset, "--batch-size", positive_int, "rows per step")
     _add_number(
         group, preset, "--learning-rate", positive_float, "of Adam, annealed to zero by a cosine"
@@ -231,14 +274,20 @@ def to_config(parsed: argparse.Namespace) -> RunConfig:
     given = {name: getattr(parsed, name) for name in DEFAULTS}
     if parsed.minutes is not None:
         given["budget"] = 60 * parsed.minutes
-    if given["budget"] is not None or given["steps"] is not None:
-        defaults |= {"steps": None, "budget": None}
+    if any(given[name] is not None for name in ("steps", "budget", "race")):
+        defaults |= {"steps": None, "budget": None, "race": None}
+    if given["race"] is not None and given["learning_rate"] is None:
+        defaults["learning_rates"] = RACE_RATES
     chosen = {
         name: default if given[name] in (None, []) else given[name]
         for name, default in defaults.items()
     }
-    for name in ("datasets", "models"):
+    for name in ("datasets", "models", "learning_rates"):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
+    if parsed.same_start:
+        if images:
+            raise ValueError("--same-start is for rows, and these are images: leave it out")
+        chosen["models"] = with_same_start(chosen["models"])
     return RunConfig(**{**chosen, "images": images, "device": device})
 
 
@@ -261,6 +310,17 @@ def natural_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """Parse a positive, finite number."""
     return _parse(text, float, lambda value: 0 < value < math.inf, "a positive number, such as 0.5")
+
+
+def duration(text: str) -> float:
+    """Parse a time in seconds: 150, 150s or 2.5min."""
+    units = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+    number = text.strip().rstrip("acehimnst ")
+    unit = units.get(text.strip()[len(number) :].strip() or "s")
+    with suppress(argparse.ArgumentTypeError):
+        if unit is not None:
+            return unit * positive_float(number)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time, such as 150s or 2.5min")
 
 
 def _parse(

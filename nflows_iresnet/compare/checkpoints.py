@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from nflows_iresnet.compare.files import WriteError, write_atomically
+from nflows_iresnet.compare.files import WriteError, read_intact, write_atomically
 
 
 class CheckpointError(ValueError):
@@ -57,7 +56,7 @@ class Keeper:
         if not self.path.exists():
             return None
         try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = torch.load(read_intact(self.path), map_location="cpu", weights_only=True)
             identity, state = found["identity"], dict(found["state"])
         except Exception as error:  # a damaged file may raise anything
             raise self.damaged() from error
@@ -90,24 +89,3 @@ class Keeper:
     @property
     def _named(self) -> str:
         return json.dumps(self.identity, sort_keys=True)
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of every global generator that models draw from."""
-    numpy: dict[str, Any] = np.random.get_state(legacy=False)
-    keys = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": {**numpy, "state": {**numpy["state"], "key": keys}},
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Go on with the random numbers of `random_state`."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    numpy = state["numpy"]
-    keys = numpy["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": keys}})

@@ -11,6 +11,8 @@ from nflows_iresnet.compare.summary import Row
 
 def columns_for(record: Record, dataset: DatasetSummary) -> list[Column[Row]]:
     """Return the columns that a data set's table needs."""
+    if record.is_race:
+        return _race_columns(dataset)
     if record.published:
         return _table2_columns(record, dataset)
     repeated = any(result.repeat for result in record.of(dataset.name))
@@ -31,6 +33,12 @@ def _table2_columns(record: Record, dataset: DatasetSummary) -> list[Column[Row]
     published = [_published(record, name) for name in names if dataset.levels is not None]
     agreement = [] if dataset.shape is None else [AGREEMENT]
     return [MODEL, *score, *agreement, PARAMETERS, TRAINING, samples, LIPSCHITZ, *published]
+
+
+def _race_columns(dataset: DatasetSummary) -> list[Column[Row]]:
+    """Return the columns of a race: the score over the seeds, and what it was reached with."""
+    bits = [] if dataset.levels is None else [_bits(dataset)]
+    return [MODEL, MEAN_NLL, SEEDS, *bits, STEPS, BEST_STEP, STEP, TRAINING, RATE, PARAMETERS]
 
 
 def _published(record: Record, name: str) -> Column[Row]:
@@ -116,6 +124,29 @@ NLL = Column[Row](
     "unless it says otherwise.",
     lambda row: with_error(row.metrics.test_nll, row.metrics.test_nll_se),
     lambda row: row.metrics.test_nll,
+)
+MEAN_NLL = Column[Row](
+    "test NLL\n(nats)",
+    "Mean negative log-likelihood of the test rows over the seeds, lower is better, ± the standard "
+    "error of that mean over the seeds (none for one seed). The log-determinant is exact.",
+    lambda row: with_error(row.metrics.test_nll, row.repeats_se),
+    lambda row: row.metrics.test_nll,
+)
+SEEDS = Column[Row]("seeds", "Seeds over which the mean is taken.", lambda row: str(row.repeats))
+STEPS = Column[Row](
+    "steps",
+    "Optimiser steps in the time, mean over the seeds.",
+    lambda row: number(row.steps, ".0f"),
+)
+BEST_STEP = Column[Row](
+    "best\nat step",
+    "The step whose state validated best, and is what is tested; mean over the seeds.",
+    lambda row: number(row.best_step, ".0f"),
+)
+RATE = Column[Row](
+    "learning\nrate",
+    "Initial learning rate, chosen on the validation rows where several were tried.",
+    lambda row: number(row.learning_rate, "g"),
 )
 PARAMETERS = Column[Row](
     "para-\nmeters", "Trained parameters.", lambda row: f"{row.num_parameters:,}"

@@ -6,8 +6,8 @@ import argparse
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nflows_iresnet.compare import interruption, runner
+from nflows_iresnet.compare import interruption, race, runner
 from nflows_iresnet.compare.arguments import to_config
 from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.compare.config import RunConfig, UsageError
 from nflows_iresnet.compare.environment import check_extra, describe_environment
+from nflows_iresnet.compare.evaluation import Array
 from nflows_iresnet.compare.files import WriteError, describe_os_error, write_atomically
 from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
+from nflows_iresnet.compare.jobs import Here, Order, SideBySide, Workplace
 from nflows_iresnet.compare.models import MODELS, ModelSpec
 from nflows_iresnet.compare.presets import Preset
-from nflows_iresnet.compare.results import DatasetSummary, Folder, Record, Result, flags
+from nflows_iresnet.compare.results import DatasetSummary, Folder, Record, Result, Trial, flags
+from nflows_iresnet.training import History
 
 if TYPE_CHECKING:
     from nflows_iresnet.compare.progress import LiveProgress
@@ -40,6 +43,8 @@ class Session:
     record: Record
     quiet: bool
     seconds_between_checkpoints: float
+    jobs: int = 1
+    shown: set[str] = field(default_factory=set)
 
     @property
     def pending(self) -> list[runner.Run]:
@@ -47,11 +52,28 @@ class Session:
         finished = {result.key for result in self.record.results}
         return [run for run in self.runs if run.key not in finished]
 
-    def keeper(self, item: runner.Run) -> Keeper:
-        """Return what keeps the checkpoints of a run."""
-        identity = [self.config.as_arguments(), item.key]
-        path = self.folder.checkpoint(item.key)
+    @property
+    def untried(self) -> list[runner.Job]:
+        """The trials without an outcome yet."""
+        tried = {(each.dataset, each.model, each.learning_rate) for each in self.record.trials}
+        jobs = runner.every_job(self.pending, self.config)
+        return [
+            job
+            for job in jobs
+            if job.is_trial and (*job.run.key[:2], job.learning_rate) not in tried
+        ]
+
+    def keeper(self, job: runner.Job) -> Keeper:
+        """Return what keeps the checkpoints of a job."""
+        identity = [self.config.as_arguments(), job.key]
+        path = self.folder.checkpoint(job.key)
         return Keeper(path, identity, self.seconds_between_checkpoints)
+
+    def order(self, job: runner.Job) -> Order:
+        """Return a job with all that it takes to do it."""
+        tasks = list(dict.fromkeys(run.task.name for run in self.runs))
+        source = self.config.datasets[tasks.index(job.run.task.name)]
+        return Order(job, self.config, source, self.keeper(job))
 
     def summary(self, name: str) -> DatasetSummary:
         """Return the description of a data set."""
@@ -102,7 +124,7 @@ def _described(models: dict[str, ModelSpec]) -> dict[str, str]:
 
 
 def _lines(described: dict[str, str]) -> Iterator[str]:
-    return (f"  {name:20}{description}" for name, description in described.items())
+    return (f"  {name:27}{description}" for name, description in described.items())
 
 
 @contextmanager
@@ -125,6 +147,11 @@ def open_session(parsed: argparse.Namespace) -> Session:
     if parsed.resume and parsed.out is None:
         raise ValueError("--resume needs the --out folder of the run to go on with")
     config = to_config(parsed)
+    if parsed.jobs > 1 and config.device != "cpu":
+        raise ValueError(
+            f"--jobs {parsed.jobs} would share one GPU, and every time would be wrong: leave it "
+            "out, or add --device cpu"
+        )
     runs = runner.prepare(config)
     preset: Preset = parsed.preset
     record = _fresh_record(config, runs, preset)
@@ -133,8 +160,9 @@ def open_session(parsed: argparse.Namespace) -> Session:
         record = _resumed(folder, record)
     else:
         folder.refuse_results(Record.from_json)
-    session = Session(config, runs, folder, record, parsed.quiet, 60.0 * parsed.checkpoint_minutes)
-    keepers = [session.keeper(item) for item in session.pending]
+    seconds = 60.0 * parsed.checkpoint_minutes
+    session = Session(config, runs, folder, record, parsed.quiet, seconds, parsed.jobs)
+    keepers = [session.keeper(job) for job in runner.every_job(session.pending, config)]
     if parsed.resume:
         for keeper in keepers:
             keeper.load()
@@ -175,32 +203,75 @@ def _resumed(folder: Folder, now: Record) -> Record:
 def _work(session: Session) -> None:
     from nflows_iresnet.compare.progress import LiveProgress
 
-    pending = session.pending
-    total = len(session.runs)
-    with LiveProgress(total, total - len(pending), quiet=session.quiet) as progress:
-        for dataset in session.record.datasets:
-            for item in (run for run in pending if run.task.name == dataset.name):
-                _finish(session, item, progress)
-            with progress.paused():
-                _show(session, dataset.name)
+    left, done = len(session.pending) + len(session.untried), len(session.record.results)
+    total = left + done + len(session.record.trials)
+    with (
+        LiveProgress(total, total - left, quiet=session.quiet) as progress,
+        _workplace(session, progress) as workplace,
+    ):
+        _show_finished(session, progress)
+        while True:
+            _begin(session, workplace, progress)
+            if not workplace.running:
+                break
+            order, (outcome, arrays) = workplace.finished()
+            _take_in(session, order, outcome, arrays, progress)
+            _show_finished(session, progress)
     _write_report(session)
 
 
-def _finish(session: Session, item: runner.Run, progress: LiveProgress) -> None:
-    dataset, keeper = session.summary(item.task.name), session.keeper(item)
-    progress.begin(_label(item.key), partial(_loss, dataset))
-    result, arrays = runner.execute(item, session.config, progress.step, keeper)
-    session.folder.save_arrays(item.key, arrays)
-    record = replace(session.record, results=(*session.record.results, result))
+def _workplace(
+    session: Session, progress: LiveProgress
+) -> AbstractContextManager[Here | SideBySide]:
+    if session.jobs == 1:
+        return nullcontext(Here(progress.step))
+    return SideBySide(session.jobs, session.config.threads)
+
+
+def _begin(session: Session, workplace: Workplace, progress: LiveProgress) -> None:
+    """Begin what can be begun, and show it."""
+    running = {job.key for job in workplace.running}
+    for job in runner.to_do(session.runs, session.config, session.record):
+        if workplace.has_room and job.key not in running:
+            workplace.begin(session.order(job))
+    jobs = workplace.running
+    if len(jobs) == 1:
+        dataset = session.summary(jobs[0].run.task.name)
+        progress.begin(jobs[0].label, partial(_loss, dataset))
+    elif jobs:
+        progress.begin(f"{len(jobs)} side by side, the first {jobs[0].label}")
+
+
+def _take_in(
+    session: Session,
+    order: Order,
+    outcome: Result | Trial,
+    arrays: dict[str, Array],
+    progress: LiveProgress,
+) -> None:
+    """Write what is finished to the folder at once."""
+    run, record = order.job.run, session.record
+    dataset = session.summary(run.task.name)
+    if isinstance(outcome, Trial):
+        record = replace(record, trials=(*record.trials, outcome))
+        line = _trial_line(outcome)
+    else:
+        session.folder.save_arrays(run.key, arrays)
+        record = replace(record, results=(*record.results, outcome))
+        line = _line(outcome, dataset)
     session.folder.save_record(record)
     session.record = record
-    keeper.discard()
-    progress.finish(_line(result, dataset))
+    if isinstance(outcome, Result):
+        for job in runner.every_job([run], session.config):
+            session.keeper(job).discard()
+    if record.is_race:
+        race.write(record, session.folder, dataset)
+    progress.finish(line)
 
 
-def _label(key: tuple[str, str, int]) -> str:
-    dataset, model, repeat = key
-    return f"{dataset} · {model}" + (f" · repeat {repeat + 1}" if repeat else "")
+def _trial_line(trial: Trial) -> str:
+    found = trial.failure or f"validation NLL {trial.validation:.3f} nats"
+    return f"{trial.dataset} · {trial.model} · learning rate {trial.learning_rate:g}: {found}"
 
 
 def _loss(data: DatasetSummary, nats: float) -> str:
@@ -215,9 +286,27 @@ def _line(result: Result, data: DatasetSummary) -> str:
     if nll is not None:
         score = f"{nll:.3f} nats" if bits is None else f"{bits:.3f} bits/dim"
         parts.insert(0, f"test NLL {score}")
+    if result.training is not None:
+        parts.append(_end(result.training))
     if result.training is not None and result.training.capture_reason is not None:
         parts.append(f"steps not captured: {result.training.capture_reason}")
     return f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: {'; '.join(parts)}"
+
+
+def _end(training: History) -> str:
+    """Say when a training stopped, and where it was best."""
+    early = "stopped early at" if training.stopped == "patience" else "of"
+    return f"best at step {training.best_step} {early} {training.steps}"
+
+
+def _show_finished(session: Session, progress: LiveProgress) -> None:
+    """Draw and print the data sets of which everything is finished, each once."""
+    pending = {run.task.name for run in session.pending}
+    for dataset in session.record.datasets:
+        if dataset.name not in pending | session.shown:
+            session.shown.add(dataset.name)
+            with progress.paused():
+                _show(session, dataset.name)
 
 
 def _show(session: Session, name: str) -> None:
@@ -245,7 +334,7 @@ def _write_report(session: Session) -> None:
 
 
 def _kept(session: Session) -> str:
-    pending = (item.key for item in session.pending)
+    pending = (job.key for job in runner.every_job(session.pending, session.config))
     return session.folder.kept(len(session.record.results), len(session.runs), pending)
 
 

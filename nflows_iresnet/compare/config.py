@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 DEFAULT_STEPS = 400
+RACE_RATES = (1e-3, 3e-3, 1e-2)
+"""Learning rates of which each model of a race gets the one that validates best."""
 TRAINING_PRECISIONS = ("float32", "tf32")
 
 
@@ -22,14 +24,18 @@ class RunConfig:
     Args:
         datasets: names or paths of the data sets.
         models: names in `models.MODELS`.
-        steps: optimiser steps per model, or None for a time budget.
-        budget: training time per model in seconds, or None for a number of steps.
+        steps: optimiser steps per model, or None for a time.
+        budget: training time per model in seconds of the clock, or None.
+        race: training time per model in seconds of the CPU (on a GPU of the clock), or None.
         device: "cpu" or "cuda".
         seed: seed of the data, the initial weights, the batches and the samples.
         repeats: how often each model is trained, with seeds `seed, seed + 1, ...`.
         data_dir: folder of the real data sets, or None.
         batch_size: rows per optimiser step.
         learning_rate: initial learning rate of Adam.
+        learning_rates: several, of which each model gets the one that validates best with the first
+            seed; none for `learning_rate`.
+        patience: validations, of 20, without a new best after which a training stops.
         hidden_features: width of the reference model, ResidualFlow.
         num_layers: transforms per model.
         num_blocks_per_layer: hidden layers of the network in each transform.
@@ -56,12 +62,15 @@ class RunConfig:
     models: tuple[str, ...]
     steps: int | None = DEFAULT_STEPS
     budget: float | None = None
+    race: float | None = None
     device: str = "cpu"
     seed: int = 0
     repeats: int = 1
     data_dir: str | None = None
     batch_size: int = 256
     learning_rate: float = 5e-3
+    learning_rates: tuple[float, ...] = ()
+    patience: int = 8
     hidden_features: int = 64
     num_layers: int = 6
     num_blocks_per_layer: int = 2
@@ -79,12 +88,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check that every number is in range."""
-        if (self.steps is None) == (self.budget is None):
-            raise ValueError("give either steps or budget, not both and not neither")
+        if [self.steps, self.budget, self.race].count(None) != 2:
+            raise ValueError("give one of steps, budget and race, and not more")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and {2**31 - 1}, got {self.seed}")
         for name in _POSITIVE:
             _check_positive(name, getattr(self, name))
+        for rate in self.learning_rates:
+            _check_positive("learning_rates", rate)
         if not self.images and (self.amp or self.num_train is not None):
             raise ValueError("amp and num_train are for images: add --images, or leave them out")
         if not 0 < self.alpha < 0.5:
@@ -95,6 +106,16 @@ class RunConfig:
         if self.training_precision not in TRAINING_PRECISIONS:
             known = " or ".join(TRAINING_PRECISIONS)
             raise ValueError(f"training_precision must be {known}, got {self.training_precision}")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that are tried."""
+        return self.learning_rates or (self.learning_rate,)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether there is a learning rate to be chosen."""
+        return len(self.rates) > 1
 
     def as_arguments(self) -> dict[str, Any]:
         """Every choice as plain JSON data."""
@@ -107,6 +128,8 @@ class RunConfig:
 _POSITIVE = (
     "steps",
     "budget",
+    "race",
+    "patience",
     "repeats",
     "batch_size",
     "learning_rate",

@@ -21,9 +21,9 @@ from nflows_iresnet.compare.evaluation import (
 )
 from nflows_iresnet.compare.imagemodels import ImageArchitecture
 from nflows_iresnet.compare.results import DatasetSummary
-from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.tasks import NUM_START_ROWS, Task
 from nflows_iresnet.datasets import ImageDataset
+from nflows_iresnet.training import Batches
 
 _JACOBIAN_ELEMENTS = 2**28
 _VALIDATION_CHUNK = 128
@@ -42,8 +42,6 @@ class ImageTask(Task):
     """
 
     data: ImageDataset
-    average_decay = 0.999
-    warmup = 0.02
 
     @classmethod
     def load(cls, name: str, config: RunConfig) -> ImageTask:

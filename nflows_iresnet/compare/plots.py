@@ -183,20 +183,35 @@ def _high_dimensional(
     return figure
 
 
+def draw_race(record: Record, dataset: DatasetSummary) -> bytes:
+    """Draw the validation NLL of every model and seed, over steps and over seconds, as a PNG."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * CELL, 1.7 * CELL), layout="constrained")
+        draw_curves(figure.subplots(1, 2), record.of(dataset.name))
+        figure.suptitle(dataset.name, color=INK)
+        return as_png(figure)
+
+
 def draw_curves(
     axes: Sequence[Axes],
     results: list[Result],
     unit: Callable[[float], float] = float,
     label: str = "validation NLL (nats)",
 ) -> None:
-    """Draw the validation NLL of the first repeats, over steps and over seconds."""
+    """Draw the validation NLL of every repeat, over steps and over seconds, with its best."""
+    models = list(dict.fromkeys(result.model for result in results))
     for horizontal, attribute, name in zip(axes, ("step", "seconds"), _CURVE_LABELS, strict=True):
         for result in results:
-            if result.training is not None and result.repeat == 0:
+            if result.training is not None:
                 points = result.training.curve
                 xs = [getattr(point, attribute) for point in points]
                 ys = [unit(point.validation) for point in points]
-                horizontal.plot(xs, ys, label=result.model, lw=1.4)
+                best = next(k for k, p in enumerate(points) if p.step == result.training.best_step)
+                colour = f"C{models.index(result.model)}"
+                text = result.model if result.repeat == 0 else None
+                horizontal.plot(
+                    xs, ys, label=text, lw=1.4, color=colour, marker="o", ms=4, markevery=[best]
+                )
         horizontal.set(xlabel=name, ylabel=label)
         _clip_start(horizontal)
         horizontal.spines[["top", "right"]].set_visible(False)
@@ -207,10 +222,11 @@ _CURVE_LABELS = ("optimiser step", "seconds of training")
 
 
 def _clip_start(axes: Axes) -> None:
-    """Leave the first, steep part of the curves out of the window."""
-    curves = [np.asarray(line.get_ydata()) for line in axes.lines]
-    tails = [curve[len(curve) // 5 :] for curve in curves]
-    values = np.concatenate(tails) if tails else np.array([])
+    """Leave the first, steep part of the curves out of the window, but no curve's best point."""
+    curves = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
+    parts = [part for curve in curves for part in (curve[len(curve) // 5 :], [np.nanmin(curve)])]
+    values = np.concatenate(parts) if parts else np.array([])
+    values = values[np.isfinite(values)]
     if values.size and np.ptp(values) > 0:
         axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.1 * np.ptp(values))
 

@@ -56,7 +56,8 @@ class Preset:
     def published_beside(self, *, images: bool) -> dict[str, dict[str, str]]:
         """Return the published numbers of the models that are those of the papers.
 
-        For rows that is the residual flow without splines; for images there are none.
+        For rows that is the residual flow without splines and linear layers; for images there are
+        none.
         """
         other = "residual-flow-plain" if images else "residual-flow"
         return {model: row for model, row in self.published.items() if model != other}
@@ -98,6 +99,7 @@ examples:
   nflows-iresnet compare                                  three toy densities, five models
   nflows-iresnet compare my.csv --steps 3000 --out here   your own rows (.csv or .npy)
   nflows-iresnet compare moons --models residual-flow normflows-residual --repeats 3
+  nflows-iresnet compare casp --data-dir data --models hybrid nsf-coupling maf --same-start
   nflows-iresnet compare digits --budget 60               one minute of training per model
   nflows-iresnet compare my.csv --steps 3000 --out here --resume    go on after an interruption
   nflows-iresnet compare digits --images                  multi-scale flows, bits per dimension
@@ -123,14 +125,14 @@ examples:
 
 It is `compare` with other defaults: the same steps, the same learning rate and as many parameters
 for every model. digits, toys and tables are rows, for which i-resnet and residual-flow-plain are
-the papers' models, InvertibleResNet and ResidualFlow without splines, and residual-flow is
-ResidualFlow as it is by default; larger images (or --images) get multi-scale flows for glow,
-realnvp, i-resnet and residual-flow, and flows on the flattened logits for the others, whose width
-can match the parameters only coarsely. nice-scaled and realnvp-scaled have the scaling of the
-papers, which nflows' flows lack. FFJORD needs zuko: pip install 'nflows-iresnet[ffjord]'; it trains
-with Hutchinson's estimate and is tested with the exact trace, like every other row. The published
-columns are what the papers report for MNIST and CIFAR-10: other data, networks a hundred times
-larger, days of training. Compare the order of the models, not the numbers.
+the papers' models, InvertibleResNet and ResidualFlow without splines and linear layers, and
+residual-flow is ResidualFlow as it is by default; larger images (or --images) get multi-scale flows
+for glow, realnvp, i-resnet and residual-flow, and flows on the flattened logits for the others,
+whose width can match the parameters only coarsely. nice-scaled and realnvp-scaled have the scaling
+of the papers, which nflows' flows lack. FFJORD needs zuko: pip install 'nflows-iresnet[ffjord]'; it
+trains with Hutchinson's estimate and is tested with the exact trace, like every other row. The
+published columns are what the papers report for MNIST and CIFAR-10: other data, networks a hundred
+times larger, days of training. Compare the order of the models, not the numbers.
 """,
     datasets=("digits",),
     image_datasets=("mnist",),

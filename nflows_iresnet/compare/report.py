@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Sequence
 from html import escape
 
+from nflows_iresnet.compare import published
 from nflows_iresnet.compare.cells import Column, R, best
 from nflows_iresnet.compare.columns import columns_for
 from nflows_iresnet.compare.memory import MEASURE
 from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
-from nflows_iresnet.compare.summary import caption, captures, rows_of, verdict
+from nflows_iresnet.compare.summary import caption, captures, early_stops, rows_of, verdict
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -59,8 +60,11 @@ _FAIRNESS = (
     "Every model sees the same splits and the same batches in the same order, has the parameter "
     "count of ResidualFlow within 10%, or as near as a flow on flattened images comes (its width "
     "is chosen for that; masked weights count), and is "
-    "trained by Adam with the same learning rate, cosine schedule and gradient clipping. The state "
-    "with the best validation NLL is kept. The best value of a column is bold. "
+    "trained by Adam with the same cosine schedule after a short rise and the same gradient "
+    "clipping, at the same learning rate unless several were tried on the validation rows. What is "
+    "validated and tested is the moving average of the weights; training stops when the validation "
+    "NLL has not fallen for a while, and the state with the best one is kept. The test rows select "
+    "nothing. The best value of a column is bold. "
 )
 _ROWS = (
     "Validation and test likelihoods are exact for every model. Rows that were quantised get fresh "
@@ -68,8 +72,7 @@ _ROWS = (
 )
 _IMAGES = (
     "Images are dequantised with fresh uniform noise in training, the same for every model, and "
-    "with fixed noise in tests; what is validated and tested is the moving average of the weights, "
-    "and the learning rate is warmed up. "
+    "with fixed noise in tests. "
     "Coupling flows and their log-determinants are exact. Residual flows are validated by their "
     "unbiased estimator, also where they are trained by a truncated series, and may start from "
     "training images; on the test images they are exact, or estimated where the table says so, "
@@ -109,7 +112,7 @@ def command_line(record: Record) -> str:
     """Return the command that repeats the run."""
     words = [f"nflows-iresnet {record.command}", *map(shlex.quote, record.arguments["datasets"])]
     for name, value in record.arguments.items():
-        if name == "datasets" or value is None or value is False:
+        if name == "datasets" or value is None or value is False or value == []:
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)]
@@ -117,6 +120,9 @@ def command_line(record: Record) -> str:
 
 
 def _length(record: Record) -> str:
+    if record.is_race:
+        unit = "CPU-seconds" if record.environment["device"] == "cpu" else "seconds"
+        return f"{record.arguments['race']:g} {unit} of training per model"
     steps, budget = record.arguments["steps"], record.arguments["budget"]
     return f"{steps} steps per model" if budget is None else f"{budget:g} s of training per model"
 
@@ -132,11 +138,23 @@ def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> str:
         f"{escape(' '.join(dataset.notes))}</p>",
         f"<p><strong>{escape(verdict(record, folder, dataset.name))}</strong></p>",
         table(columns_for(record, dataset), rows_of(record, dataset.name)),
+        _published(dataset),
         _failures(record, dataset),
-        *(f'<p class="caption">{escape(line)}</p>' for line in captures(record, dataset.name)),
+        *(
+            f'<p class="caption">{escape(line)}</p>'
+            for say in (early_stops, captures)
+            for line in say(record, dataset.name)
+        ),
         *_pictures(record, folder, dataset),
     ]
     return "\n".join(parts)
+
+
+def _published(dataset: DatasetSummary) -> str:
+    """Render what papers report for these rows."""
+    rows = published.beside(dataset.name, dataset.notes)
+    caption = f'<p class="caption">{escape(published.TABLE_CAPTION)}</p>'
+    return caption + table(published.TABLE_COLUMNS, rows) if rows else ""
 
 
 def table(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
@@ -176,6 +194,7 @@ def _pictures(record: Record, folder: Folder, dataset: DatasetSummary) -> list[s
     kinds = ("samples", "reconstructions")
     parts = [
         (dataset.name, "bars"),
+        (dataset.name, "race"),
         (dataset.name,),
         *((dataset.name, model, kind) for model in models for kind in kinds),
     ]

@@ -19,7 +19,7 @@ from nflows_iresnet.compare.environment import check_environment
 from nflows_iresnet.compare.evaluation import Array, Metrics
 from nflows_iresnet.compare.files import prepare_folder, write_atomically
 from nflows_iresnet.compare.plain import finite, parse, rebuild
-from nflows_iresnet.compare.training import TrainingLog
+from nflows_iresnet.training import History
 
 FORMAT = 1
 Loaded = TypeVar("Loaded")
@@ -79,6 +79,7 @@ class Result:
         training: the log, or None if training failed.
         metrics: the measurements.
         model_class: the class of what was trained.
+        learning_rate: with which it was trained.
     """
 
     dataset: str
@@ -88,14 +89,38 @@ class Result:
     hyperparameters: dict[str, Any]
     num_parameters: int
     failures: tuple[str, ...]
-    training: TrainingLog | None
+    training: History | None
     metrics: Metrics
     model_class: str | None = None
+    learning_rate: float | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:
         """Data set, model and repeat."""
         return self.dataset, self.model, self.repeat
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate tried: trained with the first seed and validated, never tested.
+
+    Args:
+        dataset: name of the data set.
+        model: name of the model.
+        learning_rate: what is tried.
+        validation: the best NLL of the validation rows in nats, None if there is none.
+        steps: optimiser steps that it took.
+        seconds: their time, which no result counts.
+        failure: what went wrong, None if nothing did.
+    """
+
+    dataset: str
+    model: str
+    learning_rate: float
+    validation: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,7 @@ class Record:
         results: what is finished, in the order of its end.
         command: the subcommand.
         published: by model and data set, numbers to be shown beside those measured.
+        trials: the learning rates tried, of which each model got the best.
     """
 
     arguments: dict[str, Any]
@@ -119,10 +145,21 @@ class Record:
     results: tuple[Result, ...] = ()
     command: str = "compare"
     published: dict[str, dict[str, str]] = field(default_factory=dict)
+    trials: tuple[Trial, ...] = ()
 
     def of(self, dataset: str) -> list[Result]:
         """Return the results on one data set."""
         return [result for result in self.results if result.dataset == dataset]
+
+    def trials_of(self, dataset: str, model: str) -> list[Trial]:
+        """Return the learning rates tried for a model, the best first."""
+        found = [each for each in self.trials if (each.dataset, each.model) == (dataset, model)]
+        return sorted(found, key=lambda t: math.inf if t.validation is None else t.validation)
+
+    @property
+    def is_race(self) -> bool:
+        """Whether every model had the same time."""
+        return self.arguments.get("race") is not None
 
     def as_json(self) -> str:
         """Serialise; numbers that are not finite become null."""
@@ -265,8 +302,10 @@ class Folder:
             pending: keys of those without a result, which may have a checkpoint.
         """
         saved = [str(path) for key in pending if (path := self.checkpoint(key)).exists()]
-        checkpoint = ", and the one under way up to its last checkpoint ({})"
-        under_way = checkpoint.format(saved[0]) if saved else ""
+        under_way = f", and {len(saved)} under way up to their last checkpoints (in runs)"
+        if len(saved) < 2:
+            one = ", and the one under way up to its last checkpoint ({})"
+            under_way = one.format(*saved) if saved else ""
         return f"{done} of {total} runs are kept in {self.path}{under_way}"
 
     def resume(self, command_line: str) -> str:

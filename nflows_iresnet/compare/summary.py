@@ -26,6 +26,9 @@ class Row:
         repeats_se: standard error of the test NLL over repeats, None for one repeat.
         failures: what went wrong in any repeat.
         metrics: the measurements.
+        steps: mean number of steps.
+        best_step: mean of the steps whose states were kept.
+        learning_rate: with which it was trained.
     """
 
     model: str
@@ -36,6 +39,9 @@ class Row:
     repeats_se: float | None
     failures: tuple[str, ...]
     metrics: Metrics
+    steps: float | None = None
+    best_step: float | None = None
+    learning_rate: float | None = None
 
 
 def rows_of(record: Record, dataset: str) -> list[Row]:
@@ -58,6 +64,9 @@ def _row(results: list[Result]) -> Row:
         repeats_se=mean_and_error(torch.tensor(nlls))[1] if nlls else None,
         failures=tuple(dict.fromkeys(text for r in results for text in r.failures)),
         metrics=_combine([r.metrics for r in results]),
+        steps=statistics.fmean(log.steps for log in logs) if logs else None,
+        best_step=statistics.fmean(log.best_step for log in logs) if logs else None,
+        learning_rate=results[0].learning_rate,
     )
 
 
@@ -96,6 +105,20 @@ def caption(dataset: DatasetSummary) -> str:
     return text
 
 
+def early_stops(record: Record, dataset: str) -> list[str]:
+    """Say of each training that stopped before the end of its schedule where it was best."""
+    return [
+        f"{_named(each)} stopped early, at step {each.training.steps}: its best validation was at "
+        f"step {each.training.best_step}"
+        for each in record.of(dataset)
+        if each.training is not None and each.training.stopped == "patience"
+    ]
+
+
+def _named(result: Result) -> str:
+    return f"{result.model}, repeat {result.repeat + 1}," if result.repeat else result.model
+
+
 def captures(record: Record, dataset: str) -> list[str]:
     """Say of each model whose steps ran one by one on a GPU why they were not one graph."""
     logs = {each.model: each.training for each in record.of(dataset) if each.training is not None}
@@ -107,7 +130,10 @@ def captures(record: Record, dataset: str) -> list[str]:
 
 
 def verdict(record: Record, folder: Folder, dataset: str) -> str:
-    """Say in one line which model has the best test NLL, and whether the lead is significant."""
+    """Say in one line which model has the best test NLL, and whether the lead is significant.
+
+    The error of the lead is that over the rows, and, with repeats, that over the seeds of both.
+    """
     rows = [row for row in rows_of(record, dataset) if row.metrics.test_nll is not None]
     if not rows:
         return "No model finished."
@@ -117,9 +143,10 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
     better, worse = (_mean_log_prob(record, folder, dataset, row.model) for row in (first, second))
     if better is None or worse is None:
         return f"{first.model} is best; by how much, its arrays would say, and they are gone."
-    lead, error = mean_and_error(torch.from_numpy(better - worse))
+    lead, over_rows = mean_and_error(torch.from_numpy(better - worse))
+    error = math.hypot(over_rows or 0.0, first.repeats_se or 0.0, second.repeats_se or 0.0)
     gap = f"by {with_error(lead, error)} nats on the same test rows"
-    if lead < 2 * (error or 0.0):
+    if lead < 2 * error:
         return f"{first.model} and {second.model} are level: they differ {gap}."
     return f"{first.model} is best: ahead of {second.model} {gap}."
 

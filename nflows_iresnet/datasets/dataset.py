@@ -41,12 +41,13 @@ class Dataset:
         levels: How many values a quantised feature took before its noise, where that is known; the
             source units are then levels divided by this number.
         notes: What was changed or deserves care, a sentence each.
+        licence: On what terms the rows may be used, where that is known.
 
     Example:
         >>> from nflows_iresnet import datasets
         >>> moons = datasets.make("moons", num_train=100, num_validation=10, num_test=10)
-        >>> moons.train.shape, moons.features, moons.log_scale
-        (torch.Size([100, 2]), 2, 0.0)
+        >>> moons.num_rows, moons.features, moons.log_scale
+        (120, 2, 0.0)
     """
 
     name: str
@@ -61,6 +62,12 @@ class Dataset:
     scale: Tensor = field(repr=False)
     levels: int | None = None
     notes: tuple[str, ...] = ()
+    licence: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, all splits together."""
+        return self.train.shape[0] + self.validation.shape[0] + self.test.shape[0]
 
     @property
     def features(self) -> int:
@@ -174,8 +181,19 @@ def from_table(table: Table, generator: Generator, num_samples: int | None = Non
         location=location,
         scale=scale,
         levels=table.levels,
-        notes=table.notes,
+        notes=(*table.notes, *licence_notes(table.licence)),
+        licence=table.licence,
     )
+
+
+def licence_notes(licence: str | None) -> tuple[str, ...]:
+    """Return what readers of a report must know about the terms of use.
+
+    Example:
+        >>> licence_notes("MIT"), licence_notes(None)
+        (('licence: MIT',), ())
+    """
+    return () if licence is None else (f"licence: {licence}",)
 
 
 def split_sizes(num_rows: int, name: str) -> list[int]:

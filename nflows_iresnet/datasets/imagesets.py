@@ -11,13 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nflows_iresnet.datasets.imagefiles import (
-    SourceFile,
-    parse_cifar,
-    parse_idx,
-    read_file,
-    read_members,
-)
+from nflows_iresnet.datasets.files import SourceFile, read_file, read_members
+from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
 from nflows_iresnet.datasets.sources import Folder, read_digit_pixels
 
 DATA_VARIABLE = "NFLOWS_IRESNET_DATA"

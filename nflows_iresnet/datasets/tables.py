@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from nflows_iresnet.datasets.files import SourceFile, one_line
+
+Place = Path | str
+"""Where something is, for a message."""
+
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data")
 SUFFIXES = (".npy", *TEXT_SUFFIXES)
 
 _LARGEST = 1e100
 _FEW_VALUES = 0.05
+_MISSING = ("", "?", "-", "na", "n/a", "null", "none", ".")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +34,7 @@ class Table:
         source: Where they come from.
         notes: What deserves care, a sentence each.
         levels: How many values a quantised entry took, where that is known.
+        licence: On what terms the data may be used, where that is known.
 
     Example:
         >>> Table("ones", ("a",), np.ones((10, 1)), "doctest").values.shape
@@ -40,6 +47,7 @@ class Table:
     source: str
     notes: tuple[str, ...] = ()
     levels: int | None = None
+    licence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def read_table(path: Path) -> Table:
         ('a', 'b')
     """
     if path.suffix.lower() == ".npy":
-        values = _read_array(path)
+        values = read_array(path)
         columns = tuple(str(index) for index in range(values.shape[1]))
         refuse_nonfinite(path, columns, values)
     elif path.suffix.lower() in TEXT_SUFFIXES:
@@ -97,11 +105,11 @@ def read_table(path: Path) -> Table:
     return Table(path.stem, columns, values, str(path), notes)
 
 
-def read_text(path: Path, comment: str | None = None) -> list[TextRow]:
+def read_text(file: Path | SourceFile, comment: str | None = None) -> list[TextRow]:
     """Split a delimited text file into cells.
 
     Args:
-        path: An existing file.
+        file: An existing file, or what was in it.
         comment: Skip the lines that begin with this.
 
     Returns:
@@ -117,7 +125,10 @@ def read_text(path: Path, comment: str | None = None) -> list[TextRow]:
         >>> read_text(path)[1]
         TextRow(number=2, cells=['3', '4'])
     """
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    path, content = (
+        (file, file.read_bytes()) if isinstance(file, Path) else (file.path, file.content)
+    )
+    text = content.decode("utf-8-sig", errors="replace")
     if "\0" in text:
         raise ValueError(f"{path} is not UTF-8 text: save it as .csv in UTF-8, or as .npy")
     kept = [
@@ -128,10 +139,13 @@ def read_text(path: Path, comment: str | None = None) -> list[TextRow]:
     if not kept:
         raise ValueError(f"{path} is empty: give a file with at least ten rows of numbers")
     separator = _separator(kept[0][1])
-    return [TextRow(number, _cells(line, separator)) for number, line in kept]
+    try:
+        return [TextRow(number, _cells(line, separator)) for number, line in kept]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a table of numbers ({one_line(error)})") from error
 
 
-def to_numbers(path: Path, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
+def to_numbers(path: Place, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
     """Parse the cells of a text table.
 
     Args:
@@ -157,14 +171,14 @@ def to_numbers(path: Path, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.ND
                 f" {width}; give every row the same number"
             )
     try:
-        values = np.array([[float(cell) for cell in row.cells] for row in rows])
+        values = np.array([[_number(cell) for cell in row.cells] for row in rows])
     except ValueError:
         raise ValueError(_first_bad_cell(path, columns, rows)) from None
     return columns, values.reshape(len(rows), width)
 
 
 def refuse_nonfinite(
-    path: Path,
+    path: Place,
     columns: tuple[str, ...],
     values: npt.NDArray[np.float64],
     rows: Sequence[TextRow] | None = None,
@@ -222,13 +236,31 @@ def quantised_notes(columns: tuple[str, ...], values: npt.NDArray[np.float64]) -
     )
 
 
-def _read_array(path: Path) -> npt.NDArray[np.float64]:
+def read_array(path: Path) -> npt.NDArray[np.float64]:
+    """Read the numbers of a ``.npy`` file.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        The numbers [rows, columns], finite or not.
+
+    Raises:
+        ValueError: If the file holds anything else.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "table.npy"
+        >>> np.save(path, [[1, 2]])
+        >>> read_array(path)
+        array([[1., 2.]])
+    """
     try:
-        with path.open("rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:
         raise ValueError(
-            f"{path} is empty, damaged or of object dtype ({error}); save a plain numeric array"
+            f"{path} is empty, damaged or of object dtype ({one_line(error)}); save a plain numeric"
+            " array"
         ) from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path} has dtype {array.dtype}: save an array of real numbers")
@@ -237,7 +269,7 @@ def _read_array(path: Path) -> npt.NDArray[np.float64]:
             f"{path} has shape {array.shape} and must have (rows, columns);"
             " for one column use array.reshape(-1, 1)"
         )
-    return array.astype(np.float64)
+    return np.array(array, dtype=np.float64)
 
 
 def _separator(line: str) -> str | None:
@@ -250,9 +282,16 @@ def _cells(line: str, separator: str | None) -> list[str]:
     return [cell.strip() for cell in cells]
 
 
+def _number(cell: str) -> float:
+    """Read a number as tables have it, not as Python has it: 1_000 is none."""
+    if "_" in cell:
+        raise ValueError(cell)
+    return float(cell)
+
+
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        _number(cell)
     except ValueError:
         return False
     return True
@@ -262,16 +301,23 @@ def _split_header(rows: list[TextRow]) -> tuple[tuple[str, ...], list[TextRow]]:
     first = rows[0].cells
     if any(_is_number(cell) for cell in first):
         return tuple(str(index) for index in range(len(first))), rows
-    return tuple(first), rows[1:]
+    return tuple(map(one_line, first)), rows[1:]
 
 
-def _first_bad_cell(path: Path, columns: tuple[str, ...], rows: list[TextRow]) -> str:
+def _first_bad_cell(path: Place, columns: tuple[str, ...], rows: list[TextRow]) -> str:
     row, index = next(
         (row, index) for row in rows for index, cell in enumerate(row.cells) if not _is_number(cell)
     )
+    cell = row.cells[index]
+    is_missing = cell.lower() in _MISSING
     return (
         f"{path}, line {row.number}, column {columns[index]} (index {index}):"
-        f" {row.cells[index]!r} is not a number; keep numeric columns, with a decimal point"
+        f" '{one_line(cell)}' is not a number; "
+        + (
+            "fill it, or remove its row"
+            if is_missing
+            else "keep numeric columns, with a decimal point"
+        )
     )
 
 

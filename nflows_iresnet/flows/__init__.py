@@ -1,6 +1,13 @@
 """Named models: presets of transforms with a base distribution."""
 
 from nflows_iresnet.flows.base import Flow, StandardNormal
+from nflows_iresnet.flows.hybrid import (
+    HybridFlow,
+    Partner,
+    affine_coupling,
+    masked_autoregressive,
+    spline_coupling,
+)
 from nflows_iresnet.flows.image import ImageResidualFlow
 from nflows_iresnet.flows.lipschitz import FlowLipschitz
 from nflows_iresnet.flows.residual import InvertibleResNet, ResidualFlow
@@ -8,8 +15,13 @@ from nflows_iresnet.flows.residual import InvertibleResNet, ResidualFlow
 __all__ = [
     "Flow",
     "FlowLipschitz",
+    "HybridFlow",
     "ImageResidualFlow",
     "InvertibleResNet",
+    "Partner",
     "ResidualFlow",
     "StandardNormal",
+    "affine_coupling",
+    "masked_autoregressive",
+    "spline_coupling",
 ]

@@ -49,7 +49,7 @@ class ResidualFlowBuilder:
         solver: strategy for the inverse, see `ResidualFlow`.
         coeff: bound of the Lipschitz constant of each block, in (0, 1).
         marginal_bins: bins of the spline of each parameter, see `ResidualFlow`; none by default,
-            because posteriors were measured without.
+            because posteriors were measured without. There are no linear maps, for this reason.
 
     Raises:
         ValueError: if `z_score_theta` or `z_score_x` is none of the three, or `embedding_net`,
@@ -114,6 +114,7 @@ class ResidualFlowBuilder:
             solver=self.solver,
             coeff=self.coeff,
             marginal_bins=self.marginal_bins,
+            linear=False,
         )
         transform = CompositeTransform([*self._standardised(theta), flow._transform])
         context_net = nn.Sequential(embedding_net, flow._embedding_net)

@@ -165,15 +165,31 @@ class Exact(LogDetEstimator):
 
 def _identity_like(matrices: Tensor) -> Tensor:
     """Return the identity of the size of matrices (*, D, D), made once where they are plain."""
-    kind = matrices.shape[-1], matrices.dtype, matrices.device
-    is_plain = type(matrices) is Tensor and not matrices.is_meta and not is_traced()
-    return _identity(*kind) if is_plain else torch.eye(kind[0], dtype=kind[1], device=kind[2])
+    return _constant(torch.eye, matrices)
+
+
+def _signs_like(matrices: Tensor) -> Tensor:
+    """Return 1 on the diagonal and -1 beside it, of the size of matrices (*, D, D)."""
+    return _constant(_signs, matrices)
+
+
+def _signs(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return 2 * torch.eye(size, dtype=dtype, device=device) - 1
+
+
+def _constant(make: Callable[..., Tensor], matrices: Tensor) -> Tensor:
+    size, dtype, device = matrices.shape[-1], matrices.dtype, matrices.device
+    if type(matrices) is Tensor and not matrices.is_meta and not is_traced():
+        return _made_once(make, size, dtype, device)
+    return make(size, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.eye(size, dtype=dtype, device=device)
+def _made_once(
+    make: Callable[..., Tensor], size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return make(size, dtype=dtype, device=device)
 
 
 def log_abs_det(matrix: Tensor) -> Tensor:
@@ -201,10 +217,8 @@ class _LogAbsDet2(torch.autograd.Function):
         matrix, determinant = ctx.saved_tensors
         if torch.is_grad_enabled():
             determinant = _small_determinant(matrix)
-        plus = cotangent / determinant
-        minus = -plus
-        signed = torch.stack([plus, minus, minus, plus], dim=-1).reshape(matrix.shape)
-        return signed * matrix.flip(-2, -1)
+        rate = (cotangent / determinant)[..., None, None]
+        return matrix.flip(-2, -1) * (rate * _signs_like(matrix))
 
 
 def _small_determinant(matrix: Tensor) -> Tensor:

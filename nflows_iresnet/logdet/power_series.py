@@ -60,11 +60,11 @@ class Rademacher:
     def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return signs +1 and -1 with probability one half each."""
         if generator is None:
-            return 2 * torch.randint_like(inputs, 2) - 1
+            return torch.rsub(torch.randint_like(inputs, 2), 1, alpha=2)
         bits = torch.randint(
             2, inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device
         )
-        return 2 * bits - 1
+        return torch.rsub(bits, 1, alpha=2)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def _weighted_sums(
 ) -> list[Tensor]:
     """Return w and s, the vectors of the derivative and of the value."""
     power = probe
-    for_derivative, for_value = torch.zeros_like(probe), torch.zeros_like(probe)
+    for_derivative: Tensor | None = None
+    for_value: Tensor | None = None
     for index, weight in enumerate(weights):
         if index % 4 == 0 and index > 0 and _is_negligible(power):
             break
@@ -136,11 +137,14 @@ def _weighted_sums(
             sign = -1.0 if index % 2 else 1.0
             for_derivative = _add(for_derivative, power, weight, sign)
             for_value = _add(for_value, power, weight, sign / (index + 1))
-    return [for_derivative, for_value]
+    sums = (for_derivative, for_value)
+    return [torch.zeros_like(probe) if each is None else each for each in sums]
 
 
-def _add(total: Tensor, power: Tensor, weight: float | Tensor, factor: float) -> Tensor:
-    """Return total + factor * weight * power."""
+def _add(total: Tensor | None, power: Tensor, weight: float | Tensor, factor: float) -> Tensor:
+    """Return total + factor * weight * power, None for a total of zero."""
+    if total is None:
+        return power * (factor * weight)
     if isinstance(weight, Tensor):
         return torch.addcmul(total, power, weight, value=factor)
     return total.add(power, alpha=factor * weight)

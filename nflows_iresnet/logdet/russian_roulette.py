@@ -220,10 +220,11 @@ relatively, it is also more than is left out in the end."""
 
 
 def _uniform(generator: torch.Generator | None) -> float:
-    """Draw a number of [0, 1) on the CPU, so that a GPU never waits for it.
+    """Draw a number of [0, 1): on the CPU, so that a GPU never waits for it.
 
+    A generator of a GPU decides on this number, too, and then the host waits for it.
     Inside `vmap` one number is drawn for all lanes, as one is for all rows of a batch.
     """
-    on_cpu = generator if generator is not None and generator.device.type == "cpu" else None
-    drawn = torch.rand((), dtype=torch.float64, generator=on_cpu, device="cpu")
+    device = "cpu" if generator is None else generator.device
+    drawn = torch.rand((), dtype=torch.float64, generator=generator, device=device)
     return float(concrete(drawn).flatten()[0])

@@ -29,6 +29,7 @@ from nflows_iresnet.nn.activations import (
     is_unit_wise,
     widening_of,
 )
+from nflows_iresnet.nn.balancing import Stored, balanced, balanced_weights
 from nflows_iresnet.nn.bounds import lipschitz_bound
 from nflows_iresnet.nn.layers import (
     NormedLayer,
@@ -37,6 +38,7 @@ from nflows_iresnet.nn.layers import (
     rounding_margin,
     stacked,
     validated_coeff,
+    weights_and_norms,
 )
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.tensor_float import in_full_products
@@ -362,13 +364,14 @@ class LayeredNet(LipschitzNet):
         layers = [net.normed_layers for net in nets]
         for layer in [layer for each in layers for layer in each]:
             layer.refuse_other_hooks()
-        stacks, factors = normalised(layers, nets[0]._log_budget())
-        log_scales = zip(*[net.log_scales for net in nets], strict=True)
-        scales = [bounded_exp(stacked(place)) for place in log_scales]
-        weights = _balanced(stacks, factors, scales)
+        stacks, norms = weights_and_norms(layers)
         biases = [stacked(layer.bias for layer in place) for place in zip(*layers, strict=True)]
-        for index, scale in enumerate(scales):
-            biases[index] = biases[index] / scale
+        log_scales = [
+            stacked(place) for place in zip(*[net.log_scales for net in nets], strict=True)
+        ]
+        stored = Stored(stacks, biases[: len(log_scales)], log_scales)
+        weights, shifts, scales = balanced(stored, norms, nets[0]._log_budget())
+        biases = [*shifts, *biases[len(shifts) :]]
         of_each = [
             [list(parts) for parts in zip(*[stack.unbind(0) for stack in group], strict=True)]
             if group
@@ -407,7 +410,7 @@ class LayeredNet(LipschitzNet):
         """Return the weights W_i that are used, each of shape (out, in, *)."""
         stacks, factors = normalised([self.normed_layers], self._log_budget())
         scales = [bounded_exp(each)[None] for each in self.log_scales]
-        return [weight[0] for weight in _balanced(stacks, factors, scales)]
+        return [weight[0] for weight in balanced_weights(stacks, factors, scales)]
 
     @torch.no_grad()
     def lipschitz_bound(self) -> float:
@@ -419,24 +422,8 @@ class LayeredNet(LipschitzNet):
         used = [weight.double() for weight in self.effective_weights()]
         inverse_scales = [1 / bounded_exp(each).double() for each in self.log_scales]
         one = torch.ones((), dtype=torch.float64, device=used[0].device)
-        norms = [self.norm_bound(each) for each in _balanced(used, one, inverse_scales)]
+        norms = [self.norm_bound(each) for each in balanced_weights(used, one, inverse_scales)]
         return math.prod(norms) * self._activation_constant()
-
-
-def _balanced(weights: Sequence[Tensor], factors: Tensor, scales: Sequence[Tensor]) -> list[Tensor]:
-    """Return f T_i^{-1} V_i T_{i-1} for factors (*), scales (*, width), weights (*, out, in, k)."""
-    balanced = []
-    for index, weight in enumerate(weights):
-        kernel = [1] * (weight.dim() - factors.dim() - 2)
-        rows = factors[..., None]
-        rows = rows / scales[index] if index < len(scales) else rows
-        weight = weight * rows.reshape(*rows.shape, 1, *kernel)
-        if 0 < index <= len(scales):
-            widening = weight.shape[factors.dim() + 1] // scales[index - 1].shape[-1]
-            columns = torch.cat([scales[index - 1]] * widening, dim=-1)
-            weight = weight * columns[..., None, :].reshape(*factors.shape, 1, -1, *kernel)
-        balanced.append(weight)
-    return balanced
 
 
 def default_activation() -> Activation:

@@ -341,7 +341,7 @@ class ConvLinearization(ForwardLinearization):
     def _two_hidden(self) -> Tensor:
         first, last = _opposite_entries(self._weights[0], self._weights[-1])
         entries = torch.einsum("hcij,cgij->ijgh", first, last).flatten(0, 1)
-        middle, regions = self._weights[1][:, :, 0, 0], self._regions(first)
+        middle, regions = self._weights[1].flatten(start_dim=1), self._regions(first)
         couplings = middle * (regions.seen @ entries.flatten(start_dim=1)).view(-1, *middle.shape)
         before, after = [slope[:, :, regions.rows, regions.columns] for slope in self._slopes]
         coupled = before.movedim(1, -1).flatten(0, 2) @ couplings[0].mT
@@ -459,6 +459,7 @@ def _opposite_entries(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cropped(kernel: Tensor, other: Tensor) -> Tensor:
     for dim in (2, 3):
-        size = min(kernel.shape[dim], other.shape[dim])
-        kernel = kernel.narrow(dim, (kernel.shape[dim] - size) // 2, size)
+        excess = kernel.shape[dim] - other.shape[dim]
+        if excess > 0:
+            kernel = kernel.narrow(dim, excess // 2, other.shape[dim])
     return kernel

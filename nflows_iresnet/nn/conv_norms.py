@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -389,11 +390,11 @@ class ConvPowerIteration(ConvNorm):
 
     def initial_state(self, weight: Tensor) -> State:
         """Return the images u and v, started from noise that is always the same."""
-        generator = torch.Generator().manual_seed(0)
-        shapes = {"u": weight.shape[0], "v": weight.shape[1]}
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = partial(torch.randn, generator=generator, device="cpu")
         state = {
-            name: _unit(torch.randn(1, channels, *self.image_size, generator=generator)).to(weight)
-            for name, channels in shapes.items()
+            "u": _unit(noise(1, weight.shape[0], *self.image_size)).to(weight),
+            "v": _unit(noise(1, weight.shape[1], *self.image_size)).to(weight),
         }
         self._iterate(weight, state, self.num_initial_steps)
         return state

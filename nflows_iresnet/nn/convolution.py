@@ -53,7 +53,7 @@ def convolve(
     """
     if inputs.device.type == "cpu" and not is_traced():
         if weight.shape[2:].numel() == 1:
-            return _with_bias(_pointwise(inputs, weight[:, :, 0, 0]), bias)
+            return _with_bias(_pointwise(inputs, weight.flatten(start_dim=1)), bias)
         is_thin = weight[:, 0].numel() <= weight.shape[1]
         if is_thin and padding_mode == "zeros":
             return _with_bias(_scattered(inputs, weight), bias)
@@ -89,7 +89,8 @@ def adjoint_kernel(weight: Tensor) -> Tensor:
     With an odd kernel and an unchanged size, entry a links position p to p + a; its transpose links
     p + a to p, which is entry -a. This holds for both kinds of padding.
     """
-    return weight.transpose(0, 1).flip(2, 3)
+    transposed = weight.transpose(0, 1)
+    return transposed if weight.shape[2:].numel() == 1 else transposed.flip(2, 3)
 
 
 def kernel_gradient(

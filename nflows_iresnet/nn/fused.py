@@ -261,9 +261,7 @@ def _pull_back(
             weights[-1] = function.outer(pairs, index)
         shifts.append(_of_shift(function.shifts[index], stacked[0]))
         stacked = function.pull(stacked, index)
-        bend = _sum(stacked[1:] * below[before])
-        if (of_slope := of_slopes[before]) is not None:
-            bend = bend + of_slope
+        bend = _of_slope(stacked[1:], below[before], of_slopes[before])
         activation = cast(Activation, function.activations[before])
         curvature = function.units_back(
             activation.curvature(kept.activated[before], function.units_last(slope))
@@ -313,7 +311,7 @@ def _of_first(
     """Return the gradient of the first weight, from cotangents of z_1 and t_1, and x and T."""
     inputs, tangents = given
     if tangents is None:
-        return function.outer([(of_units, inputs[None])], 0) + of_tangents.sum(1).mT
+        return torch.addmm(of_tangents.sum(1).mT, of_units[0].mT, inputs)
     return function.outer([(of_units, inputs[None]), (of_tangents, tangents)], 0)
 
 
@@ -323,5 +321,11 @@ def _of_shift(shift: Tensor, of_units: Tensor) -> Tensor:
     return of_units.sum([0, *range(2, of_units.dim())])
 
 
-def _sum(of_tangents: Tensor) -> Tensor:
-    return of_tangents[0] if of_tangents.shape[0] == 1 else of_tangents.sum(0)
+def _of_slope(pulled: Tensor, tangents: Tensor, given: Tensor | None) -> Tensor:
+    """Return sum_T v o t, and what the slope was given itself."""
+    if pulled.shape[0] != 1:
+        total = (pulled * tangents).sum(0)
+        return total if given is None else total + given
+    if given is None:
+        return pulled[0] * tangents[0]
+    return torch.addcmul(given, pulled[0], tangents[0])

@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.nn.balancing import share_of_budget
 from nflows_iresnet.nn.bounds import conv_norm_bound, spectral_norm_bound
 from nflows_iresnet.nn.cholesky_norm import default_norm
 from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm
@@ -369,9 +370,7 @@ def normalised(
         ValueError: if a weight is not finite, on the CPU; elsewhere the factor is not finite.
     """
     stacks, norms = weights_and_norms(nets)
-    excess = (norms.log().sum(0) - log_budget).clamp_min(0)
-    factors = (-excess / len(stacks)).exp()
-    return stacks, factors.to(stacks[0].dtype)
+    return stacks, share_of_budget(norms, log_budget).to(stacks[0].dtype)
 
 
 def weights_and_norms(nets: Sequence[Sequence[NormedLayer]]) -> tuple[list[Tensor], Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 
 import torch
 from nflows.transforms import CompositeTransform as _NflowsCompositeTransform
@@ -22,6 +23,8 @@ from nflows_iresnet.precision import (
     training_products,
 )
 from nflows_iresnet.tensor_float import Work
+from nflows_iresnet.transforms.linear import LinearTransform, LinearWeight, weights_together
+from nflows_iresnet.transforms.residual import as_used
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -61,14 +64,16 @@ class CompositeTransform(_NflowsCompositeTransform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         require_finite_in_training(self, inputs, context)
-        bound = self._bind(inputs, context)
+        bound, weights = self._bind(inputs, context), self._weights(inputs)
         outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
         for transform in self._transforms:
             step: Step = partial(transform, context=context)
-            if transform in bound:
+            if transform in weights:
+                step = partial(transform, weight=weights[transform])
+            elif transform in bound:
                 step = partial(transform, function=bound[transform], estimator=transform.estimator)
                 if self.recompute and torch.is_grad_enabled() and not is_traced():
-                    step = partial(checkpoint, as_now(step), use_reentrant=False)
+                    step = partial(checkpoint, as_used(as_now(step)), use_reentrant=False)
             with self._precision_of(transform):
                 outputs, logabsdet = step(outputs)
             parts.append(logabsdet)
@@ -103,6 +108,17 @@ class CompositeTransform(_NflowsCompositeTransform):
         with training_precision(self, inputs.device, work):
             functions = bind_all(nets, context_like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
+
+    def _weights(self, inputs: Tensor) -> dict[torch.nn.Module, LinearWeight]:
+        """Compute the matrices of all linear maps, those of one size together."""
+        alike: dict[object, list[LinearTransform]] = {}
+        for each in self._transforms:
+            if isinstance(each, LinearTransform) and each.takes_weight:
+                factors = each.factors
+                alike.setdefault((factors.shape, factors.dtype, factors.device), []).append(each)
+        with training_precision(self, inputs.device):
+            found = [zip(group, weights_together(group), strict=True) for group in alike.values()]
+        return dict(chain.from_iterable(found))
 
     def extra_repr(self) -> str:
         """Show whether activations are kept."""

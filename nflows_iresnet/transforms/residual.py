@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from nflows.transforms import Transform
@@ -90,16 +91,57 @@ class ResidualTransform(Transform):
         solver: Solver | None = None,
     ) -> None:
         super().__init__()
+        self._uses: list[_Use] = []
         self.net = validated_strategy("net", net, nn.Module, "nn.LipschitzMLP(2, [64, 64])")
         self.estimator = validated_strategy(
             "estimator", estimator or Auto(), LogDetEstimator, _EXAMPLES["estimator"]
         )
-        self.solver: Solver = validated_strategy(
+        self.solver = validated_strategy(
             "solver",
             solver or Anderson(),
             Solver,  # type: ignore[type-abstract]
             _EXAMPLES["solver"],
         )
+
+    @property
+    def estimator(self) -> LogDetEstimator:
+        """The strategy for the log-determinant: that of `using` where in force, else its own."""
+        for use in _uses_of(self):
+            if use.estimator is not None:
+                return use.estimator
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, estimator: LogDetEstimator) -> None:
+        self._estimator = estimator
+
+    @property
+    def solver(self) -> Solver:
+        """The strategy for the inverse: that of `using` where in force, else its own."""
+        for use in _uses_of(self):
+            if use.solver is not None:
+                return use.solver
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: Solver) -> None:
+        self._solver = solver
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what `using` says at the time: copies have the block's own strategies."""
+        return {name: value for name, value in vars(self).items() if name != "_uses"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state, or an older one that has the strategies under their public names."""
+        renamed = {"estimator": "_estimator", "solver": "_solver"}
+        known = {renamed.get(name, name): value for name, value in state.items()}
+        super().__setstate__({**known, "_uses": []})
+
+    def _replicate_for_data_parallel(self) -> ResidualTransform:
+        """Return a replica for another thread, with the strategies in force in this one."""
+        replica: ResidualTransform = super()._replicate_for_data_parallel()
+        replica.estimator, replica.solver = self.estimator, self.solver
+        return replica
 
     _keeps_methods = True
 
@@ -386,6 +428,54 @@ def inverse_values_only() -> Iterator[None]:
         _NEEDS_LOGABSDET.reset(token)
 
 
+@dataclass(eq=False)
+class _Use:
+    """What one `using` says, until its block ends."""
+
+    blocks: frozenset[nn.Module]
+    estimator: LogDetEstimator | None
+    solver: Solver | None
+    has_ended: bool = False
+
+
+_USES: ContextVar[tuple[_Use, ...]] = ContextVar("uses", default=())
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _present_uses() -> tuple[_Use, ...]:
+    return tuple(use for use in _USES.get() if not use.has_ended)
+
+
+def _uses_of(block: ResidualTransform) -> Iterable[_Use]:
+    """Return what is in force for a block, the innermost first.
+
+    A compiler cannot look into a context variable, and would not notice another value later. It
+    does notice a list: where nobody uses a block, in any thread, it need not ask. Else it leaves
+    the question to Python, at every call.
+    """
+    if torch.compiler.is_compiling() and not block._uses:
+        return ()
+    return [use for use in reversed(_present_uses()) if block in use.blocks]
+
+
+def as_used(step: _Function) -> _Function:
+    """Let a function run with the strategies that are in force now, whatever is where it runs.
+
+    A backward pass runs it when the blocks of `using` have ended or begun, or in another thread.
+    """
+    kept = tuple(replace(use) for use in _present_uses())
+
+    @wraps(step)
+    def governed(*args: Any, **kwargs: Any) -> Any:
+        token = _USES.set(kept)
+        try:
+            return step(*args, **kwargs)
+        finally:
+            _USES.reset(token)
+
+    return governed  # type: ignore[return-value]
+
+
 @contextmanager
 def using(
     module: nn.Module,
@@ -394,6 +484,17 @@ def using(
     solver: Solver | None = None,
 ) -> Iterator[None]:
     """Use other strategies in all residual blocks of a module for the duration of a block.
+
+    In this thread and context alone (a `contextvars.ContextVar`): other threads that call the same
+    module meanwhile go on with theirs, and so do other asyncio tasks. Tasks that are started
+    inside, and functions run there by `asyncio.to_thread` or `contextvars.copy_context().run`, have
+    it until the block ends; threads that are started inside do not. A generator that yields inside
+    leaves it in force for its caller until it goes on. The innermost block counts, for each of
+    the two strategies by itself. The module is not changed: copies and pickles of it have its own
+    strategies, and what is assigned to it meanwhile is in force afterwards.
+
+    Only the forward pass has to be inside, except where it is run again in the backward pass: put
+    `using` into a function that you give to `torch.utils.checkpoint`. `recompute=True` sees to it.
 
     Args:
         module: a flow, a transform, or any module that contains residual blocks.
@@ -419,12 +520,15 @@ def using(
     blocks = [block for block in module.modules() if isinstance(block, ResidualTransform)]
     if not blocks:
         raise ValueError(f"{type(module).__name__} contains no ResidualTransform to be changed")
-    before = [(block.estimator, block.solver) for block in blocks]
+    use = _Use(frozenset(blocks), estimator, solver)
     try:
         for block in blocks:
-            block.estimator = estimator or block.estimator
-            block.solver = solver or block.solver
+            block._uses.append(use)
+        _USES.set((*_present_uses(), use))
         yield
     finally:
-        for block, (old_estimator, old_solver) in zip(blocks, before, strict=True):
-            block.estimator, block.solver = old_estimator, old_solver
+        use.has_ended = True
+        _USES.set(_present_uses())
+        for block in blocks:
+            if use in block._uses:
+                block._uses.remove(use)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from nflows.transforms import Transform
@@ -14,14 +14,20 @@ from torch.nn import functional as F
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.transforms.normalization import depends_on, over_processes
+from nflows_iresnet.transforms.rational_quadratic import (
+    MAX_LOG_SLOPE,
+    MIN_SIZE,
+    Bins,
+    bins_of,
+    knots_of,
+    rational_quadratic_spline,
+    split,
+    table_of,
+)
 from nflows_iresnet.validation import validated_size
 
 Initialization = Literal["identity", "quantiles"]
 
-_MIN_SIZE = 0.01
-"""Smallest width and height of a bin, as a part of the mean."""
-_MAX_LOG_SLOPE = 5.0
-"""Bound of log d_k, so that no step of an optimiser makes a slope zero or infinite."""
 _PIECES = 128
 """Into how many pieces a bin is cut for the bounds of its slope."""
 _ROUNDING_MARGIN = 1e-9
@@ -37,51 +43,6 @@ _ROWS_PER_BIN = 8
 """Quantiles of fewer rows are mixed with those of a normal."""
 _ROWS_TO_JUDGE = 4096
 """Of the rows that are given, so many (up to twice that) tell whether the spline is a gain."""
-
-
-class _Bins(NamedTuple):
-    """The bins that values fall into, each field of the shape of the values.
-
-    Attributes:
-        left: where the bin starts, x_k.
-        width: w.
-        bottom: what its start is mapped to, y_k.
-        height: h.
-        first: slope at its start, d_0.
-        last: slope at its end, d_1.
-        mean: s = h / w.
-        bend: d_0 + d_1 - 2 s.
-    """
-
-    left: Tensor
-    width: Tensor
-    bottom: Tensor
-    height: Tensor
-    first: Tensor
-    last: Tensor
-    mean: Tensor
-    bend: Tensor
-
-    def value_and_log_slope(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y and log dy/dx at a part t of the width."""
-        rest = 1 - part
-        mixed, square = part * rest, part * part
-        denominator = self.mean + self.bend * mixed
-        rise = (self.mean * square + self.first * mixed) / denominator
-        slope = self.last * square + 2 * self.mean * mixed + self.first * rest * rest
-        log_slope = ((self.mean / denominator).square() * slope).log()
-        return self.bottom + self.height * rise, log_slope
-
-    def part_at(self, value: Tensor) -> Tensor:
-        """Return the t whose value is given, (l - s) t^2 - l t + u s = 0, without cancellation."""
-        share = (value - self.bottom) / self.height
-        linear = self.first - share * self.bend
-        constant = share * self.mean
-        discriminant = linear * linear - 4 * (linear - self.mean) * constant
-        root = discriminant.clamp_min(0).sqrt()
-        is_late = linear < 0
-        above = torch.where(is_late, root - linear, 2 * constant)
-        return above / torch.where(is_late, 2 * (self.mean - linear), linear + root)
 
 
 class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
@@ -121,9 +82,9 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
     flag, or was learned through the inverse, stays. Once started, no call waits for the device; the
     start itself looks twice.
 
-    Cost: some thirty operations per value, in float64. Value, inverse and log-determinant are exact
-    but for the rounding of what goes in and comes out; the inverse amplifies that of y by 1 / S_j',
-    which `lipschitz_constants` bounds.
+    Cost: some thirty operations per value, in float64, as one node of the graph. Value, inverse and
+    log-determinant are exact but for the rounding of what goes in and comes out; the inverse
+    amplifies that of y by 1 / S_j', which `lipschitz_constants` bounds.
 
     Args:
         features: number of features of x.
@@ -190,16 +151,12 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         inputs = self._checked(inputs)
         if self.training and not self._has_started:
             self._start(inputs)
-        inside, beyond = self._split(inputs)
-        knots = self._knots()
-        bins = self._bins(inside, knots, knots[0])
-        outputs, log_slope = bins.value_and_log_slope((inside - bins.left) / bins.width)
-        return (outputs + beyond).to(inputs.dtype), log_slope.sum(1).to(inputs.dtype)
+        return rational_quadratic_spline(inputs, self.sizes, self.log_slopes, self.bound)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, -sum_j log S_j'(x_j)), shapes (B, features) and (B,)."""
         inputs = self._checked(inputs)
-        inside, beyond = self._split(inputs)
+        inside, beyond = split(inputs, self.bound)
         knots = self._knots()
         bins = self._bins(inside, knots, knots[1])
         part = bins.part_at(inside)
@@ -223,7 +180,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
 
         Cost: some 128 times the table of bins.
         """
-        *_, first, last, mean, _ = self._table(self._knots())
+        *_, first, last, mean, _ = table_of(self._knots(), self.log_slopes)
         slope = _bernstein_pieces(first, mean, last)
         denominator = _bernstein_pieces(mean, (first + last) / 2, mean)
         largest = mean.square() * slope.amax(0) / denominator.amin(0).square()
@@ -267,8 +224,8 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
             -_MAX_LOG_SLOPE_AT_START, _MAX_LOG_SLOPE_AT_START
         )
         shares = widths / (2 * self.bound)
-        self.sizes.copy_((shares - _MIN_SIZE / num_bins).log())
-        self.log_slopes.copy_(_MAX_LOG_SLOPE * (middle / _MAX_LOG_SLOPE).atanh())
+        self.sizes.copy_((shares - MIN_SIZE / num_bins).log())
+        self.log_slopes.copy_(MAX_LOG_SLOPE * (middle / MAX_LOG_SLOPE).atanh())
         judges = rows[:: max(1, rows.shape[0] // _ROWS_TO_JUDGE)]
         is_wide = rows.amax(0) - rows.amin(0) > _gap(num_bins, self.bound)
         is_gain = is_wide & (self._gain(judges) > num_bins / judges.shape[0])
@@ -280,7 +237,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
 
     def _gain(self, rows: Tensor) -> Tensor:
         """Return by how much the spline raises the mean log-density of each feature, a normal."""
-        inside, beyond = self._split(rows)
+        inside, beyond = split(rows, self.bound)
         knots = self._knots()
         bins = self._bins(inside, knots, knots[0])
         outputs, log_slope = bins.value_and_log_slope((inside - bins.left) / bins.width)
@@ -307,35 +264,13 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
                 f"expected inputs of shape (batch, {features}), got {tuple(inputs.shape)}"
             )
 
-    def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the nearest values within the knots, and what they lack, in float64."""
-        double = inputs.double()
-        inside = double.clamp(-self.bound, self.bound)
-        return inside, double - inside
-
     def _knots(self) -> Tensor:
         """Return the knots and their images, (2, features, K + 1)."""
-        num_bins = self.sizes.shape[2]
-        shares = _MIN_SIZE / num_bins + (1 - _MIN_SIZE) * self.sizes.double().softmax(2)
-        inner = self.bound * (2 * shares[..., :-1].cumsum(2) - 1)
-        return F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
+        return knots_of(self.sizes, self.bound)
 
-    def _bins(self, values: Tensor, knots: Tensor, along: Tensor) -> _Bins:
+    def _bins(self, values: Tensor, knots: Tensor, along: Tensor) -> Bins:
         """Return the bins of `values`, (B, features), between the knots `along`."""
-        index = (values[..., None] >= along[:, 1:-1]).sum(-1)
-        first = torch.arange(along.shape[0], device=values.device) * (along.shape[1] - 1)
-        chosen = self._table(knots).index_select(1, (index + first).flatten())
-        return _Bins(*chosen.reshape(chosen.shape[0], *values.shape).unbind(0))
-
-    def _table(self, knots: Tensor) -> Tensor:
-        """Return the eight numbers of each bin, (8, features * K)."""
-        bounded = _MAX_LOG_SLOPE * (self.log_slopes.double() / _MAX_LOG_SLOPE).tanh()
-        slopes = F.pad(bounded.exp(), (1, 1), value=1.0)
-        (left, bottom), (width, height) = knots[..., :-1], knots.diff(dim=2)
-        first, last, mean = slopes[:, :-1], slopes[:, 1:], height / width
-        bend = first + last - 2 * mean
-        columns = [left, width, bottom, height, first, last, mean, bend]
-        return torch.stack(columns).flatten(1)
+        return bins_of(values, along, table_of(knots, self.log_slopes))[0]
 
     def extra_repr(self) -> str:
         """Show the sizes."""

@@ -23,7 +23,7 @@ from nflows_iresnet.compare.bench.items import (
     Target,
 )
 from nflows_iresnet.compare.bench.trained import trained_branch
-from nflows_iresnet.compare.training import seed_everything
+from nflows_iresnet.training import seed_everything
 
 VALUE_BASELINE = "normflows-value"
 EVALUATION = "normflows-eval"

@@ -32,8 +32,8 @@ from nflows_iresnet.compare.bench.problems import (
     trained_problem,
 )
 from nflows_iresnet.compare.bench.steps import our_speed
-from nflows_iresnet.compare.training import seed_everything
 from nflows_iresnet.solvers import FixedPointIteration
+from nflows_iresnet.training import seed_everything
 
 ERROR = Figure("error", "true\nerror", ".1e", baseline=None)
 EVALUATIONS = Figure("evaluations", "evalu-\nations", ".1f")

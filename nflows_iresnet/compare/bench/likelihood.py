@@ -7,7 +7,7 @@ import torch
 from nflows_iresnet.compare.adapters import DensityModel
 from nflows_iresnet.compare.bench.contestants import CONTESTANTS, Size
 from nflows_iresnet.compare.bench.items import BASELINE, OURS, Case, Entrant, Item, Settings
-from nflows_iresnet.compare.training import seed_everything
+from nflows_iresnet.training import seed_everything
 
 
 def exact_case(size: Size, batch: int) -> Case:

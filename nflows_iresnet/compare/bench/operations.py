@@ -35,9 +35,9 @@ from nflows_iresnet.compare.bench.items import (
 )
 from nflows_iresnet.compare.bench.steps import training_step
 from nflows_iresnet.compare.models import MODELS
-from nflows_iresnet.compare.training import seed_everything
 from nflows_iresnet.flows import ImageResidualFlow
 from nflows_iresnet.flows.base import Flow, StandardNormal
+from nflows_iresnet.training import seed_everything
 
 OPERATIONS = Figure("operations", "operations", style=".0f")
 REALNVP = "realnvp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,17 +28,28 @@ from nflows_iresnet.compare.bench.steps import training_step
 from nflows_iresnet.compare.config import describe
 from nflows_iresnet.compare.evaluation import exact_nll
 from nflows_iresnet.compare.stream import training_batches
-from nflows_iresnet.compare.training import seed_everything
+from nflows_iresnet.training import seed_everything
 
-NLL = Figure("nll", "best test\nNLL", ".3f", baseline=None)
+NLL = Figure("nll", "test NLL\nat best", ".3f", baseline=None)
 REACH = Figure("reach", "seconds to\nnormflows' best", ".2f")
 STEPS = Figure("steps", "steps", ".0f", baseline=None)
+Rows = tuple[Tensor, Tensor]
+"""Validation rows, which choose, and test rows, which are reported."""
 HIDDEN = {"checkerboard": 64, "two-spirals": 64, "digits": 128}
 BLOCKS = 6
 BATCH = 256
 TEST_ROWS = 2000
+VALIDATION_ROWS = 1000
 _CHECKPOINTS = 17
 """Checkpoints at the budget times 2^(-k/2): the first after a 256th of it."""
+
+
+class Point(NamedTuple):
+    """An examination: training time in seconds, exact NLL of the validation and test rows."""
+
+    seconds: float
+    validation: float
+    test: float
 
 
 @dataclass(eq=False)
@@ -50,7 +62,7 @@ class Trainee:
         step: takes one optimiser step on the next batch.
         seconds: training time so far.
         steps: optimiser steps so far.
-        curve: pairs of training time and exact test NLL in nats.
+        curve: its examinations in order.
         failure: what went wrong, after which it takes no more steps.
     """
 
@@ -59,15 +71,15 @@ class Trainee:
     step: Work
     seconds: float = 0.0
     steps: int = 0
-    curve: list[tuple[float, float]] = field(default_factory=list)
+    curve: list[Point] = field(default_factory=list)
     failure: str | None = None
 
-    def go_on(self, seconds: float, test: Tensor, clock: Clock, *, on_cpu_time: bool) -> None:
+    def go_on(self, seconds: float, rows: Rows, clock: Clock, *, on_cpu_time: bool) -> None:
         """Train until the training time is used up and add a point to the curve, or fail."""
         if self.failure is None:
             try:
                 self.train_until(seconds, clock, on_cpu_time=on_cpu_time)
-                self.examine(test)
+                self.examine(rows)
             except Exception as error:
                 self.failure = describe(error)
 
@@ -79,19 +91,22 @@ class Trainee:
             self.seconds += reading.cpu_seconds if on_cpu_time else reading.seconds
             self.steps += 1
 
-    def examine(self, test: Tensor) -> None:
+    def examine(self, rows: Rows) -> None:
         """Add a point to the curve; its time is not counted."""
         self.model.eval()
-        self.curve.append((self.seconds, exact_nll(self.model, test)))
+        validation, test = (exact_nll(self.model, each) for each in rows)
+        self.curve.append(Point(self.seconds, validation, test))
 
     @property
-    def best(self) -> float:
-        """The lowest NLL so far, infinite where none was finite."""
-        return min((nll for _, nll in self.curve if math.isfinite(nll)), default=math.inf)
+    def best(self) -> Point:
+        """The point of the lowest validation NLL, infinite where none was finite."""
+        finite = (point for point in self.curve if math.isfinite(point.validation))
+        none = Point(math.inf, math.inf, math.inf)
+        return min(finite, key=lambda point: point.validation, default=none)
 
-    def seconds_to(self, nll: float) -> float | None:
-        """Return the training time of the first point that is as good, or None."""
-        return next((seconds for seconds, value in self.curve if value <= nll), None)
+    def seconds_to(self, validation: float) -> float | None:
+        """Return the training time of the first point that validates as well, or None."""
+        return next((each.seconds for each in self.curve if each.validation <= validation), None)
 
 
 def checkpoints(budget: float) -> list[float]:
@@ -115,12 +130,14 @@ def train_side_by_side(case: Case, settings: Settings, clock: Clock) -> tuple[Ce
     seed = int(case.parameters["seed"])
     dataset = datasets.load(case.label.split()[0], seed=seed)
     test = dataset.test[:TEST_ROWS].to(settings.device)
+    validation = dataset.validation[:VALIDATION_ROWS].to(settings.device)
     size = Size(dataset.features, HIDDEN[dataset.name], BLOCKS, bare=False, marginal_bins=None)
     trainees = [_trainee(name, dataset, size, seed, settings) for name in (OURS, BASELINE)]
     for seconds in checkpoints(_budget(settings)):
         for trainee in trainees:
-            trainee.go_on(seconds, test, clock, on_cpu_time=settings.trusts_cpu_time)
-    goal = next(trainee.best for trainee in trainees if trainee.name == BASELINE)
+            rows = (validation, test)
+            trainee.go_on(seconds, rows, clock, on_cpu_time=settings.trusts_cpu_time)
+    goal = next(trainee.best.validation for trainee in trainees if trainee.name == BASELINE)
     return tuple(_cell(trainee, goal) for trainee in trainees)
 
 
@@ -130,12 +147,12 @@ def _budget(settings: Settings) -> float:
 
 def _cell(trainee: Trainee, goal: float) -> Cell:
     reached = trainee.seconds_to(goal)
-    figures = {NLL.key: trainee.best, STEPS.key: float(trainee.steps)}
-    seconds, nll = ([point[axis] for point in trainee.curve] for axis in range(2))
+    figures = {NLL.key: trainee.best.test, STEPS.key: float(trainee.steps)}
+    seconds, validation, nll = ([point[axis] for point in trainee.curve] for axis in range(3))
     return Cell(
         trainee.name,
         figures=figures if reached is None else {**figures, REACH.key: reached},
-        raw={"seconds": seconds, "nll": nll},
+        raw={"seconds": seconds, "validation": validation, "nll": nll},
         note=_note(trainee, reached),
     )
 
@@ -143,8 +160,8 @@ def _cell(trainee: Trainee, goal: float) -> Cell:
 def _note(trainee: Trainee, reached: float | None) -> str | None:
     if trainee.failure is not None:
         return trainee.failure
-    if not math.isfinite(trainee.best):
-        return "its test NLL was never finite: lower --learning-rate"
+    if not math.isfinite(trainee.best.validation):
+        return "its validation NLL was never finite: lower --learning-rate"
     return "normflows' best not reached" if reached is None else None
 
 

@@ -24,7 +24,7 @@ from nflows_iresnet.compare.bench.items import (
     Target,
 )
 from nflows_iresnet.compare.memory import peak_megabytes
-from nflows_iresnet.compare.training import seed_everything
+from nflows_iresnet.training import seed_everything
 
 LEARNING_RATE = 1e-4
 MEMORY = Figure("memory_mb", "peak\nMB")

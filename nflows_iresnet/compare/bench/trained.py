@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from nflows_iresnet import datasets
 from nflows_iresnet.compare.adapters import value_and_jacobian
 from nflows_iresnet.compare.bench.items import Settings
-from nflows_iresnet.compare.stream import Batches
-from nflows_iresnet.compare.training import seed_everything
 from nflows_iresnet.flows import ResidualFlow
 from nflows_iresnet.nn import LipschitzMLP
+from nflows_iresnet.training import Batches, seed_everything
 from nflows_iresnet.transforms import ResidualTransform
 
 SOURCES = {2: "checkerboard", 64: "digits"}
@@ -56,7 +55,7 @@ def trained_branch(features: int, settings: Settings) -> Branch:
 def _trained_branch(features: int, steps: int, seed: int, device: torch.device) -> Branch:
     rows = datasets.load(SOURCES[features], seed=seed).train.to(device)
     seed_everything(seed)
-    flow = ResidualFlow(features, HIDDEN[features], _BLOCKS, marginal_bins=0).to(device)
+    flow = ResidualFlow(features, HIDDEN[features], _BLOCKS, marginal_bins=0, linear=False).to(device)
     _train(flow, rows, steps, seed)
     return max(_branches(flow, rows), key=lambda branch: branch.jacobian_norm)
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from nflows_iresnet.compare.config import UsageError
-from nflows_iresnet.compare.divergence import TrainingDivergedError
 from nflows_iresnet.compare.environment import check_extra, describe_environment
 from nflows_iresnet.compare.figures.catalogue import chosen_figures
 from nflows_iresnet.compare.figures.drawing import Drawing, Figure, Settings
 from nflows_iresnet.compare.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.compare.plain import finite
+from nflows_iresnet.training import TrainingDivergedError
 
 RESULTS = "figures.json"
 

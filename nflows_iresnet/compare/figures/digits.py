@@ -20,7 +20,7 @@ from nflows_iresnet.compare.imageplots import show_tiles, tile
 from nflows_iresnet.compare.models import REFERENCE, count_parameters, find_model
 from nflows_iresnet.compare.plots import INK, STYLE, as_png
 from nflows_iresnet.compare.results import DatasetSummary
-from nflows_iresnet.compare.training import seed_everything
+from nflows_iresnet.training import seed_everything
 
 NUM_SAMPLES = 64
 NUM_SHOWN = 10

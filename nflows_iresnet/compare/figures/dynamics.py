@@ -18,15 +18,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from nflows_iresnet.compare.divergence import check_finite
 from nflows_iresnet.compare.evaluation import Array
 from nflows_iresnet.compare.figures.drawing import Drawing, Settings, Stage
 from nflows_iresnet.compare.figures.paths import count_crossings, find_crossings, smallest_gap
-from nflows_iresnet.compare.plan import Steps, TrainingPlan
 from nflows_iresnet.compare.plots import DATA, INK, STYLE, as_png
-from nflows_iresnet.compare.training import seed_everything
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn import LipschitzMLP
+from nflows_iresnet.training import (
+    CLIP_NORM,
+    Steps,
+    TrainingPlan,
+    check_finite,
+    seed_everything,
+)
 
 EDGE = 2.0
 NUM_PATHS = 33
@@ -140,7 +144,7 @@ def fit(chain: Chain, target: Target, steps: int, learning_rate: float = LEARNIN
         check_finite(loss.item(), step + 1)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(chain.parameters(), plan.clip_norm)
+        nn.utils.clip_grad_norm_(chain.parameters(), CLIP_NORM)
         optimizer.step()
 
 

@@ -13,14 +13,13 @@ from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.compare.config import describe
 from nflows_iresnet.compare.files import WriteError
 from nflows_iresnet.compare.models import count_parameters
-from nflows_iresnet.compare.plan import Seconds, Steps, TrainingPlan
-from nflows_iresnet.compare.stream import Batches
 from nflows_iresnet.compare.table1.inversion import invert
 from nflows_iresnet.compare.table1.models import Contestant, Size
 from nflows_iresnet.compare.table1.record import Outcome
 from nflows_iresnet.compare.table1.settings import Settings
-from nflows_iresnet.compare.training import seed_everything, train
+from nflows_iresnet.compare.training import train
 from nflows_iresnet.datasets import ImageDataset
+from nflows_iresnet.training import Batches, Seconds, Steps, TrainingPlan, seed_everything
 
 OnStep = Callable[[float, float], None]
 CHUNK = 512

@@ -1,0 +1,301 @@
+"""HybridFlow: residual blocks alternating with couplings and autoregressive transforms."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import (
+    IdentityTransform,
+    PiecewiseRationalQuadraticCouplingTransform,
+    Transform,
+)
+from torch import Tensor, nn
+
+from nflows_iresnet import flows, logdet, transforms
+from nflows_iresnet.flows.hybrid import SplineCoupling
+from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning
+from tests.emulated_graph import EmulatedRecorder, recorder
+
+__all__ = ["recorder"]
+
+PARTNERS = {
+    "spline-coupling": flows.spline_coupling,
+    "affine-coupling": flows.affine_coupling,
+    "autoregressive": flows.masked_autoregressive,
+}
+every_partner = pytest.mark.parametrize("partner", PARTNERS.values(), ids=PARTNERS)
+
+
+def table(count: int = 2000, features: int = 3) -> Tensor:
+    """Columns that are skewed, correlated, and far from zero and one."""
+    torch.manual_seed(1)
+    rows = torch.randn(count, features) @ torch.randn(features, features)
+    return (rows + 0.3 * rows.exp()) * torch.logspace(-2, 2, features) + 10
+
+
+def train(flow: flows.Flow, rows: Tensor, context: Tensor | None = None, steps: int = 5) -> None:
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-flow.log_prob(rows, context).mean()).backward()
+        optimizer.step()
+
+
+def log_prob_by_slogdet(flow: flows.Flow, rows: Tensor) -> Tensor:
+    def noise(row: Tensor) -> Tensor:
+        return flow.transform_to_noise(row[None])[0]
+
+    jacobians = torch.stack([torch.autograd.functional.jacobian(noise, row) for row in rows])
+    base = torch.distributions.Normal(0.0, 1.0).log_prob(flow.transform_to_noise(rows)).sum(1)
+    return base + torch.linalg.slogdet(jacobians).logabsdet
+
+
+def wild(coupling: Any) -> Any:
+    torch.manual_seed(4)
+    for parameter in coupling.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return coupling.double()
+
+
+def nflows_twin(coupling: Any) -> Any:
+    width = coupling.transform_net.hidden_features
+    mask = torch.zeros(coupling.features)
+    mask[coupling.transform_features] = 1
+    twin = PiecewiseRationalQuadraticCouplingTransform(
+        mask,
+        lambda inputs, outputs: ResidualNet(inputs, outputs, width, num_blocks=1),
+        num_bins=coupling.num_bins,
+        tails="linear",
+        tail_bound=coupling.tail_bound,
+    )
+    twin.load_state_dict(coupling.state_dict())
+    return twin.double()
+
+
+# --- the flow -------------------------------------------------------------------------------------
+
+
+@every_partner
+def test_the_density_is_the_determinant_of_the_whole_jacobian(partner: flows.Partner) -> None:
+    torch.manual_seed(0)
+    flow = flows.HybridFlow(3, 8, 4, 1, partner=partner, estimator=logdet.Exact()).double()
+    rows = table().double()
+    flow.initialize(rows)
+    train(flow, rows[:64])
+    few = rows[:6]
+    expected = log_prob_by_slogdet(flow, few)
+    torch.testing.assert_close(flow.log_prob(few), expected, rtol=1e-7, atol=1e-7)
+
+
+@every_partner
+def test_samples_are_scored_as_they_were_drawn(partner: flows.Partner) -> None:
+    torch.manual_seed(0)
+    flow = flows.HybridFlow(3, 8, 4, 1, partner=partner).double()
+    flow.initialize(table().double())
+    train(flow, table(64).double())
+    with torch.no_grad(), transforms.using(flow, estimator=logdet.Exact()):
+        samples, log_prob = flow.sample_and_log_prob(50)
+        torch.testing.assert_close(flow.log_prob(samples), log_prob, rtol=1e-4, atol=1e-4)
+
+
+@every_partner
+def test_every_feature_is_transformed_by_the_partners_alone(partner: flows.Partner) -> None:
+    rows = torch.randn(1, 5).double()
+    for features in (2, 5):
+        pair = [wild(partner(index, features, 8, 1, None)) for index in (0, 1)]
+        row = rows[:, :features]
+
+        def outputs(inputs: Tensor, pair: list[nn.Module] = pair, row: Tensor = row) -> Tensor:
+            for each in pair:
+                inputs = each(inputs)[0]
+            return inputs[0]
+
+        jacobian = torch.autograd.functional.jacobian(outputs, row)[:, 0]
+        moved = outputs(row) - row[0]
+        assert bool((moved != 0).all())
+        assert bool((jacobian - torch.diag(jacobian.diagonal())).abs().sum() > 0)
+
+
+@every_partner
+def test_a_context_is_used_and_cannot_be_forgotten(partner: flows.Partner) -> None:
+    flow = flows.HybridFlow(2, 8, 2, 1, context_features=3, partner=partner)
+    rows, context = table(64, 2), torch.randn(64, 3)
+    flow.initialize(rows, context)
+    train(flow, rows, context)
+    difference = flow.log_prob(rows, context) - flow.log_prob(rows, context + 1)
+    assert bool((difference.abs() > 0).all())
+    assert flow.sample(4, context[:5]).shape == (5, 4, 2)
+    with pytest.raises(ValueError, match="no context was given"):
+        flow.log_prob(rows)
+    with pytest.raises(ValueError, match="to a model without"):
+        flows.HybridFlow(2, 8, 2, partner=partner).log_prob(rows, context)
+
+
+@every_partner
+def test_training_goes_on_from_a_state_dict_as_if_it_had_not_stopped(
+    partner: flows.Partner,
+) -> None:
+    def build() -> flows.HybridFlow:
+        return flows.HybridFlow(3, 8, 3, 1, partner=partner)
+
+    torch.manual_seed(0)
+    flow, rows = build(), table(128)
+    flow.initialize(rows)
+    train(flow, rows)
+    stored = io.BytesIO()
+    torch.save(flow.state_dict(), stored)
+    stored.seek(0)
+    other = build()
+    other.load_state_dict(torch.load(stored, weights_only=True))
+    for each in (flow, other):
+        torch.manual_seed(5)
+        train(each, 3 * rows - 1)
+    for mine, its in zip(flow.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=0)
+
+
+def test_the_start_is_worth_nats_and_no_later_batch_repeats_it() -> None:
+    torch.manual_seed(0)
+    rows, none, started = table(), flows.HybridFlow(3, 8, 2), flows.HybridFlow(3, 8, 2)
+    started.initialize(rows[:1000])
+    with torch.no_grad():
+        before, after = (each.eval().log_prob(rows[1000:]).mean() for each in (none, started))
+    assert after > before + 100
+    state = {name: value.clone() for name, value in started.state_dict().items()}
+    started.train().log_prob(7 * rows + 3)
+    for name, value in started.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_layers_are_counted_together_and_begin_with_a_residual_block() -> None:
+    for num_layers in (1, 2, 5):
+        flow = flows.HybridFlow(4, 8, num_layers)
+        kinds = [type(each) for each in flow._transform._transforms]
+        assert kinds.count(transforms.ResidualTransform) == (num_layers + 1) // 2
+        assert kinds.count(SplineCoupling) == num_layers // 2
+        assert kinds.count(transforms.LinearTransform) == num_layers
+        assert len(flow.lipschitz_bound().blocks) == (num_layers + 1) // 2
+
+
+def test_a_partner_of_ones_own_is_told_its_index_and_the_sizes() -> None:
+    seen = []
+
+    def partner(*sizes: int | None) -> Transform:
+        seen.append(sizes)
+        return IdentityTransform()
+
+    flows.HybridFlow(3, 8, 5, 1, context_features=2, partner=partner)
+    assert seen == [(0, 3, 8, 1, 2), (1, 3, 8, 1, 2)]
+
+
+def test_one_feature_works_with_what_need_not_split_it_and_is_refused_by_what_must() -> None:
+    for partner in (flows.spline_coupling, flows.affine_coupling):
+        with pytest.raises(ValueError, match=r"features is 1: use partner=masked_autoregressive"):
+            flows.HybridFlow(1, 8, 2, partner=partner)
+    flow = flows.HybridFlow(1, 8, 2, partner=flows.masked_autoregressive)
+    flow.initialize(table(100, 1))
+    assert flow.log_prob(flow.sample(5)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            partial(flows.HybridFlow, partner="spline-coupling"),  # type: ignore[arg-type]
+            "partner must make a transform",
+        ),
+        (partial(flows.HybridFlow, partner=IdentityTransform()), "partner must make a transform"),
+        (partial(flows.HybridFlow, net=nn.Identity()), "net must make a network"),
+        (partial(flows.HybridFlow, partner=lambda *sizes: None), "partner returned None"),
+        (partial(flows.HybridFlow, marginal_bins=-1), "marginal_bins must be at least 1, got -1"),
+        (
+            partial(flows.HybridFlow, partner=partial(flows.spline_coupling, bound=-1.0)),
+            "bound must be positive and finite, got -1.0",
+        ),
+        (
+            partial(flows.HybridFlow, partner=partial(flows.spline_coupling, num_bins=0)),
+            "num_bins must be at least 1, got 0",
+        ),
+    ],
+)
+def test_mistakes_are_named(build: Callable[..., flows.Flow], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(3, 8, 2)
+
+
+# --- its step as one graph ------------------------------------------------------------------------
+
+
+@every_partner
+def test_a_training_step_is_captured(recorder: EmulatedRecorder, partner: flows.Partner) -> None:
+    torch.manual_seed(0)
+    flow = flows.HybridFlow(3, 8, 2, 1, partner=partner).double()
+    batches = table(64).double().split(16)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, capturable=True, foreach=True)
+    step = GraphedStep(flow, optimizer, batches[0])
+    for batch in batches:
+        step(batch)
+    assert step.is_captured, step.reason
+
+
+def test_the_spline_couplings_of_nflows_are_not(recorder: EmulatedRecorder) -> None:
+    torch.manual_seed(0)
+
+    def partner(*sizes: int | None) -> Transform:
+        return nflows_twin(flows.spline_coupling(*sizes))  # type: ignore[arg-type]
+
+    flow = flows.HybridFlow(3, 8, 2, 1, partner=partner).double()
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, capturable=True, foreach=True)
+    with pytest.warns(NotCapturedWarning):
+        assert not GraphedStep(flow, optimizer, table(16).double()).is_captured
+
+
+# --- the coupling by splines ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_the_spline_coupling_is_that_of_nflows(parity: int) -> None:
+    coupling = wild(flows.spline_coupling(parity, 5, 8, 1, num_bins=6, bound=2.0))
+    twin = nflows_twin(coupling)
+    rows = 2 * torch.randn(400, 5).double()
+    for mine, its in ((coupling, twin), (coupling.inverse, twin.inverse)):
+        for found, expected in zip(mine(rows), its(rows), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_the_spline_coupling_are_right_within_and_beyond_the_bound() -> None:
+    coupling = wild(flows.spline_coupling(0, 3, 4, 1, num_bins=4, bound=1.0))
+    rows = torch.tensor([[0.3, -0.2, 0.8], [-4.0, 0.5, 3.0]]).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda inputs: coupling(inputs), (rows,))
+    outputs = coupling(rows)[0].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda inputs: coupling.inverse(inputs), (outputs,))
+
+
+def test_the_inverse_of_the_spline_coupling_survives_rounding() -> None:
+    """In float32 the discriminant of nflows can be negative, which is an AssertionError there."""
+    coupling = wild(flows.spline_coupling(0, 4, 16, 1)).float()
+    for parameter in coupling.parameters():
+        parameter.data.mul_(6)
+    rows = 3 * torch.randn(20_000, 4)
+    with torch.no_grad():
+        outputs, logabsdet = coupling.inverse(rows)
+    assert outputs.isfinite().all()
+    assert logabsdet.isfinite().all()
+    assert bool((outputs.abs() <= torch.maximum(rows.abs(), torch.tensor(5.0)) + 1e-4).all())
+
+
+def test_values_at_the_bound_and_at_knots_are_finite_with_finite_gradients() -> None:
+    coupling = flows.spline_coupling(0, 2, 8, 1, num_bins=4, bound=2.0)
+    places = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 2.0 + 1e-6, 1e20])
+    rows = torch.stack([places, torch.zeros(7)], dim=1).requires_grad_()
+    for direction in (coupling, coupling.inverse):
+        outputs, logabsdet = direction(rows)
+        (gradient,) = torch.autograd.grad(outputs.sum() + logabsdet.sum(), rows)
+        for each in (outputs, logabsdet, gradient):
+            assert each.isfinite().all()

@@ -1,0 +1,367 @@
+"""Training that stops by itself: what is counted, kept, clipped, seeded and refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nflows.flows import MaskedAutoregressiveFlow
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nflows_iresnet import ResidualFlow, logdet, transforms
+from nflows_iresnet.nn import PowerIteration
+from nflows_iresnet.training import (
+    Batches,
+    FirstOf,
+    History,
+    Seconds,
+    Steps,
+    Training,
+    TrainingDivergedError,
+    TrainingPlan,
+    fit,
+    run,
+)
+
+
+def rows_of(count: int, features: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+
+
+def residual_flow(**options: Any) -> ResidualFlow:
+    torch.manual_seed(0)
+    return ResidualFlow(2, 8, num_layers=2, num_blocks_per_layer=1, **options)
+
+
+class Line(nn.Module):
+    """A "density" whose gradient is as steep as one likes."""
+
+    def __init__(self, slope: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.slope = nn.Parameter(torch.zeros(2)), slope
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        return inputs.sum(dim=1) * 0 + self.slope * self.weight.sum()
+
+
+def quick(model: Any, **options: Any) -> History:
+    given: dict[str, Any] = {"max_steps": 10, "validations": 5, "batch_size": 8, **options}
+    return fit(model, rows_of(40), given.pop("validation", rows_of(20, seed=1)), **given)
+
+
+# --- what is learned ------------------------------------------------------------------------------
+
+
+def test_a_flow_learns_and_its_best_state_is_restored() -> None:
+    flow = residual_flow()
+    train, validation = rows_of(400), rows_of(200, seed=1)
+    history = fit(flow, train, validation, max_steps=60, validations=6, learning_rate=1e-2)
+    with torch.no_grad(), transforms.using(flow, estimator=logdet.Exact()):
+        value = -float(flow.log_prob(validation).double().mean())
+    assert value == pytest.approx(history.best_validation, abs=1e-6), "exact, and of the average"
+    assert history.best_validation == min(point.validation for point in history.curve)
+    gaussian = 2 * (0.5 * math.log(2 * math.pi * math.e) + math.log(3))
+    assert history.best_validation < gaussian + 0.5
+    assert not flow.training
+
+
+def test_a_flow_of_nflows_with_context_learns_from_a_data_loader() -> None:
+    rows = rows_of(64)
+    context = rows[:, :1] + 0.1
+    torch.manual_seed(0)
+    flow = MaskedAutoregressiveFlow(2, 8, num_layers=1, num_blocks_per_layer=1)
+    plain = fit(flow, DataLoader(TensorDataset(rows), 16, shuffle=True), rows, max_steps=8)
+    assert plain.steps == 8
+    conditional = residual_flow(context_features=1)
+    loader = DataLoader(TensorDataset(rows, context), 16, shuffle=True)
+    from_loader = fit(conditional, loader, (rows, context), max_steps=8, validations=2)
+    assert from_loader.curve[-1].validation < from_loader.curve[0].validation + 1
+    from_pair = fit(residual_flow(context_features=1), (rows, context), loader, max_steps=4)
+    assert from_pair.steps == 4
+
+
+def test_a_model_of_normflows_learns_by_a_loss_of_its_own() -> None:
+    normflows = pytest.importorskip("normflows")
+    from normflows.utils import update_lipschitz
+
+    torch.manual_seed(0)
+    blocks = [normflows.flows.Residual(normflows.nets.LipschitzMLP([2, 8, 2])) for _ in range(2)]
+    model = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(2), blocks)
+    calls: list[int] = []
+
+    def after_step() -> None:
+        calls.append(1)
+        update_lipschitz(model, 5)
+
+    def loss(flow: Any, rows: Tensor) -> Tensor:
+        value: Tensor = flow.forward_kld(rows.clone())
+        return value
+
+    history = quick(model, loss=loss, after_step=after_step, learning_rate=1e-2)
+    assert history.steps == len(calls) == 10
+    assert history.curve[-1].validation < history.curve[0].validation
+
+
+def test_what_starts_from_data_starts_from_the_training_rows_and_only_once() -> None:
+    flow, rows = residual_flow(), rows_of(6000) * 50
+    seen: list[Tensor] = []
+    start = flow.initialize
+    flow.initialize = lambda *given: (seen.append(given[0]), start(*given))[1]  # type: ignore
+    fit(flow, rows, rows[:100], max_steps=2, validations=1)
+    fit(flow, rows, rows[:100], max_steps=2, validations=1)
+    (first,) = seen
+    assert torch.equal(first, rows[:5000])
+    untouched = residual_flow()
+    untouched.initialize = lambda *given: pytest.fail("it was started")  # type: ignore
+    fit(untouched, rows, rows[:100], max_steps=1, validations=1, initialize=False)
+
+
+# --- when it stops, and what it keeps -------------------------------------------------------------
+
+
+def test_patience_ends_it_and_the_history_says_so() -> None:
+    values, model = iter([3.0, 1.0, *[2.0] * 90]), Line()
+    weights: list[Tensor] = []
+
+    def validate(flow: Any) -> float:
+        weights.append(flow.weight.detach().clone())
+        return next(values)
+
+    history = quick(model, validation=validate, max_steps=90, validations=90, patience=4)
+    assert (history.stopped, history.steps, history.best_step) == ("patience", 6, 2)
+    assert history.best_validation == 1.0
+    assert torch.equal(model.weight, weights[1])
+
+
+def test_the_first_of_steps_and_seconds_ends_it() -> None:
+    both = FirstOf((Steps(100), Seconds(10.0)))
+    assert both.progress(50, 1.0) == 0.5
+    assert both.progress(10, 9.0) == 0.9
+    assert quick(Line(), max_steps=7, max_seconds=1e6).steps == 7
+    assert quick(Line(), max_steps=10**9, max_seconds=1e-9).steps == 1
+
+
+class Clock:
+    """A step takes one second of it, and a validation a thousand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_training_time_includes_neither_validation_nor_what_is_shown() -> None:
+    clock, model = Clock(), Line()
+
+    def validate() -> float:
+        clock.now += 1000.0
+        return 0.0
+
+    def step() -> None:
+        clock.now += 1.0
+
+    def show(done: float, loss: float) -> None:
+        clock.now += 500.0
+
+    plan = TrainingPlan(1e-2, Seconds(12.0), validations=4, clock=clock)
+    stream = Batches(rows_of(20), 4, 0)
+    history = run(Training(model, stream, plan, validate, after_step=step), show)
+    assert (history.steps, history.seconds) == (12, 12.0)
+    assert [point.seconds for point in history.curve] == [3.0, 6.0, 9.0, 12.0]
+
+
+def test_the_schedule_follows_the_part_that_is_done() -> None:
+    rates: list[float] = []
+    model = Line()
+    optimizer = torch.optim.SGD(
+        [{"params": [model.weight], "lr": 0.5}, {"params": [nn.Parameter(torch.zeros(1))]}], lr=2.0
+    )
+    step = optimizer.step
+    optimizer.step = lambda *rest: (  # type: ignore[method-assign, assignment]
+        rates.append(optimizer.param_groups[0]["lr"]),
+        step(*rest),
+    )[1]
+    quick(model, optimizer=optimizer, warmup=0.2)
+    plan = TrainingPlan(0.5, Steps(10), warmup=0.2)
+    assert rates == pytest.approx([plan.learning_rate_at(k / 10) for k in range(10)])
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(4 * rates[-1])
+
+
+@pytest.mark.parametrize("limit", [1e-3, None])
+def test_gradients_are_clipped(limit: float | None) -> None:
+    model = Line(slope=1e6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    moved = []
+
+    def note() -> None:
+        moved.append(float(model.weight.detach().norm()))
+
+    quick(model, optimizer=optimizer, max_grad_norm=limit, max_steps=1, after_step=note, warmup=0)
+    assert moved[0] == pytest.approx(1e6 * math.sqrt(2) if limit is None else limit, rel=1e-4)
+
+
+# --- the average of the weights -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [None, PowerIteration()], ids=["exact", "power-iteration"])
+def test_the_averaged_flow_is_whole(norm: Any) -> None:
+    """Buffers are those of the trained flow, certificates hold, and it can be saved and loaded."""
+    flow = residual_flow(norm=norm)
+    quick(flow, learning_rate=0.1, max_steps=30)
+    if norm is None:
+        assert max(flow.lipschitz_bound().blocks) <= 0.97
+    other, rows = residual_flow(norm=norm), rows_of(10)
+    other.load_state_dict(flow.state_dict())
+    other.eval()
+    with torch.no_grad(), transforms.using(flow, estimator=logdet.Exact()):
+        first = flow.log_prob(rows)
+        with transforms.using(other, estimator=logdet.Exact()):
+            torch.testing.assert_close(other.log_prob(rows), first)
+    noise = flow.transform_to_noise(rows)
+    torch.testing.assert_close(flow._transform.inverse(noise)[0], rows, atol=1e-3, rtol=1e-3)
+
+
+def test_averages_are_of_the_weights_after_each_step() -> None:
+    model, seen, weights = Line(), [], []
+
+    def validate(flow: Any) -> float:
+        seen.append(flow.weight.detach().clone())
+        return -len(seen)
+
+    def note() -> None:
+        weights.append(model.weight.detach().clone())
+
+    options: dict[str, Any] = {"validation": validate, "after_step": note, "validations": 10}
+    quick(model, average_decay=0.9, **options)
+    average = weights[0]
+    for k, weight in enumerate(weights[1:], start=1):
+        average = torch.lerp(weight, average, min(0.9, k / (k + 10)))
+        torch.testing.assert_close(seen[k], average)
+    assert torch.equal(model.weight, seen[-1])
+
+
+def test_a_net_that_is_no_flow_of_ours_keeps_its_buffers() -> None:
+    class Counting(Line):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2, affine=False)
+
+        def log_prob(self, inputs: Tensor) -> Tensor:
+            return super().log_prob(self.norm(inputs))
+
+    model = Counting()
+    quick(model)
+    assert int(model.norm.num_batches_tracked) == 10  # type: ignore[arg-type]
+
+
+# --- seeds, records, interruption -----------------------------------------------------------------
+
+
+def test_one_seed_reproduces_everything_and_nothing_global_is_touched() -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr]
+    ends = []
+    for seed in (3, 3, 4):
+        flow = residual_flow(estimator=logdet.RussianRoulette())
+        torch.set_rng_state(before[0])
+        history = quick(flow, seed=seed)
+        ends.append(([(p.train, p.validation) for p in history.curve], flow.state_dict()))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert np.array_equal(np.random.get_state()[1], before[1])  # type: ignore[index]
+    assert ends[0][0] == ends[1][0] != ends[2][0]
+    for name, value in ends[0][1].items():
+        assert torch.equal(value, ends[1][1][name]), name
+
+
+def test_the_history_is_its_json() -> None:
+    values = iter([2.0, math.nan, 1.0, math.inf, 3.0])
+    history = quick(Line(), validation=lambda flow: next(values))
+    again = History.from_json(history.to_json())
+    assert again.to_json() == history.to_json()
+    assert (again.best_validation, again.best_step, again.stopped) == (1.0, 6, "length")
+    assert math.isnan(again.curve[1].validation)
+
+
+def test_ctrl_c_returns_what_was_reached() -> None:
+    def press(limit: float) -> Callable[[float, float], None]:
+        def on_step(done: float, loss: float) -> None:
+            if done >= limit:
+                raise KeyboardInterrupt
+
+        return on_step
+
+    history = quick(Line(), on_step=press(0.7))
+    assert (history.stopped, history.steps, history.best_step) == ("interrupted", 7, 6)
+    with pytest.raises(KeyboardInterrupt):
+        quick(Line(), on_step=press(0.1))
+
+
+def test_validations_are_shown_where_they_are_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    quick(Line(), progress=True)
+    assert "best validation" in capsys.readouterr().err
+    quick(Line())
+    assert capsys.readouterr().err == ""
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_the_remedy() -> None:
+    class Broken(Line):
+        steps = 0
+
+        def log_prob(self, inputs: Tensor) -> Tensor:
+            self.steps += self.training
+            return super().log_prob(inputs) + (math.nan if self.steps == 6 else 0.0)
+
+    with pytest.raises(TrainingDivergedError, match="nan at step 6; lower the learning rate"):
+        quick(Broken())
+    with pytest.raises(TrainingDivergedError, match="validation NLL was never finite"):
+        quick(Line(), validation=lambda flow: math.nan)
+
+
+ROWS = rows_of(20)
+WITH_NAN = torch.where(torch.arange(20)[:, None] == 3, math.nan, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "message"),
+    [
+        (ROWS[:0], {}, "there are no training rows"),
+        (WITH_NAN, {}, "1 of 20 training rows are not finite, first row 3"),
+        (ROWS.numpy(), {}, "ndarray"),
+        ((ROWS, ROWS[:5]), {}, "one context for each of the 20"),
+        (5, {}, "data loader, got int"),
+        (iter(()), {"initialize": False}, "training loader has no batch"),
+        (ROWS, {"max_steps": 0}, "max_steps must be at least 1"),
+        (ROWS, {"max_seconds": -1.0}, "max_seconds must be a positive number"),
+        (ROWS, {"learning_rate": math.nan}, "learning_rate must be a positive number"),
+        (ROWS, {"patience": 0}, "patience must be a positive number"),
+        (ROWS, {"warmup": 1.0}, "warmup must be a part of the training"),
+        (ROWS, {"average_decay": 1.0}, "decay must be in"),
+        (ROWS, {"batch_size": 0}, "batch_size must be at least 1"),
+        (ROWS, {"max_grad_norm": 0.0}, "max_grad_norm must be a positive number"),
+    ],
+)
+def test_what_cannot_work_is_refused(train: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(Line(), train, ROWS, **{"max_steps": 2, **options})
+
+
+def test_frozen_flows_are_refused() -> None:
+    with pytest.raises(ValueError, match="nothing is to be trained"):
+        quick(residual_flow().requires_grad_(False))
+
+
+def test_rows_are_cast_to_the_precision_of_the_flow() -> None:
+    flow = residual_flow()
+    assert fit(flow, ROWS.double(), ROWS.double(), max_steps=2, validations=1).steps == 2
