@@ -12,7 +12,7 @@ from torch import Tensor
 from nflows_iresnet import nn, testing
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn.activations import LIPSWISH_DIVISOR
-from nflows_iresnet.nn.layers import rounding_margin
+from nflows_iresnet.nn.layers import NormedLinear, rounding_margin
 
 UPPER_NORMS: dict[str, nn.MatrixNorm] = {
     "spectral": nn.SpectralNorm(),
@@ -432,3 +432,56 @@ def test_the_certificate_of_a_matrix_allows_for_its_decomposition() -> None:
         weight = torch.randn(shape, dtype=torch.float64)
         allowance = 1 + 32 * max(shape) * torch.finfo(torch.float64).eps
         assert nn.spectral_norm_bound(weight) == true_norm(weight) * allowance
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        torch.nn.SiLU(),
+        torch.nn.GELU(),
+        torch.nn.Sigmoid(),
+        torch.nn.Softplus(),
+        torch.nn.ELU(alpha=1.5),
+        torch.nn.LeakyReLU(negative_slope=-2.0),
+    ],
+    ids=str,
+)
+def test_activations_of_torch_are_nowhere_steeper_than_their_constant(
+    activation: torch.nn.Module,
+) -> None:
+    points = torch.linspace(-8, 8, 160_001, dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(activation(points).sum(), points)
+    steepest = float(slopes.abs().max())
+    assert steepest <= nn.lipschitz_bound(activation) <= 1.01 * max(1.0, steepest)
+
+
+def test_one_layer_with_an_estimate_takes_the_guarantee_from_all() -> None:
+    net = nn.LipschitzMLP(2, [8])
+    assert net.lipschitz == net.coeff
+    layer = net.layers[0]
+    assert isinstance(layer, NormedLinear)
+    net.layers[0] = NormedLinear(2, 8, norm=nn.PowerIteration())
+    assert net.lipschitz is None
+
+
+def test_power_iteration_does_not_improve_where_no_gradient_is_recorded() -> None:
+    """Validation in training mode changes no model."""
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [8], norm=nn.PowerIteration(num_initial_steps=0)).train()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    with torch.no_grad():
+        net(torch.randn(3, 2))
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+
+
+def test_a_grouped_convolution_is_as_steep_as_its_steepest_group() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(4, 4, 3, groups=2, padding=1)
+    for steep in (0, 1):
+        with torch.no_grad():
+            module.weight.chunk(2)[steep].mul_(10)
+        bounds = [nn.conv_norm_bound(group) for group in module.weight.chunk(2)]
+        assert nn.lipschitz_bound(module) == max(bounds)
+        with torch.no_grad():
+            module.weight.chunk(2)[steep].div_(10)

@@ -252,3 +252,18 @@ def test_the_default_estimator_counts_all_values_of_a_row_and_asks_for_a_bound()
         assert (auto.estimate(net, inputs).standard_error is not None) == is_exact
         at_inputs, bound = linearize(net, inputs), getattr(net, "lipschitz", None)
         assert (auto.logabsdet(at_inputs, bound)[1] is not None) == is_exact
+
+
+def test_the_log_slopes_of_all_features_count_in_every_way_to_ask() -> None:
+    """Forward, inverse, and where a transform of torch.func looks into the operations."""
+    torch.manual_seed(0)
+    spline = transforms.ElementwiseRationalQuadraticSpline(3).double()
+    for parameter in spline.parameters():
+        nn.init.normal_(parameter)
+    rows = torch.randn(5, 3, dtype=torch.float64)
+    outputs, logabsdet = spline(rows)
+    slopes = torch.func.vmap(torch.func.jacrev(lambda row: spline(row[None])[0][0]))(rows)
+    torch.testing.assert_close(logabsdet, torch.linalg.slogdet(slopes).logabsdet)
+    torch.testing.assert_close(spline.inverse(outputs)[1], -logabsdet)
+    traced = torch.func.vmap(lambda row: spline(row[None])[1][0])(rows)
+    torch.testing.assert_close(traced, logabsdet)
