@@ -289,8 +289,17 @@ class AutogradLinearization(Linearization):
 
 
 def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
-    with unrecorded(), _out_of_inference_mode():
-        value, pullback = torch.func.vjp(function, inputs)[:2]
+    try:
+        with unrecorded(), _out_of_inference_mode():
+            value, pullback = torch.func.vjp(function, inputs)[:2]
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        raise ValueError(
+            "the network changes a tensor of its own while it is evaluated, as power iteration "
+            "does, but one call must see one g: use a network whose forward changes nothing, such "
+            "as those of nflows_iresnet.nn (some others change nothing in evaluation mode)"
+        ) from error
 
     def pulled(cotangent: Tensor) -> Tensor:
         with _out_of_inference_mode():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from typing import TypeVar
 
+from torch import Tensor
+
 Strategy = TypeVar("Strategy")
 
 
@@ -19,6 +21,20 @@ def validated_size(name: str, value: int) -> int:
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     return size
+
+
+def require_tensor(name: str, values: object) -> None:
+    """Raise unless values are a tensor.
+
+    Args:
+        name: what the values are, for the message.
+        values: what was given for them.
+    """
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"the {name} must be a tensor, got {type(values).__name__}: convert by "
+            "torch.as_tensor(..., dtype=torch.float32), or what precision the weights have"
+        )
 
 
 def validated_strategy(name: str, value: object, kind: type[Strategy], example: str) -> Strategy:

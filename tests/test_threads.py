@@ -246,6 +246,9 @@ def through_file(flow: nn.Module, folder: Path) -> nn.Module:
     return loaded
 
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+compiles = pytest.mark.skipif(TORCH < (2, 9), reason="older compilers do not take our networks")
+
 COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     "deepcopy": lambda flow, _: copy.deepcopy(flow),
     "copy": lambda flow, _: copy.copy(flow),
@@ -303,6 +306,7 @@ def test_distributed_data_parallel_uses_what_is_in_force(tmp_path: Path) -> None
         distributed.destroy_process_group()
 
 
+@compiles
 @pytest.mark.parametrize("first", ["outside", "inside"])
 def test_what_is_compiled_follows(first: str) -> None:
     torch.compiler.reset()
@@ -316,6 +320,7 @@ def test_what_is_compiled_follows(first: str) -> None:
             assert float(in_thread(compiled)) == 1.0
 
 
+@compiles
 def test_other_flows_are_compiled_to_one_graph_inside() -> None:
     torch.compiler.reset()
     flow, other = block(1.0), block(2.0)

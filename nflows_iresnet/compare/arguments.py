@@ -33,11 +33,13 @@ models with --images:
 """
 CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
-at --hidden-features and --num-layers. `mnist --images` is residual-flow alone unless other --models
-are named, with a size, a start and a time that suit the device: ten minutes of training on a GPU,
-two on a CPU. On a GPU a training step is one CUDA graph where that can be, and it is said where it
-cannot. A training under way is saved every few minutes, and goes on
-from there with --resume. The exit status is 0 when the comparison is complete (a model
+at --hidden-features and --num-layers. The validation rows choose all that is chosen: training stops
+after --patience validations without a new best, the best state of the averaged weights is kept, and
+of several --learning-rates the best one; the test rows choose nothing. `mnist --images` is
+residual-flow alone unless other --models are named, with a size, a start and a time that suit the
+device: ten minutes of training on a GPU, two on a CPU. On a GPU a training step is one CUDA graph
+where that can be, and it is said where it cannot. A training under way is saved every few minutes,
+and goes on from there with --resume. The exit status is 0 when the comparison is complete (a model
 that fails is a result), 1 when a file cannot be written, 2 for arguments or data that cannot work,
 130 after Ctrl-C, which saves the training under way at the end of its step (again, it stops at
 once).

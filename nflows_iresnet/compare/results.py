@@ -179,7 +179,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Folder:
-    """The output folder: results.json, runs/*.npz, runs/*.pt under way, *.png and report.html."""
+    """The output folder: results.json, runs/*.npz, runs/*.pt under way, *.png and report.html.
+
+    A race adds race.md.
+    """
 
     path: Path
 

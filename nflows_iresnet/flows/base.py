@@ -20,7 +20,7 @@ from nflows_iresnet.precision import context_like_weights, training_products
 from nflows_iresnet.transforms import initialize
 from nflows_iresnet.transforms.initialization import evaluating
 from nflows_iresnet.transforms.residual import inverse_values_only
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import require_tensor, validated_size
 
 
 class StandardNormal(_NflowsStandardNormal):
@@ -261,12 +261,12 @@ class Flow(_NflowsFlow):
         return training_products(self, "anything")
 
     def _check_given(self, inputs: Tensor, context: Tensor | None) -> None:
-        _require_tensor("inputs", inputs)
+        require_tensor("inputs", inputs)
         if self._expects is not None:
             self._expects.check_inputs(inputs)
         if context is None:
             return
-        _require_tensor("context", context)
+        require_tensor("context", context)
         if inputs.shape[:1] != context.shape[:1]:
             raise ValueError(
                 f"the context must have one row for each row of the inputs, but its shape is "
@@ -276,7 +276,7 @@ class Flow(_NflowsFlow):
     def _embedded(self, context: Tensor | None) -> Tensor | None:
         """Return the context that the transform takes, or raise."""
         if context is not None:
-            _require_tensor("context", context)
+            require_tensor("context", context)
         elif self._expects is not None and self._expects.optional_context:
             return None
         embedded = self._embedded_by_net(context)
@@ -325,14 +325,6 @@ def _grouped(values: Tensor, num_samples: int, context: Tensor | None) -> Tensor
     if context is None:
         return values
     return values.unflatten(0, (context.shape[0], num_samples))
-
-
-def _require_tensor(name: str, values: object) -> None:
-    if not isinstance(values, Tensor):
-        raise ValueError(
-            f"the {name} must be a tensor, got {type(values).__name__}: convert by "
-            "torch.as_tensor(..., dtype=torch.float32), or what precision the flow has"
-        )
 
 
 _KNOWN_PACKAGES = ("nflows", "nflows_iresnet")

@@ -1,1 +1,4 @@
-"""Bridges to other libraries, each imported by its name: `nflows_iresnet.interop.normflows`."""
+"""Bridges to other libraries, each imported by its name: `nflows_iresnet.interop.normflows`.
+
+`distributions` for `torch.distributions`, Pyro and zuko; `normflows`; `sbi`.
+"""

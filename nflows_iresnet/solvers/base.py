@@ -489,7 +489,9 @@ def read(values: Tensor) -> NDArray[Any]:
     Inside transforms of `torch.func` they are those of all the calls that are mapped.
     """
     if torch._C._functorch.is_functorch_wrapped_tensor(values):
-        return np.array(concrete(values).tolist())
+        inner = concrete(values)
+        with torch._C._DisableFuncTorch():  # else torch 2.4 wraps it again
+            return np.array(inner.tolist())
     return values.numpy() if values.device.type == "cpu" else values.cpu().numpy()
 
 

@@ -25,6 +25,7 @@ from nflows_iresnet.precision import (
 from nflows_iresnet.tensor_float import Work
 from nflows_iresnet.transforms.linear import LinearTransform, LinearWeight, weights_together
 from nflows_iresnet.transforms.residual import as_used
+from nflows_iresnet.validation import require_tensor
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -63,6 +64,7 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
+        _require_rows(inputs, context)
         require_finite_in_training(self, inputs, context)
         bound, weights = self._bind(inputs, context), self._weights(inputs)
         outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
@@ -81,6 +83,7 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
+        _require_rows(inputs, context)
         bound = self._bind(inputs, context)
         outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
         for transform in reversed(self._transforms):
@@ -123,6 +126,17 @@ class CompositeTransform(_NflowsCompositeTransform):
     def extra_repr(self) -> str:
         """Show whether activations are kept."""
         return "recompute=True" if self.recompute else ""
+
+
+def _require_rows(inputs: Tensor, context: Tensor | None) -> None:
+    require_tensor("inputs", inputs)
+    if context is not None:
+        require_tensor("context", context)
+    if inputs.dim() == 0:
+        raise ValueError(
+            f"expected inputs of shape (batch, ...), got the number {inputs}: give a tensor with "
+            "one row for each sample"
+        )
 
 
 def _total(logabsdets: list[Tensor]) -> Tensor:

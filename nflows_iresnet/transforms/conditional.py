@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet.conditioning import check_context, context_mlp
 from nflows_iresnet.precision import context_like_weights, like_weights, training_precision
-from nflows_iresnet.validation import validated_size, validated_strategy
+from nflows_iresnet.validation import require_tensor, validated_size, validated_strategy
 
 _HIDDEN_FEATURES = (64, 64)
 _MAX_LOG_SCALE = 7.0
@@ -92,10 +92,13 @@ class ConditionalAffine(Transform):
         return _MAX_LOG_SCALE * (raw / _MAX_LOG_SCALE).tanh(), shift
 
     def _checked(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        require_tensor("inputs", inputs)
         if inputs.dim() != 2 or inputs.shape[1] != self.features:
             raise ValueError(
                 f"expected inputs of shape (batch, {self.features}), got {tuple(inputs.shape)}"
             )
+        if context is not None:
+            require_tensor("context", context)
         check_context(context, self.context_features, optional=self.optional_context)
         if context is not None and context.shape[0] != inputs.shape[0]:
             raise ValueError(

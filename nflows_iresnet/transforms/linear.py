@@ -24,7 +24,7 @@ from nflows_iresnet.transforms.normalization import (
     likely_moments,
     over_processes,
 )
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import require_tensor, validated_size
 
 Initialization = Literal["identity", "whitening"]
 
@@ -192,6 +192,7 @@ class LinearTransform(Transform):
         return like_weights(inputs, self)
 
     def _check_shape(self, inputs: Tensor) -> None:
+        require_tensor("inputs", inputs)
         features = self.factors.shape[0]
         if inputs.dim() not in (2, 4) or inputs.shape[1] != features:
             raise ValueError(
@@ -394,8 +395,7 @@ def _of_few(moments: _Moments, rounding: float) -> tuple[Tensor, Tensor, Tensor]
     """Return no correlations, and the scales and means (F,) of a few rows."""
     deviation = moments.covariance.diagonal().sqrt()
     deviation = torch.where(deviation <= _ROUNDINGS * rounding, 0.0, deviation * moments.largest)
-    count = deviation.new_tensor(float(moments.num_rows))
-    mean, scale = likely_moments(moments.mean, deviation, count)
+    mean, scale = likely_moments(moments.mean, deviation, moments.num_rows)
     return torch.ones_like(scale).diag(), scale, mean
 
 
@@ -415,7 +415,7 @@ def _whitening(moments: _Moments, rounding: float) -> tuple[Tensor, Tensor, Tens
     most = min(1.0, moments.freedom / (_ROWS_PER_FEATURE * deviation.shape[0]))
     trust = most * eigenvalues.new_tensor(_TRUST)[:, None]
     best = _best_trust(_scores_left_out(squares, eigenvalues, trust, moments.num_rows), moments)
-    regular = vectors * _trusted(eigenvalues, trust)[best] @ vectors.mT
+    regular = vectors * _trusted(eigenvalues, trust).index_select(0, best) @ vectors.mT
     identity = torch.ones_like(deviation).diag()
     cholesky = torch.linalg.cholesky(regular)
     factor = torch.linalg.solve_triangular(cholesky, identity, upper=False)
@@ -452,12 +452,12 @@ def _scores_left_out(squares: Tensor, eigenvalues: Tensor, trust: Tensor, num_ro
 
 
 def _best_trust(scores: Tensor, moments: _Moments) -> Tensor:
-    """Return which t to take, as `LinearTransform` describes it, from the scores (n, T)."""
+    """Return which t to take, (1,), as `LinearTransform` describes it, from the scores (n, T)."""
     bases = (scores[:, -1:], scores[:, :1])
     gains = torch.stack([scores - base for base in bases])
     sums = torch.stack([gains.sum(1), gains.square().sum(1)])
     mean, square = over_processes(sums) / moments.num_rows
     error = ((square - mean.square()).clamp_min(0) / moments.num_rows).sqrt()
     over_all, over_none = mean - error
-    best = over_all.argmax()
-    return torch.where(over_none[best] > 0, best, 0)
+    best = over_all.argmax(0, keepdim=True)
+    return torch.where(over_none.index_select(0, best) > 0, best, 0)

@@ -10,7 +10,7 @@ from nflows.transforms.normalization import ActNorm as _NflowsActNorm
 from torch import Tensor, distributed
 
 from nflows_iresnet.precision import like_weights
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import require_tensor, validated_size
 
 _ROUNDING_UNITS = 4.0
 """A feature whose standard deviation is less than so many units in the last place is constant."""
@@ -104,6 +104,7 @@ class ActNorm(_NflowsActNorm):
         self._has_started = True
 
     def _checked(self, inputs: Tensor) -> Tensor:
+        require_tensor("inputs", inputs)
         features = self.shift.shape[0]
         if inputs.dim() in (2, 4) and inputs.shape[1] == features:
             return like_weights(inputs, self)
@@ -139,7 +140,8 @@ class ActNorm(_NflowsActNorm):
         std = (squares / (count - 1).clamp_min(1)).sqrt()
         limits = torch.finfo(self.log_scale.dtype)
         is_constant = std <= _ROUNDING_UNITS * limits.eps
-        mean, std = likely_moments(mean * unit, torch.where(is_constant, 0.0, std * unit), count)
+        std = torch.where(is_constant, 0.0, std * unit)
+        mean, std = likely_moments(mean * unit, std, int(count))
         largest = -math.log(limits.tiny)
         self.log_scale.copy_(-std.log().clamp(-largest, largest))
         self.shift.copy_(-mean * self.scale.double())
@@ -151,29 +153,24 @@ class ActNorm(_NflowsActNorm):
         self._has_started = False
 
 
-def likely_moments(mean: Tensor, std: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def likely_moments(mean: Tensor, std: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return what to take off features, and what to divide them by, as `ActNorm` describes it.
 
     Args:
         mean: shape (features,).
         std: with n - 1, zero for constants, shape (features,).
-        count: of rows, of one element.
+        count: n, at least 1.
     """
-    is_few = count < ENOUGH_ROWS
-    error = _plausible(std, count - 1)[1] / count.clamp_min(1).sqrt()
-    is_zero = is_few & ~(mean.abs() > _ERRORS_OF_ZERO * error)
-    root = torch.where(is_zero, torch.hypot(mean, std * (1 - 1 / count.clamp_min(1)).sqrt()), std)
-    lowest, highest = _plausible(root, count - 1 + is_zero)
-    cautious = torch.where(lowest > 1, root, highest.clamp_max(1))
-    scale = torch.where(is_few, cautious, root)
+    if count >= ENOUGH_ROWS:
+        return mean, torch.where(std > 0, std, 1.0)
+    error = std * _HIGHEST[count - 1] / math.sqrt(count) if count > 1 else math.inf
+    is_zero = mean.abs() <= _ERRORS_OF_ZERO * error
+    about_zero = torch.hypot(mean, std * math.sqrt(1 - 1 / count))
+    root = torch.where(is_zero, about_zero, std)
+    lowest = root * torch.where(is_zero, _LOWEST[count], _LOWEST[count - 1])
+    highest = root * torch.where(is_zero, _HIGHEST[count], _HIGHEST[count - 1])
+    scale = torch.where(lowest > 1, root, highest.clamp_max(1))
     return torch.where(is_zero, 0.0, mean), torch.where(root > 0, scale, 1.0)
-
-
-def _plausible(std: Tensor, freedom: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ends of the interval of sigma, given the root of a mean of so many squares."""
-    index = freedom.long().clamp(0, len(_LOWEST) - 1)
-    lowest, highest = std.new_tensor(_LOWEST)[index], std.new_tensor(_HIGHEST)[index]
-    return std * lowest, torch.where(index > 0, std * highest, math.inf)
 
 
 def _above(value: float) -> float:

@@ -33,7 +33,7 @@ from nflows_iresnet.precision import (
 )
 from nflows_iresnet.renamed import warn_renamed
 from nflows_iresnet.solvers import Anderson, Solver
-from nflows_iresnet.validation import validated_strategy
+from nflows_iresnet.validation import require_tensor, validated_strategy
 
 _METHODS = ("forward", "inverse", "bind")
 _EXAMPLES = {"estimator": "logdet.Exact()", "solver": "solvers.Anderson()"}
@@ -205,12 +205,14 @@ class ResidualTransform(Transform):
         return self.inverse(inputs, function=function)
 
     def _checked(self, inputs: Tensor, context: Tensor | None) -> Tensor:
-        if not isinstance(inputs, Tensor) or inputs.dim() < 2:
-            given = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        require_tensor("inputs", inputs)
+        if inputs.dim() < 2:
             raise ValueError(
-                f"expected inputs of shape (batch, ...), got {given}: give a tensor with one row "
-                "for each sample, inputs[None] for a single one"
+                f"expected inputs of shape (batch, ...), got {tuple(inputs.shape)}: give a tensor "
+                "with one row for each sample, inputs[None] for a single one"
             )
+        if context is not None:
+            require_tensor("context", context)
         if context is not None and context.shape[0] not in (1, inputs.shape[0]):
             raise ValueError(
                 f"the context must have one row for each of the {inputs.shape[0]} rows of the "

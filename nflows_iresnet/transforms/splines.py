@@ -24,7 +24,7 @@ from nflows_iresnet.transforms.rational_quadratic import (
     split,
     table_of,
 )
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import require_tensor, validated_size
 
 Initialization = Literal["identity", "quantiles"]
 
@@ -258,6 +258,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         return like_weights(inputs, self)
 
     def _check_shape(self, inputs: Tensor) -> None:
+        require_tensor("inputs", inputs)
         features = self.sizes.shape[1]
         if inputs.dim() != 2 or inputs.shape[1] != features:
             raise ValueError(

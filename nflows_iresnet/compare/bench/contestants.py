@@ -34,8 +34,8 @@ class Size:
         hidden: width of the hidden layers, h.
         blocks: residual blocks.
         bare: leave out the ActNorm beside each block.
-        marginal_bins: bins of this library's splines, None for its default; by default none, so
-            that all contestants do the same work.
+        marginal_bins: bins of this library's splines, without linear maps, or None for its default
+            flow; by default none of either, so that all contestants do the same work.
     """
 
     features: int
@@ -97,7 +97,9 @@ def our_flow(size: Size, estimator: logdet.LogDetEstimator | None = None) -> Flo
     if size.marginal_bins is None:
         flow = ResidualFlow(*sizes, estimator=estimator)
     else:
-        flow = ResidualFlow(*sizes, estimator=estimator, marginal_bins=size.marginal_bins)
+        flow = ResidualFlow(
+            *sizes, estimator=estimator, marginal_bins=size.marginal_bins, linear=False
+        )
     return flow if not size.bare else Flow(residual_block(flow), StandardNormal([size.features]))
 
 

@@ -55,7 +55,9 @@ def trained_branch(features: int, settings: Settings) -> Branch:
 def _trained_branch(features: int, steps: int, seed: int, device: torch.device) -> Branch:
     rows = datasets.load(SOURCES[features], seed=seed).train.to(device)
     seed_everything(seed)
-    flow = ResidualFlow(features, HIDDEN[features], _BLOCKS, marginal_bins=0, linear=False).to(device)
+    flow = ResidualFlow(features, HIDDEN[features], _BLOCKS, marginal_bins=0, linear=False).to(
+        device
+    )
     _train(flow, rows, steps, seed)
     return max(_branches(flow, rows), key=lambda branch: branch.jacobian_norm)
 
