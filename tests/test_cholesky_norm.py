@@ -15,7 +15,7 @@ from nflows_iresnet.linearization import SecondDerivativeError
 from nflows_iresnet.nn import cholesky_norm
 from nflows_iresnet.nn.cholesky_norm import CholeskyNorm, default_norm, top_vector
 from nflows_iresnet.nn.norms import SchattenNorm
-from tests import planted_norms
+from tests.planted import norms as planted_norms
 from tests.test_norms import KINDS
 from tests.test_tensor_float32 import Emulation
 

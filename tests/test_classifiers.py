@@ -15,7 +15,7 @@ from nflows_iresnet.compare.table1.inversion import invert
 from nflows_iresnet.compare.table1.record import DataSummary, Outcome, Record
 from nflows_iresnet.compare.table1.settings import Settings
 from nflows_iresnet.compare.table1.table import columns_for
-from nflows_iresnet.solvers import FixedPointNotConverged
+from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -189,3 +189,24 @@ def test_a_classifier_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> No
     outcome = work.execute(row, 0, data, settings, lambda done, loss: None)
     assert outcome.failure == "ArithmeticError: it exploded"
     assert row_of(outcome)["guaranteed\ninverse"] == "no"
+
+
+@pytest.mark.parametrize(("bound", "is_guaranteed"), [(0.999, True), (1.0, False), (1.5, False)])
+def test_an_inverse_is_guaranteed_below_one_alone(bound: float, is_guaranteed: bool) -> None:
+    class Bounded(torch.nn.Conv2d):
+        def lipschitz_bound(self) -> float:
+            return bound
+
+    model = ResidualClassifier((1, 4, 4), 2, lambda channels: Bounded(channels, channels, 1))
+    assert model.lipschitz_bound() == bound
+    assert model.has_guaranteed_inverse() == is_guaranteed
+
+
+def test_its_log_determinant_is_nan_and_not_wrong() -> None:
+    model = classifier()
+    assert bool(model.transform(IMAGES.float())[1].isnan().all())
+
+
+def test_its_blocks_have_the_solver_that_was_given() -> None:
+    solver = FixedPointIteration(max_steps=7)
+    assert {block.solver for block in classifier(solver=solver).blocks} == {solver}

@@ -92,3 +92,30 @@ def test_half_precision_is_computed_in_that_of_the_weights() -> None:
     half = torch.ones(4, 3, dtype=torch.bfloat16), torch.ones(4, 2, dtype=torch.bfloat16)
     outputs, logabsdet = affine(*half)
     assert outputs.dtype == logabsdet.dtype == torch.float32
+
+
+class Given(nn.Module):
+    """Returns its context as it is: (s, t)."""
+
+    def forward(self, context: torch.Tensor) -> torch.Tensor:
+        return context
+
+
+def test_its_network_returns_scales_and_then_shifts() -> None:
+    affine = ConditionalAffine(2, 4, net=Given())
+    inputs, context = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.3, -0.2, 5.0, 7.0]])
+    scale = (7 * (context[:, :2] / 7).tanh()).exp()
+    outputs, logabsdet = affine(inputs, context)
+    torch.testing.assert_close(outputs, scale * inputs + context[:, 2:])
+    torch.testing.assert_close(logabsdet, scale.log().sum(1))
+
+
+@pytest.mark.parametrize("hidden", [[], [64], [16, 25]])
+def test_the_network_of_a_context_starts_near_zero(hidden: list[int]) -> None:
+    """With a tenth of torch's weights in its last layer, and no bias there."""
+    torch.manual_seed(0)
+    last = list(lipschitz_nn.context_mlp(4, hidden, 50).children())[-1]
+    assert isinstance(last, nn.Linear)
+    largest = 0.1 / last.in_features**0.5
+    assert 0.5 * largest < float(last.weight.abs().max().detach()) <= largest
+    assert not bool(last.bias.any())

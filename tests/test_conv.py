@@ -16,7 +16,8 @@ from nflows_iresnet.linearization import AutogradLinearization
 from nflows_iresnet.nn import cnn as conv
 from nflows_iresnet.nn.cnn import ConvFunction, ConvLinearization
 from nflows_iresnet.nn.convolution import PaddingMode, convolve
-from tests import device, planted_conv
+from tests import device
+from tests.planted import conv as planted_conv
 from tests.test_conv_norms import PADDINGS, true_norm
 
 

@@ -16,7 +16,8 @@ from nflows_iresnet import nn
 from nflows_iresnet.nn import conv_norms
 from nflows_iresnet.nn.conv_norms import OVERSAMPLINGS, between_frequencies, grid_size
 from nflows_iresnet.nn.convolution import PaddingMode, convolve
-from tests import device, planted_conv
+from tests import device
+from tests.planted import conv as planted_conv
 
 PADDINGS: tuple[PaddingMode, ...] = ("zeros", "circular")
 KERNELS = [(1, 1, 3, 3), (2, 5, 3, 3), (5, 2, 3, 3), (3, 3, 5, 5), (2, 2, 1, 3), (4, 3, 1, 1)]
@@ -463,6 +464,16 @@ def test_padding_without_a_bound_is_refused(options: dict[str, Any]) -> None:
     layer = torch.nn.Conv2d(1, 1, 3, **{"padding": 1, **options})
     with pytest.raises(ValueError, match="padding_mode"):
         nn.lipschitz_bound(layer)
+
+
+def test_the_certificate_allows_for_the_rounding_of_the_symbol() -> None:
+    """The symbol of one entry has the norm one at every frequency: the rest are the two factors."""
+    for size in (3, 5):
+        weight = torch.zeros(1, 1, size, size, dtype=torch.float64)
+        weight[0, 0, 1, 2] = 1.0
+        excess = nn.conv_norm_bound(weight) / between_frequencies(size, 32) ** 2 - 1
+        roundings = excess / torch.finfo(torch.float64).eps / weight.numel()
+        assert roundings == pytest.approx(32, abs=4)
 
 
 def test_power_iteration_starts_where_the_weight_is_whatever_the_default_device() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import nflows.transforms
@@ -214,3 +215,40 @@ def test_a_logit_stretches_without_bound_at_its_ends() -> None:
     assert forward == math.inf
     assert float(1 / values.min()) <= inverse <= 1.01 * float(1 / values.min())
     assert lipschitz_constants(transforms.UniformDequantization()) == (1, math.inf)
+
+
+class States(transforms.ActNorm):
+    """States two constants, whatever it does."""
+
+    def __init__(self, forward: float, inverse: float) -> None:
+        super().__init__(2)
+        self.stated = forward, inverse
+
+    def lipschitz_constants(self) -> tuple[float, float]:
+        return self.stated
+
+
+def test_products_of_constants_are_above_the_exact_ones() -> None:
+    """A product is rounded, and down as often as up."""
+    for index in range(1, 100):
+        forward, inverse = 1 + index / 7, 1 + index / 13
+        parts = [States(forward, inverse)] * 3
+        whole = lipschitz_constants(transforms.CompositeTransform(parts))
+        for bound, each in zip(whole, (forward, inverse), strict=True):
+            exact = Fraction(each) ** 3
+            assert exact <= Fraction(bound) <= exact * Fraction(1 + 1e-14)
+
+
+def test_an_inverse_has_the_constants_of_the_other_direction() -> None:
+    inverse = nflows.transforms.InverseTransform(States(2.0, 3.0))
+    assert lipschitz_constants(inverse) == (3.0, 2.0)
+
+
+def test_what_leaves_a_scale_early_is_no_shorter_than_it_was() -> None:
+    """The last scale shrinks the half that it is given to a tenth, and not the other one."""
+    whole = nflows.transforms.MultiscaleCompositeTransform(2)
+    whole.add_transform(States(1.0, 1.0), (4, 2, 2))
+    whole.add_transform(States(0.1, 0.1), (2, 2, 2))
+    forward, inverse = lipschitz_constants(whole)
+    assert forward == pytest.approx(1.0)
+    assert inverse == pytest.approx(1.0)

@@ -25,7 +25,7 @@ from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning, graph_length
 from nflows_iresnet.logdet import TermPlan
 from tests.cases import FixedLinear
 from tests.emulated_graph import EmulatedRecorder, recorder, use
-from tests.planted_logdet import Unweighted
+from tests.planted.logdet import Unweighted
 
 __all__ = ["recorder"]
 

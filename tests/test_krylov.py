@@ -14,8 +14,9 @@ from torch import Tensor
 from nflows_iresnet import logdet, nn
 from nflows_iresnet.linearization import SecondDerivativeError, linearize
 from nflows_iresnet.logdet import Krylov
-from tests import planted_logdet, theory
+from tests import theory
 from tests.cases import FixedLinear
+from tests.planted import logdet as planted_logdet
 
 DOUBLE = torch.float64
 
@@ -326,3 +327,10 @@ def test_bad_arguments_are_named(bad: Bad) -> None:
 def test_a_network_without_a_guarantee_is_refused() -> None:
     with pytest.raises(ValueError, match="lipschitz="):
         Krylov()(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_the_fit_changes_the_weights_from_the_last_certain_term_on() -> None:
+    for num_exact in (2, 3, 5):
+        weights = [1.0] * num_exact + [2.0, 3.5]
+        found = logdet.Krylov(num_exact_terms=num_exact, lipschitz=0.5).corrections(weights)
+        assert found == [0.0] * (num_exact - 1) + [-1.0, -1.5, 3.5]

@@ -625,3 +625,14 @@ def test_samples_of_its_own_start_nothing() -> None:
     samples, _ = linear.inverse(5 * torch.randn(50, 3))
     linear(samples)
     assert not bool(linear.initialized)
+
+
+def test_the_log_determinant_of_images_counts_every_pixel() -> None:
+    torch.manual_seed(0)
+    linear = LinearTransform(2).double()
+    torch.nn.init.normal_(linear.factors, std=0.5)
+    images = torch.randn(5, 2, 3, 4, dtype=torch.float64)
+    expected = 12 * torch.linalg.slogdet(linear.weight()).logabsdet.expand(5)
+    outputs, logabsdet = linear(images)
+    torch.testing.assert_close(logabsdet, expected)
+    torch.testing.assert_close(linear.inverse(outputs)[1], -expected)

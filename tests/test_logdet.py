@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -315,3 +315,122 @@ def test_products_that_are_lost_in_rounding_are_left_out() -> None:
     assert smallest > torch.finfo(torch.float32).tiny ** 0.75
     assert len(at.multiplied) < 40
     torch.testing.assert_close(value, torch.full((2,), 3 * math.log1p(0.05)))
+
+
+def test_the_exact_trace_is_the_control_variate_by_default() -> None:
+    """At one seed the default is `exact_trace=True`, where the trace is cheap, and only there."""
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 8, dtype=torch.float64)
+    cheap, dear = nn.LipschitzMLP(8, [16]).double(), nn.LipschitzMLP(8, [16, 16, 16]).double()
+    for net, exact_trace in ((cheap, True), (dear, False)):
+        for default in (logdet.PowerSeries(), logdet.RussianRoulette()):
+            found, expected = [
+                each.estimate(net, inputs, generator=torch.Generator().manual_seed(1)).logabsdet
+                for each in (default, replace(default, exact_trace=exact_trace))
+            ]
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_two_probes_tell_their_standard_error_from_their_difference() -> None:
+    """Half of it: the square root of the unbiased variance over two."""
+    net, inputs = FixedLinear(5, norm=0.7).double(), torch.zeros(3, 5, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    one, two = (logdet.PowerSeries(num_probes=1), logdet.PowerSeries(num_probes=2))
+    first, second = [one.estimate(net, inputs, generator=generator).logabsdet for _ in range(2)]
+    both = two.estimate(net, inputs, generator=generator.manual_seed(2))
+    torch.testing.assert_close(both.logabsdet, (first + second) / 2)
+    torch.testing.assert_close(_known(both.standard_error), (first - second).abs() / 2)
+    assert bool((first != second).any())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        logdet.Auto(),
+        logdet.RussianRoulette(lipschitz=0.8),
+        logdet.RussianRoulette(lipschitz=0.8, probe=logdet.Gaussian()),
+        logdet.PowerSeries(probe=logdet.Gaussian(), num_probes=2),
+        logdet.Krylov(lipschitz=0.8),
+    ],
+    ids=str,
+)
+def test_a_generator_decides_all_and_leaves_the_global_one_alone(
+    estimator: logdet.LogDetEstimator,
+) -> None:
+    torch.manual_seed(0)
+    net, inputs = FixedLinear(64).double(), torch.randn(2, 64, dtype=torch.float64)
+    state, found = torch.get_rng_state(), []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        found.append(estimator.estimate(net, inputs, generator=generator).logabsdet)
+        at_inputs = linearize(net, inputs)
+        again = estimator.logabsdet(at_inputs, 0.8, torch.Generator().manual_seed(seed))[0]
+        torch.testing.assert_close(again, found[-1], rtol=0, atol=0)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_at_its_boundary_a_geometric_law_has_no_finite_variance() -> None:
+    """With q = L^2 the bound sums up 1 / k^2 for the value, but ones for its derivative."""
+    law = logdet.GeometricTruncation(0.25)
+    assert not law.has_finite_variance(0.5)
+    assert law.has_finite_variance(0.499)
+    roulette = logdet.RussianRoulette(truncation=law, lipschitz=0.5)
+    assert roulette.variance_bound(0.5, features=3) == math.inf
+    with pytest.warns(logdet.InfiniteVarianceWarning):
+        roulette.term_weights(None)
+
+
+def test_the_exact_log_determinant_is_that_of_the_magnitude_in_every_dimension() -> None:
+    """A net of a user may stretch by more than one: det(I + J) is negative then."""
+    for features in (1, 2, 3, 5):
+        net = FixedLinear(features, norm=0.5).double()
+        with torch.no_grad():
+            net.weight.copy_(torch.diag(torch.tensor([-3.0] + [0.5] * (features - 1))))
+        inputs = torch.randn(2, features, dtype=torch.float64, requires_grad=True)
+        logabsdet = logdet.Exact()(lambda x, net=net: x @ net.weight.mT, inputs)[1]
+        expected = math.log(2.0) + (features - 1) * math.log(1.5)
+        torch.testing.assert_close(logabsdet, torch.full_like(logabsdet, expected))
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0, 3.5])
+def test_the_matched_law_is_its_formula(power: float) -> None:
+    law = logdet.LipschitzTruncation(power=power)
+    for term, num_exact, lipschitz in ((4, 3, 0.9), (10, 2, 0.5), (7, 5, 0.97)):
+        expected = lipschitz ** (term - num_exact) * (num_exact / term) ** power
+        assert law.survival(term, num_exact, lipschitz) == pytest.approx(expected, rel=1e-12)
+
+
+def test_terms_that_are_small_but_not_lost_are_summed_up() -> None:
+    """Of g(x) = x / 5 the fifth term is below a thousandth, and the sum is known to 15 digits."""
+    inputs = torch.randn(3, 4, dtype=torch.float64)
+    series = logdet.PowerSeries(num_terms=24, exact_trace=False)
+    logabsdet = series(lambda x: x / 5, inputs)[1]
+    expected = torch.full_like(logabsdet, 4 * math.log(1.2))
+    torch.testing.assert_close(logabsdet, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("estimator", [logdet.RussianRoulette(), logdet.Krylov()], ids=str)
+def test_the_bound_of_a_variance_grows_as_the_square_of_the_dimension(
+    estimator: logdet.RussianRoulette,
+) -> None:
+    """Terms of the trace add up in step, where J is a multiple of the identity."""
+    one = estimator.variance_bound(0.8, features=1)
+    assert 0 < one < math.inf
+    assert estimator.variance_bound(0.8, features=6) == pytest.approx(36 * one, rel=1e-12)
+
+
+def test_a_bound_that_is_given_comes_before_the_one_that_is_guaranteed() -> None:
+    """The user may know better than the certificate; the law is matched to what was given."""
+    given = logdet.RussianRoulette(lipschitz=0.5)
+    for seed in range(20):
+        found, expected, guaranteed = [
+            roulette.term_weights(bound, torch.Generator().manual_seed(seed))
+            for roulette, bound in (
+                (given, 0.9),
+                (given, None),
+                (logdet.RussianRoulette(), 0.5),
+            )
+        ]
+        assert found == expected == guaranteed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from nflows_iresnet import flows, logdet, solvers, transforms
 from nflows_iresnet.flows.lipschitz import lipschitz_constants
-from nflows_iresnet.linearization import Linearization
+from nflows_iresnet.linearization import Linearization, ResidualFunction
+from nflows_iresnet.logdet.power_series import SeriesEstimator
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.transforms.monotone import cayley
 from tests.cases import FixedLinear
@@ -236,3 +237,65 @@ def test_a_series_that_is_fitted_is_asked_for_both_determinants() -> None:
 @dataclass(frozen=True)
 class Halved(logdet.LogDetEstimator):
     """An estimator of no kind that is known."""
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        logdet.PowerSeries(num_terms=5, num_probes=2),
+        logdet.Krylov(num_probes=2, lipschitz=0.7, num_exact_terms=4),
+    ],
+    ids=str,
+)
+def test_its_standard_error_is_told_by_the_draws(estimator: SeriesEstimator) -> None:
+    """Half of the difference of two for one series; for two series the root of both squares."""
+    net, inputs = FixedLinear(12, norm=0.7).double().requires_grad_(False), rows(6, 12)
+    generator = torch.Generator().manual_seed(3)
+    found = cayley(estimator).estimate(net, inputs, generator=generator)
+    generator.manual_seed(3)
+    if isinstance(estimator, logdet.Krylov):
+        plus = estimator.estimate(net, inputs, generator=generator)
+        minus = estimator.estimate(lambda x: -net(x), inputs, generator=generator)
+        assert plus.standard_error is not None
+        assert minus.standard_error is not None
+        mean = minus.logabsdet - plus.logabsdet
+        error = torch.hypot(plus.standard_error, minus.standard_error)
+    else:
+        one = cayley(replace(estimator, num_probes=1))
+        first, second = [one.estimate(net, inputs, generator=generator).logabsdet for _ in range(2)]
+        mean, error = (first + second) / 2, (first - second).abs() / 2
+    assert found.standard_error is not None
+    assert float(error.min()) > 0
+    torch.testing.assert_close(found.logabsdet, mean)
+    torch.testing.assert_close(found.standard_error, error)
+
+
+def test_exact_keeps_its_chunks() -> None:
+    """They bound the memory, and change no number."""
+    assert cayley(logdet.Exact(chunk_size=2)).chunk_size == 2  # type: ignore[attr-defined]
+
+
+class PerRow(ResidualFunction):
+    """g(x) = x sin(c) / 2 with a number c for each row."""
+
+    lipschitz = 0.5
+
+    def __init__(self, angles: Tensor) -> None:
+        self.angles = angles
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return inputs * self.angles.sin() / 2
+
+    def select(self, chosen: Tensor | slice) -> PerRow:
+        return PerRow(self.angles[chosen])
+
+
+def test_rows_that_go_on_keep_their_branch_in_the_inverse() -> None:
+    """Rows that are done are left out, so that the others are no longer the first ones."""
+    angles = torch.linspace(0, 1.5, 2000, dtype=torch.float64)[:, None]
+    solver = solvers.FixedPointIteration(rtol=1e-9)
+    block = transforms.MonotoneTransform(Scaled(0.1), solver=solver).double()
+    inputs = torch.ones(2000, 1, dtype=torch.float64)
+    found = block.inverse(inputs, function=PerRow(angles))[0]
+    expected = inputs * (1 + angles.sin() / 2) / (1 - angles.sin() / 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from nflows_iresnet import nn, testing
+from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn.activations import LIPSWISH_DIVISOR
+from nflows_iresnet.nn.layers import NormedLinear, rounding_margin
 
 UPPER_NORMS: dict[str, nn.MatrixNorm] = {
     "spectral": nn.SpectralNorm(),
@@ -327,3 +330,158 @@ def test_an_activation_may_state_its_constant_by_a_method() -> None:
             layer.weight.mul_(10)
     assert net.lipschitz_bound() <= 0.9
     testing.check_lipschitz(net, 3 * torch.randn(40, 2), 0.9)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_the_budget_allows_for_the_slope_of_every_activation(depth: int) -> None:
+    """Each of them stretches by up to 1.1; certificate and budget are told apart from norms."""
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(3, [8] * depth, activation=torch.nn.ELU(alpha=1.1), coeff=0.9).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(100)
+    stretch = true_product(net) * 1.1**depth
+    assert stretch <= 0.9
+    assert stretch <= net.lipschitz_bound() <= 0.9
+    assert stretch > 0.8
+
+
+def test_networks_of_different_coefficients_are_bound_together_as_by_themselves() -> None:
+    torch.manual_seed(0)
+    nets = [nn.LipschitzMLP(3, [8], coeff=coeff).double() for coeff in (0.9, 0.3, 0.9)]
+    with torch.no_grad():
+        for parameter in [each for net in nets for each in net.layers.parameters()]:
+            parameter.mul_(10)
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    for net, function in zip(nets, bind_all(nets), strict=True):
+        torch.testing.assert_close(function(inputs), net(inputs), rtol=0, atol=1e-12)
+        assert function.lipschitz == net.coeff
+
+
+def test_the_margin_for_rounding_counts_every_entry_of_a_kernel() -> None:
+    for shape in ((4, 6), (6, 4, 1, 1), (4, 6, 3, 3), (2, 3, 5, 3)):
+        for dtype in (torch.float32, torch.float64):
+            terms = min(shape[:2]) * math.prod(shape[2:])
+            expected = 1 - 2 * torch.finfo(dtype).eps * math.sqrt(terms)
+            assert rounding_margin(torch.zeros(shape, dtype=dtype)) == expected
+
+
+@pytest.mark.parametrize("context_features", [None, 2])
+def test_balanced_networks_are_what_their_documentation_says(context_features: int | None) -> None:
+    """Hidden units are t e a((V x + b + c) / (t e)): scales are not of the weights alone."""
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(3, [8], context_features, activation=nn.Sine()).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    context = None if context_features is None else torch.randn(5, 2, dtype=torch.float64)
+    first, last = net.layers
+    scale, (into, out) = net.log_scales[0].exp(), net.effective_weights()
+    shifts, stretch = [first.bias, last.bias], scale
+    if context is not None:
+        assert net.context_net is not None
+        *additions, factor = net.context_net(context).split([8, 3, 8], dim=1)
+        shifts = [bias + each for bias, each in zip(shifts, additions, strict=True)]
+        stretch = scale * factor.exp()
+    units = inputs @ (scale[:, None] * into).mT + shifts[0]
+    hidden = stretch * (units / stretch).sin()
+    expected = hidden @ (out / scale).mT + shifts[1]
+    torch.testing.assert_close(net(inputs, context), expected, rtol=0, atol=1e-12)
+
+
+NETS: dict[str, tuple[Callable[..., nn.LipschitzNet], tuple[int, ...]]] = {
+    "mlp": (lambda c: nn.LipschitzMLP(3, [6, 5], c), (3,)),
+    "dense": (lambda c: nn.LipschitzDenseNet(3, [6, 5], c), (3,)),
+    "cnn": (lambda c: nn.LipschitzCNN(3, [6, 5], c), (3, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_every_shift_and_stretch_of_a_context_matters(kind: str) -> None:
+    """The gradient in each output of the network of the context is not zero."""
+    torch.manual_seed(0)
+    make, shape = NETS[kind]
+    net = make(2).double()
+    assert net.context_net is not None
+    last = list(net.context_net.children())[-1]
+    context = torch.randn(4, 2, dtype=torch.float64)
+    net(torch.randn(4, *shape, dtype=torch.float64), context).square().sum().backward()
+    assert bool((last.bias.grad != 0).all())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_every_layer_has_an_activation_of_its_own(kind: str) -> None:
+    """What one learns, others do not."""
+    activations = list(NETS[kind][0](None).activations)
+    assert len({id(each) for each in activations}) == len(activations) == 2
+
+
+def test_a_mixture_is_as_steep_as_its_steepest_half() -> None:
+    class Steep(nn.Sine):
+        lipschitz = 2.0
+
+    for first, second in ((nn.Sine(), Steep()), (Steep(), nn.Sine())):
+        assert nn.Mixed(first, second).lipschitz == 2.0
+
+
+def test_the_certificate_of_a_matrix_allows_for_its_decomposition() -> None:
+    """32 roundings for each row or column."""
+    torch.manual_seed(0)
+    for shape in ((5, 3), (2, 40), (1, 1)):
+        weight = torch.randn(shape, dtype=torch.float64)
+        allowance = 1 + 32 * max(shape) * torch.finfo(torch.float64).eps
+        assert nn.spectral_norm_bound(weight) == true_norm(weight) * allowance
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        torch.nn.SiLU(),
+        torch.nn.GELU(),
+        torch.nn.Sigmoid(),
+        torch.nn.Softplus(),
+        torch.nn.ELU(alpha=1.5),
+        torch.nn.LeakyReLU(negative_slope=-2.0),
+    ],
+    ids=str,
+)
+def test_activations_of_torch_are_nowhere_steeper_than_their_constant(
+    activation: torch.nn.Module,
+) -> None:
+    points = torch.linspace(-8, 8, 160_001, dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(activation(points).sum(), points)
+    steepest = float(slopes.abs().max())
+    assert steepest <= nn.lipschitz_bound(activation) <= 1.01 * max(1.0, steepest)
+
+
+def test_one_layer_with_an_estimate_takes_the_guarantee_from_all() -> None:
+    net = nn.LipschitzMLP(2, [8])
+    assert net.lipschitz == net.coeff
+    layer = net.layers[0]
+    assert isinstance(layer, NormedLinear)
+    net.layers[0] = NormedLinear(2, 8, norm=nn.PowerIteration())
+    assert net.lipschitz is None
+
+
+def test_power_iteration_does_not_improve_where_no_gradient_is_recorded() -> None:
+    """Validation in training mode changes no model."""
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [8], norm=nn.PowerIteration(num_initial_steps=0)).train()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    with torch.no_grad():
+        net(torch.randn(3, 2))
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+
+
+def test_a_grouped_convolution_is_as_steep_as_its_steepest_group() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(4, 4, 3, groups=2, padding=1)
+    for steep in (0, 1):
+        with torch.no_grad():
+            module.weight.chunk(2)[steep].mul_(10)
+        bounds = [nn.conv_norm_bound(group) for group in module.weight.chunk(2)]
+        assert nn.lipschitz_bound(module) == max(bounds)
+        with torch.no_grad():
+            module.weight.chunk(2)[steep].div_(10)

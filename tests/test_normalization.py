@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from copy import deepcopy
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -351,3 +352,32 @@ def test_another_shape_is_named_for_its_kind(shape: tuple[int, ...], expected: s
 def test_features_that_are_no_size_are_named(features: Any) -> None:
     with pytest.raises(ValueError, match="features"):
         ActNorm(features)
+
+
+def test_what_was_trained_by_its_inverse_alone_is_kept_after_saving_and_loading() -> None:
+    """The flag says nothing then: no batch was seen."""
+    norm = ActNorm(2)
+    optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
+    outputs, logabsdet = norm.inverse(torch.randn(16, 2, generator=device.generator(0)))
+    (outputs.square().mean() - logabsdet.mean()).backward()
+    optimizer.step()
+    stored = io.BytesIO()
+    torch.save(norm.state_dict(), stored)
+    stored.seek(0)
+    other = ActNorm(2)
+    other.load_state_dict(torch.load(stored, weights_only=True))
+    rows = far_data()
+    expected = norm.eval()(rows)[0]
+    torch.testing.assert_close(other.train()(rows)[0], expected, rtol=0, atol=0)
+    assert torch.equal(other.log_scale, norm.log_scale)
+
+
+def test_the_bounds_of_scales_are_above_their_exact_exponentials() -> None:
+    """The exponential of a scale is rounded, and down as often as up."""
+    for scale in torch.linspace(-3, 3, 301, dtype=torch.float64).tolist():
+        norm = ActNorm(1).double()
+        with torch.no_grad():
+            norm.log_scale.fill_(scale)
+        forward, inverse = norm.lipschitz_constants()
+        assert Decimal(scale).exp() <= Decimal(forward) <= Decimal(scale).exp() * Decimal("1.0001")
+        assert Decimal(-scale).exp() <= Decimal(inverse)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet import logdet, testing
+from nflows_iresnet.linearization import ResidualFunction
+from nflows_iresnet.testing.subject import require_close
 from nflows_iresnet.transforms import ResidualTransform
-from tests import planted, planted_logdet
 from tests.peers import Wave, rows
+from tests.planted import logdet as planted_logdet
+from tests.planted import transforms as planted
 
 Factory = Callable[[], nn.Module]
 
@@ -34,15 +37,22 @@ PLANTED: dict[str, dict[str, Factory]] = {
     "shapes_and_dtype": {
         "a column instead of a row": lambda: planted_logdet.changed(lambda values: values[:, None]),
         "float32 in a float64 flow": lambda: planted_logdet.changed(torch.Tensor.float),
+        "infinite": lambda: planted_logdet.changed(lambda values: values + torch.inf),
     },
     "round_trip": {
         "stop after 12 steps": lambda: ResidualTransform(
             planted.steep(), solver=planted.TwelveSteps()
         ),
         "g moves in training": lambda: ResidualTransform(planted.MovesWhileTraining()),
+        "another inverse in training": _wave(planted.WrongInOneMode),
+        "another inverse in evaluation": _wave(planted.WrongInEvaluation),
+        "another forward in each call": _wave(planted.CountsItsCalls),
     },
     "logabsdet_is_exact_or_unbiased": {
         "log-det = 0": lambda: planted_logdet.changed(torch.zeros_like),
+        "a bias of one deviation": lambda: ResidualTransform(
+            Wave(), estimator=planted_logdet.OffByOneDeviation()
+        ),
         "wrong sign": lambda: planted_logdet.changed(torch.neg),
         "wrong sign, only without gradients": lambda: planted_logdet.changed(
             lambda values: values if torch.is_grad_enabled() else -values
@@ -75,7 +85,10 @@ PLANTED: dict[str, dict[str, Factory]] = {
     "forgotten_context": {
         "works without": lambda: ResidualTransform(planted.ForgetsItsContext()),
     },
-    "few_rows": {"two rows needed": _wave(planted.NeedsTwoRows)},
+    "few_rows": {
+        "two rows needed": _wave(planted.NeedsTwoRows),
+        "a row needed": _wave(planted.NeedsARow),
+    },
     "weighted_gradient": {
         "gradient scaled by the first sample": lambda: planted_logdet.changed(
             planted_logdet.gradient_of_the_first_sample
@@ -86,16 +99,23 @@ PLANTED: dict[str, dict[str, Factory]] = {
         ),
     },
     "every_parameter_learns": {
-        "unused parameter": lambda: ResidualTransform(planted.UnusedParameter())
+        "unused parameter": lambda: ResidualTransform(planted.UnusedParameter()),
+        "infinite gradient": lambda: ResidualTransform(planted.InfiniteGradient()),
     },
-    "frozen_parameters": {"parameters must train": _wave(planted.DifferentiatesItsParameters)},
+    "frozen_parameters": {
+        "parameters must train": _wave(planted.DifferentiatesItsParameters),
+        "another gradient": _wave(planted.OtherGradientWhereFrozen),
+    },
     "inverse_gradients": {
         "inverse detached": _wave(planted.InverseWithoutGradient),
         "log-det of the inverse detached": _wave(planted.InverseLogDetWithoutGradient),
         "one step differentiated": _wave(planted.LastStepDifferentiated),
     },
     "vmap_and_jacrev": {"branch on a value": _wave(planted.BranchesOnValues)},
-    "no_graph_without_gradients": {"records under no_grad": _wave(planted.AlwaysRecords)},
+    "no_graph_without_gradients": {
+        "records under no_grad": _wave(planted.AlwaysRecords),
+        "another number in inference mode": _wave(planted.OtherInInferenceMode),
+    },
     "tensors_of_the_caller": {
         "requires_grad switched on": _wave(planted.WantsGradientsOfInputs),
         "inputs of forward overwritten": _wave(planted.WritesIntoInputs),
@@ -163,3 +183,43 @@ def test_normflows_tests_stay_green_with_log_det_zero(monkeypatch: pytest.Monkey
     suite.run(result)
     assert result.testsRun == 1
     assert result.wasSuccessful()
+
+
+def test_the_check_leaves_transform_and_generators_as_they_were() -> None:
+    """It works on a copy in float64."""
+    transform = ResidualTransform(Wave()).eval()
+    weight, state = transform.net.amplitude.detach().clone(), torch.get_rng_state()
+    testing.check_transform(transform, rows(4, planted.FEATURES), clauses=("round_trip",))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not transform.training
+    assert transform.net.amplitude.dtype == torch.float32
+    assert torch.equal(transform.net.amplitude, weight)
+
+
+def test_values_that_would_broadcast_are_not_close() -> None:
+    with pytest.raises(AssertionError, match="shape"):
+        require_close(torch.zeros(3, 1), torch.zeros(3), 1e-6, "a column")
+
+
+def test_a_stretch_that_is_far_from_the_start_and_little_above_the_bound_is_found() -> None:
+    """0.9 sin(x) has the slope 0.33 where the search starts, and 0.9 where it ends."""
+    start = torch.full((2, 1), 1.2)
+    found = testing.check_lipschitz(lambda x: 0.9 * x.sin(), start, bound=0.9)
+    assert found > 0.85
+    with pytest.raises(AssertionError, match="stretch"):
+        testing.check_lipschitz(lambda x: 0.5 * x, start, bound=0.4999)
+
+
+class SelectsNothing(ResidualFunction):
+    """Each row has a shift of its own, whatever rows it is asked for."""
+
+    def __init__(self, shifts: torch.Tensor) -> None:
+        self._shifts = shifts
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return 0.5 * inputs + self._shifts[: inputs.shape[0]]
+
+
+def test_a_function_that_selects_no_rows_is_found() -> None:
+    with pytest.raises(AssertionError, match="selected rows"):
+        testing.check_linearization(SelectsNothing(rows(4, 2).double()), rows(4, 2))

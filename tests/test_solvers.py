@@ -639,3 +639,33 @@ def test_rows_that_are_done_are_left_out_whatever_the_others_do(
     solution = solver(fn, torch.zeros(200, 6, dtype=torch.float64), 0.9)
     torch.testing.assert_close(fn(solution.value), solution.value, rtol=0, atol=1e-10)
     assert int(solution.num_steps[:100].max()) < int(solution.num_steps[100:].max())
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("lipschitz", [None, 0.9])
+def test_a_tolerance_that_is_given_is_never_exceeded(
+    solver: solvers.Solver, lipschitz: float | None
+) -> None:
+    """Not where the iteration has stopped, and the bound would excuse what rounding leaves."""
+    problem = Contraction(0.9, dtype=torch.float32)
+    unreachable = replace(solver, atol=1e-12, rtol=0.0)
+    with pytest.raises(solvers.FixedPointNotConverged) as caught:
+        unreachable(problem, problem.offset, lipschitz)
+    assert float(caught.value.solution.tolerance.max()) <= 1e-12
+
+
+def test_a_norm_whose_squares_vanish_is_that_of_its_numbers() -> None:
+    for small, dtype in ((1e-25, torch.float32), (1e-200, torch.float64)):
+        rows = torch.full((2, 4), small, dtype=dtype)
+        expected = torch.full((2,), 2 * small, dtype=dtype)
+        torch.testing.assert_close(row_norm(rows), expected, rtol=1e-6, atol=0)
+
+
+def test_as_many_differences_are_combined_as_were_asked_for() -> None:
+    """In the plane two solve a linear map at once, one does not, and more there are none."""
+    problem, steps = Contraction(0.97, features=2), {}
+    for history in (1, 2, 5):
+        found = solvers.Anderson(history=history)(problem, torch.zeros_like(problem.offset))
+        steps[history] = int(found.num_steps.max())
+    assert steps[1] > 2 * steps[2]
+    assert steps[5] == steps[2] <= 6

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from nflows_iresnet import logdet, solvers, testing
 from nflows_iresnet.linearization import linearize
 from nflows_iresnet.transforms import ResidualTransform
-from tests import device, planted_logdet, planted_theory, theory
+from tests import device, theory
+from tests.planted import logdet as planted_logdet
+from tests.planted import theory as planted_theory
 
 PICARD = solvers.FixedPointIteration()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet import logdet
-from nflows_iresnet.linearization import bind
+from nflows_iresnet.linearization import Linearization, bind
 from nflows_iresnet.transforms import ResidualTransform
 from tests.peers import Wave
 
@@ -121,3 +121,17 @@ class FittedToTheBatch(logdet.Krylov):
 
     def excess(self, before: Tensor, last: Tensor) -> Tensor:
         return super().excess(before, last).mean(0, keepdim=True)
+
+
+@dataclass(frozen=True)
+class OffByOneDeviation(logdet.LogDetEstimator):
+    """Scatters about the exact value by as much as its mean is off."""
+
+    def logabsdet(
+        self,
+        at_inputs: Linearization,
+        lipschitz: float | None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        exact, error = logdet.Exact().logabsdet(at_inputs, lipschitz)
+        return exact + 0.1 + 0.1 * torch.randn(exact.shape, dtype=exact.dtype), error

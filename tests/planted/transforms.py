@@ -248,3 +248,71 @@ class HalfPrecision(ResidualTransform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         return inputs + self.net(inputs), super().forward(inputs, context)[1]
+
+
+class WrongInOneMode(ResidualTransform):
+    """The inverse is that of another map, in training or in evaluation alone."""
+
+    in_training = True
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        outputs, logabsdet = super().inverse(inputs, context)
+        return outputs + 0.1 * (self.training == self.in_training), logabsdet
+
+
+class WrongInEvaluation(WrongInOneMode):
+    """Statistics of the evaluation that the inverse does not know."""
+
+    in_training = False
+
+
+class CountsItsCalls(ResidualTransform):
+    """Each forward moves by a little more than the last, and the inverse undoes the latest."""
+
+    calls = 0
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        self.calls += 1
+        outputs, logabsdet = super().forward(inputs, context)
+        return outputs + 0.01 * self.calls, logabsdet
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        return super().inverse(inputs - 0.01 * self.calls, context)
+
+
+class NeedsARow(ResidualTransform):
+    """Fails for an empty batch."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        if inputs.shape[0] == 0:
+            raise ValueError("expected a batch")
+        return super().forward(inputs, context)
+
+
+class OtherInInferenceMode(ResidualTransform):
+    """Leaves something out where nobody can differentiate."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        outputs, logabsdet = super().forward(inputs, context)
+        return outputs, logabsdet * (0.5 if torch.is_inference_mode_enabled() else 1.0)
+
+
+class OtherGradientWhereFrozen(ResidualTransform):
+    """Differentiates half of the map where no parameter learns."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        outputs, logabsdet = super().forward(inputs, context)
+        if any(each.requires_grad for each in self.parameters()):
+            return outputs, logabsdet
+        return (outputs + outputs.detach()) / 2, logabsdet
+
+
+class InfiniteGradient(Wave):
+    """A parameter at the one point where the map has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corner = nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) * (1 + self.corner.sqrt())

@@ -1,0 +1,269 @@
+"""What faults of whole rooms would leave alive, and no other file of tests looks at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nflows_iresnet import datasets, flows, logdet, transforms
+from nflows_iresnet.linearization import linearize
+from nflows_iresnet.transforms.image import dequantize
+from nflows_iresnet.transforms.residual import inverse_values_only
+from tests.peers import Wave
+
+# --- flows ----------------------------------------------------------------------------------------
+
+
+def test_an_invertible_resnet_is_that_of_the_paper() -> None:
+    """Gaussian probes, no control variate, and as many terms as are asked for."""
+    flow = flows.InvertibleResNet(2, 8, 2, num_terms=3)
+    blocks = [each for each in flow.modules() if isinstance(each, transforms.ResidualTransform)]
+    expected = logdet.PowerSeries(num_terms=3, probe=logdet.Gaussian(), exact_trace=False)
+    assert [block.estimator for block in blocks] == [expected] * 2
+
+
+def test_a_start_embeds_its_context_as_an_evaluation_does() -> None:
+    """Nothing is dropped at random, and no running statistic moves."""
+    torch.manual_seed(0)
+    flow = flows.ResidualFlow(2, 8, 1, context_features=3)
+    seen: list[bool] = []
+    net = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    net.register_forward_hook(lambda module, *_: seen.append(module.training))
+    conditional = flows.Flow(flow._transform, flow._distribution, net)
+    conditional.initialize(torch.randn(50, 2), torch.randn(50, 4), batch_size=20)
+    assert seen == [False] * 3
+    assert net.training
+
+
+def test_a_log_determinant_that_was_not_computed_is_no_number() -> None:
+    block = transforms.ResidualTransform(Wave())
+    outputs = torch.randn(3, 2)
+    with inverse_values_only():
+        assert bool(block.inverse(outputs)[1].isnan().all())
+    assert bool(block.inverse(outputs)[1].isfinite().all())
+
+
+# --- splines --------------------------------------------------------------------------------------
+
+
+def _started(rows: Tensor, num_bins: int = 8) -> transforms.ElementwiseRationalQuadraticSpline:
+    spline = transforms.ElementwiseRationalQuadraticSpline(rows.shape[1], num_bins).double()
+    spline.initialize(rows)
+    return spline
+
+
+def test_the_quantiles_of_few_rows_lie_in_the_middle_of_their_steps() -> None:
+    """Half of the rows are below their median, and data that are mirrored start as a mirror."""
+    torch.manual_seed(0)
+    rows = torch.rand(101, 1, dtype=torch.float64) ** 3 * 3 - 1
+    spline, mirrored = _started(rows), _started(-rows)
+    assert bool(spline.sizes.any())
+    torch.testing.assert_close(spline(rows)[0], -mirrored(-rows)[0], rtol=0, atol=1e-9)
+
+
+def test_the_slope_at_a_knot_is_the_geometric_mean_of_both_sides() -> None:
+    torch.manual_seed(0)
+    spline = _started(torch.rand(5000, 1, dtype=torch.float64) * 3 - 1.5)
+    widths, heights = spline._knots().diff(dim=2).detach()[:, 0]
+    logs = (heights / widths).log()
+    slopes = 5 * (spline.log_slopes.detach()[0] / 5).tanh()
+    torch.testing.assert_close(slopes, (logs[1:] + logs[:-1]) / 2, rtol=0, atol=1e-9)
+
+
+def test_the_rows_that_judge_a_spline_are_spread_over_all() -> None:
+    """The first ones are normal, to which no spline is a gain; the others are at two peaks."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(5000, 1, generator=generator, dtype=torch.float64)
+    peaks = 0.05 * torch.randn(15_000, 1, generator=generator, dtype=torch.float64)
+    peaks = peaks + torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(7500)[:, None]
+    assert bool(_started(torch.cat([normal, peaks])).sizes.any())
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def test_the_noise_of_a_pixel_starts_at_zero_and_ends_below_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for drawn, expected in ((0.0, 0.0), (2.0**-20, 0.0), (1 - 2.0**-24, 1 - 2.0**-16)):
+        monkeypatch.setattr(torch, "rand", lambda shape, drawn=drawn, **_: torch.full(shape, drawn))
+        assert float(dequantize(torch.zeros(1, dtype=torch.uint8))) == expected
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["moons", "circles", "pinwheel", "two-spirals"])
+def test_densities_are_those_of_float64_whatever_the_points(name: str) -> None:
+    density = datasets.make(name, num_train=10, num_validation=10, num_test=10).density
+    assert density is not None
+    points = 5 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    found, expected = density.log_prob(points), density.log_prob(points.double()).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_labels_go_with_their_images() -> None:
+    sklearn = pytest.importorskip("sklearn.datasets")
+    digits = sklearn.load_digits()
+    known = {
+        image.astype(np.uint8).tobytes(): label
+        for image, label in zip(digits.images, digits.target, strict=True)
+    }
+    found = datasets.load_images("digits")
+    for part in ("train", "validation", "test"):
+        images, labels = getattr(found, part), getattr(found, f"{part}_labels")
+        wanted = [known[image.numpy().astype(np.uint8).tobytes()] for image in images]
+        assert labels.tolist() == wanted
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+
+def _result(model: str, repeat: int, nll: float) -> Any:
+    from nflows_iresnet.compare.evaluation import Metrics
+    from nflows_iresnet.compare.results import Result
+
+    return Result("d", model, repeat, 0, {}, 1, (), None, Metrics(test_nll=nll))
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Stands for the folder: the log-density of each test row, by model and repeat."""
+
+    log_probs: dict[tuple[str, int], np.ndarray[Any, Any]]
+
+    def load_arrays(self, key: tuple[str, str, int]) -> dict[str, np.ndarray[Any, Any]]:
+        return {"test_log_prob": self.log_probs[key[1:]]}
+
+
+def _verdict(log_probs: dict[tuple[str, int], np.ndarray[Any, Any]]) -> str:
+    pytest.importorskip("rich")
+    from nflows_iresnet.compare.summary import verdict
+
+    results = [_result(*key, -float(values.mean())) for key, values in log_probs.items()]
+    record: Any = SimpleNamespace(of=lambda dataset: results)
+    folder: Any = _Arrays(log_probs)
+    return verdict(record, folder, "d")
+
+
+def test_the_verdict_is_that_of_all_repeats() -> None:
+    """One model leads by a nat in the first, the other by three in the second."""
+    rows = np.random.default_rng(0).normal(size=400) * 0.1
+    said = _verdict({("a", 0): rows + 1, ("b", 0): rows, ("a", 1): rows, ("b", 1): rows[::-1] + 3})
+    assert said.startswith("b and a ")
+    assert "by 1.000 ±" in said
+
+
+def test_a_lead_within_two_standard_errors_is_none() -> None:
+    """Of the paired differences, whose mean is 1.5 or 2.5 of its standard errors."""
+    noise = np.random.default_rng(0).normal(size=1000)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    zero = np.zeros(1000)
+    for errors, is_ahead in ((1.5, False), (2.5, True)):
+        said = _verdict({("a", 0): zero, ("b", 0): noise - errors / math.sqrt(1000)})
+        assert ("is best" in said) == is_ahead
+        assert ("are level" in said) != is_ahead
+
+
+def test_models_are_examined_in_evaluation_mode_and_left_without_gradients() -> None:
+    from nflows_iresnet.compare import evaluation
+    from nflows_iresnet.compare.adapters import NflowsModel
+
+    torch.manual_seed(0)
+    model = NflowsModel(flows.ResidualFlow(2, 8, 1))
+    modes: dict[str, set[bool]] = {"log_prob": set(), "sample": set()}
+    for name in modes:
+        original = getattr(model, name)
+
+        def remember(*given: Any, name: str = name, original: Any = original) -> Any:
+            modes[name].add(model.training)
+            return original(*given)
+
+        setattr(model, name, remember)
+    model.train()
+    rows = torch.randn(20, 2)
+    exam = evaluation.Exam(test=rows, batch=rows, true_log_prob=None, grid=None)
+    evaluation.evaluate(model, exam, seed=0)
+    assert modes["sample"] == {False}
+    assert not model.training
+    assert all(each.grad is None for each in model.parameters())
+
+
+def test_the_coefficient_of_an_image_flow_is_that_of_its_blocks() -> None:
+    flow = flows.ImageResidualFlow((1, 4, 4), 4, 1, coeff=0.5)
+    blocks = [each for each in flow.modules() if isinstance(each, transforms.ResidualTransform)]
+    assert {block.net.coeff for block in blocks} == {0.5}
+
+
+class _Spied:
+    """A model that remembers what it was asked the density of."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        self.seen.append(inputs)
+        return torch.zeros(inputs.shape[0])
+
+    exact_log_prob = log_prob
+
+
+def test_models_are_selected_on_validation_rows() -> None:
+    from nflows_iresnet.compare.tasks import RowTask
+
+    data = datasets.make("moons", num_train=30, num_validation=20, num_test=10)
+    model: Any = _Spied()
+    RowTask(data).validate(model, SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(model.seen), data.validation)
+
+
+def test_models_of_images_are_selected_on_validation_images() -> None:
+    pytest.importorskip("sklearn")
+    from nflows_iresnet.compare.imagetasks import ImageTask
+
+    data = datasets.load_images("digits")
+    model: Any = _Spied()
+    ImageTask(data).validate(model, SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(model.seen).floor().to(torch.uint8), data.validation)
+
+
+def test_the_default_estimator_counts_all_values_of_a_row_and_asks_for_a_bound() -> None:
+    """The exact one knows its error, zero; one draw of the roulette knows none."""
+
+    class Claims(Wave):
+        lipschitz = 0.9
+
+    auto = logdet.Auto(max_exact_features=6, max_exact_features_without_bound=16)
+    for shape, net, is_exact in (
+        ((6,), Claims(), True),
+        ((7,), Claims(), False),
+        ((1, 2, 3), Claims(), True),
+        ((1, 3, 3), Claims(), False),
+        ((1, 3, 3), Wave(), True),
+    ):
+        inputs = torch.randn(2, *shape)
+        assert (auto.estimate(net, inputs).standard_error is not None) == is_exact
+        at_inputs, bound = linearize(net, inputs), getattr(net, "lipschitz", None)
+        assert (auto.logabsdet(at_inputs, bound)[1] is not None) == is_exact
+
+
+def test_the_log_slopes_of_all_features_count_in_every_way_to_ask() -> None:
+    """Forward, inverse, and where a transform of torch.func looks into the operations."""
+    torch.manual_seed(0)
+    spline = transforms.ElementwiseRationalQuadraticSpline(3).double()
+    for parameter in spline.parameters():
+        nn.init.normal_(parameter)
+    rows = torch.randn(5, 3, dtype=torch.float64)
+    outputs, logabsdet = spline(rows)
+    slopes = torch.func.vmap(torch.func.jacrev(lambda row: spline(row[None])[0][0]))(rows)
+    torch.testing.assert_close(logabsdet, torch.linalg.slogdet(slopes).logabsdet)
+    torch.testing.assert_close(spline.inverse(outputs)[1], -logabsdet)
+    traced = torch.func.vmap(lambda row: spline(row[None])[1][0])(rows)
+    torch.testing.assert_close(traced, logabsdet)
