@@ -210,3 +210,9 @@ def test_its_log_determinant_is_nan_and_not_wrong() -> None:
 def test_its_blocks_have_the_solver_that_was_given() -> None:
     solver = FixedPointIteration(max_steps=7)
     assert {block.solver for block in classifier(solver=solver).blocks} == {solver}
+
+
+def test_pixels_are_centred_between_the_darkest_and_the_brightest() -> None:
+    first = classifier().transform._transforms[0]
+    ends = first(torch.tensor([[0.0, 8.0, 16.0]]))[0]
+    torch.testing.assert_close(ends, torch.tensor([[-0.5, 0.0, 0.5]]))

@@ -267,3 +267,20 @@ def test_the_log_slopes_of_all_features_count_in_every_way_to_ask() -> None:
     torch.testing.assert_close(spline.inverse(outputs)[1], -logabsdet)
     traced = torch.func.vmap(lambda row: spline(row[None])[1][0])(rows)
     torch.testing.assert_close(traced, logabsdet)
+
+
+def test_batches_follow_their_seed_and_go_on_with_their_noise() -> None:
+    from nflows_iresnet.training import Batches
+
+    def noisy(rows: Tensor, generator: torch.Generator) -> Tensor:
+        return rows + torch.rand(rows.shape, generator=generator)
+
+    rows = torch.arange(20.0)[:, None]
+    assert torch.equal(next(Batches(rows, 5, 1)), next(Batches(rows, 5, 1)))
+    assert not torch.equal(next(Batches(rows, 5, 1)), next(Batches(rows, 5, 2)))
+    first, second = Batches(rows, 5, 1, noisy), Batches(rows, 5, 1, noisy)
+    for _ in range(6):
+        next(first)
+    second.load_state_dict(first.state_dict())
+    for _ in range(6):
+        assert torch.equal(next(first), next(second))

@@ -1135,13 +1135,6 @@ FAULTS: tuple[Fault, ...] = (
         "dense::test_the_certificate_of_the_whole_holds",
     ),
     Fault(
-        "the dense budget has no margin for rounding",
-        "nn/dense.py",
-        "self.coeff * rounding_margin(last)",
-        "self.coeff",
-        "dense::test_the_certificate_of_the_whole_holds",
-    ),
-    Fault(
         "the dense certificate adds parts as if they were one",
         "nn/dense.py",
         "bound *= math.hypot(kept, added * slope)",
@@ -1167,13 +1160,6 @@ FAULTS: tuple[Fault, ...] = (
         "nn/fused.py",
         "rest = kept.activated[before] - units * function.units_last(slope)",
         "rest = kept.activated[before]",
-        "fast_paths::test_the_recorded_node_is_what_automatic_differentiation_finds",
-    ),
-    Fault(
-        "products with many tangents read what was not kept",
-        "nn/fused.py",
-        "_FEW_TANGENTS = 3",
-        "_FEW_TANGENTS = -1",
         "fast_paths::test_the_recorded_node_is_what_automatic_differentiation_finds",
     ),
     Fault(
@@ -1237,8 +1223,7 @@ FAULTS: tuple[Fault, ...] = (
         "nn/norms.py",
         "return 1 + 64 * max(weight.shape[-2:]) * torch.finfo(torch.float64).eps",
         "return 1.0",
-        "norms::test_the_spectral_norm_is_the_root_of_the_largest_eigenvalue "
-        "norms::test_trained_weights_are_certified nn::test_norms_are_upper_bounds",
+        "nn::test_norms_are_upper_bounds",
     ),
     Fault(
         "the Schatten norm has no allowance for rounding",
@@ -1267,15 +1252,7 @@ FAULTS: tuple[Fault, ...] = (
         "\n"
         "    def __post_init__(self) -> None:\n"
         "        if self.num_steps < 1",
-        "nn::test_power_iteration_is_reported_by_its_true_bound "
-        "linearization::test_networks_keep_what_they_claim",
-    ),
-    Fault(
-        "gradients of turned matrices stay turned",
-        "nn/norms.py",
-        "value, part.mT if turn else part",
-        "value, part.mT.reshape_as(stacks[i]) if turn else part",
-        "nn::test_norm_gradients nn::test_bound_holds_after_violent_steps_and_reloading",
+        "nn::test_power_iteration_is_reported_by_its_true_bound",
     ),
     Fault(
         "derivatives are taken of norms that have moved",
@@ -1296,8 +1273,7 @@ FAULTS: tuple[Fault, ...] = (
         "nn/conv_norms.py",
         "return math.prod(excess) * rounding",
         "return rounding",
-        "conv_norms::test_one_number_bounds_all_sizes_and_paddings "
-        "conv_norms::test_factor_between_frequencies_is_sharp",
+        "conv_norms::test_one_number_bounds_all_sizes_and_paddings",
     ),
     Fault(
         "one squaring too few",
@@ -1533,8 +1509,7 @@ FAULTS: tuple[Fault, ...] = (
         "classifiers.py",
         "scale=1 / (levels - 1)",
         "scale=1 / levels",
-        "classifiers::test_a_state_of_other_levels_brings_them_along "
-        "classifiers::test_features_turn_back_into_images",
+        "classifiers::test_pixels_are_centred_between_the_darkest_and_the_brightest",
     ),
     Fault(
         "the bound of a classifier is that of its best block",
@@ -1842,14 +1817,14 @@ FAULTS: tuple[Fault, ...] = (
         "training.py",
         '        self._noise.set_state(state["noise"])\n',
         "        pass\n",
-        "checkpoints::test_every_part_of_a_checkpoint_matters",
+        "survivors::test_batches_follow_their_seed_and_go_on_with_their_noise",
     ),
     Fault(
         "batches are not shuffled by their seed",
         "training.py",
         "self._shuffles = Generator().manual_seed(seed)",
         "self._shuffles = Generator().manual_seed(0)",
-        "compare::test_every_model_sees_the_same_batches compare::test_batches_cover_an_epoch_once",
+        "survivors::test_batches_follow_their_seed_and_go_on_with_their_noise",
     ),
     Fault(
         "the average is left in the model",
@@ -1919,16 +1894,14 @@ FAULTS: tuple[Fault, ...] = (
         "graphs.py",
         "            kept.restore()\n            random_state.restore()\n        difference",
         "            random_state.restore()\n        difference",
-        "graphs::test_the_constructor_trains_nothing_and_leaves_the_generators "
-        "graphs::test_replays_are_the_steps_of_an_ordinary_loop_at_the_same_seed",
+        "graphs",
     ),
     Fault(
         "a capture moves the random numbers",
         "graphs.py",
         "            kept.restore()\n            random_state.restore()\n        difference",
         "            kept.restore()\n        difference",
-        "graphs::test_the_constructor_trains_nothing_and_leaves_the_generators "
-        "graphs::test_replays_are_the_steps_of_an_ordinary_loop_at_the_same_seed",
+        "graphs",
     ),
     Fault(
         "a replay in evaluation mode trains",
