@@ -124,7 +124,7 @@ class Run:
             note = row.note.replace("|", "/")
             lines.append(f"| {row.section} | {row.name} | {value} | {row.unit} | {note} |")
         (self.folder / "gpu.md").write_text("\n".join(lines) + "\n")
-        self._draw(record["device"])
+        self._draw(name_of(self.device))
 
     def _draw(self, device: str) -> None:
         """Draw the training steps: one panel for each size, one bar for each model."""

@@ -57,7 +57,6 @@ def pixels(*shape: int) -> Callable[[], Tensor]:
 
 
 SERIES = logdet.PowerSeries(num_terms=4)
-IMAGES = {"estimator": SERIES}
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Tensor]]] = {
     "exact": (lambda: flows.ResidualFlow(2, 16, 2), vectors(2)),
     "roulette": (lambda: flows.ResidualFlow(8, 16, 2), vectors(8)),
@@ -67,7 +66,10 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Tensor]]] = {
     "paper": (lambda: flows.InvertibleResNet(4, 16, 2), vectors(4)),
     "dense": (lambda: flows.ResidualFlow(4, 16, 2, net=lipschitz_nn.LipschitzDenseNet), vectors(4)),
     "tabular": (lambda: tabular(10), vectors(10)),
-    "images": (lambda: flows.ImageResidualFlow((1, 8, 8), 8, 1, **IMAGES), pixels(1, 8, 8)),
+    "images": (
+        lambda: flows.ImageResidualFlow((1, 8, 8), 8, 1, estimator=SERIES),
+        pixels(1, 8, 8),
+    ),
     "images, roulette": (lambda: flows.ImageResidualFlow((1, 8, 8), 8, 1), pixels(1, 8, 8)),
     "maf": (lambda: MaskedAutoregressiveFlow(4, 16, 2, 2), vectors(4)),
 }

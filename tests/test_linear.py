@@ -165,7 +165,7 @@ def test_impossible_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="features must be at least 1, got 0"):
         LinearTransform(0)
     with pytest.raises(ValueError, match="'identity' or 'whitening', got 'pca'"):
-        LinearTransform(2, initialization="pca")
+        LinearTransform(2, initialization="pca")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("inputs", [data(dtype=torch.float32), images(torch.float32)])
