@@ -133,6 +133,7 @@ class Run:
         except ImportError:
             return
         steps = [row for row in self.rows if row.section == "step" and row.value is not None]
+        steps = [row for row in steps if ": " in row.name]
         titles = list(dict.fromkeys(row.name.split(": ")[0] for row in steps))
         if not titles:
             return

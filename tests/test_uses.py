@@ -405,7 +405,7 @@ def test_rows_that_are_no_vectors_are_refused(
 @pytest.mark.parametrize("given", [[[1.0, 2.0]], rows().numpy()], ids=["list", "numpy"])
 def test_what_is_no_tensor_is_named(given: Any) -> None:
     for method in (block().forward, block().inverse):
-        with pytest.raises(ValueError, match=r"expected inputs of shape \(batch, ...\), got"):
+        with pytest.raises(ValueError, match="the inputs must be a tensor, got"):
             method(given)
 
 

@@ -229,7 +229,8 @@ class _Spline(torch.autograd.Function):
         of_outputs, of_logs = of_outputs.double(), of_logabsdet.double()[:, None]
         of_inside, of_bins = _of_values(bins, at, slope, of_outputs, of_logs)
         summed = of_bins.new_zeros(of_bins.shape[0], shares[0].numel())
-        summed = summed.index_add(1, index, of_bins.flatten(1)).unflatten(1, shares.shape[1:])
+        each = of_bins.reshape(of_bins.shape[0], index.shape[0])
+        summed = summed.index_add(1, index, each).reshape(-1, *shares.shape[1:])
         of_sizes = _of_shares(summed, knots.diff(dim=2), shares) * _growth(ctx.bound)
         of_slopes = (summed[5, :, 1:] + summed[6, :, :-1]) * inner_slopes
         of_slopes = torch.addcmul(of_slopes, of_slopes * bent, bent, value=-1)
