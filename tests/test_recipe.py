@@ -34,11 +34,22 @@ def kinds(flow: Any) -> list[str]:
 
 
 def test_the_default_is_spline_whitening_and_a_linear_map_before_each_block() -> None:
-    flow = ResidualFlow(3, 8, 3)
+    flow = ResidualFlow(2, 8, 3)
     expected = ["norm", "spline", "linear", "block", "linear", "block", "linear", "block", "norm"]
     assert kinds(flow) == expected
     assert [parts(flow)[index].starts_from_rows for index in (1, 2, 4, 6)] == [True, True, 0, 0]
-    assert parts(flow)[1].sizes.shape == (2, 3, 16)
+    assert parts(flow)[1].sizes.shape == (2, 2, 16)
+
+
+@pytest.mark.parametrize(("features", "has_them"), [(2, 0), (3, 1), (32, 1), (33, 0)])
+def test_tables_have_splines_before_blocks_too(features: int, has_them: bool) -> None:
+    flow, between = ResidualFlow(features, 8, 2), ["spline"] if has_them else []
+    start = ["norm", "spline", "linear", "block"]
+    assert kinds(flow) == [*start, "linear", *between, "block", "norm"]
+    if has_them:
+        assert parts(flow)[5].sizes.shape == (2, features, 8)
+    explicit = ResidualFlow(features, 8, 2, block_bins=0)
+    assert kinds(explicit) == [*start, "linear", "block", "norm"]
 
 
 def test_each_part_can_be_left_out_or_added() -> None:
@@ -57,8 +68,8 @@ def test_each_part_can_be_left_out_or_added() -> None:
 
 def test_the_context_acts_on_features_that_were_standardised_without_it_and_last() -> None:
     assert kinds(ResidualFlow(3, 8, 2, context_features=2)) == [
-        *["norm", "spline", "linear", "context", "block", "linear", "context", "block"],
-        *["norm", "context"],
+        *["norm", "spline", "linear", "context", "block"],
+        *["linear", "spline", "context", "block", "norm", "context"],
     ]
 
 

@@ -78,7 +78,8 @@ def vectors(
         chosen = activation and activation()
         return flows.ResidualFlow(features, 8, 2, activation=chosen, **options)
 
-    return Kind(model, shape=(features,), norms=3, whitenings=1, splines=1, context=context)
+    splines = 2 if 3 <= features <= 32 else 1
+    return Kind(model, shape=(features,), norms=3, whitenings=1, splines=splines, context=context)
 
 
 def whitened() -> nn.Module:
