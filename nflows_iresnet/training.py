@@ -875,9 +875,7 @@ def fit(
         average_decay=average_decay,
         warmup=warmup,
     )
-    like = next((each for each in flow.parameters() if each.requires_grad), None)
-    if like is None:
-        raise ValueError("nothing is to be trained: no parameter requires a gradient")
+    like = _largest_parameter(flow)
     given = _Given(train, like, "training")
     with seeded(seed, like.device):
         if initialize and _waits_for_rows(flow):
@@ -887,7 +885,7 @@ def fit(
             flow,
             given.stream(validated_size("batch_size", batch_size)),
             plan,
-            lambda: float(validate(flow)),
+            lambda: _number(validate(flow)),
             optimizer=optimizer,
             loss=loss or negative_log_likelihood,
             after_step=after_step,
@@ -917,6 +915,25 @@ def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def _largest_parameter(flow: Any) -> Tensor:
+    """Return what tells the precision of a flow: one small number in it may have another."""
+    trained = [each for each in flow.parameters() if each.requires_grad]
+    if not trained:
+        raise ValueError("nothing is to be trained: no parameter requires a gradient")
+    return max(trained, key=Tensor.numel)
+
+
+def _number(value: Any) -> float:
+    """Return what a validation returned, a number or a tensor of one."""
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"validation must return one number, to be minimised, got {given}"
+        ) from None
 
 
 def _waits_for_rows(flow: Any) -> bool:
@@ -969,7 +986,7 @@ class _Given:
                     f"there must be one context for each of the {tensors[0].shape[0]} "
                     f"{self.what} rows, got shape {tuple(each.shape)}"
                 )
-            bad = (~each.isfinite()).flatten(start_dim=1).any(dim=1).nonzero().flatten()
+            bad = _rows_not_finite(each)
             if bad.numel():
                 raise ValueError(
                     f"{bad.numel()} of {each.shape[0]} {self.what} rows are not finite, first row "
@@ -990,7 +1007,7 @@ class _Given:
                 count += 1
                 yield batch
             if not count:
-                raise ValueError(f"the {self.what} loader has no batch")
+                raise ValueError(f"the {self.what} loader has no batch{_if_it_ran_out(self.rows)}")
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """Return all rows once."""
@@ -1008,13 +1025,31 @@ class _Given:
             parts.append(batch)
             if sum(part[0].shape[0] for part in parts) >= count:
                 break
+        if not parts:
+            raise ValueError(f"the {self.what} loader has no batch")
         return tuple(torch.cat(each)[:count] for each in zip(*parts, strict=True))
+
+
+def _if_it_ran_out(rows: object) -> str:
+    if not isinstance(rows, Iterator):
+        return ""
+    return (
+        f": a {type(rows).__name__} runs out after one pass; give a data loader, or a list of "
+        "the batches"
+    )
+
+
+def _rows_not_finite(values: Tensor) -> Tensor:
+    """Return the indices of rows that hold NaN or infinity, of values (N, *) or (N,)."""
+    return (~values.isfinite())[:, None].flatten(start_dim=1).any(dim=1).nonzero().flatten()
 
 
 class _Validator:
     """The mean loss of all validation rows, with the same random numbers each time."""
 
     def __init__(self, rows: Rows, like: Tensor, loss: Loss | None) -> None:
+        if isinstance(rows, Iterator):
+            raise ValueError(f"validation has no rows the second time{_if_it_ran_out(rows)}")
         self._given = _Given(rows, like, "validation")
         self._loss, self._device = loss, like.device
 
@@ -1023,11 +1058,23 @@ class _Validator:
         total, count = 0.0, 0
         with seeded(_VALIDATION_SEED, self._device):
             for batch in self._given.batches():
-                rows = batch[0].shape[0]
-                total, count = total + rows * self._value(flow, batch), count + rows
+                rows, value = batch[0].shape[0], self._value(flow, batch)
+                if not math.isfinite(value):
+                    self._blame_rows(batch, count)
+                total, count = total + rows * value, count + rows
         if not count:
             raise ValueError("the validation loader has no batch")
         return total / count
+
+    def _blame_rows(self, batch: tuple[Tensor, ...], seen: int) -> None:
+        """Raise if a batch, `seen` rows after the first, is what is not finite."""
+        for each in batch:
+            bad = _rows_not_finite(each)
+            if bad.numel():
+                raise ValueError(
+                    f"{bad.numel()} of {each.shape[0]} validation rows of a batch are not finite, "
+                    f"first row {seen + int(bad[0])}: drop or impute them"
+                )
 
     def _value(self, flow: Any, batch: tuple[Tensor, ...]) -> float:
         if self._loss is not None:

@@ -346,6 +346,7 @@ WITH_NAN = torch.where(torch.arange(20)[:, None] == 3, math.nan, ROWS)
         ((ROWS, ROWS[:5]), {}, "one context for each of the 20"),
         (5, {}, "data loader, got int"),
         (iter(()), {"initialize": False}, "training loader has no batch"),
+        (iter([ROWS]), {}, "runs out after one pass; give a data loader"),
         (ROWS, {"max_steps": 0}, "max_steps must be at least 1"),
         (ROWS, {"max_seconds": -1.0}, "max_seconds must be a positive number"),
         (ROWS, {"learning_rate": math.nan}, "learning_rate must be a positive number"),
@@ -359,6 +360,65 @@ WITH_NAN = torch.where(torch.arange(20)[:, None] == 3, math.nan, ROWS)
 def test_what_cannot_work_is_refused(train: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(Line(), train, ROWS, **{"max_steps": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (iter([ROWS] * 9), "runs out after one pass"),
+        (DataLoader(TensorDataset(WITH_NAN), 2), "1 of 2 validation rows .* first row 3"),
+        (lambda flow: None, "validation must return one number, to be minimised, got None"),
+        (lambda flow: flow.log_prob(ROWS), r"got shape \(20,\)"),
+    ],
+)
+def test_what_cannot_be_validated_is_named_and_not_the_learning_rate(
+    validation: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        quick(residual_flow(), validation=validation)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_validation_may_return_a_tensor_with_its_graph() -> None:
+    def validation(flow: ResidualFlow) -> Tensor:
+        return -flow.log_prob(ROWS).mean()
+
+    assert quick(residual_flow(), validation=validation).steps == 10
+
+
+def test_an_empty_loader_is_named_where_a_flow_starts_from_its_rows() -> None:
+    with pytest.raises(ValueError, match="training loader has no batch"):
+        fit(residual_flow(), [], ROWS, max_steps=2)
+
+
+def test_rows_or_contexts_of_one_dimension_are_looked_at_as_any_other() -> None:
+    class Labelled(Line):
+        def log_prob(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+            return super().log_prob(inputs)
+
+    labels = torch.arange(20.0)
+    assert fit(Labelled(), (ROWS, labels), (ROWS, labels), max_steps=2, validations=1).steps == 2
+    labels[3] = math.nan
+    with pytest.raises(ValueError, match="1 of 20 training rows are not finite, first row 3"):
+        fit(Labelled(), (ROWS, labels), ROWS, max_steps=2)
+    with pytest.raises(ValueError, match=r"expected inputs of shape \(batch, 2\)"):
+        fit(residual_flow(), ROWS[:, 0], ROWS, max_steps=2)
+
+
+def test_one_number_of_another_precision_does_not_cast_the_rows() -> None:
+    """As `geom_p` of normflows' residual blocks, the first parameter of its models."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decay = nn.Parameter(torch.zeros((), dtype=torch.float64))
+            self.flow = MaskedAutoregressiveFlow(2, 8, 1, 1)
+
+        def log_prob(self, inputs: Tensor) -> Tensor:
+            value: Tensor = self.flow.log_prob(inputs)
+            return value + self.decay.float()
+
+    assert quick(Mixed()).steps == 10
 
 
 def test_frozen_flows_are_refused() -> None:

@@ -391,7 +391,7 @@ def same_start(spec: ModelSpec) -> ModelSpec:
     """
 
     def build(size: Architecture) -> DensityModel:
-        from nflows_iresnet.flows.hybrid import start_from_data
+        from nflows_iresnet.flows.residual import start_from_data
         from nflows_iresnet.transforms import CompositeTransform
 
         start = CompositeTransform(start_from_data(size.features))

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from nflows_iresnet.conditioning import check_context
 from nflows_iresnet.flows.base import Expected, Flow, StandardNormal
+from nflows_iresnet.flows.residual import start_from_data
 from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.nn import LipschitzMLP, MatrixNorm
 from nflows_iresnet.precision import context_like_weights, like_weights, training_precision
@@ -29,7 +30,6 @@ from nflows_iresnet.transforms import (
     ActNorm,
     CompositeTransform,
     ConditionalAffine,
-    ElementwiseRationalQuadraticSpline,
     LinearTransform,
     ResidualTransform,
 )
@@ -38,26 +38,6 @@ from nflows_iresnet.validation import validated_size
 Partner = Callable[[int, int, int, int, int | None], Transform]
 """Makes the i-th transform that is no residual block from its index i, features, hidden_features,
 num_blocks_per_layer and context_features."""
-
-
-def start_from_data(features: int, num_bins: int = 16) -> list[Transform]:
-    """Return ActNorm, a spline of each feature, and a linear map that whitens.
-
-    Started from rows by `transforms.initialize`, or by the first batch, they return features of
-    nearly normal marginals, mean 0 and covariance I.
-
-    Args:
-        features: number of features.
-        num_bins: bins of the splines; 0 leaves them out.
-
-    Raises:
-        ValueError: if a size is not positive, or `num_bins` negative.
-    """
-    start: list[Transform] = [ActNorm(features)]
-    if num_bins != 0 or isinstance(num_bins, bool):
-        bins = validated_size("marginal_bins", num_bins)
-        start.append(ElementwiseRationalQuadraticSpline(features, bins, initialization="quantiles"))
-    return [*start, LinearTransform(features, initialization="whitening")]
 
 
 class HybridFlow(Flow):

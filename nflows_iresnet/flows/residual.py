@@ -29,6 +29,34 @@ _TABLES = range(3, 33)
 _BLOCK_BINS = 8
 
 
+def start_from_data(
+    features: int, marginal_bins: int = 16, *, linear: bool = True
+) -> list[Transform]:
+    """Return ActNorm, a spline of each feature, and a linear map that whitens.
+
+    Started from rows by `transforms.initialize`, or by the first batch, they return features of
+    nearly normal marginals, mean 0 and covariance I.
+
+    Args:
+        features: number of features.
+        marginal_bins: bins of the splines; 0 leaves them out.
+        linear: whether there is the linear map.
+
+    Raises:
+        ValueError: if a size is not positive, or `marginal_bins` negative.
+    """
+    splines = _quantile_splines("marginal_bins", features, marginal_bins)
+    whitening = [LinearTransform(features, initialization="whitening")] if linear else []
+    return [ActNorm(features), *splines, *whitening]
+
+
+def _quantile_splines(name: str, features: int, num_bins: int) -> list[Transform]:
+    if num_bins == 0 and not isinstance(num_bins, bool):
+        return []
+    bins = validated_size(name, num_bins)
+    return [ElementwiseRationalQuadraticSpline(features, bins, initialization="quantiles")]
+
+
 class ResidualFlow(Flow):
     r"""A residual flow for vectors: blocks y = x + g(x), and what such blocks cannot do between.
 
@@ -162,24 +190,16 @@ class _Between:
     block_bins: int
 
     def before_first(self, marginal_bins: int) -> list[Transform]:
-        splines = self._spline("marginal_bins", marginal_bins)
-        whitening = [LinearTransform(self.features, initialization="whitening")]
-        mixing = whitening if self.linear else []
-        return [ActNorm(self.features), *splines, *mixing, *self._conditional()]
+        start = start_from_data(self.features, marginal_bins, linear=self.linear)
+        return [*start, *self._conditional()]
 
     def before_next(self) -> list[Transform]:
         mixing = LinearTransform(self.features) if self.linear else ActNorm(self.features)
-        splines = self._spline("block_bins", self.block_bins)
+        splines = _quantile_splines("block_bins", self.features, self.block_bins)
         return [mixing, *splines, *self._conditional()]
 
     def after_last(self) -> list[Transform]:
         return [ActNorm(self.features), *self._conditional()]
-
-    def _spline(self, name: str, num_bins: int) -> list[Transform]:
-        if num_bins == 0 and not isinstance(num_bins, bool):
-            return []
-        bins = validated_size(name, num_bins)
-        return [ElementwiseRationalQuadraticSpline(self.features, bins, initialization="quantiles")]
 
     def _conditional(self) -> list[Transform]:
         if self.context_features is None:

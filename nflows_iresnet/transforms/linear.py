@@ -36,8 +36,9 @@ _ROWS_PER_FEATURE = 4
 cost 0.1 F nats more than without whitening at 4 F rows; unshrunk 0.4 F at 2 F, thousands at F."""
 _TRUST = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.998, 1.0)
 """Parts of this, of which rows that are left out choose one."""
-_SMALLEST_EIGENVALUE = 1e-8
-"""Of the correlations: a direction is stretched at most 10^4 times more than by its scale."""
+_SMALLEST_EIGENVALUE = 1e-4
+"""Of the correlations: a direction is stretched at most 100 times more than by its scale. A step of
+the optimiser moves it by so many times the learning rate: at 10^4 times training falls apart."""
 _ROUNDINGS = 8
 """How many roundings of the largest value count as noise of a feature."""
 
@@ -69,8 +70,8 @@ class LinearTransform(Transform):
       heavy tails, whose correlations are chance, do not make W worse for unseen rows;
     * fewer than 8 rows give no correlations, and means and scales as those of `ActNorm`; an empty
       batch starts nothing;
-    * eigenvalues of the correlations below 1e-8 are raised to it: dependent directions leave with
-      a variance below 1;
+    * eigenvalues of the correlations below 1e-4 are raised to it: dependent directions leave with
+      a variance below 1, and training, which stretches them further, stays steady;
     * the roundings of the features count as noise: their variance is added to that of the feature;
     * log d is kept within +-70: beyond scales of 1e-30 and 1e30 the rest is left to what follows;
     * NaN and infinity are refused, and nothing is stored.
