@@ -534,9 +534,10 @@ def test_one_number_of_terms_for_ever_is_seen(
     assert abs(float(losses.mean()) - expected) > 9 * float(losses.std()) / steps**0.5
 
 
-def losses_of_training(steps: int = 40) -> list[float]:
+def losses_of_training(num_probes: int = 1, steps: int = 40) -> list[float]:
     """The losses of a flow that learns with the roulette, until a step gives its capture up."""
-    flow, batches = linear_flow(logdet.RussianRoulette(num_exact_terms=1)), rows(8, 3)
+    roulette = logdet.RussianRoulette(num_exact_terms=1, num_probes=num_probes)
+    flow, batches = linear_flow(roulette), rows(8, 3)
     optimizer = torch.optim.SGD(flow.parameters(), 0.01, momentum=0.9)
     step = GraphedStep(flow, optimizer, batches[0], max_grad_norm=1.0)
     torch.manual_seed(11)
@@ -546,22 +547,24 @@ def losses_of_training(steps: int = 40) -> list[float]:
     return losses
 
 
-def losses_without_replays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def losses_without_replays(monkeypatch: pytest.MonkeyPatch, num_probes: int = 1) -> list[float]:
     """The same at lengths that are never met again, so that none is captured."""
     lengths, emulated = itertools.count(100), EmulatedRecorder()
     with monkeypatch.context() as patched:
         use(emulated, patched)
         patched.setattr(graphs, "graph_length", lambda num_terms: next(lengths))
-        losses = losses_of_training()
+        losses = losses_of_training(num_probes)
     assert emulated.replays == 1
     return losses
 
 
+@pytest.mark.parametrize("num_probes", [1, 2])
 def test_a_capture_between_steps_moves_neither_weights_nor_random_numbers(
-    recorder: EmulatedRecorder, monkeypatch: pytest.MonkeyPatch
+    recorder: EmulatedRecorder, monkeypatch: pytest.MonkeyPatch, num_probes: int
 ) -> None:
-    expected = losses_without_replays(monkeypatch)
-    assert losses_of_training() == pytest.approx(expected, rel=1e-6)
+    """With two probes, the weights of one length are not those of the next step."""
+    expected = losses_without_replays(monkeypatch, num_probes)
+    assert losses_of_training(num_probes) == pytest.approx(expected, rel=1e-6)
     assert recorder.captures > 1
     assert recorder.replays > 10
 
