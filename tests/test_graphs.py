@@ -654,7 +654,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_draw_that_is_another_one_than_was_recorded_is_an_error(change: dict[str, Any]) -> None:
     plan = TermPlan(torch.device("cpu"))
-    recorded = {
+    recorded: dict[str, Any] = {
         "estimator": logdet.RussianRoulette(num_exact_terms=1),
         "lipschitz": 0.5,
         "generator": None,

@@ -364,7 +364,9 @@ def test_likelihoods_of_repeats_are_averaged_and_the_best_model_is_first() -> No
     from nflows_iresnet.compare.summary import rows_of
 
     numbers = {"bad": (5.0, 6.0, 10.0), "good": (1.0, 2.0, 6.0)}
-    results = [_result(name, i, nll) for name, nlls in numbers.items() for i, nll in enumerate(nlls)]
+    results = [
+        _result(name, i, nll) for name, nlls in numbers.items() for i, nll in enumerate(nlls)
+    ]
     record: Any = SimpleNamespace(of=lambda dataset: [*results, _result("failed", 0, None)])
     rows = rows_of(record, "d")
     assert [(row.model, row.metrics.test_nll) for row in rows] == [

@@ -1259,7 +1259,7 @@ FAULTS: tuple[Fault, ...] = (
         "nn/norms.py",
         "[[{k: v.clone() for k, v in each.items()} for each in row] for row in states]",
         "states",
-        "norms derivatives",
+        "norms::test_derivatives_of_a_norm_are_those_of_the_state_that_it_was_taken_with",
     ),
     Fault(
         "the norm of convolutions has no allowance for rounding",
@@ -1301,16 +1301,14 @@ FAULTS: tuple[Fault, ...] = (
         "precision.py",
         "    finally:\n        _TF32_IN_TRAINING.reset(token)",
         "    finally:\n        pass",
-        "tensor_float32::test_nothing_but_training_is_allowed_short_products",
+        "tensor_float32::test_the_permission_ends_with_its_block",
     ),
     Fault(
         "backward forgets what forward was allowed",
         "precision.py",
         "inner = relaxed() if ctx.is_relaxed else full_products(work)",
         "inner = full_products(work)",
-        "tensor_float32::test_training_may_be_allowed_short_products "
-        "tensor_float32::test_a_dense_flow_trains_with_short_products_where_allowed_and_learn"
-        "s_the_same",
+        "tensor_float32::test_the_backward_pass_may_be_as_short_as_the_forward_pass",
     ),
     Fault(
         "another precision is converted in silence",
@@ -1360,7 +1358,7 @@ FAULTS: tuple[Fault, ...] = (
         "interop/normflows.py",
         "self._inverse_context = _context_parameter(flow.forward)",
         "self._inverse_context = _context_parameter(flow.inverse)",
-        "normflows_from::test_a_context_goes_to_the_flows_that_take_one",
+        "normflows_from::test_each_direction_says_whether_it_takes_a_context",
     ),
     Fault(
         "the contract allows the spread of one draw",
