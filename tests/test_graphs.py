@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from nflows_iresnet.flows import ImageResidualFlow
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning, graph_length
 from nflows_iresnet.logdet import TermPlan
+from nflows_iresnet.logdet.plan import planned_weights
 from tests.cases import FixedLinear
 from tests.emulated_graph import EmulatedRecorder, recorder, use
 from tests.planted.logdet import Unweighted
@@ -532,6 +534,76 @@ def test_one_number_of_terms_for_ever_is_seen(
     assert abs(float(losses.mean()) - expected) > 9 * float(losses.std()) / steps**0.5
 
 
+def losses_of_training(num_probes: int = 1, steps: int = 40) -> list[float]:
+    """The losses of a flow that learns with the roulette, until a step gives its capture up."""
+    roulette = logdet.RussianRoulette(num_exact_terms=1, num_probes=num_probes)
+    flow, batches = linear_flow(roulette), rows(8, 3)
+    optimizer = torch.optim.SGD(flow.parameters(), 0.01, momentum=0.9)
+    step = GraphedStep(flow, optimizer, batches[0], max_grad_norm=1.0)
+    torch.manual_seed(11)
+    losses: list[float] = []
+    while len(losses) < steps and step.is_captured:
+        losses.append(float(step(batches[len(losses) % len(batches)])))
+    return losses
+
+
+def losses_without_replays(monkeypatch: pytest.MonkeyPatch, num_probes: int = 1) -> list[float]:
+    """The same at lengths that are never met again, so that none is captured."""
+    lengths, emulated = itertools.count(100), EmulatedRecorder()
+    with monkeypatch.context() as patched:
+        use(emulated, patched)
+        patched.setattr(graphs, "graph_length", lambda num_terms: next(lengths))
+        losses = losses_of_training(num_probes)
+    assert emulated.replays == 1
+    return losses
+
+
+@pytest.mark.parametrize("num_probes", [1, 2])
+def test_a_capture_between_steps_moves_neither_weights_nor_random_numbers(
+    recorder: EmulatedRecorder, monkeypatch: pytest.MonkeyPatch, num_probes: int
+) -> None:
+    """With two probes, the weights of one length are not those of the next step."""
+    expected = losses_without_replays(monkeypatch, num_probes)
+    assert losses_of_training(num_probes) == pytest.approx(expected, rel=1e-6)
+    assert recorder.captures > 1
+    assert recorder.replays > 10
+
+
+class FailsLater(EmulatedRecorder):
+    """Captures one length; the second one fails while it is recorded, or when it is replayed."""
+
+    def __init__(self, *, in_replay: bool) -> None:
+        super().__init__()
+        self._in_replay = in_replay
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        replay = super().capture(body)
+        if self.captures == 1:
+            return replay
+        if not self._in_replay:
+            raise RuntimeError("there is no memory left")
+
+        def replay_twice() -> None:
+            replay()
+            replay()
+
+        return replay_twice
+
+
+@pytest.mark.parametrize("in_replay", [False, True])
+def test_a_capture_that_fails_between_steps_moves_neither_weights_nor_random_numbers(
+    monkeypatch: pytest.MonkeyPatch, *, in_replay: bool
+) -> None:
+    expected = losses_without_replays(monkeypatch)
+    emulated = FailsLater(in_replay=in_replay)
+    use(emulated, monkeypatch)
+    with pytest.warns(NotCapturedWarning):
+        found = losses_of_training()
+    assert emulated.captures == 2
+    assert 2 < len(found) < len(expected)
+    assert found == pytest.approx(expected[: len(found)], rel=1e-6)
+
+
 def test_blocks_share_a_random_number_and_probes_do_not() -> None:
     plan = TermPlan(torch.device("cpu"))
     roulette = logdet.RussianRoulette(num_probes=2, num_exact_terms=1)
@@ -563,6 +635,54 @@ def test_blocks_share_a_random_number_and_probes_do_not() -> None:
         roulette.estimate(nets[0], batch)
     with pytest.raises(RuntimeError, match="other numbers of terms"), plan.applied():
         tight.estimate(nets[0], batch)
+
+
+class AnyNumber(logdet.RussianRoulette):
+    """Another law of the same numbers."""
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "estimator": {"estimator": logdet.RussianRoulette(num_exact_terms=3)},
+    "law": {"estimator": AnyNumber(num_exact_terms=1)},
+    "bound": {"lipschitz": 0.6},
+    "no bound": {"lipschitz": None},
+    "generator": {"generator": torch.Generator()},
+    "probe": {"probe": 1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_draw_that_is_another_one_than_was_recorded_is_an_error(change: dict[str, Any]) -> None:
+    plan = TermPlan(torch.device("cpu"))
+    recorded: dict[str, Any] = {
+        "estimator": logdet.RussianRoulette(num_exact_terms=1),
+        "lipschitz": 0.5,
+        "generator": None,
+        "probe": 0,
+    }
+    with plan.recording():
+        planned_weights(**recorded)
+    plan.draw()
+    with plan.applied():
+        planned_weights(**recorded)
+    with pytest.raises(RuntimeError, match="other numbers of terms"), plan.applied():
+        planned_weights(**recorded | change)
+
+
+def test_blocks_that_changed_places_since_they_were_recorded_are_an_error() -> None:
+    plan, batch = TermPlan(torch.device("cpu")), rows(features=3)[0]
+    roulette, nets = logdet.RussianRoulette(), [FixedLinear(3, 0.5), FixedLinear(3, 0.5)]
+    nets[0].lipschitz, nets[1].lipschitz = 0.4, 0.9
+
+    def step(order: list[int]) -> None:
+        for index in order:
+            roulette.estimate(nets[index].double(), batch)
+
+    with plan.recording():
+        step([0, 1])
+    plan.draw()
+    with pytest.raises(RuntimeError, match="their order"), plan.applied():
+        step([1, 0])
 
 
 def test_weights_on_the_device_give_the_same_estimate_as_numbers() -> None:

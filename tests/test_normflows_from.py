@@ -166,6 +166,34 @@ def test_a_context_goes_to_the_flows_that_take_one() -> None:
     assert not torch.equal(aware(inputs, context)[0], aware(inputs)[0])
 
 
+class _ShiftsToData(nn.Module):
+    """Takes a context on the way to data alone."""
+
+    def forward(self, noise: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return noise + context, 0.0
+
+    def inverse(self, data: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return data - 1, 0.0
+
+
+class _ShiftsToNoise(nn.Module):
+    """Takes a context on the way to noise alone."""
+
+    def forward(self, noise: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return noise + 1, 0.0
+
+    def inverse(self, data: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return data - context, 0.0
+
+
+def test_each_direction_says_whether_it_takes_a_context() -> None:
+    rows, context = torch.zeros(ROWS, 4), torch.full((ROWS, 4), 3.0)
+    for flow, to_noise, to_data in ((_ShiftsToData(), -1.0, 3.0), (_ShiftsToNoise(), -3.0, 1.0)):
+        transform = FromNormflows(flow)
+        assert torch.equal(transform(rows, context)[0], torch.full((ROWS, 4), to_noise))
+        assert torch.equal(transform.inverse(rows, context)[0], torch.full((ROWS, 4), to_data))
+
+
 def test_a_model_of_normflows_as_a_model_of_nflows() -> None:
     torch.manual_seed(0)
     flows = [NN.AffineCouplingBlock(_mlp(2, 4)), NN.LULinearPermute(4, identity_init=False)]

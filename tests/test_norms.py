@@ -138,6 +138,37 @@ def test_the_allowance_is_needed_and_suffices(monkeypatch: pytest.MonkeyPatch) -
     assert value / allowance * (1 + (allowance - 1) / 4) < true
 
 
+def test_derivatives_of_a_norm_are_those_of_the_state_that_it_was_taken_with() -> None:
+    """A backward pass that is recorded comes after the vectors have moved on."""
+    torch.manual_seed(0)
+    norm = nn.PowerIteration(num_initial_steps=1)
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    state = norm.initial_state(weight.detach())
+    _, expected = norm.value_and_gradient(weight.detach(), state)
+    expected = expected.clone()
+    (value,) = schatten.norms_of([weight[None]], [norm], [[state]])
+    for each in state.values():
+        each.copy_(torch.nn.functional.normalize(torch.randn_like(each), dim=0))
+    (gradient,) = torch.autograd.grad(value.sum(), weight, create_graph=True)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [64, 4096])
+def test_the_allowance_counts_the_rows_of_a_tall_weight(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int
+) -> None:
+    """A Gram matrix adds up as many products as there are rows, and may lose a rounding at each."""
+
+    def worst(matrix: Tensor, out: Tensor | None = None) -> Tensor:
+        product = matrix.mT @ matrix
+        return product - matrix.shape[-2] * 2.0**-53 * (matrix.abs().mT @ matrix.abs())
+
+    monkeypatch.setattr(schatten, "gram_matrix", worst)
+    value = float(nn.SchattenNorm()(torch.ones(rows, 1, dtype=dtype)))
+    assert rows**0.5 <= value <= rows**0.5 * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("size", [255, 257, 300, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_blocks_of_a_gram_matrix_are_in_their_places(size: int, dtype: torch.dtype) -> None:

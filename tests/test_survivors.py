@@ -126,7 +126,7 @@ def test_labels_go_with_their_images() -> None:
 # --- comparisons ----------------------------------------------------------------------------------
 
 
-def _result(model: str, repeat: int, nll: float) -> Any:
+def _result(model: str, repeat: int, nll: float | None) -> Any:
     from nflows_iresnet.compare.evaluation import Metrics
     from nflows_iresnet.compare.results import Result
 
@@ -284,3 +284,93 @@ def test_batches_follow_their_seed_and_go_on_with_their_noise() -> None:
     second.load_state_dict(first.state_dict())
     for _ in range(6):
         assert torch.equal(next(first), next(second))
+
+
+def test_an_arm_of_the_pinwheel_is_longer_than_it_is_wide() -> None:
+    arm = datasets.toys.Pinwheel(1, radial_noise=0.6, tangential_noise=0.2, rate=1e-9)
+    samples = arm.sample(4000, torch.Generator().manual_seed(0)).double()
+    deviations = samples.std(0) / torch.tensor([0.6, 0.2], dtype=torch.float64)
+    assert bool(((deviations > 0.8) & (deviations < 1.25)).all())
+    top, outwards = arm.log_prob(torch.tensor([[2.0, 0.0], [2.6, 0.0]], dtype=torch.float64))
+    assert float(top - outwards) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_every_image_is_in_one_split() -> None:
+    sklearn = pytest.importorskip("sklearn.datasets")
+    whole = torch.from_numpy(sklearn.load_digits().images).to(torch.uint8)
+    found = datasets.load_images("digits")
+    parts = torch.cat([found.train, found.validation, found.test])
+
+    def in_order(images: Tensor) -> list[bytes]:
+        return sorted(image.numpy().tobytes() for image in images)
+
+    assert in_order(parts) == in_order(whole)
+
+
+def test_a_model_starts_from_training_rows() -> None:
+    from nflows_iresnet.compare.tasks import RowTask
+
+    data, config = datasets.make("moons", num_train=30, num_validation=20, num_test=10), _ON_A_CPU
+    assert torch.equal(RowTask(data).start_rows(config), data.train)
+
+
+_ON_A_CPU: Any = SimpleNamespace(device="cpu")
+
+
+def test_test_images_have_the_same_noise_whatever_the_seed_of_the_run() -> None:
+    pytest.importorskip("sklearn")
+    from nflows_iresnet.compare.config import RunConfig
+    from nflows_iresnet.compare.imagetasks import ImageTask
+
+    task = ImageTask(datasets.load_images("digits"))
+    first, second = (
+        task.exam(RunConfig(("digits",), ("glow",), images=True, seed=seed)).test for seed in (0, 1)
+    )
+    assert torch.equal(first, second)
+
+
+class _Halves:
+    """A model that decodes half of each number."""
+
+    estimates = False
+
+    def eval(self) -> None: ...
+
+    def exact_log_prob(self, inputs: Tensor) -> Tensor:
+        return inputs.sum(1)
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def decode(self, noise: Tensor) -> Tensor:
+        return noise / 2
+
+
+def test_what_is_measured_of_rows_is_what_its_name_says() -> None:
+    from nflows_iresnet.compare.evaluation import Exam, evaluate
+
+    rows = torch.tensor([[0.0, 0.0], [2.0, 0.0], [-1.0, 8.0]])
+    model: Any = _Halves()
+    exam = Exam(rows, rows, true_log_prob=rows.sum(1) + 3, grid=None)
+    found = evaluate(model, exam, seed=0).metrics
+    assert found.test_nll == pytest.approx(-3)
+    assert found.above_optimum == pytest.approx(3)
+    assert found.above_optimum_se == pytest.approx(0)
+    assert (found.round_trip_max, found.round_trip_median) == (4, 1)
+
+
+def test_likelihoods_of_repeats_are_averaged_and_the_best_model_is_first() -> None:
+    pytest.importorskip("rich")
+    from nflows_iresnet.compare.summary import rows_of
+
+    numbers = {"bad": (5.0, 6.0, 10.0), "good": (1.0, 2.0, 6.0)}
+    results = [
+        _result(name, i, nll) for name, nlls in numbers.items() for i, nll in enumerate(nlls)
+    ]
+    record: Any = SimpleNamespace(of=lambda dataset: [*results, _result("failed", 0, None)])
+    rows = rows_of(record, "d")
+    assert [(row.model, row.metrics.test_nll) for row in rows] == [
+        ("good", 3.0),
+        ("bad", 7.0),
+        ("failed", None),
+    ]

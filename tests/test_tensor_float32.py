@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -763,6 +763,39 @@ def test_training_may_be_allowed_short_products() -> None:
     assert forward > 0
     assert backward > 0
     assert settings() == before
+
+
+@pytest.mark.usefixtures("short")
+def test_the_backward_pass_may_be_as_short_as_the_forward_pass() -> None:
+    """Each product has two in its backward pass, most of them in nodes derived by hand."""
+    torch.manual_seed(0)
+    flow, inputs = ResidualFlow(3, 8, 2), vectors()
+    flow.log_prob(inputs)
+    with Emulation() as seen:
+        with precision.allow_tf32_in_training():
+            loss = flow.log_prob(inputs).sum()
+        forward = seen.count
+        loss.backward()
+    assert seen.count - forward > forward > 0
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("end", ["done", "an error"])
+def test_the_permission_ends_with_its_block(end: str) -> None:
+    torch.manual_seed(0)
+    flow, inputs = ResidualFlow(3, 8, 2), vectors()
+    flow.log_prob(inputs)
+    with suppress(ArithmeticError), precision.allow_tf32_in_training():
+        with precision.allow_tf32_in_training():
+            pass
+        with Emulation() as seen:
+            flow.log_prob(inputs)
+        assert seen.count > 0
+        if end == "an error":
+            raise ArithmeticError
+    with Emulation() as seen:
+        flow.log_prob(inputs).sum().backward()
+    assert seen.count == 0
 
 
 @pytest.mark.usefixtures("short")
