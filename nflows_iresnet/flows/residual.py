@@ -23,7 +23,6 @@ from nflows_iresnet.transforms import (
 )
 from nflows_iresnet.validation import validated_size
 
-
 _TABLES = range(3, 33)
 """Numbers of features for which splines before blocks are worth their time."""
 _BLOCK_BINS = 8
