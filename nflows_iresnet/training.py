@@ -812,7 +812,7 @@ def fit(
             `log_prob(rows, context)` in nats; with a `loss`, any module. Trained in place.
         train: rows (N, *), or rows and their context ((N, *), (N, C)), shuffled afresh in each
             epoch; or a data loader of such batches, which is run through again and again. They are
-            moved to the device, and cast to the precision, of the flow.
+            moved to the device of the flow, and numbers that are not whole to its precision.
         validation: the same, never trained on; or a callable of the flow that returns the number
             to be minimised.
         loss: callable of (flow, rows) or (flow, rows, context) that returns a scalar to be
