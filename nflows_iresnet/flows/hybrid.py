@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from nflows.nn.nets import ResidualNet
@@ -33,6 +32,7 @@ from nflows_iresnet.transforms import (
     LinearTransform,
     ResidualTransform,
 )
+from nflows_iresnet.transforms.rational_quadratic import Bins
 from nflows_iresnet.validation import validated_size
 
 Partner = Callable[[int, int, int, int, int | None], Transform]
@@ -249,9 +249,14 @@ class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
         across = _knots(widths / scale, bound, self.min_bin_width)
         along = _knots(heights / scale, bound, self.min_bin_height)
         slopes = F.pad(self.min_derivative + F.softplus(slopes), (1, 1), value=1.0)
-        spline = _Spline(across, along, slopes)
-        evaluate = spline.inverse if inverse else spline.forward
-        values, log_slopes = evaluate(inputs.clamp(-bound, bound))
+        inside = inputs.clamp(-bound, bound)
+        found = _bins(inside, along if inverse else across, across, along, slopes)
+        if inverse:
+            part = found.part_at(inside)
+            values = found.left + part * found.width
+            log_slopes = -found.value_and_log_slope(part)[1]
+        else:
+            values, log_slopes = found.value_and_log_slope((inside - found.left) / found.width)
         is_inside = inputs.abs() <= bound
         logabsdet = torch.where(is_inside, log_slopes, 0.0).sum(dim=1)
         return torch.where(is_inside, values, inputs), logabsdet
@@ -264,78 +269,23 @@ def _knots(raw: Tensor, bound: float, smallest: float) -> Tensor:
     return F.pad(F.pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
 
 
-class _Bin(NamedTuple):
-    """The bin of each value: lower ends and sizes along x and y, and the slopes at both ends."""
-
-    left: Tensor
-    width: Tensor
-    bottom: Tensor
-    height: Tensor
-    first: Tensor
-    last: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """Return its mean slope."""
-        return self.height / self.width
-
-    def log_slope(self, part: Tensor) -> Tensor:
-        """Return the logarithm of the slope at a part of the width, from 0 to 1."""
-        rest, mean = 1 - part, self.mean
-        product = part * rest
-        numerator = self.last * part**2 + 2 * mean * product + self.first * rest**2
-        denominator = mean + (self.first + self.last - 2 * mean) * product
-        return numerator.log() + 2 * (mean.log() - denominator.log())
-
-
-@dataclass(frozen=True)
-class _Spline:
-    """Monotone rational-quadratic splines, one for each value.
+def _bins(values: Tensor, knots: Tensor, across: Tensor, along: Tensor, slopes: Tensor) -> Bins:
+    """Return the bins of values (...) between knots (..., K + 1), of one spline for each value.
 
     Args:
+        values: x, or y for the inverse.
+        knots: `across` for x, `along` for y.
         across: knots along x, shape (..., K + 1).
         along: their images, shape (..., K + 1).
-        slopes: shape (..., K + 1).
+        slopes: there, shape (..., K + 1).
     """
-
-    across: Tensor
-    along: Tensor
-    slopes: Tensor
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y and log dy/dx at x, each of shape (...)."""
-        found = self._bin(inputs, self.across)
-        part, mean = (inputs - found.left) / found.width, found.mean
-        product = part * (1 - part)
-        numerator = found.height * (mean * part**2 + found.first * product)
-        denominator = mean + (found.first + found.last - 2 * mean) * product
-        return found.bottom + numerator / denominator, found.log_slope(part)
-
-    def inverse(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy at y, each of shape (...).
-
-        The root of a t^2 + b t - c = 0 that lies in [0, 1] is a quotient of sums of one sign: where
-        b is negative, a is positive.
-        """
-        found = self._bin(outputs, self.along)
-        above, mean = outputs - found.bottom, found.mean
-        bent, constant = above * (found.first + found.last - 2 * mean), mean * above
-        linear = found.height * found.first - bent
-        quadratic = found.height * (mean - found.first) + bent
-        smallest = torch.finfo(outputs.dtype).tiny
-        discriminant = (linear**2 + 4 * quadratic * constant).clamp_min(smallest)
-        total, is_rising = linear.abs() + discriminant.sqrt(), linear >= 0
-        numerator = torch.where(is_rising, 2 * constant, total)
-        part = numerator / torch.where(is_rising, total, 2 * quadratic)
-        return found.left + part * found.width, -found.log_slope(part)
-
-    def _bin(self, values: Tensor, knots: Tensor) -> _Bin:
-        index = (values[..., None] >= knots[..., 1:-1]).sum(dim=-1)[..., None, None]
-        ends, sizes = (self.across, self.along), (self.across.diff(), self.along.diff())
-        columns = [ends[0][..., :-1], sizes[0], ends[1][..., :-1], sizes[1]]
-        table = torch.stack([*columns, self.slopes[..., :-1], self.slopes[..., 1:]], dim=-1)
-        found = table.gather(-2, index.expand(*values.shape, 1, 6))
-        return _Bin(*found.squeeze(-2).unbind(-1))
+    index = (values[..., None] >= knots[..., 1:-1]).sum(dim=-1)[..., None, None]
+    ends = [across[..., :-1], across.diff(), along[..., :-1], along.diff()]
+    table = torch.stack([*ends, slopes[..., :-1], slopes[..., 1:]], dim=-1)
+    found = table.gather(-2, index.expand(*values.shape, 1, 6))
+    left, width, bottom, height, first, last = found.squeeze(-2).unbind(-1)
+    mean = height / width
+    return Bins(left, width, bottom, height, first, last, mean, first + last - 2 * mean)
 
 
 def spline_coupling(

@@ -94,7 +94,7 @@ class Bins(NamedTuple):
         linear = self.first - share * self.bend
         constant = share * self.mean
         discriminant = linear * linear - 4 * (linear - self.mean) * constant
-        root = discriminant.clamp_min(0).sqrt()
+        root = discriminant.clamp_min(torch.finfo(discriminant.dtype).tiny).sqrt()
         is_late = linear < 0
         above = torch.where(is_late, root - linear, 2 * constant)
         return above / torch.where(is_late, 2 * (self.mean - linear), linear + root)
