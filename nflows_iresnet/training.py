@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from nflows_iresnet.graphs import Loss, negative_log_likelihood
 from nflows_iresnet.validation import validated_size
 
 STEPS_BETWEEN_LOOKS = 8
@@ -43,7 +44,6 @@ REMEDY = (
 Batch = Tensor | tuple[Tensor, ...]
 """Rows (B, *), or rows and their context (B, C)."""
 Rows = Tensor | tuple[Tensor, ...] | Iterable[Batch | list[Tensor]]
-Loss = Callable[..., Tensor]
 
 
 class TrainingDivergedError(ArithmeticError):
@@ -393,12 +393,6 @@ def set_learning_rate(group: dict[str, Any], learning_rate: float) -> None:
         group["lr"].fill_(learning_rate)
     else:
         group["lr"] = learning_rate
-
-
-def negative_log_likelihood(flow: Any, *batch: Tensor) -> Tensor:
-    """Return the mean of -log p(rows), shape (); a context is the second argument."""
-    log_prob: Tensor = flow.log_prob(*batch)
-    return -log_prob.mean()
 
 
 class Stepper:

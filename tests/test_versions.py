@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OLDEST = ROOT / "constraints-oldest.txt"
+OLDEST = ROOT / ".ci" / "constraints-oldest.txt"
 
 WITHOUT = """
 import torch
