@@ -32,9 +32,9 @@ from nflows.nn.nets import ResidualNet
 from torch import Tensor, nn
 
 from nflows_iresnet import flows, logdet
-from nflows_iresnet.compare.bench.contestants import PlainNet
-from nflows_iresnet.compare.models import MODELS, Architecture
 from nflows_iresnet.datasets import load_images
+from nflows_iresnet.experiments.bench.contestants import PlainNet
+from nflows_iresnet.experiments.models import MODELS, Architecture
 
 MNIST_SECONDS = 60.0
 """Less is not worth its start."""
@@ -408,7 +408,7 @@ def mnist(run: Run) -> None:
             raise RuntimeError(f"{seconds:.0f} seconds are left, {MNIST_SECONDS:.0f} are needed")
         options = ["--images", "--device", str(run.device), "--minutes", f"{seconds / 60:.2f}"]
         folder = run.folder / "mnist"
-        command = [sys.executable, "-m", "nflows_iresnet.compare", "mnist", *options]
+        command = [sys.executable, "-m", "nflows_iresnet.experiments", "mnist", *options]
         done = subprocess.run([*command, "--out", str(folder)], check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command[2:])} ended with {done.returncode}")

@@ -80,7 +80,7 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_only_one_file_imports_normflows() -> None:
     rooms = {path.name for path in sources() if "normflows" in imported_rooms(path)}
-    compare = {path.name for path in (PACKAGE / "compare").rglob("*.py")}
+    compare = {path.name for path in (PACKAGE / "experiments").rglob("*.py")}
     assert rooms - compare <= {"normflows.py"}
 
 

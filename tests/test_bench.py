@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from nflows_iresnet.compare.bench import steps
-from nflows_iresnet.compare.bench.clock import CpuClock, Reading, Work
-from nflows_iresnet.compare.bench.items import (
+from nflows_iresnet.experiments.bench import steps
+from nflows_iresnet.experiments.bench.clock import CpuClock, Reading, Work
+from nflows_iresnet.experiments.bench.items import (
     BASELINE,
     OURS,
     Case,
@@ -22,9 +22,9 @@ from nflows_iresnet.compare.bench.items import (
     Settings,
     run_race,
 )
-from nflows_iresnet.compare.bench.race import Rounds, race
-from nflows_iresnet.compare.bench.statistics import fit_power_law, paired_ratio, spread
-from nflows_iresnet.compare.bench.verdicts import fits, verdicts
+from nflows_iresnet.experiments.bench.race import Rounds, race
+from nflows_iresnet.experiments.bench.statistics import fit_power_law, paired_ratio, spread
+from nflows_iresnet.experiments.bench.verdicts import fits, verdicts
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

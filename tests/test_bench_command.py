@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nflows_iresnet.compare.bench import (
+from nflows_iresnet.experiments.bench import (
     accuracy,
     catalogue,
     imagesteps,
@@ -22,17 +22,17 @@ from nflows_iresnet.compare.bench import (
     quality,
     steps,
 )
-from nflows_iresnet.compare.bench.contestants import (
+from nflows_iresnet.experiments.bench.contestants import (
     CONTESTANTS,
     Model,
     PlainNet,
     Size,
     contestants_for,
 )
-from nflows_iresnet.compare.bench.functions import Counted, FrozenNet, SlowestMap
-from nflows_iresnet.compare.bench.items import BASELINE, FLOOR, OURS, Item, Settings
-from nflows_iresnet.compare.bench.steps import TRIO, step_case
-from nflows_iresnet.compare.cli import main
+from nflows_iresnet.experiments.bench.functions import Counted, FrozenNet, SlowestMap
+from nflows_iresnet.experiments.bench.items import BASELINE, FLOOR, OURS, Item, Settings
+from nflows_iresnet.experiments.bench.steps import TRIO, step_case
+from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.solvers import FixedPointIteration
 
@@ -120,8 +120,8 @@ def test_the_real_items_run(tmp_path: Path) -> None:
 
 
 def test_quality_trains_both_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nflows_iresnet.compare.bench.quality.HIDDEN", {"two-spirals": 8})
-    monkeypatch.setattr("nflows_iresnet.compare.bench.quality.TEST_ROWS", 50)
+    monkeypatch.setattr("nflows_iresnet.experiments.bench.quality.HIDDEN", {"two-spirals": 8})
+    monkeypatch.setattr("nflows_iresnet.experiments.bench.quality.TEST_ROWS", 50)
     content = run(tmp_path, "--only", "quality", "--seconds", "0.2")
     (result,) = content["results"]
     assert [cell["contestant"] for cell in result["cells"]] == [OURS, BASELINE]
@@ -136,8 +136,8 @@ def test_quality_trains_both_and_draws(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_model_that_fails_in_training_leaves_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nflows_iresnet.compare.bench.quality.HIDDEN", {"two-spirals": 8})
-    monkeypatch.setattr("nflows_iresnet.compare.bench.quality.TEST_ROWS", 50)
+    monkeypatch.setattr("nflows_iresnet.experiments.bench.quality.HIDDEN", {"two-spirals": 8})
+    monkeypatch.setattr("nflows_iresnet.experiments.bench.quality.TEST_ROWS", 50)
     broken = CONTESTANTS[BASELINE].build(Size(3, 4))
     monkeypatch.setitem(
         CONTESTANTS, BASELINE, type(CONTESTANTS[BASELINE])("broken", lambda size: broken)

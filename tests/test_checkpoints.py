@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.compare.checkpoints import Keeper
-from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, ImageArchitecture
-from nflows_iresnet.compare.models import MODELS, Architecture
-from nflows_iresnet.compare.training import train
+from nflows_iresnet.experiments.checkpoints import Keeper
+from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS, ImageArchitecture
+from nflows_iresnet.experiments.models import MODELS, Architecture
+from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import (
     Batches,
     History,

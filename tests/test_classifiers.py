@@ -10,11 +10,11 @@ import torch
 
 from nflows_iresnet import nn
 from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
-from nflows_iresnet.compare.table1 import models, work
-from nflows_iresnet.compare.table1.inversion import invert
-from nflows_iresnet.compare.table1.record import DataSummary, Outcome, Record
-from nflows_iresnet.compare.table1.settings import Settings
-from nflows_iresnet.compare.table1.table import columns_for
+from nflows_iresnet.experiments.table1 import models, work
+from nflows_iresnet.experiments.table1.inversion import invert
+from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
+from nflows_iresnet.experiments.table1.settings import Settings
+from nflows_iresnet.experiments.table1.table import columns_for
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged
 
 pytest.importorskip("matplotlib")

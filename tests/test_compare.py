@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet.compare import adapters, models, runner
-from nflows_iresnet.compare.adapters import NflowsModel
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.config import RunConfig
-from nflows_iresnet.compare.evaluation import exact_log_prob
-from nflows_iresnet.compare.memory import peak_megabytes
-from nflows_iresnet.compare.models import MODELS, Architecture, ModelSpec, count_parameters
-from nflows_iresnet.compare.report import render
-from nflows_iresnet.compare.results import Folder
-from nflows_iresnet.compare.training import train
+from nflows_iresnet.experiments import adapters, models, runner
+from nflows_iresnet.experiments.adapters import NflowsModel
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.evaluation import exact_log_prob
+from nflows_iresnet.experiments.memory import peak_megabytes
+from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec, count_parameters
+from nflows_iresnet.experiments.report import render
+from nflows_iresnet.experiments.results import Folder
+from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import nflows_iresnet
-from nflows_iresnet.compare import environment, models, runner
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.config import RunConfig
-from nflows_iresnet.compare.results import Folder, Result
-from nflows_iresnet.compare.runner import Run
+from nflows_iresnet.experiments import environment, models, runner
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.results import Folder, Result
+from nflows_iresnet.experiments.runner import Run
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -216,7 +216,7 @@ def test_interrupt_while_preparing(
 
 
 def test_module_is_the_command(table: str) -> None:
-    command = [sys.executable, "-m", "nflows_iresnet.compare", table, "--steps", "0"]
+    command = [sys.executable, "-m", "nflows_iresnet.experiments", table, "--steps", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'0' is not a positive integer" in done.stderr

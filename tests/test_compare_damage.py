@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.progress import LiveProgress
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.progress import LiveProgress
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

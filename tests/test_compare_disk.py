@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from nflows_iresnet.compare.bench import catalogue
-from nflows_iresnet.compare.bench.contestants import Size
-from nflows_iresnet.compare.bench.items import Item
-from nflows_iresnet.compare.bench.steps import TRIO, step_case
-from nflows_iresnet.compare.cli import main
+from nflows_iresnet.experiments.bench import catalogue
+from nflows_iresnet.experiments.bench.contestants import Size
+from nflows_iresnet.experiments.bench.items import Item
+from nflows_iresnet.experiments.bench.steps import TRIO, step_case
+from nflows_iresnet.experiments.cli import main
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -127,7 +127,7 @@ def test_a_folder_that_is_gone_is_named(
 ) -> None:
     import shutil
 
-    from nflows_iresnet.compare.progress import LiveProgress
+    from nflows_iresnet.experiments.progress import LiveProgress
 
     out = tmp_path / "out"
     monkeypatch.setattr(LiveProgress, "step", lambda *_: shutil.rmtree(out, ignore_errors=True))
@@ -138,7 +138,7 @@ def test_a_folder_that_is_gone_is_named(
 def test_a_folder_that_became_read_only_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nflows_iresnet.compare.progress import LiveProgress
+    from nflows_iresnet.experiments.progress import LiveProgress
 
     locked, out = tmp_path / "locked", tmp_path / "out"
     locked.mkdir(mode=0o500)
@@ -154,7 +154,7 @@ def test_a_folder_that_became_read_only_is_named(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_what_cannot_be_printed_is_one_line(unbuffered: str) -> None:
-    script = "import sys; from nflows_iresnet.compare.cli import main; sys.exit(main())"
+    script = "import sys; from nflows_iresnet.experiments.cli import main; sys.exit(main())"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", script, "compare", "--list"],

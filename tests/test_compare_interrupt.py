@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from nflows_iresnet.compare.cli import main
+from nflows_iresnet.experiments.cli import main
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -32,20 +32,20 @@ class Interrupting:
             signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupting())
-from nflows_iresnet.compare.cli import main
+from nflows_iresnet.experiments.cli import main
 sys.exit(main(["compare", "--list"]))
 """
 SCRIPT = """
 import re, sys
 print("up", flush=True)
-from nflows_iresnet.compare.cli import main
+from nflows_iresnet.experiments.cli import main
 sys.exit(main())
 """
 
 # --- while the command starts ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["torch", "numpy", "nflows", "nflows_iresnet.compare.command"])
+@pytest.mark.parametrize("name", ["torch", "numpy", "nflows", "nflows_iresnet.experiments.command"])
 def test_an_interrupted_import_is_one_line(name: str) -> None:
     command = [sys.executable, "-c", IMPORTS, name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -76,14 +76,14 @@ def test_a_command_can_be_interrupted_at_any_moment(seconds: float, tmp_path: Pa
 
 def test_what_is_imported_before_ctrl_c_is_taken_over_is_next_to_nothing() -> None:
     script = (
-        "import re, sys; before = set(sys.modules); import nflows_iresnet.compare.cli\n"
+        "import re, sys; before = set(sys.modules); import nflows_iresnet.experiments.cli\n"
         "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    ours = {"nflows_iresnet", *(f"nflows_iresnet.compare{name}" for name in (".cli", ""))}
-    allowed = {"__future__", "signal", "nflows_iresnet.compare.interruption", *ours}
+    ours = {"nflows_iresnet", *(f"nflows_iresnet.experiments{name}" for name in (".cli", ""))}
+    allowed = {"__future__", "signal", "nflows_iresnet.experiments.interruption", *ours}
     assert set(done.stdout.split()) <= allowed
 
 

@@ -13,11 +13,11 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from nflows_iresnet.compare import runner
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.figures import digits, dynamics
-from nflows_iresnet.compare.figures.catalogue import FIGURES
-from nflows_iresnet.compare.figures.paths import count_crossings, find_crossings, smallest_gap
+from nflows_iresnet.experiments import runner
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.figures import digits, dynamics
+from nflows_iresnet.experiments.figures.catalogue import FIGURES
+from nflows_iresnet.experiments.figures.paths import count_crossings, find_crossings, smallest_gap
 from nflows_iresnet.training import TrainingDivergedError, check_finite
 
 PNG = b"\x89PNG"

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.progress import LiveProgress
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.progress import LiveProgress
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -160,7 +160,7 @@ def test_list_names_sets_of_images(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mosaic_keeps_colours_in_place() -> None:
-    from nflows_iresnet.compare.imageplots import tile
+    from nflows_iresnet.experiments.imageplots import tile
 
     pixels = np.arange(3 * 3 * 2 * 2.0).reshape(3, 3, 2, 2)
     mosaic = tile(pixels, columns=2)
@@ -175,7 +175,7 @@ def test_a_killed_command_goes_on_in_the_middle(tmp_path: Path) -> None:
     """The process is killed from outside, whenever its first checkpoints appear."""
     arguments = [*DIGITS, "--steps", "200", "--models", "realnvp", "--quiet", "--out"]
     flags = [*arguments[1:], str(tmp_path / "killed")]
-    command = [sys.executable, "-m", "nflows_iresnet.compare", *flags]
+    command = [sys.executable, "-m", "nflows_iresnet.experiments", *flags]
     command += ["--checkpoint-minutes", "1e-9"]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
     checkpoint = tmp_path / "killed" / "runs" / "digits--realnvp--0.pt"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet import transforms
-from nflows_iresnet.compare import adapters, models, runner
-from nflows_iresnet.compare.config import RunConfig
-from nflows_iresnet.compare.evaluation import CHUNK, Exam, evaluate, exact_log_prob
-from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, CouplingNet, ImageArchitecture
-from nflows_iresnet.compare.imagetasks import ImageTask
-from nflows_iresnet.compare.models import count_parameters
-from nflows_iresnet.compare.training import train
+from nflows_iresnet.experiments import adapters, models, runner
+from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.evaluation import CHUNK, Exam, evaluate, exact_log_prob
+from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS, CouplingNet, ImageArchitecture
+from nflows_iresnet.experiments.imagetasks import ImageTask
+from nflows_iresnet.experiments.models import count_parameters
+from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
 

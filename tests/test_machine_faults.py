@@ -29,10 +29,10 @@ import pytest
 import torch
 
 import nflows_iresnet
-from nflows_iresnet.compare.checkpoints import CheckpointError, Keeper
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.files import prepare_folder, write_atomically
-from nflows_iresnet.compare.results import Folder
+from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.files import prepare_folder, write_atomically
+from nflows_iresnet.experiments.results import Folder
 from tests.test_compare_disk import COMMANDS
 
 pytest.importorskip("matplotlib")
@@ -280,7 +280,7 @@ def obeys_modes() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_read_only_folder_is_one_line(when: str, tmp_path: Path) -> None:
-    from nflows_iresnet.compare.progress import LiveProgress
+    from nflows_iresnet.experiments.progress import LiveProgress
 
     out, said = tmp_path / "out", tmp_path / "said"
     (out / "runs").mkdir(parents=True)

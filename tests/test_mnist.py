@@ -18,21 +18,21 @@ from nflows import transforms as nflows_transforms
 from torch import Tensor, nn
 
 from nflows_iresnet import transforms
-from nflows_iresnet.compare import arguments, evaluation
-from nflows_iresnet.compare.checkpoints import Keeper
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.config import RunConfig
-from nflows_iresnet.compare.imagemodels import IMAGE_MODELS, ImageArchitecture, TruncatedModel
-from nflows_iresnet.compare.models import MODELS, Architecture
-from nflows_iresnet.compare.presets import COMPARE
-from nflows_iresnet.compare.progress import LiveProgress
-from nflows_iresnet.compare.subcommands import build_parser
-from nflows_iresnet.compare.table1 import command as table1
-from nflows_iresnet.compare.table1 import work
-from nflows_iresnet.compare.table1.settings import TUNED
-from nflows_iresnet.compare.training import train
 from nflows_iresnet.datasets import images as front
 from nflows_iresnet.datasets.imagesets import MNIST
+from nflows_iresnet.experiments import arguments, evaluation
+from nflows_iresnet.experiments.checkpoints import Keeper
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS, ImageArchitecture, TruncatedModel
+from nflows_iresnet.experiments.models import MODELS, Architecture
+from nflows_iresnet.experiments.presets import COMPARE
+from nflows_iresnet.experiments.progress import LiveProgress
+from nflows_iresnet.experiments.subcommands import build_parser
+from nflows_iresnet.experiments.table1 import command as table1
+from nflows_iresnet.experiments.table1 import work
+from nflows_iresnet.experiments.table1.settings import TUNED
+from nflows_iresnet.experiments.training import train
 from nflows_iresnet.flows.image import ImageResidualFlow
 from nflows_iresnet.training import (
     Batches,

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet.compare import adapters, runner
-from nflows_iresnet.compare.adapters import DensityModel, StartedModel
-from nflows_iresnet.compare.arguments import to_config
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.config import RunConfig
-from nflows_iresnet.compare.imagemodels import IMAGE_MODELS
-from nflows_iresnet.compare.models import (
+from nflows_iresnet.experiments import adapters, runner
+from nflows_iresnet.experiments.adapters import DensityModel, StartedModel
+from nflows_iresnet.experiments.arguments import to_config
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS
+from nflows_iresnet.experiments.models import (
     MODELS,
     SAME_START,
     Architecture,
@@ -25,8 +25,8 @@ from nflows_iresnet.compare.models import (
     match_parameters,
     with_same_start,
 )
-from nflows_iresnet.compare.subcommands import build_parser
-from nflows_iresnet.compare.training import train
+from nflows_iresnet.experiments.subcommands import build_parser
+from nflows_iresnet.experiments.training import train
 from nflows_iresnet.graphs import GraphedStep
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from nflows_iresnet.transforms import (
@@ -289,7 +289,7 @@ def test_names_and_descriptions_do_not_run_together(capsys: pytest.CaptureFixtur
 def test_every_model_that_needs_zuko_says_so_where_it_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nflows_iresnet.compare.models.find_spec", lambda name: None)
+    monkeypatch.setattr("nflows_iresnet.experiments.models.find_spec", lambda name: None)
     for name in ("zuko-nsf", "zuko-naf"):
         with pytest.raises(ImportError, match=r"pip install 'nflows-iresnet\[ffjord\]'"):
             MODELS[name].build(SMALL)

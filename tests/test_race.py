@@ -20,17 +20,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet.compare import runner, summary
-from nflows_iresnet.compare.adapters import DensityModel
-from nflows_iresnet.compare.arguments import duration, to_config
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.config import RACE_RATES, RunConfig
-from nflows_iresnet.compare.evaluation import Metrics
-from nflows_iresnet.compare.models import Architecture
-from nflows_iresnet.compare.report import command_line
-from nflows_iresnet.compare.results import DatasetSummary, Folder, Record, Result, Trial
-from nflows_iresnet.compare.subcommands import build_parser
-from nflows_iresnet.compare.tasks import RowTask, Task
+from nflows_iresnet.experiments import runner, summary
+from nflows_iresnet.experiments.adapters import DensityModel
+from nflows_iresnet.experiments.arguments import duration, to_config
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.config import RACE_RATES, RunConfig
+from nflows_iresnet.experiments.evaluation import Metrics
+from nflows_iresnet.experiments.models import Architecture
+from nflows_iresnet.experiments.report import command_line
+from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result, Trial
+from nflows_iresnet.experiments.subcommands import build_parser
+from nflows_iresnet.experiments.tasks import RowTask, Task
 from nflows_iresnet.training import CurvePoint, History
 
 pytest.importorskip("matplotlib")
@@ -245,7 +245,7 @@ def test_the_picture_of_the_curves_shows_every_best_point() -> None:
     """Also of a training that was best at its start, far below the end of all."""
     from matplotlib.figure import Figure
 
-    from nflows_iresnet.compare.plots import draw_curves
+    from nflows_iresnet.experiments.plots import draw_curves
 
     early = [-90.0, 8.0, *np.linspace(20, 40, 18)]
     late = list(np.linspace(5.0, 1.0, 20))
@@ -355,7 +355,7 @@ def test_jobs_are_not_for_one_gpu(
 
 SCRIPT = """
 import signal, sys
-from nflows_iresnet.compare.cli import main
+from nflows_iresnet.experiments.cli import main
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

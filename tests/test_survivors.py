@@ -127,8 +127,8 @@ def test_labels_go_with_their_images() -> None:
 
 
 def _result(model: str, repeat: int, nll: float | None) -> Any:
-    from nflows_iresnet.compare.evaluation import Metrics
-    from nflows_iresnet.compare.results import Result
+    from nflows_iresnet.experiments.evaluation import Metrics
+    from nflows_iresnet.experiments.results import Result
 
     return Result("d", model, repeat, 0, {}, 1, (), None, Metrics(test_nll=nll))
 
@@ -145,7 +145,7 @@ class _Arrays:
 
 def _verdict(log_probs: dict[tuple[str, int], np.ndarray[Any, Any]]) -> str:
     pytest.importorskip("rich")
-    from nflows_iresnet.compare.summary import verdict
+    from nflows_iresnet.experiments.summary import verdict
 
     results = [_result(*key, -float(values.mean())) for key, values in log_probs.items()]
     record: Any = SimpleNamespace(of=lambda dataset: results)
@@ -173,8 +173,8 @@ def test_a_lead_within_two_standard_errors_is_none() -> None:
 
 
 def test_models_are_examined_in_evaluation_mode_and_left_without_gradients() -> None:
-    from nflows_iresnet.compare import evaluation
-    from nflows_iresnet.compare.adapters import NflowsModel
+    from nflows_iresnet.experiments import evaluation
+    from nflows_iresnet.experiments.adapters import NflowsModel
 
     torch.manual_seed(0)
     model = NflowsModel(flows.ResidualFlow(2, 8, 1))
@@ -216,7 +216,7 @@ class _Spied:
 
 
 def test_models_are_selected_on_validation_rows() -> None:
-    from nflows_iresnet.compare.tasks import RowTask
+    from nflows_iresnet.experiments.tasks import RowTask
 
     data = datasets.make("moons", num_train=30, num_validation=20, num_test=10)
     model: Any = _Spied()
@@ -226,7 +226,7 @@ def test_models_are_selected_on_validation_rows() -> None:
 
 def test_models_of_images_are_selected_on_validation_images() -> None:
     pytest.importorskip("sklearn")
-    from nflows_iresnet.compare.imagetasks import ImageTask
+    from nflows_iresnet.experiments.imagetasks import ImageTask
 
     data = datasets.load_images("digits")
     model: Any = _Spied()
@@ -308,7 +308,7 @@ def test_every_image_is_in_one_split() -> None:
 
 
 def test_a_model_starts_from_training_rows() -> None:
-    from nflows_iresnet.compare.tasks import RowTask
+    from nflows_iresnet.experiments.tasks import RowTask
 
     data, config = datasets.make("moons", num_train=30, num_validation=20, num_test=10), _ON_A_CPU
     assert torch.equal(RowTask(data).start_rows(config), data.train)
@@ -319,8 +319,8 @@ _ON_A_CPU: Any = SimpleNamespace(device="cpu")
 
 def test_test_images_have_the_same_noise_whatever_the_seed_of_the_run() -> None:
     pytest.importorskip("sklearn")
-    from nflows_iresnet.compare.config import RunConfig
-    from nflows_iresnet.compare.imagetasks import ImageTask
+    from nflows_iresnet.experiments.config import RunConfig
+    from nflows_iresnet.experiments.imagetasks import ImageTask
 
     task = ImageTask(datasets.load_images("digits"))
     first, second = (
@@ -347,7 +347,7 @@ class _Halves:
 
 
 def test_what_is_measured_of_rows_is_what_its_name_says() -> None:
-    from nflows_iresnet.compare.evaluation import Exam, evaluate
+    from nflows_iresnet.experiments.evaluation import Exam, evaluate
 
     rows = torch.tensor([[0.0, 0.0], [2.0, 0.0], [-1.0, 8.0]])
     model: Any = _Halves()
@@ -361,7 +361,7 @@ def test_what_is_measured_of_rows_is_what_its_name_says() -> None:
 
 def test_likelihoods_of_repeats_are_averaged_and_the_best_model_is_first() -> None:
     pytest.importorskip("rich")
-    from nflows_iresnet.compare.summary import rows_of
+    from nflows_iresnet.experiments.summary import rows_of
 
     numbers = {"bad": (5.0, 6.0, 10.0), "good": (1.0, 2.0, 6.0)}
     results = [

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from nflows_iresnet.compare import continuous, published
-from nflows_iresnet.compare.cli import main
-from nflows_iresnet.compare.columns import columns_for as density_columns
-from nflows_iresnet.compare.config import RunConfig
-from nflows_iresnet.compare.presets import TABLE2 as TABLE2_PRESET
-from nflows_iresnet.compare.progress import LiveProgress
-from nflows_iresnet.compare.results import Record as DensityRecord
-from nflows_iresnet.compare.summary import rows_of
-from nflows_iresnet.compare.table1.inversion import Inversion
-from nflows_iresnet.compare.table1.record import Record
-from nflows_iresnet.compare.tasks import RowTask
+from nflows_iresnet.experiments import continuous, published
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.columns import columns_for as density_columns
+from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
+from nflows_iresnet.experiments.progress import LiveProgress
+from nflows_iresnet.experiments.results import Record as DensityRecord
+from nflows_iresnet.experiments.summary import rows_of
+from nflows_iresnet.experiments.table1.inversion import Inversion
+from nflows_iresnet.experiments.table1.record import Record
+from nflows_iresnet.experiments.tasks import RowTask
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

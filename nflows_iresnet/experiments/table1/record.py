@@ -1,0 +1,216 @@
+"""What is kept of a table of classifiers, and the rows that are printed of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nflows_iresnet.experiments.environment import check_environment
+from nflows_iresnet.experiments.plain import finite, parse, rebuild
+from nflows_iresnet.experiments.table1.inversion import Inversion
+
+FORMAT = "table1-1"
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a reader needs to know about the images.
+
+    Args:
+        name: of the set.
+        source: the files.
+        split: how the splits of the first repeat were made.
+        shape: channels, height and width.
+        levels: values that a pixel can take.
+        num_classes: number of classes.
+        num_train: training images per repeat.
+        num_test: test images per repeat.
+        num_distinct: distinct test images over all repeats.
+    """
+
+    name: str
+    source: str
+    split: str
+    shape: tuple[int, ...]
+    levels: int
+    num_classes: int
+    num_train: int
+    num_test: int
+    num_distinct: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One classifier trained and examined once.
+
+    Args:
+        model: name of the row.
+        repeat: 0, 1, ...
+        model_class: full name of its class.
+        num_parameters: trained parameters.
+        steps: optimiser steps taken.
+        best_step: the step whose state was examined.
+        train_seconds: time of the training, validation not counted.
+        num_test: test images.
+        num_wrong: how many of them were misclassified.
+        lipschitz_bound: largest certified bound over the blocks, None where none is known.
+        inversion: what became of test images in the inverse, None where there is none.
+        failure: what went wrong, None if nothing did.
+        is_captured: whether a training step was one CUDA graph.
+        capture_reason: why it was not, None where it was, and on a CPU.
+    """
+
+    model: str
+    repeat: int
+    model_class: str
+    num_parameters: int
+    steps: int = 0
+    best_step: int = 0
+    train_seconds: float = 0.0
+    num_test: int = 0
+    num_wrong: int = 0
+    lipschitz_bound: float | None = None
+    inversion: Inversion | None = None
+    failure: str | None = None
+    is_captured: bool = False
+    capture_reason: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Model and repeat."""
+        return self.model, self.repeat
+
+
+@dataclass(frozen=True)
+class Row:
+    """One classifier over all its repeats.
+
+    Args:
+        model: its name.
+        error_percent: test error over all repeats.
+        error_se: its binomial standard error, for the number of distinct test images.
+        lipschitz_bound: the largest over the repeats, None where none is known.
+        guaranteed_inverse: whether that bound is below 1.
+        inversion: the worst over the repeats, counts added up.
+        num_parameters: trained parameters.
+        train_seconds: mean over the repeats.
+        published: published test errors in percent, by data set.
+        failures: what went wrong.
+    """
+
+    model: str
+    error_percent: float | None
+    error_se: float | None
+    lipschitz_bound: float | None
+    guaranteed_inverse: bool
+    inversion: Inversion | None
+    num_parameters: int
+    train_seconds: float
+    published: dict[str, str]
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of results.json.
+
+    Args:
+        arguments: the settings of the run.
+        environment: versions, device and machine.
+        started: ISO date and time.
+        data: the images.
+        published: by row and data set, published test errors in percent.
+        outcomes: what is finished.
+    """
+
+    arguments: dict[str, Any]
+    environment: dict[str, Any]
+    started: str
+    data: DataSummary
+    published: dict[str, dict[str, str]]
+    outcomes: tuple[Outcome, ...] = ()
+
+    def rows(self) -> list[Row]:
+        """Return the rows of the table, in the order in which they were finished."""
+        models = dict.fromkeys(outcome.model for outcome in self.outcomes)
+        return [self._row([each for each in self.outcomes if each.model == m]) for m in models]
+
+    def _row(self, outcomes: Sequence[Outcome]) -> Row:
+        name, done = outcomes[0].model, [each for each in outcomes if each.failure is None]
+        bounds = [each.lipschitz_bound for each in done]
+        known = [bound for bound in bounds if bound is not None]
+        bound = max(known) if known and len(known) == len(bounds) else None
+        error, standard_error = _error(done, self.data.num_distinct)
+        return Row(
+            model=name,
+            error_percent=error,
+            error_se=standard_error,
+            lipschitz_bound=bound,
+            guaranteed_inverse=bound is not None and bound < 1,
+            inversion=_worst([each.inversion for each in done if each.inversion is not None]),
+            num_parameters=outcomes[0].num_parameters,
+            train_seconds=sum(each.train_seconds for each in done) / max(1, len(done)),
+            published=self.published.get(name, {}),
+            failures=tuple(each.failure for each in outcomes if each.failure is not None),
+        )
+
+    def captures(self) -> list[str]:
+        """Say of each row whose steps ran one by one on a GPU why they were not one graph."""
+        reasons = {each.model: each.capture_reason for each in self.outcomes}
+        return [
+            f"{model}: its training step was not captured as one CUDA graph: {reason}"
+            for model, reason in reasons.items()
+            if reason is not None
+        ]
+
+    def adding(self, outcome: Outcome) -> Record:
+        """Return the record with one more outcome."""
+        return replace(self, outcomes=(*self.outcomes, outcome))
+
+    def as_json(self) -> str:
+        """Serialise, with the rows of the table; numbers that are not finite become null."""
+        rows = [asdict(row) for row in self.rows()]
+        plain = finite({"format": FORMAT, **asdict(self), "table": rows})
+        return json.dumps(plain, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Rebuild a record from `as_json`.
+
+        Raises:
+            ValueError: not a record of this format.
+        """
+        data = parse(text, FORMAT)
+        data.pop("table", None)
+        record: Record = rebuild(cls, data)
+        check_environment(record.environment)
+        return record
+
+
+def _error(outcomes: Sequence[Outcome], distinct: int) -> tuple[float | None, float | None]:
+    """Return the test error in percent and its binomial standard error."""
+    total = sum(each.num_test for each in outcomes)
+    if not total:
+        return None, None
+    rate = sum(each.num_wrong for each in outcomes) / total
+    return 100 * rate, 100 * math.sqrt(rate * (1 - rate) / min(total, distinct))
+
+
+def _worst(inversions: Sequence[Inversion]) -> Inversion | None:
+    if not inversions:
+        return None
+    return Inversion(
+        num_images=sum(each.num_images for each in inversions),
+        num_failed=sum(each.num_failed for each in inversions),
+        residual_max=_largest([each.residual_max for each in inversions]),
+        error_max=_largest([each.error_max for each in inversions]),
+        error_median=_largest([each.error_median for each in inversions]),
+    )
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Return the largest value; NaN, which is worse than any, if there is one."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
