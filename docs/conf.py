@@ -41,6 +41,8 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "nflows_iresnet"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 html_math_renderer = "mathml"
 
