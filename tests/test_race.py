@@ -241,27 +241,6 @@ def log_of(values: list[float]) -> History:
     return History(len(values), 1.0, 1.0, best, min(values), points, stopped="patience")
 
 
-def test_the_picture_of_the_curves_shows_every_best_point() -> None:
-    """Also of a training that was best at its start, far below the end of all."""
-    from matplotlib.figure import Figure
-
-    from nflows_iresnet.experiments.pictures import draw_curves
-
-    early = [-90.0, 8.0, *np.linspace(20, 40, 18)]
-    late = list(np.linspace(5.0, 1.0, 20))
-    axes = Figure().subplots(1, 2)
-    draw_curves(
-        axes, [result("one", 0, 1.0, log=log_of(early)), result("two", 0, 1.0, log=log_of(late))]
-    )
-    for each in axes:
-        low, high = each.get_ylim()
-        for line in each.lines:
-            best = float(np.min(line.get_ydata()))
-            assert low < best < high
-            (marked,) = line.get_markevery()
-            assert line.get_ydata()[marked] == best
-
-
 def test_early_stops_are_said_with_the_best_step() -> None:
     found = record(result("one", 0, 1.0, log=log_of([3.0, 1.0, 2.0])), result("two", 0, 1.0))
     assert tables.early_stops(found, "a") == [
