@@ -33,7 +33,8 @@ def drawn(runs: list[Result], unit: Callable[[float], float] = float) -> list[Ax
 
 def dots(axes: Axes) -> list[tuple[float, float]]:
     marked = [line for line in axes.lines if line.get_marker() == "o"]
-    return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in marked]
+    points = [np.asarray(line.get_xydata()).tolist() for line in marked]
+    return [(x, y) for ((x, y),) in points]
 
 
 def are_visible(axes: Axes) -> bool:

@@ -14,12 +14,10 @@ from nflows_iresnet.datasets.standard import COMPARABLE
 from nflows_iresnet.experiments import tables
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.report import (
-    Grid,
-    Picture,
+    Page,
     Section,
     command_of,
     render,
-    render_page,
     render_race,
 )
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result
@@ -80,7 +78,9 @@ def test_a_column_put_into_the_list_is_in_every_table(
 ) -> None:
     """By one line: in the terminal, in report.html with its explanation, and in race.md."""
     mine: Column[Row] = Column(
-        "twice\nthe NLL", "Two times <what> it is.", lambda row: f"{2 * row.metrics.test_nll:.2f}"
+        "twice\nthe NLL",
+        "Two times <what> it is.",
+        lambda row: f"{2 * (row.metrics.test_nll or 0):.2f}",
     )
     monkeypatch.setattr(tables, "COLUMNS", (*tables.COLUMNS, mine))
     record = record_of(kind, result_of("one", test_nll=4.56), shape=(1, 2, 4) if images else None)
@@ -168,9 +168,9 @@ def test_runs_that_were_not_trained_are_rows_too() -> None:
 def test_all_runs_are_one_table_for_others() -> None:
     table = as_frame([result_of("one"), result_of("two", lipschitz=0.9)])
     assert list(table["model"]) == ["one", "two"]
-    assert list(table["metrics.lipschitz"].dropna()) == [0.9]
-    assert list(table["training.best_step"]) == [5, 5]
-    assert "training.curve" not in table
+    assert list(table["lipschitz"].dropna()) == [0.9]
+    assert list(table["best_step"]) == [5, 5]
+    assert "curve" not in table
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -220,31 +220,23 @@ def test_published_numbers_stand_only_beside_the_published_rows(tmp_path: Path) 
     assert "RQ-NSF" not in page("casp", COMPARABLE)
 
 
-def test_one_function_renders_the_page_of_any_command() -> None:
+def test_one_template_renders_the_page_of_any_command() -> None:
     column: Column[Row] = Column("model", "Its <name>.", lambda row: row.model)
-    section = Section(
-        "Part", tables=[Grid([column], [], "above")], pictures=[Picture("p", b"", "below")]
-    )
-    page = render_page(
-        "mine", "Mine & yours", [section], command="run <this>", started="today",
-        environment=ENVIRONMENT, arguments={"seed": None, "list": [1, 2]}, numbers="mine.json",
-    )  # fmt: skip
-    for text in ("<title>nflows-iresnet mine</title>", "Mine &amp; yours", "run &lt;this&gt;"):
+    section = Section("Part", tables=[([column], [], "above")], pictures=[("p", b"", "below")])
+    run: dict[str, Any] = {"started": "today", "environment": ENVIRONMENT}
+    run["arguments"] = {"seed": None, "list": [1, 2], "word": "as it is"}
+    page = Page("Mine", "Mine & yours", [section], run, "run <this>", numbers="mine.json").render()
+    for text in ("<title>Mine</title>", "Mine &amp; yours", "run &lt;this&gt;"):
         assert text in page
     assert "<figcaption>below</figcaption>" in page
     assert "<td>list</td><td>1, 2</td>" in page
+    assert "<td>word</td><td>as it is</td>" in page
     assert "seed" not in page
     assert "How to read it" not in page
 
 
 def test_a_command_line_can_be_pasted() -> None:
-    options = {
-        "jobs": 2,
-        "race": None,
-        "images": True,
-        "amp": False,
-        "rates": [],
-        "models": ["a b"],
-    }
+    options: dict[str, Any] = {"jobs": 2, "race": None, "images": True, "amp": False}
+    options |= {"rates": [], "models": ["a b"]}
     line = command_of("compare", ["my file.csv"], options)
     assert line == "nflows-iresnet compare 'my file.csv' --jobs 2 --images --models 'a b'"

@@ -57,101 +57,62 @@ _PUBLISHED = (
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table of a page: its columns, its rows, and what is said above it."""
-
-    columns: Sequence[Column[Any]]
-    rows: Sequence[Any]
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of a page: its name, the content of the PNG, and what is said below it."""
-
-    name: str
-    png: bytes
-    caption: str = ""
-
-
-@dataclass(frozen=True)
 class Section:
-    """A part of a page, whose pieces are shown in this order; what is empty is left out."""
+    """A part of a page, whose pieces are shown in this order; what is empty is left out.
+
+    Args:
+        tables: of each its columns, its rows, and what is said above it.
+        pictures: of each its name, the content of the PNG, and what is said below it.
+    """
 
     title: str = ""
     caption: str = ""
     verdict: str = ""
-    tables: Sequence[Grid] = ()
+    tables: Sequence[tuple[Sequence[Column[Any]], Sequence[Any], str]] = ()
     failures: Sequence[str] = ()
     notes: Sequence[str] = ()
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[tuple[str, bytes, str]] = ()
 
 
-def render_page(
-    title: str,
-    heading: str,
-    sections: Sequence[Section],
-    *,
-    command: str,
-    started: str,
-    environment: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    meta: Sequence[str] = (),
-    glossary: Sequence[Column[Any]] = (),
-    explanation: str = "",
-    numbers: str = "results.json",
-) -> str:
-    """Return a page of HTML that needs no other file; every text is escaped.
+@dataclass(frozen=True)
+class Page:
+    """A page of HTML that needs no other file.
 
     Args:
-        title: of the window, after the name of the command.
+        title: of the window.
         heading: of the page.
         sections: its parts.
+        run: a record or a dictionary with `started`, `environment` and `arguments`.
         command: the command line that repeats the run.
-        started: ISO date and time.
-        environment: versions, device and machine, as `describe_environment` says them.
-        arguments: the arguments of the run, shown as a table; None values are left out.
         meta: what else is said below the heading.
         glossary: columns to explain.
         explanation: what is said below the glossary.
         numbers: the file that holds every number.
     """
-    versions = environment["versions"]
-    names = ("nflows-iresnet", "torch")
-    about = [started, environment["device_name"], *(f"{name} {versions[name]}" for name in names)]
-    machine = {name: value for name, value in environment.items() if name != "versions"}
-    return (
-        _templates()
-        .get_template("report.html.jinja")
-        .render(
-            title=title,
-            heading=heading,
-            meta=[*about, *meta],
-            sections=sections,
-            glossary=glossary,
-            explanation=explanation,
-            command=command,
-            numbers=numbers,
-            arguments=arguments,
-            machine={**versions, **machine},
-            cells=cells,
+
+    title: str
+    heading: str
+    sections: Sequence[Section]
+    run: Any
+    command: str
+    meta: Sequence[str] = ()
+    glossary: Sequence[Column[Any]] = ()
+    explanation: str = ""
+    numbers: str = "results.json"
+
+    def render(self) -> str:
+        """Return the page; every text is escaped."""
+        templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("nflows_iresnet.experiments", ""),
+            autoescape=True,
+            trim_blocks=True,
+            undefined=jinja2.StrictUndefined,
         )
-    )
-
-
-def _templates() -> jinja2.Environment:
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__ or "", ""),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    templates.filters |= {
-        "base64": lambda png: base64.b64encode(png).decode(),
-        "lines": lambda text: Markup("<br>").join(text.split("\n")),
-        "plain": lambda value: ", ".join(map(str, value)) if isinstance(value, list) else value,
-    }
-    return templates
+        templates.filters |= {
+            "base64": lambda png: base64.b64encode(png).decode(),
+            "lines": lambda text: Markup("<br>").join(text.split("\n")),
+        }
+        return templates.get_template("report.html.jinja").render(**vars(self), cells=cells)
 
 
 def render(record: Record, folder: Folder) -> str:
@@ -160,43 +121,41 @@ def render(record: Record, folder: Folder) -> str:
     columns = {c.title: c for dataset in record.datasets for c in columns_for(record, dataset)}
     are_rows = all(dataset.shape is None for dataset in record.datasets)
     memory = f"Memory counts {MEASURE[record.environment['device']]}."
-    return render_page(
-        f"{record.command}: {names}",
+    return Page(
+        f"nflows-iresnet {record.command}: {names}",
         f"Flows compared on {names}",
         [_section(record, folder, dataset) for dataset in record.datasets],
-        command=command_line(record),
-        started=record.started,
-        environment=record.environment,
-        arguments=record.arguments,
+        record,
+        command_line(record),
         meta=[_length(record), f"seed {record.arguments['seed']}"],
         glossary=list(columns.values()),
         explanation=_FAIRNESS + (_ROWS if are_rows else _IMAGES) + memory,
-    )
+    ).render()
 
 
 def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> Section:
     rows = rows_of(record, dataset.name)
     papers = published.beside(dataset.name, dataset.notes)
-    tables = [Grid(columns_for(record, dataset), rows)]
+    measured = (columns_for(record, dataset), rows, "")
     return Section(
         dataset.name,
         f"{caption(dataset)}. Source: {dataset.source}. {' '.join(dataset.notes)}",
         verdict(record, folder, dataset.name),
-        tables + ([Grid(_PUBLISHED, papers, published.TABLE_CAPTION)] if papers else []),
+        [measured, *([(_PUBLISHED, papers, published.TABLE_CAPTION)] if papers else [])],
         failures=[f"{row.model} failed: {text}" for row in rows for text in row.failures],
         notes=early_stops(record, dataset.name) + captures(record, dataset.name),
         pictures=list(_pictures(record, folder, dataset.name)),
     )
 
 
-def _pictures(record: Record, folder: Folder, dataset: str) -> Iterator[Picture]:
+def _pictures(record: Record, folder: Folder, dataset: str) -> Iterator[tuple[str, bytes, str]]:
     models = dict.fromkeys(result.model for result in record.of(dataset))
     kinds = ("samples", "reconstructions")
     of_models = ((dataset, model, kind) for model in models for kind in kinds)
     for parts in ((dataset, "bars"), (dataset, "race"), (dataset,), *of_models):
         path = folder.picture(*parts)
         if path.exists():
-            yield Picture(" ".join(parts), path.read_bytes())
+            yield " ".join(parts), path.read_bytes(), ""
 
 
 def command_line(record: Record) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
@@ -42,7 +43,7 @@ class Column(Generic[R]):
         help: one sentence on how to read it, with the unit.
         text: the cell of a row.
         rank: the number of which the smallest is best, or None for no ranking.
-        tables: the kinds of tables that have it.
+        tables: the kinds of tables of `compare` and `table2` that have it.
         when: whether it says something about a data set.
     """
 
@@ -79,17 +80,10 @@ class Row:
     """One model on one data set, over its repeats; `_OVER_REPEATS` says how.
 
     Args:
-        model: its name.
         failures: what went wrong in any repeat.
-        metrics: the measurements.
-        num_parameters: trained parameters.
         repeats: how many repeats count.
         repeats_se: standard error of the test NLL over repeats, None for one repeat.
-        ms_per_step: time of a training step, milliseconds.
         seconds: time of a training, validation not counted.
-        steps: number of steps.
-        best_step: the step whose state was kept.
-        learning_rate: with which it was trained.
     """
 
     model: str
@@ -105,19 +99,15 @@ class Row:
     learning_rate: float | None = None
 
 
+_METRICS = [each.name for each in fields(Metrics)]
+_LIKELIHOODS = ("test_nll", "bits_per_dim", "above_optimum", "exact_gap")
 _OVER_REPEATS = {
-    "num_parameters": "first",
-    "learning_rate": "first",
-    "training.ms_per_step": "median",
-    "training.seconds": "median",
-    "training.steps": "mean",
-    "training.best_step": "mean",
-    **{f"metrics.{each.name}": "median" for each in fields(Metrics)},
-    **{f"metrics.{name}": "mean" for name in ("test_nll", "bits_per_dim", "above_optimum")},
-    **{f"metrics.{name}_se": "mean" for name in ("test_nll", "bits_per_dim", "above_optimum")},
-    **{f"metrics.{name}": "mean" for name in ("exact_gap", "exact_gap_se")},
-    **{f"metrics.{name}": "max" for name in ("round_trip_max", "lipschitz")},
-    **{f"metrics.{name}": "min" for name in ("test_nll_exact", "lipschitz_certified")},
+    **dict.fromkeys(("num_parameters", "learning_rate"), "first"),
+    **dict.fromkeys(("ms_per_step", "seconds", *_METRICS), "median"),
+    **dict.fromkeys(("steps", "best_step", *_LIKELIHOODS), "mean"),
+    **dict.fromkeys((f"{name}_se" for name in _LIKELIHOODS), "mean"),
+    **dict.fromkeys(("round_trip_max", "lipschitz"), "max"),
+    **dict.fromkeys(("test_nll_exact", "lipschitz_certified"), "min"),
 }
 """What of several repeats is shown. A maximum, a bound and a guarantee are those of all."""
 
@@ -125,7 +115,8 @@ _OVER_REPEATS = {
 def as_frame(results: Iterable[Result]) -> pd.DataFrame:
     """Return one line for each run: what it is, how it was trained, and all that was measured."""
     frame = pd.json_normalize([asdict(each) for each in results])
-    return frame.drop(columns=["training", "training.curve"], errors="ignore")
+    names = {name: name.removeprefix("training.").removeprefix("metrics.") for name in frame}
+    return frame.rename(columns=names).drop(columns=["training", "curve"], errors="ignore")
 
 
 def rows_of(record: Record, dataset: str) -> list[Row]:
@@ -137,23 +128,16 @@ def rows_of(record: Record, dataset: str) -> list[Row]:
     numbers = runs.reindex(columns=list(_OVER_REPEATS)).astype(float)
     groups = numbers.groupby(runs["model"], sort=False)
     table = groups.agg(_OVER_REPEATS)
-    table["repeats"] = groups["metrics.test_nll"].count()
-    table["repeats_se"] = groups["metrics.test_nll"].sem()
-    ranked = table.sort_values("metrics.test_nll", kind="stable")
-    return [_row(str(model), values.dropna(), results) for model, values in ranked.iterrows()]
+    table["repeats"], table["repeats_se"] = groups["test_nll"].count(), groups["test_nll"].sem()
+    ranked = table.sort_values("test_nll", kind="stable")
+    return [_row(str(model), dict(values.dropna()), results) for model, values in ranked.iterrows()]
 
 
-def _row(model: str, values: Mapping[str, Any], results: list[Result]) -> Row:
+def _row(model: str, known: dict[str, Any], results: list[Result]) -> Row:
     failures = (text for each in results if each.model == model for text in each.failures)
-    known: dict[str, dict[str, Any]] = {"": {}, "training": {}, "metrics": {}}
-    for name, value in values.items():
-        room, _, attribute = name.rpartition(".")
-        known[room][attribute] = value
-    counts = {name: int(known[""].pop(name)) for name in ("num_parameters", "repeats")}
-    metrics = Metrics(**known["metrics"])
-    return Row(
-        model, tuple(dict.fromkeys(failures)), metrics, **counts, **known[""], **known["training"]
-    )
+    metrics = {name: known.pop(name) for name in _METRICS if name in known}
+    counts = {name: int(known.pop(name)) for name in ("num_parameters", "repeats")}
+    return Row(model, tuple(dict.fromkeys(failures)), Metrics(**metrics), **counts, **known)
 
 
 # --- columns --------------------------------------------------------------------------------------
@@ -457,41 +441,26 @@ def print_grid(console: Console, columns: Sequence[Column[R]], rows: Sequence[R]
 
 def _grid(columns: Sequence[Column[R]], rows: Sequence[R], *, folded: bool) -> Table:
     """Return the table; folded, it breaks titles at spaces, and cells before errors."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 0, 0, 0 if folded else 1),
-        leading=int(folded),
-    )
+    padding = (0, 0, 0, 0 if folded else 1)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding, leading=int(folded))
     for column in columns:
         title = column.title.replace(" ", "\n") if folded else column.title
-        is_name = column.title == "model"
-        table.add_column(
-            title,
-            justify="left" if is_name else "right",
-            vertical="bottom",
-            overflow="ellipsis" if is_name else "fold",
-            no_wrap=is_name,
-        )
+        if column.title == "model":
+            table.add_column(title, vertical="bottom", no_wrap=True)
+        else:
+            table.add_column(title, justify="right", vertical="bottom", overflow="fold")
     for line in cells(columns, rows):
-        texts = (
-            (text.replace(" ± ", "\n± ").replace(" (", "\n(") if folded else text, is_best)
-            for text, is_best in line
-        )
-        table.add_row(*(Text(text, style="bold green" if best else "") for text, best in texts))
+        texts = [re.sub(r" (?=[±(])", "\n", text) if folded else text for text, _ in line]
+        styles = ["bold green" if is_best else "" for _, is_best in line]
+        table.add_row(*map(Text, texts, styles))
     return table
 
 
 def cells(columns: Sequence[Column[R]], rows: Sequence[R]) -> list[list[tuple[str, bool]]]:
     """Return for each row the text of every column, and whether it is the column's best."""
     winners = [_best(rows, column) for column in columns]
-    return [
-        [
-            (column.text(row), row.model in best)
-            for column, best in zip(columns, winners, strict=True)
-        ]
-        for row in rows
-    ]
+    pairs = list(zip(columns, winners, strict=True))
+    return [[(column.text(row), row.model in best) for column, best in pairs] for row in rows]
 
 
 def _best(rows: Sequence[R], column: Column[R]) -> set[str]:

@@ -1729,8 +1729,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "rows are ordered worst first",
         "experiments/tables.py",
-        'table.sort_values("metrics.test_nll", kind',
-        'table.sort_values("metrics.test_nll", ascending=False, kind',
+        'table.sort_values("test_nll", kind',
+        'table.sort_values("test_nll", ascending=False, kind',
         "survivors::test_likelihoods_of_repeats_are_averaged_and_the_best_model_is_first",
     ),
     Fault(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nflows_iresnet.experiments.figures.drawing import Drawing
-from nflows_iresnet.experiments.report import Picture, Section, render_page
+from nflows_iresnet.experiments.report import Page, Section
 
 
 def render(content: dict[str, Any], drawings: dict[str, Drawing]) -> str:
@@ -16,20 +16,18 @@ def render(content: dict[str, Any], drawings: dict[str, Drawing]) -> str:
         drawings: the figures by name.
     """
     arguments = content["arguments"]
-    return render_page(
-        "figures",
+    return Page(
+        "nflows-iresnet figures",
         "Invertible residual networks in pictures",
         [
-            Section(each.title, pictures=[Picture(name, each.picture, each.caption)])
+            Section(each.title, pictures=[(name, each.picture, each.caption)])
             for name, each in drawings.items()
         ],
-        command=command_line(arguments),
-        started=content["started"],
-        environment=content["environment"],
-        arguments=arguments,
+        content,
+        command_line(arguments),
         meta=[f"seed {arguments['seed']}"],
         numbers="figures.json",
-    )
+    ).render()
 
 
 def command_line(arguments: dict[str, Any]) -> str:

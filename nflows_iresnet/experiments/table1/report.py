@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nflows_iresnet.experiments.report import Grid, Picture, Section, command_of, render_page
+from nflows_iresnet.experiments.report import Page, Section, command_of
 from nflows_iresnet.experiments.table1.record import Record
 from nflows_iresnet.experiments.table1.table import columns_for
 
@@ -35,22 +35,20 @@ def render(record: Record, picture: bytes) -> str:
     rows, columns = record.rows(), columns_for(record)
     section = Section(
         caption=f"{caption(record)}. Source: {record.data.source}; {record.data.split}.",
-        tables=[Grid(columns, rows)],
+        tables=[(columns, rows, "")],
         notes=record.captures(),
         failures=[f"{row.model} failed: {text}" for row in rows for text in row.failures],
-        pictures=[Picture("errors", picture)],
+        pictures=[("errors", picture, "")],
     )
-    return render_page(
-        f"table1: {record.data.name}",
+    return Page(
+        f"nflows-iresnet table1: {record.data.name}",
         f"What a guaranteed inverse costs a classifier: {record.data.name}",
         [section],
-        command=command_line(record),
-        started=record.started,
-        environment=record.environment,
-        arguments=record.arguments,
+        record,
+        command_line(record),
         glossary=columns,
         explanation=FAIRNESS,
-    )
+    ).render()
 
 
 def command_line(record: Record) -> str:
