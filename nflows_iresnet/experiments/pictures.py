@@ -296,15 +296,13 @@ def _quantiles(axes: Axes, train: Array, samples: Array | None) -> None:
 def _draw_images(
     record: Record, folder: Folder, dataset: DatasetSummary, data: dict[str, Array]
 ) -> dict[tuple[str, ...], Figure]:
-    name = dataset.name
-    pictures: dict[tuple[str, ...], Figure] = {(name,): _overview(record, dataset, data)}
-    for result in record.of(name):
-        arrays = folder.load_arrays(result.key)
-        if result.repeat == 0 and "samples" in arrays:
-            pictures[name, result.model, "samples"] = _samples(dataset, result.model, arrays)
-        if result.repeat == 0 and "decoded" in arrays:
-            figure = _reconstructions(dataset, result.model, arrays)
-            pictures[name, result.model, "reconstructions"] = figure
+    pictures: dict[tuple[str, ...], Figure] = {(dataset.name,): _overview(record, dataset, data)}
+    for result in record.of(dataset.name):
+        arrays = folder.load_arrays(result.key) if result.repeat == 0 else {}
+        for array, kind, show in _OF_MODELS:
+            if array in arrays:
+                figure = show(dataset, result.model, arrays)
+                pictures[dataset.name, result.model, kind] = figure
     return pictures
 
 
@@ -344,6 +342,12 @@ def _reconstructions(dataset: DatasetSummary, model: str, arrays: dict[str, Arra
     return figure
 
 
+_OF_MODELS = (
+    ("samples", "samples", _samples),
+    ("decoded", "reconstructions", _reconstructions),
+)
+
+
 def _levels(dataset: DatasetSummary) -> int:
     return dataset.levels or 256
 
@@ -375,41 +379,32 @@ def _draw_bars(record: Record, dataset: DatasetSummary) -> Figure:
     """Draw the score of every model, best first, and the published ones in the same order."""
     rows = [row for row in rows_of(record, dataset.name) if row.metrics.test_nll is not None]
     names = dict.fromkeys(name for row in record.published.values() for name in row)
-    papers = [] if dataset.levels is None else list(names)
-    figure = Figure(figsize=(4.6 + 2.3 * len(papers), 0.9 + 0.34 * len(rows)), layout="constrained")
-    widths = [2, *[1] * len(papers)]
-    ours, *theirs = figure.subplots(
-        1, len(widths), sharey=True, squeeze=False, width_ratios=widths
-    )[0]
-    models = [row.model for row in rows]
-    is_bits = dataset.levels is not None
-    score = "bits_per_dim" if is_bits else "test_nll"
-    values = [getattr(row.metrics, score) for row in rows]
+    papers, score, unit = list(names), "bits_per_dim", "bits per dimension"
+    if dataset.levels is None:
+        papers, score, unit = [], "test_nll", "nats"
+    size, widths = (4.6 + 2.3 * len(papers), 0.9 + 0.34 * len(rows)), [2, *[1] * len(papers)]
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
+    bars = {row.model: getattr(row.metrics, score) for row in rows}
     errors = [getattr(row.metrics, f"{score}_se") or 0.0 for row in rows]
-    _bars(ours, models, values, f"{dataset.name}: measured here", MODEL, errors)
-    ours.invert_yaxis()
-    for axes, name in zip(theirs, papers, strict=True):
-        texts = [record.published.get(model, {}).get(name, "nan") for model in models]
-        values = [float(text.strip("†")) for text in texts]
-        _bars(axes, models, values, f"{name}: published", DATA)
-    for axes in (ours, *theirs):
-        axes.set_xlabel("bits per dimension" if is_bits else "nats")
+    axes[0].errorbar(
+        bars.values(), range(len(bars)), xerr=errors, fmt="none", ecolor=INK, capsize=2, zorder=3
+    )
+    _bars(axes[0], bars, f"{dataset.name}: measured here", unit, MODEL)
+    axes[0].invert_yaxis()
+    for each, name in zip(axes[1:], papers, strict=True):
+        texts = {model: record.published.get(model, {}).get(name, "nan") for model in bars}
+        values = {model: float(text.strip("†")) for model, text in texts.items()}
+        _bars(each, values, f"{name}: published", unit, DATA)
     return figure
 
 
-def _bars(
-    axes: Axes,
-    models: list[str],
-    values: list[float],
-    title: str,
-    color: str,
-    errors: list[float] | None = None,
-) -> None:
-    axes.barh(models, values, xerr=errors, color=color, height=0.62, ecolor=INK, capsize=2)
-    for place, value in enumerate(values):
+def _bars(axes: Axes, bars: dict[str, float], title: str, unit: str, color: str) -> None:
+    axes.barh(list(bars), list(bars.values()), color=color, height=0.62)
+    for place, value in enumerate(bars.values()):
         axes.annotate(
             f"{value:.2f}", (value, place), xytext=(6, 0), textcoords="offset points", va="center"
         )
-    axes.set_title(title, color=INK)
+    axes.set(title=title, xlabel=unit)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.2)

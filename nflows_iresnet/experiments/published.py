@@ -96,12 +96,6 @@ TABLE_CAPTION = (
 def table_nlls(name: str) -> list[PublishedNLL]:
     """Return what papers report for one of the five tables, the best first.
 
-    Args:
-        name: ``power``, ``gas``, ``hepmass``, ``miniboone`` or ``bsds300``; any other has none.
-
-    Returns:
-        A row per model.
-
     Example:
         >>> table_nlls("gas")[0].text
         '-13.09 ± 0.02'
@@ -123,13 +117,6 @@ def table_nlls(name: str) -> list[PublishedNLL]:
 
 def beside(name: str, notes: tuple[str, ...]) -> list[PublishedNLL]:
     """Return what papers report for a data set, if its notes say that it is the published one.
-
-    Args:
-        name: Name of the data set.
-        notes: Its notes.
-
-    Returns:
-        A row per model; none for other rows under a well-known name.
 
     Example:
         >>> beside("gas", ())
