@@ -189,8 +189,11 @@ def _round_trip(row: Row) -> str:
 
 
 def _gap(row: Row) -> str:
-    gap, rows = row.metrics.exact_gap, row.metrics.exact_rows
-    return "-" if gap is None else f"{with_error(gap, row.metrics.exact_gap_se)}\nof {rows:.0f}"
+    metrics = row.metrics
+    if metrics.exact_gap is None:
+        return "-"
+    rows = number(metrics.exact_rows, ".0f")
+    return f"{with_error(metrics.exact_gap, metrics.exact_gap_se)}\nof {rows}"
 
 
 def _lipschitz(row: Row) -> str:
