@@ -24,7 +24,6 @@ from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, R
 from nflows_iresnet.experiments.tables import (
     Column,
     Row,
-    as_frame,
     columns_for,
     print_table,
     rows_of,
@@ -163,14 +162,6 @@ def test_runs_that_were_not_trained_are_rows_too() -> None:
     ]
     (alone,) = rows_of(record_of("compare", failed), "a")
     assert alone.failures == ("no <memory>",)
-
-
-def test_all_runs_are_one_table_for_others() -> None:
-    table = as_frame([result_of("one"), result_of("two", lipschitz=0.9)])
-    assert list(table["model"]) == ["one", "two"]
-    assert list(table["lipschitz"].dropna()) == [0.9]
-    assert list(table["best_step"]) == [5, 5]
-    assert "curve" not in table
 
 
 # --- the page -------------------------------------------------------------------------------------

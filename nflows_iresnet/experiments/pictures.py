@@ -156,10 +156,9 @@ def _plane(
     record: Record, folder: Folder, dataset: DatasetSummary, data: dict[str, Array]
 ) -> Figure:
     frame = Frame.from_array(data["frame"])
-    title = f"{dataset.name}\ndata"
-    if dataset.optimum is not None:
-        title = f"{dataset.name}, true density\n{dataset.optimum:.3f} nats"
-    truth = _Panel(title, {"samples": data["train"], **data}, DATA)
+    nats = dataset.optimum
+    about = "\ndata" if nats is None else f", true density\n{nats:.3f} nats"
+    truth = _Panel(dataset.name + about, {"samples": data["train"], **data}, DATA)
     columns = [truth, *_panels(record, folder, dataset.name)]
     figure = Figure(figsize=(CELL * len(columns) + 0.2, 2 * CELL + 0.65), layout="constrained")
     axes = figure.subplots(2, len(columns), squeeze=False)

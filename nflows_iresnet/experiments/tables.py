@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
@@ -112,20 +112,14 @@ _OVER_REPEATS = {
 """What of several repeats is shown. A maximum, a bound and a guarantee are those of all."""
 
 
-def as_frame(results: Iterable[Result]) -> pd.DataFrame:
-    """Return one line for each run: what it is, how it was trained, and all that was measured."""
-    frame = pd.json_normalize([asdict(each) for each in results])
-    names = {name: name.removeprefix("training.").removeprefix("metrics.") for name in frame}
-    return frame.rename(columns=names).drop(columns=["training", "curve"], errors="ignore")
-
-
 def rows_of(record: Record, dataset: str) -> list[Row]:
     """Return one row per model, the best test NLL first and failures last."""
     results = record.of(dataset)
     if not results:
         return []
-    runs = as_frame(results)
-    numbers = runs.reindex(columns=list(_OVER_REPEATS)).astype(float)
+    runs = pd.json_normalize([asdict(each) for each in results])
+    numbers = runs.rename(columns=lambda name: re.sub(r"^(training|metrics)\.", "", name))
+    numbers = numbers.reindex(columns=list(_OVER_REPEATS)).astype(float)
     groups = numbers.groupby(runs["model"], sort=False)
     table = groups.agg(_OVER_REPEATS)
     table["repeats"], table["repeats_se"] = groups["test_nll"].count(), groups["test_nll"].sem()
