@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nflows_iresnet.experiments.plots import DATA, INK, MODEL, STYLE, as_png
+from nflows_iresnet.experiments.pictures import DATA, INK, MODEL, STYLE, as_png
 from nflows_iresnet.experiments.table1.record import Record, Row
 
 

@@ -2,38 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import shlex
-from html import escape
-
-from nflows_iresnet.experiments.report import STYLE, glossary, pairs, table
+from nflows_iresnet.experiments.report import Page, Section, command_of
 from nflows_iresnet.experiments.table1.record import Record
 from nflows_iresnet.experiments.table1.table import columns_for
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nflows-iresnet table1: {name}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>What a guaranteed inverse costs a classifier: {name}</h1>
-<p class="meta">{started} · {device} · nflows-iresnet {version} · torch {torch}</p>
-<p class="caption">{caption}</p>
-<div class="scroll">{table}</div>
-{failures}
-<figure><img alt="errors" src="data:image/png;base64,{picture}"></figure>
-<h2>How to read it</h2>
-<dl>{glossary}</dl>
-<p>{fairness}</p>
-<h2>Reproduce it</h2>
-<pre>{command}</pre>
-<div class="columns"><table>{arguments}</table><table>{environment}</table></div>
-</body>
-</html>
-"""
 
 FAIRNESS = (
     "All rows but resnet are one architecture, with ordinary or with certified convolutions; "
@@ -61,37 +32,26 @@ def caption(record: Record) -> str:
 
 def render(record: Record, picture: bytes) -> str:
     """Render the page."""
-    versions, rows, columns = record.environment["versions"], record.rows(), columns_for(record)
-    rest = {name: value for name, value in record.environment.items() if name != "versions"}
-    return _PAGE.format(
-        name=escape(record.data.name),
-        style=STYLE,
-        started=escape(record.started),
-        device=escape(str(record.environment["device_name"])),
-        version=versions["nflows-iresnet"],
-        torch=versions["torch"],
-        caption=escape(f"{caption(record)}. Source: {record.data.source}; {record.data.split}."),
-        table=table(columns, rows),
-        failures="".join(f'<p class="caption">{escape(line)}</p>' for line in record.captures())
-        + "".join(
-            f'<p class="failed">{escape(row.model)} failed: {escape(failure)}</p>'
-            for row in rows
-            for failure in row.failures
-        ),
-        picture=base64.b64encode(picture).decode(),
-        glossary=glossary(columns),
-        fairness=FAIRNESS,
-        command=escape(command_line(record)),
-        arguments=pairs(record.arguments),
-        environment=pairs({**versions, **rest}),
+    rows, columns = record.rows(), columns_for(record)
+    section = Section(
+        caption=f"{caption(record)}. Source: {record.data.source}; {record.data.split}.",
+        tables=[(columns, rows, "")],
+        notes=record.captures(),
+        failures=[f"{row.model} failed: {text}" for row in rows for text in row.failures],
+        pictures=[("errors", picture, "")],
     )
+    return Page(
+        f"nflows-iresnet table1: {record.data.name}",
+        f"What a guaranteed inverse costs a classifier: {record.data.name}",
+        [section],
+        record,
+        command_line(record),
+        glossary=columns,
+        explanation=FAIRNESS,
+    ).render()
 
 
 def command_line(record: Record) -> str:
     """Return the command that repeats the run."""
-    words = ["nflows-iresnet table1", shlex.quote(record.arguments["dataset"])]
-    for name, value in record.arguments.items():
-        if name != "dataset" and value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)]
-    return " ".join(words)
+    arguments = dict(record.arguments)
+    return command_of("table1", [arguments.pop("dataset")], arguments)

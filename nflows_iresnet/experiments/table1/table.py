@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nflows_iresnet.experiments.cells import Column, number
 from nflows_iresnet.experiments.table1.record import Record, Row
+from nflows_iresnet.experiments.tables import Column, number
 
 
 def columns_for(record: Record) -> list[Column[Row]]:
