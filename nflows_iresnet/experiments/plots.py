@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Array
-from nflows_iresnet.experiments.frame import Frame
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result
 from nflows_iresnet.experiments.summary import Row, rows_of
 
@@ -85,7 +85,7 @@ def _title(row: Row) -> str:
 
 
 def _plane(dataset: DatasetSummary, data: dict[str, Array], panels: list[Panel]) -> Figure:
-    frame = Frame.from_array(data["frame"])
+    frame = Window.from_array(data["window"])
     columns = [Panel(_data_title(dataset), {"samples": data["train"], **data}), *panels]
     figure = Figure(figsize=(CELL * len(columns) + 0.2, 2 * CELL + 0.65), layout="constrained")
     axes = figure.subplots(2, len(columns), squeeze=False)
@@ -115,7 +115,7 @@ def find_brightest(columns: list[dict[str, Array]]) -> float:
     return float(np.median(tops)) if tops else 1.0
 
 
-def draw_density(axes: Axes, frame: Frame, arrays: dict[str, Array], brightest: float) -> None:
+def draw_density(axes: Axes, frame: Window, arrays: dict[str, Array], brightest: float) -> None:
     """Show exp(grid_log_prob) in a window, or else a histogram of the training rows."""
     _window(axes, frame)
     if "grid_log_prob" in arrays:
@@ -132,7 +132,7 @@ def draw_density(axes: Axes, frame: Frame, arrays: dict[str, Array], brightest: 
     )  # fmt: skip
 
 
-def _histogram(frame: Frame, rows: Array) -> Array:
+def _histogram(frame: Window, rows: Array) -> Array:
     left, right, bottom, top = frame.extent
     density, _, _ = np.histogram2d(
         rows[:, 1], rows[:, 0], bins=40, range=((bottom, top), (left, right)), density=True
@@ -140,7 +140,7 @@ def _histogram(frame: Frame, rows: Array) -> Array:
     return density
 
 
-def draw_scatter(axes: Axes, frame: Frame, samples: Array | None, color: str) -> None:
+def draw_scatter(axes: Axes, frame: Window, samples: Array | None, color: str) -> None:
     """Show samples (N, 2) in a window."""
     _window(axes, frame)
     if samples is None:
@@ -151,7 +151,7 @@ def draw_scatter(axes: Axes, frame: Frame, samples: Array | None, color: str) ->
     )
 
 
-def _window(axes: Axes, frame: Frame) -> None:
+def _window(axes: Axes, frame: Window) -> None:
     left, right, bottom, top = frame.extent
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
 
@@ -269,10 +269,10 @@ def _components(axes: Axes, data: dict[str, Array], samples: Array | None) -> No
     axes.set_xlabel("principal components", color=INK)
 
 
-def _frame_of(cloud: Array) -> Frame:
+def _frame_of(cloud: Array) -> Window:
     low, high = np.quantile(cloud, (0.002, 0.998), axis=0)
     x, y = (low + high) / 2
-    return Frame(float(x), float(y), 0.6 * float((high - low).max()))
+    return Window(float(x), float(y), 0.6 * float((high - low).max()))
 
 
 def _quantiles(axes: Axes, train: Array, samples: Array | None) -> None:

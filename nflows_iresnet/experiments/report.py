@@ -10,7 +10,7 @@ from html import escape
 from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.cells import Column, R, best
 from nflows_iresnet.experiments.columns import columns_for
-from nflows_iresnet.experiments.memory import MEASURE
+from nflows_iresnet.experiments.evaluation import MEMORY_MEASURE
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record
 from nflows_iresnet.experiments.summary import caption, captures, early_stops, rows_of, verdict
 
@@ -97,7 +97,7 @@ def render(record: Record, folder: Folder) -> str:
         glossary=_glossary(record),
         fairness=_FAIRNESS
         + _exactness(record)
-        + f"Memory counts {MEASURE[record.environment['device']]}.",
+        + f"Memory counts {MEMORY_MEASURE[record.environment['device']]}.",
         command=escape(command_line(record)),
         arguments=pairs(record.arguments),
         environment=pairs({**versions, **_rest(record.environment)}),
