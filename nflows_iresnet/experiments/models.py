@@ -124,13 +124,13 @@ def find_model(name: str, known: Mapping[str, ModelSpec] | None = None) -> Model
     Raises:
         ValueError: there is no such model; the message names the nearest one.
     """
-    from nflows_iresnet.experiments.config import suggest
-
     known = MODELS if known is None else known
     if name in known:
         return known[name]
     plain = name.removesuffix(SAME_START)
     if plain not in known or known is not MODELS:
+        from nflows_iresnet.experiments.config import suggest
+
         raise ValueError(f"unknown model {name!r}: {suggest(name, known)}")
     if known[plain].has_start:
         raise ValueError(f"unknown model {name!r}: {plain!r} has this start itself")
