@@ -93,7 +93,9 @@ def test_a_size_is_plain_values_of_types_that_can_be_looked_up(kind: type[Archit
     more: Any = {"shape": (1, 4, 4), "levels": 17, "num_scales": 1}
     size = kind(*SMALL.as_tuple(), **(more if kind is ImageArchitecture else {}))
     plain = json.loads(json.dumps(asdict(size)))
-    again = {key: tuple(value) if key == "shape" else value for key, value in plain.items()}
+    again: dict[str, Any] = {
+        key: tuple(value) if key == "shape" else value for key, value in plain.items()
+    }
     assert get_type_hints(kind).keys() == plain.keys()
     assert kind(**again) == size
 
