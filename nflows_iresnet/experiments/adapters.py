@@ -34,10 +34,7 @@ class LipschitzBound:
 
 
 def as_density_model(flow: nn.Module) -> DensityModel:
-    """Return the face of a flow of nflows, this library, zuko or normflows.
-
-    Args:
-        flow: the flow; a `DensityModel` is returned as it is.
+    """Return the face of a flow of nflows, this library, zuko or normflows; a face is its own.
 
     Raises:
         ValueError: it is of another library.
@@ -431,11 +428,7 @@ class CouplingNet(nn.Module):
 
 
 class FlattenTransform(Transform):
-    """(B, C, H, W) -> (B, C H W).
-
-    Args:
-        shape: (C, H, W).
-    """
+    """(B, C, H, W) -> (B, C H W), where shape is (C, H, W)."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()

@@ -81,11 +81,7 @@ class Window:
 
 @dataclass(frozen=True)
 class RowTask:
-    """Rows of a table, or of a toy density, that models are trained and evaluated on.
-
-    Args:
-        data: the data set.
-    """
+    """Rows of a table, or of a toy density, that models are trained and evaluated on."""
 
     data: Dataset
 
@@ -173,11 +169,7 @@ class RowTask:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """Images that models are trained and evaluated on, the latter with fixed noise.
-
-    Args:
-        data: the data set.
-    """
+    """Images that models are trained and evaluated on, the latter with fixed noise."""
 
     data: ImageDataset
 
@@ -271,14 +263,7 @@ Task = RowTask | ImageTask
 def training_batches(
     data: Dataset, batch_size: int, seed: int, device: str | torch.device = "cpu"
 ) -> Batches:
-    """Return batches of the training rows; quantised rows get fresh noise in each.
-
-    Args:
-        data: the data set.
-        batch_size: rows per batch.
-        seed: of order and noise.
-        device: where the rows are.
-    """
+    """Return batches of the training rows; quantised rows get fresh noise in each."""
     train, levels = data.train.to(device), data.levels
     if levels is None:
         return Batches(train, batch_size, seed)

@@ -117,13 +117,7 @@ class Evaluation:
 
 
 def evaluate(model: DensityModel, data: EvaluationData, seed: int) -> Evaluation:
-    """Measure everything; a measurement that fails is reported and the others go on.
-
-    Args:
-        model: a trained model.
-        data: what to measure it on.
-        seed: seed of the samples.
-    """
+    """Measure everything; a measurement that fails is reported and the others go on."""
     found: dict[str, Any] = {}
     failures: list[str] = []
     torch.manual_seed(seed)
@@ -299,9 +293,7 @@ _MEASUREMENTS: dict[str, Callable[[DensityModel, EvaluationData], dict[str, Any]
 def peak_megabytes(work: Callable[[], object], device: torch.device) -> float:
     """Return the peak of tensor memory, in MB, that some work adds to what was there before.
 
-    Args:
-        work: the work; it is run once.
-        device: where its tensors live; `MEMORY_MEASURE` says what is counted there.
+    The work is run once; `MEMORY_MEASURE` says what is counted on the device of its tensors.
     """
     measure = _peak_on_cuda if device.type == "cuda" else _peak_on_cpu
     return measure(work) / 1e6

@@ -115,11 +115,7 @@ class ModelSpec:
 
 
 def find_model(name: str, known: Mapping[str, ModelSpec] | None = None) -> ModelSpec:
-    """Look a model up by name; for rows also NAME-same-start.
-
-    Args:
-        name: of the model.
-        known: `MODELS`, the default, or `IMAGE_MODELS`.
+    """Look a model up by name, in `MODELS` unless told otherwise; for rows also NAME-same-start.
 
     Raises:
         ValueError: there is no such model; the message names the nearest one.
@@ -142,9 +138,6 @@ def same_start(spec: ModelSpec) -> ModelSpec:
 
     That is ActNorm, a spline of each feature from its quantiles, and whitening: with it in front of
     all, a comparison says what the blocks do. Its parameters count as the model's.
-
-    Args:
-        spec: of the model behind the start.
     """
 
     def build(size: Architecture) -> nn.Module:
@@ -289,17 +282,11 @@ def _glow(size: Architecture) -> Transform:
 def glow_step(size: Architecture, parity: int) -> Transform:
     """Build Glow's step for vectors: ActNorm, LU-parametrised linear map, affine coupling.
 
-    The linear map is this library's: nflows' copies from the host at each call.
+    The coupling transforms the features of one parity. The linear map is this library's: nflows'
+    copies from the host at each call.
 
     References:
         Kingma and Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, 2018.
-
-    Args:
-        size: the size of the model; `num_layers` is not used.
-        parity: 0 or 1, which half of the features the coupling transforms.
-
-    Returns:
-        An nflows transform from data to noise.
     """
     from nflows.transforms import ActNorm, AffineCouplingTransform, CompositeTransform
 
