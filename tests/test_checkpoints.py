@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.experiments.checkpoints import Keeper
-from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS, ImageArchitecture
-from nflows_iresnet.experiments.models import MODELS, Architecture
+from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
 from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import (
     Batches,

@@ -15,8 +15,7 @@ from nflows_iresnet.experiments import adapters, models, runner
 from nflows_iresnet.experiments.adapters import NflowsModel
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
-from nflows_iresnet.experiments.evaluation import exact_log_prob
-from nflows_iresnet.experiments.memory import peak_megabytes
+from nflows_iresnet.experiments.evaluation import exact_log_prob, peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec, count_parameters
 from nflows_iresnet.experiments.report import render
 from nflows_iresnet.experiments.results import Folder

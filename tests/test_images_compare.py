@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from nflows_iresnet import transforms
 from nflows_iresnet.experiments import adapters, models, runner
+from nflows_iresnet.experiments.adapters import CouplingNet
 from nflows_iresnet.experiments.config import RunConfig
-from nflows_iresnet.experiments.evaluation import CHUNK, Exam, evaluate, exact_log_prob
-from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS, CouplingNet, ImageArchitecture
-from nflows_iresnet.experiments.imagetasks import ImageTask
-from nflows_iresnet.experiments.models import count_parameters
+from nflows_iresnet.experiments.data import ImageTask
+from nflows_iresnet.experiments.evaluation import CHUNK, EvaluationData, evaluate, exact_log_prob
+from nflows_iresnet.experiments.models import IMAGE_MODELS, ImageArchitecture, count_parameters
 from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
@@ -89,7 +89,7 @@ def test_the_estimate_is_held_against_the_exact_value(bias: float) -> None:
     model = Estimating(trained("glow").flow)
     model.bias = bias
     test = images(20 * CHUNK)
-    exam = Exam(test, test[:8], None, None, max_exact_rows=80)
+    exam = EvaluationData(test, test[:8], None, None, max_exact_rows=80)
     metrics = evaluate(model, exam, seed=0).metrics
     assert metrics.exact_gap is not None
     assert metrics.exact_gap_se is not None
@@ -106,7 +106,7 @@ def test_the_estimate_is_held_against_the_exact_value(bias: float) -> None:
 
 def test_likelihoods_are_averaged_over_the_draws_of_noise() -> None:
     model, one, two = trained("realnvp"), images(40), images(40, seed=5)
-    exams = [Exam(one, one, None, None), Exam(two, two, None, None)]
+    exams = [EvaluationData(one, one, None, None), EvaluationData(two, two, None, None)]
     exams.append(replace(exams[0], more_draws=(two,)))
     first, second, both = (evaluate(model, exam, 0).metrics.test_nll or 0.0 for exam in exams)
     assert both == pytest.approx((first + second) / 2, abs=1e-4)
@@ -117,17 +117,17 @@ def test_likelihoods_are_averaged_over_the_draws_of_noise() -> None:
 def test_large_images_get_fewer_jacobians(side: int, expected: int) -> None:
     data = ImageTask.load("digits", CONFIG).data
     task = ImageTask(replace(data, train=torch.zeros(20, 1, side, side, dtype=torch.uint8)))
-    assert task.exam(CONFIG).max_exact_rows == expected
-    assert task.exam(replace(CONFIG, exact_images=3)).max_exact_rows == 3
+    assert task.evaluation_data(CONFIG).max_exact_rows == expected
+    assert task.evaluation_data(replace(CONFIG, exact_images=3)).max_exact_rows == 3
 
 
 def test_validation_and_test_noise_are_fixed_and_leave_no_trace() -> None:
     task, other = (ImageTask.load("digits", replace(CONFIG, batch_size=size)) for size in (8, 16))
-    assert torch.equal(task.exam(CONFIG).test, other.exam(CONFIG).test)
-    assert torch.equal(task.exam(CONFIG).test.floor(), task.data.test.float())
-    (draw,) = task.exam(replace(CONFIG, dequantisations=2)).more_draws
+    assert torch.equal(task.evaluation_data(CONFIG).test, other.evaluation_data(CONFIG).test)
+    assert torch.equal(task.evaluation_data(CONFIG).test.floor(), task.data.test.float())
+    (draw,) = task.evaluation_data(replace(CONFIG, dequantisations=2)).more_draws
     assert torch.equal(draw.floor(), task.data.test.float())
-    assert not torch.equal(draw, task.exam(CONFIG).test)
+    assert not torch.equal(draw, task.evaluation_data(CONFIG).test)
     model = Estimating(IMAGE_MODELS["glow"].build(task.reference(CONFIG)).flow)
     before = torch.get_rng_state()
     values = {task.validate(model, CONFIG), task.validate(model, CONFIG)}

@@ -21,11 +21,11 @@ from nflows_iresnet import transforms
 from nflows_iresnet.datasets import images as front
 from nflows_iresnet.datasets.imagesets import MNIST
 from nflows_iresnet.experiments import arguments, evaluation
+from nflows_iresnet.experiments.adapters import TruncatedModel
 from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
-from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS, ImageArchitecture, TruncatedModel
-from nflows_iresnet.experiments.models import MODELS, Architecture
+from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
 from nflows_iresnet.experiments.presets import COMPARE
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.subcommands import build_parser

@@ -15,8 +15,8 @@ from nflows_iresnet.experiments.adapters import DensityModel, StartedModel
 from nflows_iresnet.experiments.arguments import to_config
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
-from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS
 from nflows_iresnet.experiments.models import (
+    IMAGE_MODELS,
     MODELS,
     SAME_START,
     Architecture,

@@ -25,12 +25,12 @@ from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.arguments import duration, to_config
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RACE_RATES, RunConfig
+from nflows_iresnet.experiments.data import RowTask, Task
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.models import Architecture
 from nflows_iresnet.experiments.report import command_line
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result, Trial
 from nflows_iresnet.experiments.subcommands import build_parser
-from nflows_iresnet.experiments.tasks import RowTask, Task
 from nflows_iresnet.training import CurvePoint, History
 
 pytest.importorskip("matplotlib")
@@ -211,7 +211,7 @@ def test_the_rate_is_the_one_that_validates_best_and_nothing_is_trained_twice() 
 def test_trials_do_not_look_at_test_rows(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(config_of(table, "--race", "0.05s", "--models", "nice"), **SMALL)
     (run,) = runner.prepare(config)
-    monkeypatch.setattr(RowTask, "exam", lambda *_: pytest.fail("it was examined"))
+    monkeypatch.setattr(RowTask, "evaluation_data", lambda *_: pytest.fail("it was examined"))
     trial = runner.try_rate(runner.Job(run, 1e-2, True, True), config, lambda done, loss: None)
     assert trial.failure is None
     assert trial.validation is not None

@@ -189,7 +189,7 @@ def test_models_are_examined_in_evaluation_mode_and_left_without_gradients() -> 
         setattr(model, name, remember)
     model.train()
     rows = torch.randn(20, 2)
-    exam = evaluation.Exam(test=rows, batch=rows, true_log_prob=None, grid=None)
+    exam = evaluation.EvaluationData(test=rows, batch=rows, true_log_prob=None, grid=None)
     evaluation.evaluate(model, exam, seed=0)
     assert modes["sample"] == {False}
     assert not model.training
@@ -216,7 +216,7 @@ class _Spied:
 
 
 def test_models_are_selected_on_validation_rows() -> None:
-    from nflows_iresnet.experiments.tasks import RowTask
+    from nflows_iresnet.experiments.data import RowTask
 
     data = datasets.make("moons", num_train=30, num_validation=20, num_test=10)
     model: Any = _Spied()
@@ -226,7 +226,7 @@ def test_models_are_selected_on_validation_rows() -> None:
 
 def test_models_of_images_are_selected_on_validation_images() -> None:
     pytest.importorskip("sklearn")
-    from nflows_iresnet.experiments.imagetasks import ImageTask
+    from nflows_iresnet.experiments.data import ImageTask
 
     data = datasets.load_images("digits")
     model: Any = _Spied()
@@ -308,7 +308,7 @@ def test_every_image_is_in_one_split() -> None:
 
 
 def test_a_model_starts_from_training_rows() -> None:
-    from nflows_iresnet.experiments.tasks import RowTask
+    from nflows_iresnet.experiments.data import RowTask
 
     data, config = datasets.make("moons", num_train=30, num_validation=20, num_test=10), _ON_A_CPU
     assert torch.equal(RowTask(data).start_rows(config), data.train)
@@ -320,11 +320,12 @@ _ON_A_CPU: Any = SimpleNamespace(device="cpu")
 def test_test_images_have_the_same_noise_whatever_the_seed_of_the_run() -> None:
     pytest.importorskip("sklearn")
     from nflows_iresnet.experiments.config import RunConfig
-    from nflows_iresnet.experiments.imagetasks import ImageTask
+    from nflows_iresnet.experiments.data import ImageTask
 
     task = ImageTask(datasets.load_images("digits"))
     first, second = (
-        task.exam(RunConfig(("digits",), ("glow",), images=True, seed=seed)).test for seed in (0, 1)
+        task.evaluation_data(RunConfig(("digits",), ("glow",), images=True, seed=seed)).test
+        for seed in (0, 1)
     )
     assert torch.equal(first, second)
 
@@ -347,11 +348,11 @@ class _Halves:
 
 
 def test_what_is_measured_of_rows_is_what_its_name_says() -> None:
-    from nflows_iresnet.experiments.evaluation import Exam, evaluate
+    from nflows_iresnet.experiments.evaluation import EvaluationData, evaluate
 
     rows = torch.tensor([[0.0, 0.0], [2.0, 0.0], [-1.0, 8.0]])
     model: Any = _Halves()
-    exam = Exam(rows, rows, true_log_prob=rows.sum(1) + 3, grid=None)
+    exam = EvaluationData(rows, rows, true_log_prob=rows.sum(1) + 3, grid=None)
     found = evaluate(model, exam, seed=0).metrics
     assert found.test_nll == pytest.approx(-3)
     assert found.above_optimum == pytest.approx(3)

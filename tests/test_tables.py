@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from nflows_iresnet.experiments import continuous, published
+from nflows_iresnet.experiments import models as continuous
+from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.data import RowTask
 from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.results import Record as DensityRecord
@@ -22,7 +24,6 @@ from nflows_iresnet.experiments.table1.inversion import Inversion
 from nflows_iresnet.experiments.table1.record import Record
 from nflows_iresnet.experiments.tables import columns_for as density_columns
 from nflows_iresnet.experiments.tables import rows_of
-from nflows_iresnet.experiments.tasks import RowTask
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -258,7 +259,7 @@ def test_a_missing_library_is_said_in_its_row(
 def test_quantised_rows_get_fresh_noise_of_the_same_pixels() -> None:
     config = RunConfig(("digits",), ("nice",), batch_size=2000)
     data = (task := RowTask.load("digits", config)).data
-    stream = task.stream(config, 0)
+    stream = task.batches(config, 0)
     first, second = next(stream), next(stream)
     pixels = [
         ((b * data.scale + data.location) * 17).floor().sort(dim=0).values

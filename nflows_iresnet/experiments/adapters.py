@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
+from nflows.transforms import Transform
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from nflows.flows import Flow
-    from nflows.transforms import Transform
+from nflows_iresnet import logdet, transforms
+
+TRAINING_TOLERANCE = 1e-4
+"""Absolute tolerance of an integration in training, a tenth of the relative one; zuko's defaults,
+1e-6 and 1e-5, hold everywhere else."""
+_JACOBIAN_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,29 @@ class LipschitzBound:
 
     value: float
     certified: bool
+
+
+def as_density_model(flow: nn.Module) -> DensityModel:
+    """Return the face of a flow of nflows, this library, zuko or normflows; a face is its own.
+
+    Raises:
+        ValueError: it is of another library.
+    """
+    if isinstance(flow, DensityModel):
+        return flow
+    libraries = {kind.__module__.partition(".")[0] for kind in type(flow).__mro__}
+    if "nflows" in libraries:
+        return ResidualModel(flow) if _residual_blocks(flow) else NflowsModel(flow)
+    if "normflows" in libraries:
+        return NormflowsResidualModel(flow)
+    if "zuko" in libraries:
+        from zuko.flows import CNF
+
+        return ContinuousModel(flow) if isinstance(flow, CNF) else ZukoModel(flow)
+    raise ValueError(
+        f"a model must be a flow of nflows, nflows_iresnet, zuko or normflows, got "
+        f"{type(flow).__name__}: derive from nflows.flows.Flow, or from adapters.DensityModel"
+    )
 
 
 class DensityModel(nn.Module, ABC):
@@ -78,8 +106,7 @@ class DensityModel(nn.Module, ABC):
 class NflowsModel(DensityModel):
     """Any `nflows.flows.Flow`."""
 
-    def __init__(self, flow: Flow) -> None:
-        """Wrap a flow."""
+    def __init__(self, flow: nn.Module) -> None:
         super().__init__()
         self.flow = flow
 
@@ -119,21 +146,32 @@ class ResidualModel(NflowsModel):
     @torch.no_grad()
     def exact_log_prob(self, inputs: Tensor) -> Tensor:
         """Return the log-density with the exact estimator in place of the trained one."""
-        from nflows_iresnet import logdet, transforms
-
         with transforms.using(self.flow, estimator=logdet.Exact()):
             return self.flow.log_prob(inputs)
 
     def lipschitz(self) -> LipschitzBound:
         """Return the largest certified bound."""
-        from nflows_iresnet.transforms import ResidualTransform
-
-        blocks = [block for block in self.flow.modules() if isinstance(block, ResidualTransform)]
-        return LipschitzBound(max(block.lipschitz_bound() for block in blocks), certified=True)
+        bounds = [block.lipschitz_bound() for block in _residual_blocks(self.flow)]
+        return LipschitzBound(max(bounds), certified=True)
 
 
-class StartedModel(DensityModel):
-    """Any model with this library's start in front of it, which is trained together with it.
+def _residual_blocks(flow: nn.Module) -> list[transforms.ResidualTransform]:
+    return [each for each in flow.modules() if isinstance(each, transforms.ResidualTransform)]
+
+
+class TruncatedModel(ResidualModel):
+    """A residual flow that is trained by a truncated series, and evaluated without its bias."""
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the flow's own estimate in training, and an unbiased one in evaluation."""
+        if self.training:
+            return super().log_prob(inputs)
+        with transforms.using(self.flow, estimator=logdet.Auto()):
+            return super().log_prob(inputs)
+
+
+class PrecededModel(DensityModel):
+    """Any model with a transform in front of it, which is trained together with it.
 
     Args:
         start: the transform of nflows between the data and the model.
@@ -173,14 +211,6 @@ class StartedModel(DensityModel):
         """Draw samples."""
         return self.start.inverse(self.model.sample(num_samples))[0]
 
-    def initialize(self, rows: Tensor) -> None:
-        """Start the start from training rows, and the model from what comes out of it."""
-        from nflows_iresnet.transforms import initialize
-
-        initialize(self.start, rows)
-        with torch.no_grad():
-            self.model.initialize(self.start(rows)[0])
-
     def after_step(self) -> None:
         """Do what the model's library asks for."""
         self.model.after_step()
@@ -190,11 +220,20 @@ class StartedModel(DensityModel):
         return self.model.lipschitz()
 
 
+class StartedModel(PrecededModel):
+    """Any model with this library's start in front of it, which begins with training rows."""
+
+    def initialize(self, rows: Tensor) -> None:
+        """Start the start from training rows, and the model from what comes out of it."""
+        transforms.initialize(self.start, rows)
+        with torch.no_grad():
+            self.model.initialize(self.start(rows)[0])
+
+
 class ZukoModel(DensityModel):
     """A flow of zuko whose log-determinant is exact."""
 
     def __init__(self, flow: nn.Module) -> None:
-        """Wrap a flow."""
         super().__init__()
         self.flow = flow
 
@@ -220,20 +259,50 @@ class ZukoModel(DensityModel):
         return self.flow().sample((num_samples,))
 
 
-class _NormflowsFlow(Protocol):
-    """A `normflows.flows.Flow`, whose inverse maps data to noise."""
+class ContinuousModel(ZukoModel):
+    r"""x -> z(1), dz/dt = f(t, z), with the density that follows from the trace of df/dz.
 
-    def inverse(self, z: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Return the noise and the log-determinant."""
+    It is a `zuko.flows.CNF`. Training estimates the trace by Hutchinson's method with a looser
+    tolerance of the integration; `exact_log_prob` integrates the exact trace.
+
+    References:
+        Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud. FFJORD, 2019.
+    """
+
+    estimates = True
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the log-density with Hutchinson's estimate of the trace."""
+        with self._integrating(exact=False):
+            return super().log_prob(inputs)
+
+    @torch.no_grad()
+    def exact_log_prob(self, inputs: Tensor) -> Tensor:
+        """Return the log-density with the exact trace, as many rows at a time as fit."""
+        rows = max(1, _JACOBIAN_ELEMENTS // inputs.shape[1] ** 2)
+        with self._integrating(exact=True):
+            return torch.cat([self.flow().log_prob(chunk) for chunk in inputs.split(rows)])
+
+    @contextmanager
+    def _integrating(self, *, exact: bool) -> Iterator[None]:
+        """Integrate one or the other trace, loosely in training."""
+        ode = self.flow.transform
+        before = ode.exact, ode.atol, ode.rtol
+        ode.exact = exact
+        if self.training:
+            ode.atol, ode.rtol = TRAINING_TOLERANCE, 10 * TRAINING_TOLERANCE
+        try:
+            yield
+        finally:
+            ode.exact, ode.atol, ode.rtol = before
 
 
 class NormflowsResidualModel(DensityModel):
-    """A `normflows.NormalizingFlow` of `Residual` blocks, run as its documentation runs it."""
+    """A `normflows.NormalizingFlow`, its `Residual` blocks run as its documentation runs them."""
 
     estimates = True
 
     def __init__(self, flow: nn.Module) -> None:
-        """Wrap a flow."""
         super().__init__()
         self.flow = flow
 
@@ -277,13 +346,15 @@ class NormflowsResidualModel(DensityModel):
         update_lipschitz(self.flow, 5)
 
     @torch.no_grad()
-    def lipschitz(self) -> LipschitzBound:
+    def lipschitz(self) -> LipschitzBound | None:
         """Return the largest product of the layers' true spectral norms, in float64."""
         blocks = [flow.iresblock.nnet for flow in self.flow.flows if hasattr(flow, "iresblock")]
-        return LipschitzBound(max(_spectral_product(block) for block in blocks), certified=False)
+        largest = max(map(_spectral_product, blocks), default=None)
+        return None if largest is None else LipschitzBound(largest, certified=False)
 
 
-def _exact_inverse(flow: _NormflowsFlow, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_inverse(flow: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a `normflows.flows.Flow` makes of data, and its exact log-determinant."""
     block: nn.Module | None = getattr(flow, "iresblock", None)
     if block is None:
         return flow.inverse(inputs)
@@ -331,3 +402,42 @@ def _spectral_product(net: nn.Module) -> float:
             weight = compute_weight(update=False).double()
             product *= float(torch.linalg.matrix_norm(weight, 2))
     return product
+
+
+class CouplingNet(nn.Module):
+    """A network that returns the precision of its inputs.
+
+    Inside a training step it may compute in bfloat16: log-determinants, sums and the coupled values
+    stay in full precision, and evaluation never uses bfloat16.
+
+    Args:
+        net: maps images to images.
+        half_precision: whether to use bfloat16 while training.
+    """
+
+    def __init__(self, net: nn.Module, *, half_precision: bool) -> None:
+        super().__init__()
+        self.net, self.half_precision = net, half_precision
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the network's outputs in the precision of the inputs."""
+        enabled = self.half_precision and self.training
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=enabled):
+            outputs: Tensor = self.net(inputs)
+        return outputs.to(inputs.dtype)
+
+
+class FlattenTransform(Transform):
+    """(B, C, H, W) -> (B, C H W), where shape is (C, H, W)."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (the rows, 0), shapes (B, C H W) and (B,)."""
+        return inputs.flatten(start_dim=1), inputs.new_zeros(inputs.shape[0])
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (the images, 0), shapes (B, C, H, W) and (B,)."""
+        return inputs.reshape(-1, *self.shape), inputs.new_zeros(inputs.shape[0])

@@ -17,8 +17,7 @@ from nflows_iresnet.experiments.config import (
     RunConfig,
     resolve_device,
 )
-from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS
-from nflows_iresnet.experiments.models import MODELS, SAME_START, with_same_start
+from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, SAME_START, with_same_start
 from nflows_iresnet.experiments.presets import QUICK, Preset
 
 Number = TypeVar("Number", int, float)

@@ -22,9 +22,8 @@ from nflows_iresnet.experiments.config import RunConfig, UsageError
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
-from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS
 from nflows_iresnet.experiments.jobs import Here, Order, SideBySide, Workplace
-from nflows_iresnet.experiments.models import MODELS, ModelSpec
+from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, ModelSpec
 from nflows_iresnet.experiments.presets import Preset
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result, Trial, flags
 from nflows_iresnet.training import History

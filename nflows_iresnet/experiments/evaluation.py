@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import describe
-from nflows_iresnet.experiments.memory import peak_megabytes
-from nflows_iresnet.experiments.training import synchronize
 
 T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,6 +33,10 @@ NUM_SHOWN_IMAGES = 12
 IMAGES_AT_ONCE = 256
 NUM_KEPT_SAMPLES = 4_000
 NUM_VALIDATION_ROWS = 1_000
+MEMORY_MEASURE = {
+    "cpu": "bytes of the tensors alive at once, scratch space inside a kernel not counted",
+    "cuda": "torch.cuda.max_memory_allocated above the level before",
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Exam:
-    """The data that every model is examined on.
+class EvaluationData:
+    """What every trained model is measured on.
 
     Args:
         test: test rows (N, d), or dequantised test images (N, C, H, W).
@@ -91,8 +96,8 @@ class Exam:
 
     test: Tensor
     batch: Tensor
-    true_log_prob: Tensor | None
-    grid: Tensor | None
+    true_log_prob: Tensor | None = None
+    grid: Tensor | None = None
     more_draws: tuple[Tensor, ...] = ()
     max_exact_rows: int | None = None
 
@@ -111,25 +116,19 @@ class Evaluation:
     failures: list[str] = field(default_factory=list)
 
 
-def evaluate(model: DensityModel, exam: Exam, seed: int) -> Evaluation:
-    """Measure everything; a measurement that fails is reported and the others go on.
-
-    Args:
-        model: a trained model.
-        exam: what to measure it on.
-        seed: seed of the samples.
-    """
+def evaluate(model: DensityModel, data: EvaluationData, seed: int) -> Evaluation:
+    """Measure everything; a measurement that fails is reported and the others go on."""
     found: dict[str, Any] = {}
-    result = Evaluation()
+    failures: list[str] = []
     torch.manual_seed(seed)
     model.eval()
     for name, measure in _MEASUREMENTS.items():
         try:
-            found.update(measure(model, exam, result.arrays))
+            found |= measure(model, data)
         except Exception as error:
-            result.failures.append(f"{name}: {describe(error)}")
-    result.metrics = Metrics(**found)
-    return result
+            failures.append(f"{name}: {describe(error)}")
+    arrays = {name: found.pop(name) for name in list(found) if isinstance(found[name], np.ndarray)}
+    return Evaluation(Metrics(**found), arrays, failures)
 
 
 def exact_log_prob(model: DensityModel, inputs: Tensor) -> Tensor:
@@ -163,33 +162,33 @@ def _error_over_chunks(values: Tensor, size: int = CHUNK) -> float | None:
     return mean_and_error(torch.stack(means))[1] if means else None
 
 
-def _likelihood(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
-    limit = exam.max_exact_rows
-    exact = not model.estimates or limit is None or len(exam.test) <= limit
+def _likelihood(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
+    limit = data.max_exact_rows
+    exact = not model.estimates or limit is None or len(data.test) <= limit
     score = exact_log_prob if exact else estimated_log_prob
-    draws = [score(model, test) for test in (exam.test, *exam.more_draws)]
+    draws = [score(model, test) for test in (data.test, *data.more_draws)]
     log_prob = torch.stack(draws).mean(dim=0)
     _check_finite(log_prob, "log-densities")
-    arrays["test_log_prob"] = log_prob.cpu().numpy()
     nll, error = mean_and_error(-log_prob)
     if not exact:
         error = max(error or 0.0, _error_over_chunks(log_prob) or 0.0)
-    found = {"test_nll": nll, "test_nll_se": error, "test_nll_exact": exact}
-    if exam.shows_images:
-        nats_per_bit = exam.test[0].numel() * math.log(2)
+    found: dict[str, Any] = {"test_nll": nll, "test_nll_se": error, "test_nll_exact": exact}
+    found["test_log_prob"] = log_prob.cpu().numpy()
+    if data.shows_images:
+        nats_per_bit = data.test[0].numel() * math.log(2)
         found["bits_per_dim"] = nll / nats_per_bit
         found["bits_per_dim_se"] = None if error is None else error / nats_per_bit
-    if exam.true_log_prob is not None:
-        above, above_error = mean_and_error(exam.true_log_prob - log_prob)
+    if data.true_log_prob is not None:
+        above, above_error = mean_and_error(data.true_log_prob - log_prob)
         found |= {"above_optimum": above, "above_optimum_se": above_error}
     return found
 
 
-def _agreement(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+def _agreement(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
     """Compare estimated with exact log-densities on the same images."""
-    if not model.estimates or not exam.shows_images:
+    if not model.estimates or not data.shows_images:
         return {}
-    rows = exam.test[: exam.max_exact_rows]
+    rows = data.test[: data.max_exact_rows]
     size = min(GAP_CHUNK, len(rows))
     rows = rows[: len(rows) // size * size]
     exact, draws = exact_log_prob(model, rows), -(-NUM_GAPS * size // len(rows))
@@ -209,13 +208,12 @@ def _check_finite(values: Tensor, what: str) -> None:
 
 
 @torch.no_grad()
-def _sampling(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
-    wanted = NUM_TIMED_IMAGES if exam.shows_images else NUM_TIMED_SAMPLES
+def _sampling(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
+    wanted = NUM_TIMED_IMAGES if data.shows_images else NUM_TIMED_SAMPLES
     model.sample(min(100, wanted))
-    samples, seconds = _timed(lambda: model.sample(wanted), exam.test.device)
+    samples, seconds = _timed(lambda: model.sample(wanted), data.test.device)
     _check_finite(samples.flatten(start_dim=1).sum(dim=1), "samples")
-    arrays["samples"] = samples[:NUM_KEPT_SAMPLES].detach().cpu().numpy()
-    return {"sample_seconds": seconds}
+    return {"sample_seconds": seconds, "samples": samples[:NUM_KEPT_SAMPLES].cpu().numpy()}
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
@@ -226,10 +224,16 @@ def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, time.perf_counter() - started
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.no_grad()
-def _round_trip(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
-    rows = IMAGES_AT_ONCE if exam.shows_images else len(exam.test)
-    errors = torch.cat([_errors(model, chunk) for chunk in exam.test.split(rows)])
+def _round_trip(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
+    rows = IMAGES_AT_ONCE if data.shows_images else len(data.test)
+    errors = torch.cat([_errors(model, chunk) for chunk in data.test.split(rows)])
     _check_finite(errors, "decoded rows")
     return {"round_trip_max": float(errors.max()), "round_trip_median": float(errors.median())}
 
@@ -240,41 +244,41 @@ def _errors(model: DensityModel, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _reconstructions(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
-    if exam.shows_images:
-        shown = exam.test[:NUM_SHOWN_IMAGES]
-        noise = model.encode(shown)
-        arrays["shown"], arrays["decoded"] = shown.cpu().numpy(), model.decode(noise).cpu().numpy()
-        arrays["encoded"] = noise.reshape(shown.shape).cpu().numpy()
-    return {}
+def _reconstructions(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
+    if not data.shows_images:
+        return {}
+    shown = data.test[:NUM_SHOWN_IMAGES]
+    noise = model.encode(shown)
+    found = {"shown": shown, "decoded": model.decode(noise), "encoded": noise.reshape(shown.shape)}
+    return {name: images.cpu().numpy() for name, images in found.items()}
 
 
-def _lipschitz(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+def _lipschitz(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
     bound = model.lipschitz()
     if bound is None:
         return {}
     return {"lipschitz": bound.value, "lipschitz_certified": bound.certified}
 
 
-def _density_grid(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
-    if exam.grid is not None:
-        arrays["grid_log_prob"] = exact_log_prob(model, exam.grid).cpu().numpy()
-    return {}
+def _density_grid(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
+    if data.grid is None:
+        return {}
+    return {"grid_log_prob": exact_log_prob(model, data.grid).cpu().numpy()}
 
 
-def _memory(model: DensityModel, exam: Exam, arrays: dict[str, Array]) -> dict[str, Any]:
+def _memory(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
     def step() -> None:
-        (-model.log_prob(exam.batch).mean()).backward()
+        (-model.log_prob(data.batch).mean()).backward()
 
     model.train()
     model.zero_grad(set_to_none=True)
-    peak = peak_megabytes(step, exam.batch.device)
+    peak = peak_megabytes(step, data.batch.device)
     model.zero_grad(set_to_none=True)
     model.eval()
     return {"peak_memory_mb": peak}
 
 
-_MEASUREMENTS: dict[str, Callable[[DensityModel, Exam, dict[str, Array]], dict[str, Any]]] = {
+_MEASUREMENTS: dict[str, Callable[[DensityModel, EvaluationData], dict[str, Any]]] = {
     "test NLL": _likelihood,
     "estimate against exact": _agreement,
     "sampling": _sampling,
@@ -284,3 +288,57 @@ _MEASUREMENTS: dict[str, Callable[[DensityModel, Exam, dict[str, Array]], dict[s
     "density picture": _density_grid,
     "memory": _memory,
 }
+
+
+def peak_megabytes(work: Callable[[], object], device: torch.device) -> float:
+    """Return the peak of tensor memory, in MB, that some work adds to what was there before.
+
+    The work is run once; `MEMORY_MEASURE` says what is counted on the device of its tensors.
+    """
+    measure = _peak_on_cuda if device.type == "cuda" else _peak_on_cpu
+    return measure(work) / 1e6
+
+
+def _peak_on_cuda(work: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(work: Callable[[], object]) -> int:
+    with _LiveStorages() as storages:
+        work()
+    return storages.peak
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of every storage from the operation that makes it to its release."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._known.update(_storages((args, kwargs)))
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage not in self._known:
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Array
-from nflows_iresnet.experiments.frame import Frame
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result
 from nflows_iresnet.experiments.tables import Row, rows_of
 
@@ -155,7 +155,7 @@ def _title(row: Row) -> str:
 def _plane(
     record: Record, folder: Folder, dataset: DatasetSummary, data: dict[str, Array]
 ) -> Figure:
-    frame = Frame.from_array(data["frame"])
+    frame = Window.from_array(data["window"])
     nats = dataset.optimum
     about = "\ndata" if nats is None else f", true density\n{nats:.3f} nats"
     truth = _Panel(dataset.name + about, {"samples": data["train"], **data}, DATA)
@@ -182,7 +182,7 @@ def find_brightest(columns: list[dict[str, Array]]) -> float:
     return float(np.median(tops)) if tops else 1.0
 
 
-def draw_density(axes: Axes, frame: Frame, arrays: dict[str, Array], brightest: float) -> None:
+def draw_density(axes: Axes, frame: Window, arrays: dict[str, Array], brightest: float) -> None:
     """Show exp(grid_log_prob) in a window, or else a histogram of the training rows."""
     _look_at(axes, frame)
     left, right, bottom, top = frame.extent
@@ -202,7 +202,7 @@ def draw_density(axes: Axes, frame: Frame, arrays: dict[str, Array], brightest: 
     )  # fmt: skip
 
 
-def draw_scatter(axes: Axes, frame: Frame, samples: Array | None, color: str) -> None:
+def draw_scatter(axes: Axes, frame: Window, samples: Array | None, color: str) -> None:
     """Show samples (N, 2) in a window."""
     _look_at(axes, frame)
     if samples is None:
@@ -212,7 +212,7 @@ def draw_scatter(axes: Axes, frame: Frame, samples: Array | None, color: str) ->
     axes.scatter(x, y, s=2.0, alpha=0.35, linewidths=0, color=color, rasterized=True)
 
 
-def _look_at(axes: Axes, frame: Frame) -> None:
+def _look_at(axes: Axes, frame: Window) -> None:
     left, right, bottom, top = frame.extent
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
 
@@ -263,7 +263,7 @@ def _components(axes: Axes, data: dict[str, Array], samples: Array | None) -> No
     cloud = (train - centre) @ directions
     low, high = np.quantile(cloud, (0.002, 0.998), axis=0)
     x, y = (low + high) / 2
-    frame = Frame(float(x), float(y), 0.6 * float((high - low).max()))
+    frame = Window(float(x), float(y), 0.6 * float((high - low).max()))
     if samples is not None:
         draw_scatter(axes, frame, cloud, DATA)
     if samples is not train:

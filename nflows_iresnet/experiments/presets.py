@@ -8,8 +8,7 @@ from typing import Any
 
 from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.config import DEFAULT_STEPS
-from nflows_iresnet.experiments.imagemodels import DEFAULT_IMAGE_MODELS
-from nflows_iresnet.experiments.models import DEFAULT_MODELS
+from nflows_iresnet.experiments.models import DEFAULT_IMAGE_MODELS, DEFAULT_MODELS
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import jinja2
 from markupsafe import Markup
 
 from nflows_iresnet.experiments import published
+from nflows_iresnet.experiments.evaluation import MEMORY_MEASURE
 from nflows_iresnet.experiments.files import write_atomically
-from nflows_iresnet.experiments.memory import MEASURE
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record
 from nflows_iresnet.experiments.tables import (
     Column,
@@ -120,7 +120,7 @@ def render(record: Record, folder: Folder) -> str:
     names = ", ".join(dataset.name for dataset in record.datasets)
     columns = {c.title: c for dataset in record.datasets for c in columns_for(record, dataset)}
     are_rows = all(dataset.shape is None for dataset in record.datasets)
-    memory = f"Memory counts {MEASURE[record.environment['device']]}."
+    memory = f"Memory counts {MEMORY_MEASURE[record.environment['device']]}."
     return Page(
         f"nflows-iresnet {record.command}: {names}",
         f"Flows compared on {names}",

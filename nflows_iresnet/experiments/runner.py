@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, describe, slug
+from nflows_iresnet.experiments.data import ImageTask, RowTask, Task
 from nflows_iresnet.experiments.evaluation import Array, Evaluation, Metrics, evaluate
 from nflows_iresnet.experiments.files import WriteError
-from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS
-from nflows_iresnet.experiments.imagetasks import ImageTask
 from nflows_iresnet.experiments.models import (
+    IMAGE_MODELS,
     MODELS,
     Architecture,
     count_parameters,
@@ -22,7 +22,6 @@ from nflows_iresnet.experiments.models import (
     match_parameters,
 )
 from nflows_iresnet.experiments.results import DatasetSummary, Record, Result, Trial
-from nflows_iresnet.experiments.tasks import RowTask, Task
 from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import (
     History,
@@ -182,7 +181,7 @@ def execute(
     except Exception as error:
         failed = Evaluation(failures=[describe(error)])
         return _result(run, seed, rate, model, None, failed), {}
-    evaluation = evaluate(model, run.task.exam(config), seed)
+    evaluation = evaluate(model, run.task.evaluation_data(config), seed)
     evaluation.metrics = _with_bits(evaluation.metrics, run.task.summarise())
     return _result(run, seed, rate, model, log, evaluation), evaluation.arrays
 
@@ -225,7 +224,7 @@ def train_run(
     interruption: Interruption | None = None,
 ) -> History:
     """Train a model that was built for a run; it is left in its best state."""
-    stream = run.task.stream(config, config.seed + run.repeat)
+    stream = run.task.batches(config, config.seed + run.repeat)
     plan = training_plan(config, learning_rate)
 
     def validate() -> float:

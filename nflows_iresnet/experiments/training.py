@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
@@ -79,9 +78,3 @@ def train(
     if interruption is None and keeper is not None:
         interruption = Postponed()
     return run(training, on_step, keeper, interruption)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work, so that a clock may be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -29,7 +29,7 @@ from nflows_iresnet.experiments.bench.problems import (
     trained_problem,
 )
 from nflows_iresnet.experiments.bench.steps import MEMORY
-from nflows_iresnet.experiments.memory import peak_megabytes
+from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.transforms import ResidualTransform
 
 GRADIENT_ERROR = Figure("gradient_error", "gradient\nerror", ".1e")

@@ -26,8 +26,8 @@ from nflows_iresnet.experiments.bench.items import (
 )
 from nflows_iresnet.experiments.bench.steps import training_step
 from nflows_iresnet.experiments.config import describe
+from nflows_iresnet.experiments.data import training_batches
 from nflows_iresnet.experiments.evaluation import exact_nll
-from nflows_iresnet.experiments.stream import training_batches
 from nflows_iresnet.training import seed_everything
 
 NLL = Figure("nll", "test NLL\nat best", ".3f", baseline=None)

@@ -23,7 +23,7 @@ from nflows_iresnet.experiments.bench.items import (
     Settings,
     Target,
 )
-from nflows_iresnet.experiments.memory import peak_megabytes
+from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.training import seed_everything
 
 LEARNING_RATE = 1e-4

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from nflows_iresnet.experiments import runner
 from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.figures.drawing import Drawing, Settings, Stage
-from nflows_iresnet.experiments.frame import Frame
 from nflows_iresnet.experiments.pictures import (
     CELL,
     DATA,
@@ -109,7 +109,7 @@ def _figure(
         grid = figure.subplots(len(summaries), columns, squeeze=False)
         for row, (name, summary) in zip(grid, summaries.items(), strict=True):
             data = arrays[name]["data"]
-            frame = Frame.from_array(data["frame"])
+            frame = Window.from_array(data["window"])
             brightest = find_brightest([data])
             draw_scatter(row[0], frame, data["train"], DATA)
             row[0].set_title(f"{name}\ndata", color=INK)

@@ -14,7 +14,7 @@ from torch import Tensor
 from nflows_iresnet.experiments import runner
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import IMAGE_DEFAULTS, RunConfig
-from nflows_iresnet.experiments.evaluation import Array, Exam, estimated_log_prob
+from nflows_iresnet.experiments.evaluation import Array, EvaluationData, estimated_log_prob
 from nflows_iresnet.experiments.figures.drawing import Drawing, Settings, Stage
 from nflows_iresnet.experiments.models import REFERENCE, count_parameters, find_model
 from nflows_iresnet.experiments.pictures import INK, STYLE, as_png, show_tiles, tile
@@ -70,7 +70,7 @@ def draw(settings: Settings, stage: Stage) -> Drawing:
         model = find_model(run.model, run.size.models).build(run.size)
         log = runner.train_run(model, run, config, lambda done, loss: None)
     model.eval()
-    exam, summary = run.task.exam(config), run.task.summarise()
+    exam, summary = run.task.evaluation_data(config), run.task.summarise()
     pictures = look(model, exam)
     measured = _measure(model, exam, pictures, summary)
     chosen = {"configuration": config.as_arguments(), "steps_taken": log.steps}
@@ -83,7 +83,7 @@ def draw(settings: Settings, stage: Stage) -> Drawing:
 
 
 @torch.no_grad()
-def look(model: DensityModel, exam: Exam) -> Pictures:
+def look(model: DensityModel, exam: EvaluationData) -> Pictures:
     """Draw samples, take images to the noise and back, and go from one image to another."""
     shown = exam.test[:NUM_SHOWN]
     noise = model.encode(shown)
@@ -115,7 +115,7 @@ def interpolate(first: Tensor, second: Tensor, count: int) -> Tensor:
 
 
 def _measure(
-    model: DensityModel, exam: Exam, pictures: Pictures, summary: DatasetSummary
+    model: DensityModel, exam: EvaluationData, pictures: Pictures, summary: DatasetSummary
 ) -> dict[str, Any]:
     nll = -float(estimated_log_prob(model, exam.test).double().mean())
     changed = np.floor(pictures.decoded) != np.floor(pictures.shown)
