@@ -30,7 +30,7 @@ from nflows_iresnet.flows import ResidualFlow
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.linearization import ResidualFunction
 from nflows_iresnet.nn import LipschitzCNN, LipschitzMLP
-from nflows_iresnet.training import fit, seed_everything
+from nflows_iresnet.training import Batches, Training, TrainingPlan, run, seed_everything
 from nflows_iresnet.transforms import CompositeTransform, ResidualTransform
 
 HIDDEN_LAYERS = 2
@@ -377,6 +377,17 @@ _TRAINED_BLOCKS = 3
 _GAIN = 4.0
 
 
+@dataclass(frozen=True)
+class ConstantRate:
+    """Some steps of which nothing counts as done before the end: the learning rate stays."""
+
+    steps: float = math.inf
+
+    def progress(self, steps: int, seconds: float) -> float:
+        """Return the fraction of the training that is done, by which the schedule goes."""
+        return float(steps >= self.steps)
+
+
 def trained_branch(features: int, settings: Settings) -> TrainedBranch:
     """Train a small flow and return its branch with the largest Jacobian.
 
@@ -394,21 +405,11 @@ def trained_branch(features: int, settings: Settings) -> TrainedBranch:
 @lru_cache(maxsize=4)
 def _trained_branch(features: int, steps: int, seed: int, device: torch.device) -> TrainedBranch:
     name, hidden = _TRAINED[features]
-    data = datasets.load(name, seed=seed)
-    rows = data.train.to(device)
+    rows = datasets.load(name, seed=seed).train.to(device)
     seed_everything(seed)
     flow = ResidualFlow(features, hidden, _TRAINED_BLOCKS, marginal_bins=0, linear=False).to(device)
-    fit(
-        flow,
-        rows,
-        data.validation[:256],
-        learning_rate=5e-3,
-        max_steps=steps,
-        average_decay=None,
-        validations=1,
-        seed=seed,
-        progress=False,
-    )
+    plan = TrainingPlan(5e-3, ConstantRate(steps), clip_norm=None)
+    run(Training(flow, Batches(rows, 256, seed), plan, validate=lambda: 0.0))
     return max(_branches(flow, rows), key=lambda branch: branch.jacobian_norm)
 
 

@@ -21,7 +21,7 @@ from nflows_iresnet.experiments.models import MODELS
 from nflows_iresnet.flows import ImageResidualFlow
 from nflows_iresnet.training import seed_everything
 
-VIEWS = frozenset(
+_VIEWS = frozenset(
     {
         "_reshape_alias",
         "_unsafe_view",
@@ -48,6 +48,11 @@ VIEWS = frozenset(
 """Operations that make another view of the same memory."""
 
 
+def moves_data(name: str) -> bool:
+    """Whether an operation of torch, by its name without a namespace, is more than a view."""
+    return name not in _VIEWS
+
+
 class OperationCounter(TorchDispatchMode):
     """Counts what is asked of the device inside its context, backward passes included."""
 
@@ -63,7 +68,7 @@ class OperationCounter(TorchDispatchMode):
 
     def see(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count an operation, unless it moves no data."""
-        self.count += name not in VIEWS
+        self.count += moves_data(name)
 
 
 def counted_operations(work: Work) -> int:

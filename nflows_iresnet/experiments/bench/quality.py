@@ -14,7 +14,7 @@ from nflows_iresnet import datasets
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.bench.items import BASELINE, NLL, OURS, REACH, STEP_MODELS, STEPS
 from nflows_iresnet.experiments.bench.measure import Case, Measurement, Settings
-from nflows_iresnet.experiments.bench.models import Size
+from nflows_iresnet.experiments.bench.models import ConstantRate, Size
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.evaluation import exact_nll
 from nflows_iresnet.experiments.stream import training_batches
@@ -81,13 +81,6 @@ def _examine(training: Training, rows: Rows) -> Point:
     return Point(training.progress.elapsed, validation, test)
 
 
-class _Endless:
-    """A length of which nothing is ever done, so that the learning rate stays as it is."""
-
-    def progress(self, steps: int, seconds: float) -> float:
-        return 0.0
-
-
 def _training(
     name: str, dataset: datasets.Dataset, size: Size, seed: int, settings: Settings
 ) -> Training:
@@ -96,7 +89,7 @@ def _training(
     assert isinstance(model, DensityModel)
     model.to(settings.device)
     clock = time.process_time if settings.trusts_cpu_time else time.perf_counter
-    plan = TrainingPlan(settings.learning_rate, _Endless(), clip_norm=None, clock=clock)
+    plan = TrainingPlan(settings.learning_rate, ConstantRate(), clip_norm=None, clock=clock)
     batches = training_batches(dataset, BATCH, seed, settings.device)
     return Training(model, batches, plan, lambda: math.nan, after_step=model.after_step)
 
