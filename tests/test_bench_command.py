@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -216,6 +218,14 @@ def test_list_and_help_name_everything(capsys: pytest.CaptureFixture[str]) -> No
     assert stop.value.code == 0
     helped = capsys.readouterr().out
     assert all(name in helped for name in (*ITEMS, "cpu ratio", "--quality"))
+
+
+def test_items_are_listed_without_torch() -> None:
+    code = (
+        "import sys; from nflows_iresnet.experiments.bench.items import describe_items; "
+        "assert 'step-dimension' in describe_items(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ITEMS)

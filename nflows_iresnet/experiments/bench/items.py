@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from nflows_iresnet.experiments.config import suggest
-
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.bench.measure import Case, CaseResult, Settings
     from nflows_iresnet.experiments.bench.models import Size, Trainable
@@ -306,6 +304,8 @@ def find_item(name: str) -> Item:
         ValueError: there is no such item; the message names the nearest one.
     """
     if name not in ITEMS:
+        from nflows_iresnet.experiments.config import suggest
+
         raise ValueError(f"unknown item {name!r}: {suggest(name, ITEMS)}")
     return ITEMS[name]
 
