@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import sys
 from types import TracebackType
 from typing import Any
@@ -10,34 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from nflows_iresnet.experiments.bench.operations import OperationCounter, moves_data
 from tests import pretended
 
-VIEWS = frozenset(
-    {
-        "view",
-        "_unsafe_view",
-        "t",
-        "transpose",
-        "permute",
-        "expand",
-        "detach",
-        "select",
-        "slice",
-        "unsqueeze",
-        "squeeze",
-        "as_strided",
-        "alias",
-        "_reshape_alias",
-        "unbind",
-        "split",
-        "split_with_sizes",
-        "diagonal",
-        "lift_fresh",
-        "chunk",
-    }
-)
 WAITS = frozenset(
     {
         "_local_scalar_dense",
@@ -68,7 +45,7 @@ Decompositions are counted with them: they iterate until the host sees that they
 """
 
 
-class Operations(TorchDispatchMode):
+class Operations(OperationCounter):
     """Counts kernels (views aside) and waits, by the place in the package that asks for them.
 
     What concerns the CPU alone is not counted where there is another device.
@@ -94,20 +71,16 @@ class Operations(TorchDispatchMode):
         pretended.copies_from_host.remove(self._wait)
         super().__exit__(kind, error, trace)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs or {}))
+    def see(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves = pytree.tree_leaves((args, kwargs))
         tensors = [each for each in leaves if isinstance(each, Tensor)]
         on_device = [each for each in tensors if each.device.type == self._device.type]
         target = next((each for each in leaves if isinstance(each, torch.device)), None)
-        name = func._schema.name.split("::")[-1]
         if on_device or (target is not None and target.type == self._device.type):
-            if name not in VIEWS:
+            if moves_data(name):
                 self.kernels[place()] += 1
-            if name in WAITS or _is_indexed_by_mask(func, args) or self._crosses(tensors, target):
+            if name in WAITS or _is_indexed_by_mask(name, args) or self._crosses(tensors, target):
                 self._wait()
-        return func(*args, **(kwargs or {}))
 
     def _wait(self) -> None:
         self.waits[place()] += 1
@@ -122,10 +95,13 @@ class Operations(TorchDispatchMode):
         )
 
 
-def _is_indexed_by_mask(func: Any, args: tuple[Any, ...]) -> bool:
-    if func._schema.name not in ("aten::index", "aten::index_put", "aten::index_put_"):
+def _is_indexed_by_mask(name: str, args: tuple[Any, ...]) -> bool:
+    if name not in ("index", "index_put", "index_put_"):
         return False
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+_COUNTER = inspect.getfile(OperationCounter)
 
 
 def place() -> str:
@@ -134,7 +110,7 @@ def place() -> str:
     while frame is not None:
         path = frame.f_code.co_filename
         for package in ("/nflows_iresnet/", "/nflows/"):
-            if package in path:
+            if package in path and path != _COUNTER:
                 file = path.rsplit(package, 1)[-1]
                 own = "" if package == "/nflows_iresnet/" else "nflows/"
                 return f"{own}{file}:{frame.f_code.co_name}"

@@ -8,23 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from nflows_iresnet.experiments.bench import steps
-from nflows_iresnet.experiments.bench.clock import CpuClock, Reading, Work
-from nflows_iresnet.experiments.bench.items import (
-    BASELINE,
-    OURS,
+from nflows_iresnet.experiments.bench.items import BASELINE, ITEMS, OURS, Column, Item, our_speed
+from nflows_iresnet.experiments.bench.measure import (
     Case,
     CaseResult,
-    Cell,
-    Entrant,
-    Figure,
-    Item,
+    Measurement,
+    Rounds,
+    Run,
     Settings,
-    run_race,
+    Timing,
+    Work,
+    check_targets,
+    fit_power_law,
+    fits,
+    measure_runs,
+    paired_ratio,
+    spread,
+    time_in_rounds,
+    time_on_cpu,
 )
-from nflows_iresnet.experiments.bench.race import Rounds, race
-from nflows_iresnet.experiments.bench.statistics import fit_power_law, paired_ratio, spread
-from nflows_iresnet.experiments.bench.verdicts import fits, verdicts
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -32,18 +34,18 @@ pytest.importorskip("rich")
 TINY = Settings(quick=True, repeats=2)
 
 
-class ScriptedClock:
-    """Returns readings from a script, and notes whose work it was given."""
+class ScriptedTimer:
+    """Returns times from a script, and notes whose work it was given."""
 
     def __init__(self, seconds: dict[str, list[float]]) -> None:
         self.seconds = seconds
         self.order: list[str] = []
 
-    def time(self, work: Work) -> Reading:
+    def __call__(self, work: Work) -> Timing:
         name = str(work())
         self.order.append(name)
         seconds = self.seconds[name][self.order.count(name) - 1]
-        return Reading(seconds, seconds / 2)
+        return Timing(seconds, seconds / 2)
 
 
 def named(*names: str) -> dict[str, Work]:
@@ -54,24 +56,26 @@ def named(*names: str) -> dict[str, Work]:
 
 
 def test_rounds_are_interleaved_and_rotate() -> None:
-    clock = ScriptedClock({name: [1.0] * 3 for name in "abc"})
-    race(named("a", "b", "c"), clock, Rounds(least=3, most=3))
-    assert clock.order == [*"abc", *"bca", *"cab"]
+    timer = ScriptedTimer({name: [1.0] * 3 for name in "abc"})
+    time_in_rounds(named("a", "b", "c"), timer, Rounds(least=3, most=3))
+    assert timer.order == [*"abc", *"bca", *"cab"]
 
 
 def test_rounds_end_when_the_time_is_used_up() -> None:
     rounds = Rounds(least=2, most=10, seconds=5.0)
     for each, expected in ((0.1, 10), (1.0, 3), (100.0, 2)):
-        clock = ScriptedClock({name: [each] * 10 for name in "ab"})
-        result = race(named("a", "b"), clock, rounds)
-        assert [len(readings) for readings in result.readings.values()] == [expected] * 2
+        timer = ScriptedTimer({name: [each] * 10 for name in "ab"})
+        result = time_in_rounds(named("a", "b"), timer, rounds)
+        assert [len(times) for times in result.times.values()] == [expected] * 2
 
 
 def test_warm_ups_are_not_timed() -> None:
     calls: list[int] = []
-    result = race({"a": lambda: calls.append(1)}, CpuClock(), Rounds(least=3, most=3, warm_ups=4))
+    result = time_in_rounds(
+        {"a": lambda: calls.append(1)}, time_on_cpu, Rounds(least=3, most=3, warm_ups=4)
+    )
     assert len(calls) == 7
-    assert len(result.readings["a"]) == 3
+    assert len(result.times["a"]) == 3
 
 
 @pytest.mark.parametrize("healthy_calls", [0, 1, 3], ids=["first", "warm-up", "timed"])
@@ -83,9 +87,9 @@ def test_one_that_fails_leaves_and_the_others_go_on(healthy_calls: int) -> None:
             raise RuntimeError("out of luck")
         return "a"
 
-    result = race({"a": work, "b": lambda: "b"}, CpuClock(), Rounds(least=4, most=4))
-    assert list(result.readings) == ["b"]
-    assert len(result.readings["b"]) == 4
+    result = time_in_rounds({"a": work, "b": lambda: "b"}, time_on_cpu, Rounds(least=4, most=4))
+    assert list(result.times) == ["b"]
+    assert len(result.times["b"]) == 4
     assert "out of luck" in result.failures["a"]
 
 
@@ -131,70 +135,71 @@ def test_power_law_of_what_has_none(x: list[float], y: list[float]) -> None:
 
 
 def scripted_result(**seconds: list[float]) -> CaseResult:
-    def enter(settings: Settings) -> list[Entrant]:
-        return [Entrant(name, partial(str, name)) for name in seconds]
+    def prepare(settings: Settings) -> list[Run]:
+        return [Run(name, partial(str, name)) for name in seconds]
 
-    case = Case("case", {"d": 2.0}, enter)
     rounds = len(next(iter(seconds.values())))
-    cells = run_race(case, Settings(repeats=rounds), ScriptedClock(seconds))
-    return CaseResult("item", case.label, case.parameters, cells, on_cpu_time=True)
+    measured = measure_runs(prepare, Settings(repeats=rounds), ScriptedTimer(seconds))
+    return CaseResult("item", "case", {"d": 2.0}, measured, on_cpu_time=True)
 
 
 def test_targets_are_computed() -> None:
     result = scripted_result(ours=[1.0, 2.0, 1.0], normflows=[3.0, 8.0, 3.0], plain=[0.5, 1, 0.5])
-    item = steps.STEP_DIMENSION
-    found = {verdict.target: verdict for verdict in verdicts(item, [result])}
+    item = ITEMS["step-dimension"]
+    found = {each.target: each for each in check_targets(item, [result])}
     assert found["step at d = 2, times faster"].measured == 3.0
     assert found["step at d = 2, times faster"].is_met
     assert found["step beside the plain net, times slower"].measured == 2.0
     assert len(found) == 2
     slower = scripted_result(ours=[1.0, 2.0, 1.0], normflows=[2.9, 5.0, 2.9], plain=[0.3, 1, 0.3])
-    assert not any(verdict.is_met for verdict in verdicts(item, [slower]))
+    assert not any(each.is_met for each in check_targets(item, [slower]))
 
 
-def test_figures_that_fail_keep_the_times() -> None:
-    def figures() -> dict[str, float]:
+def test_numbers_that_fail_keep_the_times() -> None:
+    def numbers() -> dict[str, float]:
         raise MemoryError("too large")
 
-    case = Case("case", {}, lambda settings: [Entrant(OURS, list, figures)])
-    (cell,) = run_race(case, TINY, CpuClock())
-    assert len(cell.seconds) == 2
-    assert cell.figures == {}
-    assert "too large" in str(cell.note)
+    (measured,) = Case.timed(lambda settings: [Run(OURS, list, numbers)]).measure(TINY)
+    assert len(measured.seconds) == 2
+    assert measured.numbers == {}
+    assert "too large" in str(measured.note)
 
 
 def test_nothing_measured_meets_no_target() -> None:
-    result = CaseResult("item", "case", {"d": 2.0}, (Cell(OURS, note="failed"),), True)
-    assert [v.is_met for v in verdicts(steps.STEP_DIMENSION, [result])] == [False, False]
+    result = CaseResult("item", "case", {"d": 2.0}, (Measurement(OURS, note="failed"),), True)
+    assert [each.is_met for each in check_targets(ITEMS["step-dimension"], [result])] == [
+        False,
+        False,
+    ]
 
 
 def test_targets_follow_the_clock_of_the_settings() -> None:
-    cells = (Cell(OURS, (1.0,), (1.0,)), Cell(BASELINE, (10.0,), (2.0,)))
+    measured = (Measurement(OURS, (1.0,), (1.0,)), Measurement(BASELINE, (10.0,), (2.0,)))
     for on_cpu_time, expected in ((True, 2.0), (False, 10.0)):
-        assert steps.our_speed(CaseResult("i", "c", {}, cells, on_cpu_time)) == expected
+        assert our_speed(CaseResult("i", "c", {}, measured, on_cpu_time)) == expected
     assert Settings().trusts_cpu_time
     assert not Settings(threads=2).trusts_cpu_time
     assert not Settings(device=torch.device("cuda")).trusts_cpu_time
 
 
-def test_figure_at_cost_multiplies_by_the_time() -> None:
-    cells = (
-        Cell(OURS, (2e-3,), (2e-3,), {"mse": 3.0}),
-        Cell(BASELINE, (4e-3,), (4e-3,), {"mse": 6.0}),
+def test_a_column_at_cost_multiplies_by_the_time() -> None:
+    measured = (
+        Measurement(OURS, (2e-3,), (2e-3,), {"mse": 3.0}),
+        Measurement(BASELINE, (4e-3,), (4e-3,), {"mse": 6.0}),
     )
-    result = CaseResult("i", "c", {}, cells, True)
-    figure = Figure("mse", "MSE * ms", times_milliseconds=True)
-    assert result.value_of(OURS, figure) == pytest.approx(6.0)
-    assert result.ratio_of(OURS, figure) == pytest.approx(4.0)
+    result = CaseResult("i", "c", {}, measured, True)
+    column = Column("mse", "MSE * ms", times_milliseconds=True)
+    assert result.value_of(OURS, column) == pytest.approx(6.0)
+    assert result.ratio_of(OURS, column) == pytest.approx(4.0)
 
 
 def test_fits_follow_the_variable() -> None:
     item = Item("cubes", lambda settings: [], variable="n", fitted="size")
     results = [
-        CaseResult("item", str(n), {"n": n}, (Cell(OURS, figures={"size": 5 * n**3}),), True)
+        CaseResult("item", str(n), {"n": n}, (Measurement(OURS, numbers={"size": 5 * n**3}),), True)
         for n in (1.0, 2.0, 4.0)
     ]
     (fit,) = fits(item, results)
-    assert (fit.contestant, fit.quantity) == (OURS, "size")
+    assert (fit.model, fit.quantity) == (OURS, "size")
     assert fit.law.exponent == pytest.approx(3.0)
     assert fits(item, results[:1]) == []

@@ -6,31 +6,39 @@ import copy
 import json
 import math
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from nflows_iresnet.experiments.bench import (
-    accuracy,
-    catalogue,
-    imagesteps,
-    implicit,
-    problems,
-    quality,
-    steps,
+from nflows_iresnet.experiments.bench import accuracy, inverses, quality, steps
+from nflows_iresnet.experiments.bench.items import (
+    BASELINE,
+    FLOOR,
+    ITEMS,
+    OURS,
+    STEP_MODELS,
+    Item,
+    StepModel,
+    chosen_items,
 )
-from nflows_iresnet.experiments.bench.contestants import (
-    CONTESTANTS,
-    Model,
+from nflows_iresnet.experiments.bench.measure import Case, Settings
+from nflows_iresnet.experiments.bench.models import (
+    IMAGE_MODELS,
+    FrozenNet,
+    ImageSize,
     PlainNet,
     Size,
-    contestants_for,
+    SlowestMap,
+    Trainable,
+    default_block,
+    models_for,
 )
-from nflows_iresnet.experiments.bench.functions import Counted, FrozenNet, SlowestMap
-from nflows_iresnet.experiments.bench.items import BASELINE, FLOOR, OURS, Item, Settings
 from nflows_iresnet.experiments.bench.steps import TRIO, step_case
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.nn import LipschitzMLP
@@ -46,10 +54,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Item(
         "small steps",
         lambda settings: [step_case(Size(2, 4), batch, TRIO) for batch in (4, 8)],
-        targets=catalogue.ITEMS["step-dimension"].targets,
+        targets=ITEMS["step-dimension"].targets,
         variable="B",
     )
-    monkeypatch.setitem(catalogue.ITEMS, "tiny", step)
+    monkeypatch.setitem(ITEMS, "tiny", step)
 
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:
@@ -98,11 +106,11 @@ def test_scaling_is_fitted_and_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_contestant_that_fails_is_a_result(
+def test_a_model_that_fails_is_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = CONTESTANTS[FLOOR].build(Size(3, 4))
-    monkeypatch.setitem(CONTESTANTS, FLOOR, type(CONTESTANTS[FLOOR])("broken", lambda size: broken))
+    broken = STEP_MODELS[FLOOR].build(Size(3, 4))
+    monkeypatch.setitem(STEP_MODELS, FLOOR, StepModel("broken", lambda size: broken))
     content = run(tmp_path, "--only", "tiny", "--repeats", "2")
     cell = content["results"][0]["cells"][-1]
     assert cell["seconds"] == []
@@ -138,10 +146,8 @@ def test_a_model_that_fails_in_training_leaves_the_other(
 ) -> None:
     monkeypatch.setattr("nflows_iresnet.experiments.bench.quality.HIDDEN", {"two-spirals": 8})
     monkeypatch.setattr("nflows_iresnet.experiments.bench.quality.TEST_ROWS", 50)
-    broken = CONTESTANTS[BASELINE].build(Size(3, 4))
-    monkeypatch.setitem(
-        CONTESTANTS, BASELINE, type(CONTESTANTS[BASELINE])("broken", lambda size: broken)
-    )
+    broken = STEP_MODELS[BASELINE].build(Size(3, 4))
+    monkeypatch.setitem(STEP_MODELS, BASELINE, StepModel("broken", lambda size: broken))
     (result,) = run(tmp_path, "--only", "quality", "--seconds", "0.1")["results"]
     ours, failed = result["cells"]
     assert len(ours["raw"]["nll"]) == 17
@@ -153,12 +159,11 @@ def test_a_model_that_fails_in_training_leaves_the_other(
 def test_interruption_keeps_what_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*args: object) -> None:
+    def interrupt(settings: Settings) -> NoReturn:
         raise KeyboardInterrupt
 
-    item = catalogue.ITEMS["tiny"]
-    endless = Item("stops", item.cases, measure=interrupt)  # type: ignore[arg-type]
-    monkeypatch.setitem(catalogue.ITEMS, "endless", endless)
+    endless = Item("stops", lambda settings: [Case("x", {}, interrupt)])
+    monkeypatch.setitem(ITEMS, "endless", endless)
     out = ["--out", str(tmp_path)]
     assert main(["bench", "--only", "tiny", "endless", "--repeats", "1", *out]) == 130
     assert str(tmp_path) in capsys.readouterr().err
@@ -207,17 +212,25 @@ def test_folder_that_holds_results_is_refused(
 def test_list_and_help_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in (*catalogue.ITEMS, *CONTESTANTS))
+    assert all(name in listed for name in (*ITEMS, *STEP_MODELS))
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--help"])
     assert stop.value.code == 0
     helped = capsys.readouterr().out
-    assert all(name in helped for name in (*catalogue.ITEMS, "cpu ratio", "--quality"))
+    assert all(name in helped for name in (*ITEMS, "cpu ratio", "--quality"))
 
 
-@pytest.mark.parametrize("name", catalogue.ITEMS)
+def test_items_are_listed_without_torch() -> None:
+    code = (
+        "import sys; from nflows_iresnet.experiments.bench.items import describe_items; "
+        "assert 'step-dimension' in describe_items(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ITEMS)
 def test_quick_is_no_more_than_everything(name: str) -> None:
-    item = catalogue.ITEMS[name]
+    item = ITEMS[name]
     quick, full = (item.cases(Settings(quick=flag)) for flag in (True, False))
     assert 0 < len(quick) <= len(full)
     assert len({case.label for case in full}) == len(full)
@@ -226,26 +239,23 @@ def test_quick_is_no_more_than_everything(name: str) -> None:
 
 def test_what_runs_by_default() -> None:
     optional = ["step-compiled", "quality"]
-    assert not set(optional) & set(catalogue.chosen_items(None))
-    assert list(catalogue.chosen_items(None, optional)) == list(catalogue.ITEMS)
-    assert list(catalogue.chosen_items(["memory", "memory"], ["quality"])) == ["memory", "quality"]
+    assert not set(optional) & set(chosen_items(None))
+    assert list(chosen_items(None, optional)) == list(ITEMS)
+    assert list(chosen_items(["memory", "memory"], ["quality"])) == ["memory", "quality"]
 
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-TINY = Settings(quick=True, repeats=2)
+# --- models and problems ---------------------------------------------------------------------
 
 
-# --- contestants and problems ---------------------------------------------------------------------
+@pytest.mark.parametrize("name", [name for name in STEP_MODELS if STEP_MODELS[name].is_available])
+def test_every_model_takes_steps(name: str) -> None:
+    assert_takes_steps(STEP_MODELS[name].build(Size(3, 8)), torch.randn(16, 3))
 
 
-@pytest.mark.parametrize("name", [name for name in CONTESTANTS if CONTESTANTS[name].is_available])
-def test_every_contestant_takes_steps(name: str) -> None:
-    assert_takes_steps(CONTESTANTS[name].build(Size(3, 8)), torch.randn(16, 3))
-
-
-def assert_takes_steps(model: Model, rows: torch.Tensor) -> None:
+def assert_takes_steps(model: Trainable, rows: torch.Tensor) -> None:
     before = [parameter.detach().clone() for parameter in model.parameters()]
     step = steps.training_step(model, iter([rows, rows]), learning_rate=0.1)
     step()
@@ -259,21 +269,21 @@ def test_floor_has_the_widths_of_ours() -> None:
     def shapes(module: Any) -> list[torch.Size]:
         return sorted(p.shape for p in module.parameters() if p.dim() == 2)
 
-    ours, plain = (CONTESTANTS[name].build(Size(5, 16)) for name in (OURS, FLOOR))
+    ours, plain = (STEP_MODELS[name].build(Size(5, 16)) for name in (OURS, FLOOR))
     assert isinstance(plain, PlainNet)
     assert shapes(plain) == shapes(ours)
 
 
 def test_exact_jacobians_that_nobody_can_afford_are_left_out() -> None:
-    assert "ours-exact" in contestants_for(Size(2, 64), 8192)
-    assert "ours-exact" not in contestants_for(Size(512, 512), 128)
-    assert list(contestants_for(Size(2, 8), 1, (FLOOR, OURS))) == [OURS, FLOOR]
+    assert "ours-exact" in models_for(Size(2, 64), 8192)
+    assert "ours-exact" not in models_for(Size(512, 512), 128)
+    assert list(models_for(Size(2, 8), 1, (FLOOR, OURS))) == [OURS, FLOOR]
 
 
-def frozen_problem(dtype: torch.dtype = torch.float64) -> problems.Problem:
+def frozen_problem(dtype: torch.dtype = torch.float64) -> inverses.Problem:
     torch.manual_seed(0)
     net = LipschitzMLP(3, [16, 16]).to(dtype)
-    return problems.make_problem(net, FrozenNet(net), torch.randn(20, 3))
+    return inverses.make_problem(net, FrozenNet(net), torch.randn(20, 3))
 
 
 def test_frozen_net_is_the_same_function() -> None:
@@ -297,18 +307,18 @@ def test_problem_knows_its_solution(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("inverse_at", "tolerances"),
     [
-        (problems.our_inverse(problems.our_solver()), problems.our_tolerances),
-        (problems.our_inverse(FixedPointIteration()), problems.our_tolerances),
-        (problems.normflows_inverse, problems.normflows_tolerances),
+        (partial(inverses.our_inverse, default_block().solver), inverses.our_tolerances),
+        (partial(inverses.our_inverse, FixedPointIteration()), inverses.our_tolerances),
+        (inverses.normflows_inverse, inverses.normflows_tolerances),
     ],
     ids=["ours", "picard", "normflows"],
 )
 def test_reach_finds_the_loosest_tolerance(
-    inverse_at: problems.InverseAt, tolerances: Callable[[], Any]
+    inverse_at: inverses.InverseAt, tolerances: Callable[[], Any]
 ) -> None:
     net = SlowestMap(6, 0.8).double()
-    problem = problems.make_problem(net, net, torch.randn(10, 6))
-    found = problems.reach(problem, net, inverse_at, tolerances(), to=1e-5)
+    problem = inverses.make_problem(net, net, torch.randn(10, 6))
+    found = inverses.reach(problem, net, inverse_at, tolerances(), to=1e-5)
     assert found is not None
     assert found.is_reached
     assert problem.error(found.inverse(problem.targets)) == found.error <= 1e-5
@@ -320,14 +330,14 @@ def test_reach_finds_the_loosest_tolerance(
 
 def test_what_cannot_be_reached_is_said() -> None:
     net = SlowestMap(6, 0.9)
-    problem = problems.make_problem(net, net, torch.randn(10, 6))
-    found = problems.reach(problem, net, problems.normflows_inverse, iter([1e-5, 1e-6]), to=1e-30)
+    problem = inverses.make_problem(net, net, torch.randn(10, 6))
+    found = inverses.reach(problem, net, inverses.normflows_inverse, iter([1e-5, 1e-6]), to=1e-30)
     assert found is not None
     assert not found.is_reached
 
 
 def test_counted_counts_rows() -> None:
-    counted = Counted(SlowestMap(2, 0.5))
+    counted = inverses.Counted(SlowestMap(2, 0.5))
     counted(torch.zeros(3, 2))
     counted.bind()(torch.zeros(4, 2))
     counted.bind().select(slice(0, 1))(torch.zeros(1, 2))
@@ -337,10 +347,10 @@ def test_counted_counts_rows() -> None:
 def test_dense_gradient_is_that_of_the_implicit_function() -> None:
     problem = frozen_problem()
     cotangent = torch.randn(20, 3, dtype=torch.float64)
-    inverse = problems.normflows_inverse(problem.plain, 1e-14)
-    found, gradient = implicit.pull_back(inverse, problem.plain, problem.targets, cotangent)
+    inverse = inverses.normflows_inverse(problem.plain, 1e-14)
+    found, gradient = inverses.pull_back(inverse, problem.plain, problem.targets, cotangent)
     assert problem.error(found) < 1e-6
-    truth = implicit.dense_gradient(problem, cotangent)
+    truth = inverses.dense_gradient(problem, cotangent)
     assert torch.allclose(gradient, truth, rtol=1e-4, atol=1e-5)
 
 
@@ -350,10 +360,10 @@ def test_scatter_tells_bias_from_variance() -> None:
     draws = [
         accuracy.Draw(values + 0.5 + sign * 2, gradient * (1 + sign * 0.1)) for sign in (-1, 1)
     ]
-    figures = accuracy.scatter(draws, truth)
-    assert figures["value_std"] == pytest.approx(math.sqrt(8))
-    assert figures["value_bias"] == pytest.approx(0.5)
-    assert figures["gradient_mse"] == pytest.approx(0.01)
+    numbers = accuracy.scatter(draws, truth)
+    assert numbers["value_std"] == pytest.approx(math.sqrt(8))
+    assert numbers["value_bias"] == pytest.approx(0.5)
+    assert numbers["gradient_mse"] == pytest.approx(0.01)
     assert "gradient_mse" not in accuracy.scatter([accuracy.Draw(values, None)] * 2, truth)
 
 
@@ -361,8 +371,8 @@ def test_estimates_agree_on_the_mean() -> None:
     """Every estimate, normflows' with its sign and direction, is of the same log-determinant."""
     net = LipschitzMLP(2, [8, 8], coeff=0.5)
     inputs = torch.randn(4000, 2)
-    exact = accuracy.estimates(TINY)["ours-exact"](net, inputs).mean().detach()
-    for name, estimate in accuracy.estimates(TINY).items():
+    exact = accuracy.estimates()["ours-exact"](net, inputs).mean().detach()
+    for name, estimate in accuracy.estimates().items():
         if name != BASELINE:  # whose default value is not that of the log-determinant
             values = estimate(net, inputs).detach()
             error = float(values.std()) / math.sqrt(len(values)) + 1e-6
@@ -376,27 +386,27 @@ def test_checkpoints_end_at_the_budget() -> None:
 
 
 def test_validation_chooses_the_point_that_is_reported() -> None:
-    curve = [quality.Point(1.0, 5.0, 7.0), quality.Point(2.0, 3.0, 6.0)]
-    curve.append(quality.Point(4.0, 3.5, 1.0))
-    trainee = quality.Trainee("x", torch.nn.Module(), lambda: None, curve=curve)  # type: ignore[arg-type]
-    assert trainee.best == (2.0, 3.0, 6.0)
-    assert trainee.seconds_to(4.0) == 2.0
-    assert trainee.seconds_to(2.0) is None
-    trainee.curve.insert(0, quality.Point(0.5, math.nan, 0.0))
-    assert trainee.best.test == 6.0
+    points = [quality.Point(1.0, 5.0, 7.0), quality.Point(2.0, 3.0, 6.0)]
+    points.append(quality.Point(4.0, 3.5, 1.0))
+    curve = quality.Curve(points)
+    assert curve.best == (2.0, 3.0, 6.0)
+    assert curve.seconds_to(4.0) == 2.0
+    assert curve.seconds_to(2.0) is None
+    points.insert(0, quality.Point(0.5, math.nan, 0.0))
+    assert curve.best.test == 6.0
 
 
-@pytest.mark.parametrize("name", imagesteps.BUILDERS)
-def test_every_contestant_takes_steps_on_images(name: str) -> None:
-    size = imagesteps.ImageSize(channels=2, pixels=4, hidden=4)
-    assert_takes_steps(imagesteps.BUILDERS[name](size), torch.randn(3, *size.shape))
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_every_model_takes_steps_on_images(name: str) -> None:
+    size = ImageSize(channels=2, pixels=4, hidden=4)
+    assert_takes_steps(IMAGE_MODELS[name](size), torch.randn(3, *size.shape))
 
 
-def test_kernels_of_all_image_contestants_have_the_same_shapes() -> None:
-    size = imagesteps.ImageSize(channels=2, pixels=4, hidden=4)
+def test_kernels_of_all_image_models_have_the_same_shapes() -> None:
+    size = ImageSize(channels=2, pixels=4, hidden=4)
     shapes = {
         name: sorted(p.shape for p in build(size).parameters() if p.dim() == 4)
-        for name, build in imagesteps.BUILDERS.items()
+        for name, build in IMAGE_MODELS.items()
     }
     assert shapes[OURS] == shapes[BASELINE] == shapes[FLOOR]
     assert len(shapes[OURS]) == 6

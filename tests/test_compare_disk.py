@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-from nflows_iresnet.experiments.bench import catalogue
-from nflows_iresnet.experiments.bench.contestants import Size
-from nflows_iresnet.experiments.bench.items import Item
+from nflows_iresnet.experiments.bench.items import ITEMS, Item
+from nflows_iresnet.experiments.bench.models import Size
 from nflows_iresnet.experiments.bench.steps import TRIO, step_case
 from nflows_iresnet.experiments.cli import main
 
@@ -52,7 +51,7 @@ CASES = [(name, file) for name, files in FILES.items() for file in files]
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """An item of the benchmark that takes no time."""
     cases = [step_case(Size(2, 4), batch, TRIO) for batch in (4, 8)]
-    monkeypatch.setitem(catalogue.ITEMS, "tiny", Item("steps", lambda _: cases, variable="B"))
+    monkeypatch.setitem(ITEMS, "tiny", Item("steps", lambda _: cases, variable="B"))
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, function: str, file: str, after: int = 0) -> None:

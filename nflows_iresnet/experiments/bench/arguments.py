@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from nflows_iresnet.experiments.arguments import natural_int, positive_float, positive_int
-from nflows_iresnet.experiments.bench.catalogue import describe_items
-from nflows_iresnet.experiments.bench.items import Settings
+from nflows_iresnet.experiments.bench.items import describe_items
+from nflows_iresnet.experiments.bench.measure import Settings
 
 HELP = "Time this library, normflows and a plain network side by side."
 

@@ -3,44 +3,118 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nflows_iresnet.experiments.bench.catalogue import chosen_items, describe_items
-from nflows_iresnet.experiments.bench.clock import clock_for
-from nflows_iresnet.experiments.bench.items import Case, CaseResult, Item, Settings
-from nflows_iresnet.experiments.bench.record import BenchRecord
+from nflows_iresnet.experiments.bench.items import BASELINE, Item, chosen_items, describe_items
+from nflows_iresnet.experiments.bench.measure import (
+    Case,
+    CaseResult,
+    Measurement,
+    Settings,
+    check_targets,
+    fits,
+)
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
+from nflows_iresnet.experiments.plain import finite
 
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.bench.progress import CaseProgress
 
 RESULTS = "bench.json"
+FORMAT = 1
 OPTIONAL = "quality"
 
 
 @dataclass
-class Session:
-    """A benchmark under way."""
+class Benchmark:
+    """A benchmark under way; everything but `cases` and `quiet` is kept in bench.json.
+
+    Args:
+        settings: of every measurement.
+        items: what is to be measured, by name.
+        cases: of each item.
+        folder: where results go.
+        quiet: whether to print the path of the results alone.
+        environment: versions, device and machine.
+        started: ISO date and time.
+        results: what is finished.
+    """
 
     settings: Settings
+    items: dict[str, Item]
     cases: dict[str, list[Case]]
     folder: Path
-    record: BenchRecord
     quiet: bool
+    environment: dict[str, Any]
+    started: str
+    results: list[CaseResult] = field(default_factory=list)
+
+    def of(self, item: str) -> list[CaseResult]:
+        """Return the results of an item."""
+        return [result for result in self.results if result.item == item]
 
     def save(self) -> None:
         """Write what is measured so far."""
-        write_atomically(self.folder / RESULTS, self.record.as_json().encode())
+        write_atomically(self.folder / RESULTS, self.as_json().encode())
+
+    def as_json(self) -> str:
+        """Serialise raw samples and what follows from them; what is not finite becomes null."""
+        settings = {**asdict(self.settings), "device": self.settings.device.type}
+        groups = [(item, self.of(name)) for name, item in self.items.items()]
+        content = {
+            "format": FORMAT,
+            "arguments": {**settings, "items": list(self.items)},
+            "environment": self.environment,
+            "started": self.started,
+            "results": [_result(each) for each in self.results],
+            "fits": _plain([fit for group in groups for fit in fits(*group)]),
+            "targets": _plain([target for group in groups for target in check_targets(*group)]),
+        }
+        return json.dumps(finite(content), indent=1, allow_nan=False)
+
+
+_KEYS = {"model": "contestant", "measurements": "cells", "numbers": "figures"}
+"""What the file calls some attributes, since its first format."""
+
+
+def _plain(records: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
+        asdict(each, dict_factory=lambda pairs: {_KEYS.get(key, key): v for key, v in pairs})
+        for each in records
+    ]
+
+
+def _result(result: CaseResult) -> dict[str, Any]:
+    (plain,) = _plain([result])
+    for content, each in zip(plain["cells"], result.measurements, strict=True):
+        content |= _derived(result, each)
+    return plain
+
+
+def _derived(result: CaseResult, measurement: Measurement) -> dict[str, Any]:
+    name = measurement.model
+    spreads = {
+        "milliseconds": result.milliseconds(name),
+        "wall_ratio": result.time_ratio(BASELINE, name, cpu=False),
+        "cpu_ratio": result.time_ratio(BASELINE, name, cpu=True),
+    }
+    ratios = {key: result.number_ratio(name, key) for key in measurement.numbers}
+    return {
+        **{key: None if value is None else asdict(value) for key, value in spreads.items()},
+        "figure_ratios": ratios,
+    }
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -53,23 +127,23 @@ def run(parsed: argparse.Namespace) -> int:
         print(describe_items())
         return 0
     try:
-        session = open_session(parsed)
+        benchmark = open_benchmark(parsed)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    torch.set_num_threads(session.settings.threads)
+    torch.set_num_threads(benchmark.settings.threads)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(nflows|normflows|torchflows)\.")
-            _work(session)
+            _work(benchmark)
     except KeyboardInterrupt:
-        print(f"interrupted: what is measured is kept in {session.folder}", file=sys.stderr)
+        print(f"interrupted: what is measured is kept in {benchmark.folder}", file=sys.stderr)
         return 130
     except WriteError as error:
-        raise WriteError(f"{error}; what is measured is kept in {session.folder}") from error
+        raise WriteError(f"{error}; what is measured is kept in {benchmark.folder}") from error
     return 0
 
 
-def open_session(parsed: argparse.Namespace) -> Session:
+def open_benchmark(parsed: argparse.Namespace) -> Benchmark:
     """Check everything that can be checked, then create the output folder.
 
     Raises:
@@ -81,82 +155,47 @@ def open_session(parsed: argparse.Namespace) -> Session:
     folder = Path(parsed.out or f"results/bench-{datetime.now():%Y%m%d-%H%M%S}")
     if (folder / RESULTS).exists():
         raise ValueError(f"{str(folder)!r} already holds results: choose another --out")
-    session = Session(
+    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    benchmark = Benchmark(
         settings,
+        items,
         {name: item.cases(settings) for name, item in items.items()},
         folder,
-        _fresh_record(parsed, settings, items),
         parsed.quiet,
+        environment={**describe_environment(settings.device.type), "load": load},
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
     prepare_folder(folder)
-    session.save()
-    return session
+    benchmark.save()
+    return benchmark
 
 
-def _fresh_record(
-    parsed: argparse.Namespace, settings: Settings, items: dict[str, Item]
-) -> BenchRecord:
-    arguments: dict[str, Any] = {
-        "device": settings.device.type,
-        "threads": settings.threads,
-        "quick": settings.quick,
-        "repeats": settings.repeats,
-        "seed": settings.seed,
-        "seconds": settings.seconds,
-        "learning_rate": settings.learning_rate,
-        "items": list(items),
-    }
-    return BenchRecord(
-        arguments=arguments,
-        environment={**describe_environment(settings.device.type), "load": _load()},
-        started=datetime.now().astimezone().isoformat(timespec="seconds"),
-        items=items,
-    )
-
-
-def _load() -> list[float] | None:
-    """Return the load of the machine over 1, 5 and 15 minutes, where the system knows it."""
-    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-
-
-def _work(session: Session) -> None:
+def _work(benchmark: Benchmark) -> None:
+    from nflows_iresnet.experiments.bench import report
     from nflows_iresnet.experiments.bench.progress import CaseProgress
+    from nflows_iresnet.experiments.tables import make_console
 
-    total = sum(len(cases) for cases in session.cases.values())
-    with CaseProgress(total, quiet=session.quiet) as progress:
-        for name, item in session.record.items.items():
-            for case in session.cases[name]:
-                _measure(session, name, case, progress)
-            with progress.paused():
-                _show(session, name, item)
-    _close(session)
-
-
-def _measure(session: Session, name: str, case: Case, progress: CaseProgress) -> None:
-    progress.begin(f"{name} · {case.label}")
-    settings = session.settings
-    item = session.record.items[name]
-    cells = item.measure(case, settings, clock_for(settings.device))
-    result = CaseResult(name, case.label, case.parameters, cells, settings.trusts_cpu_time)
-    session.record.results.append(result)
-    session.save()
-    progress.finish()
+    total = sum(len(cases) for cases in benchmark.cases.values())
+    with CaseProgress(total, quiet=benchmark.quiet) as progress:
+        for name, item in benchmark.items.items():
+            for case in benchmark.cases[name]:
+                _measure(benchmark, name, case, progress)
+            if not benchmark.quiet:
+                with progress.paused():
+                    report.print_item(make_console(report.WIDTH), name, item, benchmark.of(name))
+    for name, picture in report.draw(benchmark.items, benchmark.results).items():
+        write_atomically(benchmark.folder / name, picture)
+    path = benchmark.folder / RESULTS
+    print(path if benchmark.quiet else f"\nresults: {path}")
 
 
-def _show(session: Session, name: str, item: Item) -> None:
-    from nflows_iresnet.experiments.bench import tables
-
-    if not session.quiet:
-        tables.print_item(tables.make_console(), name, item, session.record.of(name))
-
-
-def _close(session: Session) -> None:
-    from nflows_iresnet.experiments.bench import plots
-
-    for name, picture in plots.draw(session.record).items():
-        write_atomically(session.folder / name, picture)
-    path = session.folder / RESULTS
-    print(path if session.quiet else f"\nresults: {path}")
+def _measure(benchmark: Benchmark, name: str, case: Case, progress: CaseProgress) -> None:
+    with progress.stage(f"{name} · {case.label}"):
+        measurements = case.measure(benchmark.settings)
+        on_cpu_time = benchmark.settings.trusts_cpu_time
+        result = CaseResult(name, case.label, case.parameters, measurements, on_cpu_time)
+        benchmark.results.append(result)
+        benchmark.save()
 
 
 def to_settings(parsed: argparse.Namespace) -> Settings:

@@ -1,17 +1,20 @@
-"""The words of a benchmark: an item has cases, a case has entrants, an entrant leaves a cell."""
+"""What `nflows-iresnet bench` measures, its targets, and the models whose steps it times.
+
+It imports no torch, so that `--help` can list everything at once: what a line needs is imported
+where it is used.
+"""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from nflows_iresnet.experiments.bench.clock import Clock, Work
-from nflows_iresnet.experiments.bench.race import RaceResult, Rounds, race
-from nflows_iresnet.experiments.bench.statistics import Spread, paired_ratio, spread
-from nflows_iresnet.experiments.config import describe
+if TYPE_CHECKING:
+    from nflows_iresnet.experiments.bench.measure import Case, CaseResult, Settings
+    from nflows_iresnet.experiments.bench.models import Size, Trainable
 
 OURS = "ours"
 BASELINE = "normflows"
@@ -20,110 +23,14 @@ Parameters = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Every choice that a measurement depends on.
-
-    Args:
-        device: where the work runs.
-        threads: CPU threads that torch uses.
-        quick: a subset of the cases, fewer rounds.
-        repeats: rounds per case; None for as many as fit into the time of a case.
-        seed: seed of weights, inputs and probes.
-        seconds: training time per model in the quality item; None for its default.
-        learning_rate: of Adam in the quality item, for every model.
-    """
-
-    device: torch.device = torch.device("cpu")
-    threads: int = 1
-    quick: bool = False
-    repeats: int | None = None
-    seed: int = 0
-    seconds: float | None = None
-    learning_rate: float = 5e-3
-
-    @property
-    def rounds(self) -> Rounds:
-        """How often each case is repeated."""
-        if self.repeats is not None:
-            return Rounds(least=self.repeats, most=self.repeats)
-        return Rounds(least=3, most=15, seconds=1.0) if self.quick else Rounds()
-
-    @property
-    def trusts_cpu_time(self) -> bool:
-        """Whether processor time is the better clock: on the CPU, with a single thread."""
-        return self.device.type == "cpu" and self.threads == 1
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """One contestant in one case.
-
-    Args:
-        name: of the contestant.
-        work: what is timed; None for one that cannot do the task, as its note says.
-        figures: other numbers about it, untimed, asked for once after the race.
-        raw: samples that those numbers come from, kept in the file of results.
-        note: a remark for the table.
-    """
-
-    name: str
-    work: Work | None
-    figures: Callable[[], dict[str, float]] = dict
-    raw: dict[str, list[float]] = field(default_factory=dict)
-    note: str | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row group of a table: the same task for all contestants.
-
-    Args:
-        label: its name in the table.
-        parameters: the numbers that describe it.
-        enter: prepares the contestants.
-    """
-
-    label: str
-    parameters: dict[str, float]
-    enter: Callable[[Settings], list[Entrant]]
-
-    @classmethod
-    def of(cls, enter: Callable[[Settings], list[Entrant]], **parameters: int) -> Case:
-        """Return a case that is labelled by its parameters."""
-        label = " ".join(f"{name}={value}" for name, value in parameters.items())
-        return cls(label, dict(parameters), enter)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one contestant did in one case, raw.
-
-    Args:
-        contestant: its name.
-        seconds: wall time of each round.
-        cpu_seconds: processor time of each round.
-        figures: other numbers, by key.
-        raw: samples behind the figures.
-        note: a remark, or what went wrong.
-    """
-
-    contestant: str
-    seconds: tuple[float, ...] = ()
-    cpu_seconds: tuple[float, ...] = ()
-    figures: dict[str, float] = field(default_factory=dict)
-    raw: dict[str, list[float]] = field(default_factory=dict)
-    note: str | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
+class Column:
     """A column of an item's table beside the time.
 
     Args:
-        key: under which entrants return it.
+        key: of the number in the measurements.
         title: head of the column.
         style: format specification.
-        baseline: contestant whose value is divided by it, or None for no ratio.
+        baseline: model whose value is divided by the others', or None for no ratio.
         times_milliseconds: multiply by the median time, for what repeats could buy.
     """
 
@@ -132,71 +39,6 @@ class Figure:
     style: str = ".3g"
     baseline: str | None = BASELINE
     times_milliseconds: bool = False
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What all contestants did in one case.
-
-    Args:
-        item: name of the item.
-        case: label of the case.
-        parameters: the numbers that describe the case.
-        cells: one per contestant.
-        on_cpu_time: whether ratios are those of processor time.
-    """
-
-    item: str
-    case: str
-    parameters: dict[str, float]
-    cells: tuple[Cell, ...]
-    on_cpu_time: bool
-
-    def cell(self, contestant: str) -> Cell | None:
-        """Return the cell of a contestant, or None."""
-        return next((cell for cell in self.cells if cell.contestant == contestant), None)
-
-    def speed(self, contestant: str, against: str = BASELINE) -> Spread | None:
-        """Return how many times less time it took than another, round by round."""
-        return self.time_ratio(against, contestant, cpu=self.on_cpu_time)
-
-    def time_ratio(self, above: str, below: str, *, cpu: bool) -> Spread | None:
-        """Return the spread of the ratio of two contestants' times over the rounds."""
-        times = [self._times(name, cpu) for name in (above, below)]
-        return paired_ratio(*times) if all(times) else None
-
-    def _times(self, contestant: str, cpu: bool) -> tuple[float, ...]:
-        cell = self.cell(contestant)
-        return () if cell is None else cell.cpu_seconds if cpu else cell.seconds
-
-    def milliseconds(self, contestant: str) -> Spread | None:
-        """Return the spread of the time by the clock that ratios use, in milliseconds."""
-        times = self._times(contestant, self.on_cpu_time)
-        return spread([1e3 * seconds for seconds in times]) if times else None
-
-    def figure(self, contestant: str, key: str) -> float | None:
-        """Return a figure of a contestant, or None."""
-        cell = self.cell(contestant)
-        return None if cell is None else cell.figures.get(key)
-
-    def figure_ratio(self, contestant: str, key: str, against: str = BASELINE) -> float | None:
-        """Return how many times smaller a figure is than that of another contestant."""
-        own, other = self.figure(contestant, key), self.figure(against, key)
-        return other / own if own and other is not None else None
-
-    def value_of(self, contestant: str, figure: Figure) -> float | None:
-        """Return what a column of a table shows, or None."""
-        value, time = self.figure(contestant, figure.key), self.milliseconds(contestant)
-        if value is None or not figure.times_milliseconds:
-            return value
-        return None if time is None else value * time.median
-
-    def ratio_of(self, contestant: str, figure: Figure) -> float | None:
-        """Return how many times smaller a column is than for the figure's baseline."""
-        if figure.baseline is None:
-            return None
-        own, other = self.value_of(contestant, figure), self.value_of(figure.baseline, figure)
-        return other / own if own and other is not None else None
 
 
 @dataclass(frozen=True)
@@ -222,53 +64,279 @@ class Target:
         return value >= self.bound if self.at_least else value <= self.bound
 
 
-def run_race(case: Case, settings: Settings, clock: Clock) -> tuple[Cell, ...]:
-    """Race the entrants of a case, then ask for their figures."""
-    entrants = case.enter(settings)
-    gc.collect()
-    works = {entrant.name: entrant.work for entrant in entrants if entrant.work is not None}
-    result = race(works, clock, settings.rounds)
-    return tuple(_cell(entrant, result) for entrant in entrants)
-
-
-def _cell(entrant: Entrant, result: RaceResult) -> Cell:
-    note, figures = result.failures.get(entrant.name, entrant.note), {}
-    if entrant.name not in result.failures:
-        try:
-            figures = entrant.figures()
-        except Exception as error:
-            note = describe(error)
-    readings = result.readings.get(entrant.name, [])
-    return Cell(
-        contestant=entrant.name,
-        seconds=tuple(reading.seconds for reading in readings),
-        cpu_seconds=tuple(reading.cpu_seconds for reading in readings),
-        figures=figures,
-        raw=entrant.raw,
-        note=note,
-    )
-
-
 @dataclass(frozen=True)
 class Item:
-    """One measurement of the benchmark.
+    """One thing that is measured, in several cases.
 
     Args:
         description: one line.
         cases: what is measured with given settings.
-        figures: columns beside the time.
+        columns: of the table, beside the time.
         targets: what is promised.
         variable: the parameter in which a power law is fitted, or None.
-        fitted: the figure that is fitted; the time if None.
-        measure: how a case becomes cells.
+        fitted: key of the number that is fitted; the time if None.
         is_optional: runs only when asked for.
     """
 
     description: str
     cases: Callable[[Settings], list[Case]]
-    figures: tuple[Figure, ...] = ()
+    columns: tuple[Column, ...] = ()
     targets: tuple[Target, ...] = ()
     variable: str | None = None
     fitted: str | None = None
-    measure: Callable[[Case, Settings, Clock], tuple[Cell, ...]] = run_race
     is_optional: bool = False
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """A model whose training step is timed.
+
+    Args:
+        description: one line.
+        build: makes a fresh model of a given size.
+        affords: whether a size and a batch are within its means.
+        package: what has to be installed, or None.
+    """
+
+    description: str
+    build: Callable[[Size], Trainable]
+    affords: Callable[[Size, int], bool] = lambda size, batch: True
+    package: str | None = None
+
+    @property
+    def is_available(self) -> bool:
+        """Whether what it needs is installed."""
+        return self.package is None or find_spec(self.package) is not None
+
+
+def _imported(name: str, *first: object) -> Callable[..., Any]:
+    """Return "module:function" of this folder, imported by a call, with first arguments."""
+
+    def call(*arguments: object) -> Any:
+        return resolve_name(f"{__package__}.{name}")(*first, *arguments)
+
+    return call
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+_DENSE_ELEMENTS = 2**24
+"""Tangents of hidden units that the exact estimator may keep: 64 MiB per layer in float32."""
+
+
+def _affords_jacobian(size: Size, batch: int) -> bool:
+    return batch * size.features * max(size.hidden, size.features) <= _DENSE_ELEMENTS
+
+
+STEP_MODELS: dict[str, StepModel] = {
+    OURS: StepModel(
+        "this library, ResidualFlow's defaults (splines in quality only)",
+        _imported("models:ours", None),
+    ),
+    "ours-exact": StepModel("logdet.Exact", _imported("models:ours", "Exact"), _affords_jacobian),
+    "ours-series": StepModel("logdet.PowerSeries", _imported("models:ours", "PowerSeries")),
+    "ours-roulette": StepModel(
+        "logdet.RussianRoulette", _imported("models:ours", "RussianRoulette")
+    ),
+    BASELINE: StepModel(
+        "Residual of normflows, as its users run it", _imported("models:normflows_residual")
+    ),
+    "torchflows": StepModel(
+        "ResFlowBlock of torchflows, where it is installed",
+        _imported("models:TorchflowsModel"),
+        affords=lambda size, batch: size.bare and size.blocks == 1,
+        package="torchflows",
+    ),
+    FLOOR: StepModel(
+        "x + g(x) of the same widths, no bound and no log-determinant", _imported("models:plain")
+    ),
+}
+
+# --- items ----------------------------------------------------------------------------------------
+
+MEMORY = Column("memory_mb", "peak\nMB")
+OPERATIONS = Column("operations", "operations", ".0f")
+COMPILE_SECONDS = Column("compile_seconds", "compile\ns", ".0f", baseline=None)
+ERROR = Column("error", "true\nerror", ".1e", baseline=None)
+EVALUATIONS = Column("evaluations", "evalu-\nations", ".1f")
+TOLERANCE = Column("tolerance", "toler-\nance", ".0e", baseline=None)
+GRADIENT_ERROR = Column("gradient_error", "gradient\nerror", ".1e")
+VALUE_BASELINE = "normflows-value"
+VALUE_STD = Column("value_std", "value\nstd", ".3f", baseline=VALUE_BASELINE)
+VALUE_BIAS = Column("value_bias", "value\nbias", ".3f", baseline=None)
+GRADIENT_MSE = Column("gradient_mse", "gradient\nMSE", ".3g")
+AT_COST = Column("gradient_mse", "gradient\nMSE * ms", ".3g", times_milliseconds=True)
+NLL = Column("nll", "test NLL\nat best", ".3f", baseline=None)
+REACH = Column("reach", "seconds to\nnormflows' best", ".2f")
+STEPS = Column("steps", "steps", ".0f", baseline=None)
+
+
+def our_speed(result: CaseResult) -> float | None:
+    """Return how many times faster this library's default is than normflows."""
+    ratio = result.speed(OURS)
+    return None if ratio is None else ratio.median
+
+
+def _above_floor(result: CaseResult) -> float | None:
+    ratio = result.speed(FLOOR, against=OURS)
+    return None if ratio is None else ratio.median
+
+
+def _ratio(column: Column) -> Callable[[CaseResult], float | None]:
+    return lambda result: result.ratio_of(OURS, column)
+
+
+def _operations_target(where: str, bound: float, applies: Callable[[Parameters], bool]) -> Target:
+    return Target(
+        f"operations{where}",
+        bound,
+        lambda result: result.number(OURS, OPERATIONS.key),
+        applies,
+        at_least=False,
+    )
+
+
+_AT_1024 = Target("step at B = 1024, times faster", 2.0, our_speed, lambda p: p["B"] == 1024)
+
+ITEMS: dict[str, Item] = {
+    "step-dimension": Item(
+        "training step of six blocks (two from d = 256 on) over the dimension, B = 128",
+        _imported("steps:over_dimension"),
+        targets=(
+            Target("step at d = 2, times faster", 3.0, our_speed, lambda p: p["d"] == 2),
+            Target("step at d = 8..64, times faster", 2.5, our_speed, lambda p: 8 <= p["d"] <= 64),
+            Target("step at d = h = 512, times faster", 1.9, our_speed, lambda p: p["d"] == 512),
+            Target("step beside the plain net, times slower", 2.5, _above_floor, at_least=False),
+        ),
+        variable="d",
+    ),
+    "step-batch-2": Item(
+        "training step of six blocks over the batch, d = 2",
+        _imported("steps:over_batch", 2),
+        targets=(_AT_1024,),
+        variable="B",
+    ),
+    "step-batch-64": Item(
+        "training step of six blocks over the batch, d = 64",
+        _imported("steps:over_batch", 64),
+        targets=(_AT_1024,),
+        variable="B",
+    ),
+    "step-depth": Item(
+        "training step over the number of blocks, with ActNorm, d = 2, B = 256",
+        _imported("steps:over_depth"),
+        variable="blocks",
+    ),
+    "step-image": Item(
+        "training step of two blocks of 3 x 3, 1 x 1 and 3 x 3 convolutions",
+        _imported("steps:of_images"),
+    ),
+    "operations": Item(
+        "operations of a training step, gradients added to those before, and its time",
+        _imported("operations:cases"),
+        columns=(OPERATIONS,),
+        targets=(
+            _operations_target(" at d = 2", 478, lambda p: p.get("d") == 2),
+            _operations_target(" at d = 64", 800, lambda p: p.get("d") == 64),
+            _operations_target(", images 1 x 8 x 8", 1000, lambda p: p.get("pixels") == 8),
+        ),
+    ),
+    "step-compiled": Item(
+        "training step of six blocks through torch.compile (compiling takes minutes)",
+        _imported("steps:compiled"),
+        columns=(COMPILE_SECONDS,),
+        is_optional=True,
+    ),
+    "memory": Item(
+        "peak memory of a training step",
+        _imported("steps:memory"),
+        columns=(MEMORY,),
+        targets=(Target("training memory, times less", 1.0, _ratio(MEMORY)),),
+    ),
+    "likelihood": Item(
+        "exact log-density of one block, without gradients",
+        _imported("steps:exact_likelihood"),
+        variable="d",
+    ),
+    "inverse": Item(
+        "inverse of a trained block with the bound 0.97, to a verified true error "
+        "(1e-6 in float64)",
+        _imported("inverses:of_trained_blocks"),
+        columns=(ERROR, EVALUATIONS, TOLERANCE),
+        targets=(Target("inverse, times faster", 3.0, our_speed, lambda p: p["error"] < 2e-6),),
+    ),
+    "inverse-scaling": Item(
+        "evaluations of the inverse over the bound: a linear map that attains it, error <= 1e-5",
+        _imported("inverses:over_the_bound"),
+        columns=(ERROR, EVALUATIONS, TOLERANCE),
+        variable="1/(1-L)",
+        fitted=EVALUATIONS.key,
+    ),
+    "implicit-gradient": Item(
+        "inverse and its gradient: ours, normflows' loop as it is, and the same loop run to 1e-5",
+        _imported("inverses:with_gradients"),
+        columns=(Column("error", "error\nof x", ".1e", baseline=None), GRADIENT_ERROR, MEMORY),
+        targets=(Target("memory of the inverse's gradient, times less", 8.0, _ratio(MEMORY)),),
+    ),
+    "accuracy": Item(
+        "scatter of value and parameter gradient of a trained block on digits, beside the time",
+        _imported("accuracy:cases"),
+        columns=(VALUE_STD, VALUE_BIAS, GRADIENT_MSE, AT_COST),
+        targets=(
+            Target("gradient MSE at equal cost, times less", 4.0, _ratio(AT_COST)),
+            Target("std of the value, times less", 3.0, _ratio(VALUE_STD)),
+        ),
+    ),
+    "quality": Item(
+        "exact test NLL over training seconds, 6 blocks with ActNorm",
+        _imported("quality:cases"),
+        columns=(NLL, REACH, STEPS),
+        targets=(Target("time to normflows' likelihood, times less", 8.0, _ratio(REACH)),),
+        is_optional=True,
+    ),
+}
+
+
+def find_item(name: str) -> Item:
+    """Look an item up by name.
+
+    Raises:
+        ValueError: there is no such item; the message names the nearest one.
+    """
+    if name not in ITEMS:
+        from nflows_iresnet.experiments.config import suggest
+
+        raise ValueError(f"unknown item {name!r}: {suggest(name, ITEMS)}")
+    return ITEMS[name]
+
+
+def chosen_items(names: Iterable[str] | None, optional: Iterable[str] = ()) -> dict[str, Item]:
+    """Return the named items; without names all that are not optional, and the optional named.
+
+    Raises:
+        ValueError: there is no item of a name.
+    """
+    if names is not None:
+        return {name: find_item(name) for name in [*dict.fromkeys(names), *optional]}
+    wanted = set(optional)
+    return {name: item for name, item in ITEMS.items() if not item.is_optional or name in wanted}
+
+
+def describe_items() -> str:
+    """List items, models and targets with one line each."""
+    targets = [
+        f"  {name:18}{target.text}: {'at least' if target.at_least else 'at most'} {target.bound:g}"
+        for name, item in ITEMS.items()
+        for target in item.targets
+    ]
+    return "\n".join(
+        [
+            *("items:", *_lines(ITEMS), ""),
+            *("models of a training step:", *_lines(STEP_MODELS), ""),
+            *("targets, held against what is measured:", *targets),
+        ]
+    )
+
+
+def _lines(described: Mapping[str, Item] | Mapping[str, StepModel]) -> list[str]:
+    return [f"  {name:18}{each.description}" for name, each in described.items()]

@@ -3,50 +3,50 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from nflows_iresnet.experiments.bench.clock import Work
-from nflows_iresnet.experiments.bench.contestants import Model, Size, contestants_for
+from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.bench.items import (
     BASELINE,
+    COMPILE_SECONDS,
     FLOOR,
+    MEMORY,
     OURS,
-    Case,
-    CaseResult,
-    Entrant,
-    Figure,
-    Item,
-    Settings,
-    Target,
+    STEP_MODELS,
+)
+from nflows_iresnet.experiments.bench.measure import Case, Run, Settings, Work
+from nflows_iresnet.experiments.bench.models import (
+    IMAGE_MODELS,
+    CompiledModel,
+    ImageSize,
+    Size,
+    Trainable,
+    models_for,
 )
 from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.training import seed_everything
 
-LEARNING_RATE = 1e-4
-MEMORY = Figure("memory_mb", "peak\nMB")
 TRIO = (OURS, BASELINE, FLOOR)
-Figures = Callable[[Work, torch.device], dict[str, float]]
+_LEARNING_RATE = 1e-4
+"""So small that many steps leave a model as it is."""
+Numbers = Callable[[Work, torch.device], dict[str, float]]
 
 
 def training_step(
-    model: Model, stream: Iterator[Tensor], learning_rate: float = LEARNING_RATE
+    model: Trainable, batches: Iterator[Tensor], learning_rate: float = _LEARNING_RATE
 ) -> Work:
-    """Return a function that takes one optimiser step of a model.
-
-    Args:
-        model: what is trained, with Adam.
-        stream: batches (B, d), for ever.
-        learning_rate: of Adam; by default so small that many steps leave the model as it is.
-    """
+    """Return a function that takes one step of Adam on the next batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     model.train()
 
     def step() -> None:
-        batch = next(stream)
+        batch = next(batches)
         optimizer.zero_grad(set_to_none=True)
         (-model.log_prob(batch).mean()).backward()
         optimizer.step()
@@ -55,144 +55,158 @@ def training_step(
     return step
 
 
-def _no_figures(work: Work, device: torch.device) -> dict[str, float]:
+def _time_alone(work: Work, device: torch.device) -> dict[str, float]:
     return {}
 
 
-def _memory(work: Work, device: torch.device) -> dict[str, float]:
+def _peak_memory(work: Work, device: torch.device) -> dict[str, float]:
     return {MEMORY.key: peak_megabytes(work, device)}
 
 
-def step_entrant(
+def step_run(
     name: str,
-    build: Callable[[], Model],
+    build: Callable[[], Trainable],
     shape: Sequence[int],
     settings: Settings,
-    figures: Figures = _no_figures,
-) -> Entrant:
-    """Return a contestant that takes steps on one batch of normal numbers.
+    numbers: Numbers = _time_alone,
+) -> Run:
+    """Return a run that takes steps on one batch of normal numbers.
 
     Args:
-        name: of the contestant.
-        build: makes its model.
+        name: of the model.
+        build: makes it.
         shape: of the batch, (B, *).
         settings: of the benchmark.
-        figures: what is measured beside the time.
+        numbers: what is measured beside the time.
     """
     seed_everything(settings.seed)
     batch = torch.randn(*shape).to(settings.device)
     model = build()
     model.to(settings.device)
     step = training_step(model, itertools.repeat(batch))
-    return Entrant(name, step, lambda: figures(step, settings.device))
+    return Run(name, step, lambda: numbers(step, settings.device))
 
 
 def step_case(
-    size: Size, batch: int, names: tuple[str, ...] = (), figures: Figures = _no_figures
+    size: Size,
+    batch: int,
+    names: tuple[str, ...] = (),
+    numbers: Numbers = _time_alone,
+    more: Callable[[Settings], list[Run]] = lambda settings: [],
 ) -> Case:
     """Return the case of one size and one batch.
 
     Args:
-        size: of the model.
+        size: of the models.
         batch: rows, B.
-        names: contestants; all by default.
-        figures: what is measured beside the time.
+        names: of models; all by default.
+        numbers: what is measured beside the time.
+        more: runs of other models.
     """
+    shape = (batch, size.features)
 
-    def enter(settings: Settings) -> list[Entrant]:
-        return [
-            step_entrant(name, partial(each.build, size), (batch, size.features), settings, figures)
-            for name, each in contestants_for(size, batch, names).items()
+    def prepare(settings: Settings) -> list[Run]:
+        found = models_for(size, batch, names).items()
+        runs = [
+            step_run(name, partial(model.build, size), shape, settings, numbers)
+            for name, model in found
         ]
+        return runs + more(settings)
 
-    return Case.of(enter, d=size.features, h=size.hidden, B=batch, blocks=size.blocks)
-
-
-def _subset(quick: bool, few: Iterable[int], all_of_them: Iterable[int]) -> Iterable[int]:
-    return few if quick else all_of_them
+    return Case.timed(prepare, d=size.features, h=size.hidden, B=batch, blocks=size.blocks)
 
 
-HIDDEN = {2: 64, 8: 64, 16: 64, 64: 128, 256: 256, 512: 512}
+_HIDDEN = {2: 64, 8: 64, 16: 64, 64: 128, 256: 256, 512: 512}
 """Hidden width for each dimension."""
 
 
 def _flow(features: int) -> Size:
     """Return a flow of six blocks; of two where they are wide."""
-    return Size(features, HIDDEN[features], 2 if features >= 256 else 6, bare=False)
+    return Size(features, _HIDDEN[features], 2 if features >= 256 else 6, bare=False)
 
 
-def _over_dimension(settings: Settings) -> list[Case]:
-    chosen = _subset(settings.quick, (2, 16, 64, 512), HIDDEN)
+def over_dimension(settings: Settings) -> list[Case]:
+    """Return the cases of all models over the dimension."""
+    chosen = (2, 16, 64, 512) if settings.quick else tuple(_HIDDEN)
     return [step_case(_flow(features), 128) for features in chosen]
 
 
-def _over_batch(features: int) -> Callable[[Settings], list[Case]]:
-    def cases(settings: Settings) -> list[Case]:
-        chosen = _subset(settings.quick, (32, 1024), (32, 128, 1024, 8192))
-        return [step_case(_flow(features), batch, TRIO) for batch in chosen]
-
-    return cases
+def over_batch(features: int, settings: Settings) -> list[Case]:
+    """Return the cases over the batch."""
+    chosen = (32, 1024) if settings.quick else (32, 128, 1024, 8192)
+    return [step_case(_flow(features), batch, TRIO) for batch in chosen]
 
 
-def _over_depth(settings: Settings) -> list[Case]:
-    chosen = _subset(settings.quick, (1, 10), (1, 3, 10, 30, 100))
+def over_depth(settings: Settings) -> list[Case]:
+    """Return the cases over the number of blocks."""
+    chosen = (1, 10) if settings.quick else (1, 3, 10, 30, 100)
     return [step_case(Size(2, 64, blocks, bare=False), 256, TRIO) for blocks in chosen]
 
 
-def _memory_cases(settings: Settings) -> list[Case]:
+def memory(settings: Settings) -> list[Case]:
+    """Return the cases whose peak memory is measured."""
     sizes = [(Size(2, 64), 256), (Size(64, 128), 128), (Size(512, 512), 128)]
     sizes += [(Size(2, 64, 10, bare=False), 256)]
-    return [step_case(size, batch, TRIO, _memory) for size, batch in sizes]
+    return [step_case(size, batch, TRIO, _peak_memory) for size, batch in sizes]
 
 
-def our_speed(result: CaseResult) -> float | None:
-    """Return how many times faster this library's default is than normflows."""
-    ratio = result.speed(OURS)
-    return None if ratio is None else ratio.median
+def compiled(settings: Settings) -> list[Case]:
+    """Return the cases that also go through `torch.compile`."""
+    blocks = 1 if settings.quick else 6
+    return [_compiled(Size(d, h, blocks, bare=False)) for d, h in ((2, 64), (64, 128))]
 
 
-def _above_floor(result: CaseResult) -> float | None:
-    ratio = result.speed(FLOOR, against=OURS)
-    return None if ratio is None else ratio.median
+def _compiled(size: Size, batch: int = 128) -> Case:
+    def run(settings: Settings) -> list[Run]:
+        shape = (batch, size.features)
+        step = step_run("ours-compiled", partial(CompiledModel, size), shape, settings)
+        assert step.work is not None
+        step.work()
+        started = time.perf_counter()
+        step.work()
+        seconds = time.perf_counter() - started
+        return [replace(step, numbers=lambda: {COMPILE_SECONDS.key: seconds})]
+
+    return step_case(size, batch, TRIO, more=run)
 
 
-STEP_DIMENSION = Item(
-    "training step of six blocks (two from d = 256 on) over the dimension, B = 128",
-    _over_dimension,
-    targets=(
-        Target("step at d = 2, times faster", 3.0, our_speed, lambda p: p["d"] == 2),
-        Target("step at d = 8..64, times faster", 2.5, our_speed, lambda p: 8 <= p["d"] <= 64),
-        Target("step at d = h = 512, times faster", 1.9, our_speed, lambda p: p["d"] == 512),
-        Target("step beside the plain net, times slower", 2.5, _above_floor, at_least=False),
-    ),
-    variable="d",
-)
-STEP_BATCH_2 = Item(
-    "training step of six blocks over the batch, d = 2",
-    _over_batch(2),
-    targets=(Target("step at B = 1024, times faster", 2.0, our_speed, lambda p: p["B"] == 1024),),
-    variable="B",
-)
-STEP_BATCH_64 = Item(
-    "training step of six blocks over the batch, d = 64",
-    _over_batch(64),
-    targets=STEP_BATCH_2.targets,
-    variable="B",
-)
-STEP_DEPTH = Item(
-    "training step over the number of blocks, with ActNorm, d = 2, B = 256",
-    _over_depth,
-    variable="blocks",
-)
-STEP_MEMORY = Item(
-    "peak memory of a training step",
-    _memory_cases,
-    figures=(MEMORY,),
-    targets=(
-        Target(
-            "training memory, times less",
-            1.0,
-            lambda result: result.figure_ratio(OURS, MEMORY.key),
-        ),
-    ),
-)
+def of_images(settings: Settings) -> list[Case]:
+    """Return the cases of convolutional blocks."""
+    sizes = [
+        (ImageSize(1, 8, 32), 64),
+        (ImageSize(1, 28, 32), 16),
+        (ImageSize(4, 14, 64), 16),
+        (ImageSize(12, 8, 64), 32),
+    ]
+    return [_image_case(*each) for each in sizes[: 2 if settings.quick else None]]
+
+
+def _image_case(size: ImageSize, batch: int) -> Case:
+    def prepare(settings: Settings) -> list[Run]:
+        return [
+            step_run(name, partial(build, size), (batch, *size.shape), settings)
+            for name, build in IMAGE_MODELS.items()
+        ]
+
+    return Case.timed(prepare, c=size.channels, pixels=size.pixels, h=size.hidden, B=batch)
+
+
+def exact_likelihood(settings: Settings) -> list[Case]:
+    """Return the cases of our exact estimator beside the full Jacobian of normflows."""
+    sizes = [(Size(2, 64), 1024), (Size(8, 64), 1024), (Size(64, 128), 128)]
+    return [_likelihood_case(*each) for each in sizes]
+
+
+def _likelihood_case(size: Size, batch: int) -> Case:
+    def run(name: str, settings: Settings) -> Run:
+        seed_everything(settings.seed)
+        rows = torch.randn(batch, size.features).to(settings.device)
+        model = STEP_MODELS[name].build(size)
+        assert isinstance(model, DensityModel)
+        model.to(settings.device).eval()
+        return Run(name, lambda: model.exact_log_prob(rows))
+
+    def prepare(settings: Settings) -> list[Run]:
+        return [run(name, settings) for name in (OURS, BASELINE)]
+
+    return Case.timed(prepare, d=size.features, h=size.hidden, B=batch)

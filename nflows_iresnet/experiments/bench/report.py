@@ -1,0 +1,192 @@
+"""The tables of a benchmark in the terminal, and its pictures: how costs scale, and quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nflows_iresnet.experiments.bench.items import BASELINE, FLOOR, OURS, STEP_MODELS, Column, Item
+from nflows_iresnet.experiments.bench.measure import (
+    CaseResult,
+    CheckedTarget,
+    Fit,
+    Measurement,
+    Spread,
+    check_targets,
+    fits,
+)
+from nflows_iresnet.experiments.pictures import STYLE, as_png
+
+TIME_COLUMNS = ("ms", "q1 q3", "wall\nratio", "q1 q3", "cpu\nratio")
+WIDTH = 160
+"""Of the tables without a terminal."""
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def print_item(console: Console, name: str, item: Item, results: Sequence[CaseResult]) -> None:
+    """Print one item: a row per case and model, the fits, the targets."""
+    console.print(f"\n[bold]{name}[/]: {item.description}", highlight=False)
+    console.print(_item_table(item, results))
+    for fit in fits(item, results):
+        console.print(f"  {_in_words(fit)}", highlight=False)
+    checked = check_targets(item, results)
+    if checked:
+        console.print(_target_table(checked))
+
+
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+    """Return an empty table with a last column for remarks."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in left:
+        table.add_column(title, vertical="bottom", no_wrap="case" in left[0])
+    for title in right:
+        table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
+    table.add_column("", vertical="bottom")
+    return table
+
+
+def _item_table(item: Item, results: Sequence[CaseResult]) -> Table:
+    has_times = any(each.seconds for result in results for each in result.measurements)
+    titles = [*TIME_COLUMNS] if has_times else []
+    for column in item.columns:
+        titles += [column.title] if column.baseline is None else [column.title, "x"]
+    table = _table(("case", "model"), titles)
+    for result in results:
+        *_, last = result.measurements
+        label = result.case
+        for each in result.measurements:
+            times = _times(result, each) if has_times else []
+            numbers = [text for column in item.columns for text in _number(result, each, column)]
+            row = (label, each.model, *times, *numbers, each.note or "")
+            table.add_row(*row, end_section=each is last)
+            label = ""
+    return table
+
+
+def _times(result: CaseResult, measurement: Measurement) -> list[str]:
+    name = measurement.model
+    wall = result.time_ratio(BASELINE, name, cpu=False)
+    processor = result.time_ratio(BASELINE, name, cpu=True) if result.on_cpu_time else None
+    time = result.milliseconds(name)
+    return [_median(time), _quartiles(time), _median(wall), _quartiles(wall), _median(processor)]
+
+
+def _median(value: Spread | None) -> str:
+    return "-" if value is None else _rounded(value.median)
+
+
+def _quartiles(value: Spread | None) -> str:
+    return "-" if value is None else f"{_rounded(value.low)} {_rounded(value.high)}"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _number(result: CaseResult, measurement: Measurement, column: Column) -> list[str]:
+    value = result.value_of(measurement.model, column)
+    texts = ["-" if value is None else format(value, column.style)]
+    if column.baseline is not None:
+        ratio = result.ratio_of(measurement.model, column)
+        texts.append("-" if ratio is None else _rounded(ratio))
+    return texts
+
+
+def _in_words(fit: Fit) -> str:
+    error = "" if fit.law.standard_error is None else f" ± {fit.law.standard_error:.2f}"
+    return (
+        f"{fit.model}: {fit.quantity} ~ {fit.variable}^{fit.law.exponent:.2f}{error} "
+        f"({len(fit.points)} points)"
+    )
+
+
+def _target_table(checked: Sequence[CheckedTarget]) -> Table:
+    table = _table(("target", "case"), ("promised", "measured"))
+    for target in checked:
+        table.add_row(
+            target.target,
+            target.case,
+            f"{'≥' if target.at_least else '≤'} {target.bound:g}",
+            "-" if target.measured is None else _rounded(target.measured),
+            "[green]met[/]" if target.is_met else "[red]not met[/]",
+        )
+    return table
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+COLOURS = ("#1b1b3a", "#c8385a", "#7b8299", "#2a9d8f", "#e9a03b", "#8e5fb5", "#4c8bd6")
+_PANELS_PER_ROW = 3
+
+
+def draw(items: Mapping[str, Item], results: Sequence[CaseResult]) -> dict[str, bytes]:
+    """Return the pictures that the results allow, as PNG files by name."""
+    grouped = ([each for each in results if each.item == name] for name in items)
+    panels = [fits(item, group) for item, group in zip(items.values(), grouped, strict=True)]
+    trained = [each for each in results if any("nll" in one.raw for one in each.measurements)]
+    with mpl.rc_context(STYLE):
+        pictures = {"bench.png": _scaling([found for found in panels if found])}
+        pictures |= {"quality.png": _quality(trained)}
+        return {name: as_png(figure) for name, figure in pictures.items() if figure is not None}
+
+
+def _scaling(panels: Sequence[Sequence[Fit]]) -> Figure | None:
+    if not panels:
+        return None
+    columns = min(len(panels), _PANELS_PER_ROW)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for ax, found in zip(axes, panels, strict=False):
+        _panel(ax, found)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def _panel(ax: Axes, found: Sequence[Fit]) -> None:
+    for fit in found:
+        x, y = zip(*fit.points, strict=True)
+        label = f"{fit.model}  ~ {fit.variable}^{fit.law.exponent:.2f}"
+        ax.plot(x, y, "o-", markersize=3, color=_colour(fit.model), label=label)
+    ax.set(title=found[0].item, xlabel=found[0].variable, ylabel=found[0].quantity)
+    ax.set(xscale="log", yscale="log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    ax.legend(fontsize=7, frameon=False)
+
+
+def _colour(model: str) -> str:
+    """Return the same colour for the same model in every panel."""
+    first = [BASELINE, OURS, FLOOR]
+    names = [*first, *sorted({*STEP_MODELS, "ours-picard"} - set(first))]
+    return COLOURS[names.index(model) % len(COLOURS)] if model in names else "#000000"
+
+
+def _quality(results: Sequence[CaseResult]) -> Figure | None:
+    names = list(dict.fromkeys(result.case.split()[0] for result in results))
+    if not names:
+        return None
+    figure = Figure(figsize=(3.6 * len(names), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for ax, name in zip(axes, names, strict=True):
+        _curves(ax, name, [result for result in results if result.case.split()[0] == name])
+    return figure
+
+
+def _curves(ax: Axes, name: str, results: Sequence[CaseResult]) -> None:
+    for first, result in enumerate(results):
+        for each in result.measurements:
+            label, colour = None if first else each.model, _colour(each.model)
+            ax.semilogx(each.raw["seconds"], each.raw["nll"], color=colour, label=label)
+    ax.set(title=name, xlabel="seconds of training", ylabel="exact test NLL (nats)")
+    ax.legend(fontsize=7, frameon=False)
