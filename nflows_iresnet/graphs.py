@@ -1,8 +1,7 @@
 """A training step as one CUDA graph: launched at once, instead of a thousand kernels one by one.
 
-    step = GraphedStep(flow, optimizer, batch, max_grad_norm=10.0)
-    for batch in batches:
-        loss = step(batch)
+    >>> step = GraphedStep(flow, optimizer, batch, max_grad_norm=10.0)  # doctest: +SKIP
+    >>> losses = [step(batch) for batch in batches]  # doctest: +SKIP
 
 A step is captured once it is known not to wait for the device, and trusted once a replay agreed
 with an eager step. What speaks to CUDA is one class, `_CudaRecorder`; all else runs on a CPU, too.

@@ -10,7 +10,14 @@ import pytest
 import nflows_iresnet
 
 ROOT = Path(nflows_iresnet.__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
+PROGRAMS = [
+    pytest.param(program, id=f"{page.stem}-{index}")
+    for page in PAGES
+    if page.name not in ("guarantees.md", "measurements.md")
+    for index, program in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
 
 
 def anchors(page: Path) -> set[str]:
@@ -33,3 +40,23 @@ def test_headings_that_docstrings_point_to_exist() -> None:
             path = ROOT / "docs" / page
             assert path.exists(), f"{source.name} names docs/{page}"
             assert not anchor or anchor in anchors(path), f"{source.name}: {page}#{anchor}"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_of_a_page_runs_alone(program: str) -> None:
+    exec(program, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+def test_files_and_headings_that_a_page_links_to_exist(text: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", text.read_text()):
+        if re.match(r"https?:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = text.parent / file if file else text
+        assert target.exists(), f"{text.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{text.name} links to {link}"
+
+
+def test_the_readme_can_be_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1200

@@ -160,7 +160,7 @@ def test_list_names_sets_of_images(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mosaic_keeps_colours_in_place() -> None:
-    from nflows_iresnet.experiments.imageplots import tile
+    from nflows_iresnet.experiments.pictures import tile
 
     pixels = np.arange(3 * 3 * 2 * 2.0).reshape(3, 3, 2, 2)
     mosaic = tile(pixels, columns=2)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet.experiments import runner, summary
+from nflows_iresnet.experiments import runner, tables
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.arguments import duration, to_config
 from nflows_iresnet.experiments.cli import main
@@ -226,10 +226,10 @@ def test_the_verdict_is_of_all_repeats(tmp_path: Path) -> None:
         rows = -nll + np.linspace(-0.01, 0.01, 200)
         folder.save_arrays(("a", model, repeat), {"test_log_prob": rows})
     found = record(*(result(*key, nll) for key, nll in nlls.items()))
-    text = summary.verdict(found, folder, "a")
+    text = tables.verdict(found, folder, "a")
     assert text.startswith("two and one are level: they differ by 2.500 ± 4.0")
     first = replace(found, results=found.results[:2])
-    assert summary.verdict(first, folder, "a").startswith("one is best: ahead of two by 1.000")
+    assert tables.verdict(first, folder, "a").startswith("one is best: ahead of two by 1.000")
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -241,30 +241,9 @@ def log_of(values: list[float]) -> History:
     return History(len(values), 1.0, 1.0, best, min(values), points, stopped="patience")
 
 
-def test_the_picture_of_the_curves_shows_every_best_point() -> None:
-    """Also of a training that was best at its start, far below the end of all."""
-    from matplotlib.figure import Figure
-
-    from nflows_iresnet.experiments.plots import draw_curves
-
-    early = [-90.0, 8.0, *np.linspace(20, 40, 18)]
-    late = list(np.linspace(5.0, 1.0, 20))
-    axes = Figure().subplots(1, 2)
-    draw_curves(
-        axes, [result("one", 0, 1.0, log=log_of(early)), result("two", 0, 1.0, log=log_of(late))]
-    )
-    for each in axes:
-        low, high = each.get_ylim()
-        for line in each.lines:
-            best = float(np.min(line.get_ydata()))
-            assert low < best < high
-            (marked,) = line.get_markevery()
-            assert line.get_ydata()[marked] == best
-
-
 def test_early_stops_are_said_with_the_best_step() -> None:
     found = record(result("one", 0, 1.0, log=log_of([3.0, 1.0, 2.0])), result("two", 0, 1.0))
-    assert summary.early_stops(found, "a") == [
+    assert tables.early_stops(found, "a") == [
         "one stopped early, at step 3: its best validation was at step 2"
     ]
 

@@ -23,8 +23,7 @@ from nflows_iresnet.datasets.files import SourceFile, read_file, read_members
 from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
 from nflows_iresnet.datasets.pickles import read_frame, read_pickle, to_array
 from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD, Splits, read_hepmass, read_power
-from nflows_iresnet.experiments import published, report
-from nflows_iresnet.experiments.results import DatasetSummary
+from nflows_iresnet.experiments import published
 
 Array = npt.NDArray[np.float64]
 GALAXY_COLUMNS = ("redshift", *"ugrizy")
@@ -594,18 +593,6 @@ def test_published_numbers_are_complete_and_sorted() -> None:
     assert gas["MAF (10)"] == "-10.08 ± 0.02"
     assert gas["FFJORD"] == "-8.59 ± 0.12†"
     assert gas["Residual Flow"] == "-6.20"
-
-
-def summary(name: str, notes: tuple[str, ...]) -> DatasetSummary:
-    return DatasetSummary(name, "file", 8, 8, 1, 1, None, None, 0.0, None, notes)
-
-
-def test_published_numbers_stand_only_beside_the_published_rows() -> None:
-    page = report._published(summary("gas", (COMPARABLE,)))
-    for text in ("RQ-NSF, autoregressive", "-13.09 ± 0.02", "not measured here"):
-        assert text in page
-    assert report._published(summary("gas", ())) == "", "somebody's own gas.csv"
-    assert report._published(summary("casp", (COMPARABLE,))) == ""
 
 
 # --- anything at all -----------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class _Arrays:
 
 def _verdict(log_probs: dict[tuple[str, int], np.ndarray[Any, Any]]) -> str:
     pytest.importorskip("rich")
-    from nflows_iresnet.experiments.summary import verdict
+    from nflows_iresnet.experiments.tables import verdict
 
     results = [_result(*key, -float(values.mean())) for key, values in log_probs.items()]
     record: Any = SimpleNamespace(of=lambda dataset: results)
@@ -361,7 +361,7 @@ def test_what_is_measured_of_rows_is_what_its_name_says() -> None:
 
 def test_likelihoods_of_repeats_are_averaged_and_the_best_model_is_first() -> None:
     pytest.importorskip("rich")
-    from nflows_iresnet.experiments.summary import rows_of
+    from nflows_iresnet.experiments.tables import rows_of
 
     numbers = {"bad": (5.0, 6.0, 10.0), "good": (1.0, 2.0, 6.0)}
     results = [

@@ -14,13 +14,13 @@ import torch
 
 from nflows_iresnet.experiments import continuous, published
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.columns import columns_for as density_columns
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.results import Record as DensityRecord
-from nflows_iresnet.experiments.summary import rows_of
 from nflows_iresnet.experiments.table1.record import Inversion, Record
+from nflows_iresnet.experiments.tables import columns_for as density_columns
+from nflows_iresnet.experiments.tables import rows_of
 from nflows_iresnet.experiments.tasks import RowTask
 
 pytest.importorskip("matplotlib")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nflows_iresnet.experiments import interruption, race, runner
+from nflows_iresnet.experiments import interruption, runner
 from nflows_iresnet.experiments.arguments import to_config
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError
@@ -265,7 +265,9 @@ def _take_in(
         for job in runner.every_job([run], session.config):
             session.keeper(job).discard()
     if record.is_race:
-        race.write(record, session.folder, dataset)
+        from nflows_iresnet.experiments.report import write_race
+
+        write_race(record, session.folder, dataset)
     progress.finish(line)
 
 
@@ -310,16 +312,13 @@ def _show_finished(session: Session, progress: LiveProgress) -> None:
 
 
 def _show(session: Session, name: str) -> None:
-    from nflows_iresnet.experiments import bars, imageplots, plots, tables
+    from nflows_iresnet.experiments import pictures, tables
 
     task = next(run.task for run in session.runs if run.task.name == name)
     summary = session.summary(name)
     session.folder.save_arrays((name,), task.arrays())
-    draw = plots.draw if summary.shape is None else imageplots.draw
-    pictures = draw(session.record, session.folder, summary)
-    if session.record.published:
-        pictures |= bars.draw(session.record, session.folder, summary)
-    for path, picture in pictures.items():
+    drawn = pictures.draw(session.record, session.folder, summary)
+    for path, picture in drawn.items():
         write_atomically(path, picture)
     if not session.quiet:
         tables.print_table(tables.make_console(), session.record, session.folder, summary)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD
-from nflows_iresnet.experiments.cells import Column
 
 BITS_PER_DIM: dict[str, dict[str, str]] = {
     "nice": {"MNIST": "4.36", "CIFAR-10": "4.48†"},
@@ -43,21 +41,13 @@ class PublishedNLL:
         model: Its name there, with the number of layers if several are reported.
         paper: The paper.
         nll: Test negative log-likelihood in nats, in the units of `datasets.standard`.
-        error: What the paper gives as its error, None where it was not found.
-        over_runs: Whether the error is that over repeated runs instead of test rows.
+        text: The value and its error as the paper gives it, † where that is over repeated runs.
     """
 
     model: str
     paper: str
     nll: float
-    error: float | None
-    over_runs: bool
-
-    @property
-    def text(self) -> str:
-        """The value and its error."""
-        error = "" if self.error is None else f" ± {self.error:.2f}"
-        return f"{self.nll:.2f}{error}{'†' if self.over_runs else ''}"
+    text: str
 
 
 _MAF = "Masked autoregressive flow for density estimation (Papamakarios et al., 2017)"
@@ -67,6 +57,7 @@ _NAF = "Neural autoregressive flows (Huang et al., 2018)"
 _BLOCK_NAF = "Block neural autoregressive flow (De Cao et al., 2019)"
 _SOS = "Sum-of-squares polynomial flow (Jaini et al., 2019)"
 _IMPLICIT = "Implicit normalizing flows (Lu et al., 2021)"
+_TABLES = ("power", "gas", "hepmass", "miniboone", "bsds300")
 _LOG_LIKELIHOODS: tuple[tuple[str, str, str], ...] = (
     ("Gaussian", _MAF, "-7.74 .02  -3.58 .75  -27.93 .02  -37.24 1.07  96.67 .25"),
     ("MADE", _MAF, "-3.08 .03  3.56 .04  -20.98 .02  -15.59 .50  148.85 .28"),
@@ -92,7 +83,7 @@ _LOG_LIKELIHOODS: tuple[tuple[str, str, str], ...] = (
     ("SOS", _SOS, "0.60 .01  11.99 .41  -15.15 .10  -8.90 .11  157.48 .41"),
     ("Residual Flow", _IMPLICIT, "0.26 nan  6.20 nan  -18.91 nan  -21.81 nan  104.63 nan"),
 )
-"""Test log-likelihood in nats and its error on POWER, GAS, HEPMASS, MINIBOONE and BSDS300."""
+"""Test log-likelihood in nats and its error on the five `_TABLES`."""
 
 _OVER_RUNS = (_FFJORD, _NAF, _BLOCK_NAF, _SOS)
 
@@ -100,21 +91,10 @@ TABLE_CAPTION = (
     "Published for these splits and units, not measured here: large networks, hours to days of "
     "training. ± as printed there, mostly two standard errors over the test rows; † over runs."
 )
-TABLE_COLUMNS: tuple[Column[PublishedNLL], ...] = (
-    Column("published\nmodel", "Its name in the paper.", lambda row: row.model),
-    Column("test NLL\n(nats)", "As its authors published it.", lambda row: row.text),
-    Column("paper", "Where it was published.", lambda row: row.paper),
-)
 
 
 def table_nlls(name: str) -> list[PublishedNLL]:
     """Return what papers report for one of the five tables, the best first.
-
-    Args:
-        name: ``power``, ``gas``, ``hepmass``, ``miniboone`` or ``bsds300``; any other has none.
-
-    Returns:
-        A row per model.
 
     Example:
         >>> table_nlls("gas")[0].text
@@ -122,37 +102,26 @@ def table_nlls(name: str) -> list[PublishedNLL]:
         >>> table_nlls("moons")
         []
     """
-    if name not in STANDARD:
+    if name not in _TABLES:
         return []
-    index = 2 * list(STANDARD).index(name)
-    rows = [
-        (model, paper, text.split()[index : index + 2]) for model, paper, text in _LOG_LIKELIHOODS
-    ]
-    found = [
-        PublishedNLL(
-            model=model,
-            paper=paper,
-            nll=-float(value),
-            error=None if error == "nan" else float(error),
-            over_runs=paper in _OVER_RUNS,
+    index = 2 * _TABLES.index(name)
+    rows = []
+    for model, paper, text in _LOG_LIKELIHOODS:
+        value, error = map(float, text.split()[index : index + 2])
+        shown = f"{-value:.2f}" if math.isnan(error) else f"{-value:.2f} ± {error:.2f}"
+        rows.append(
+            PublishedNLL(model, paper, -value, f"{shown}{'†' if paper in _OVER_RUNS else ''}")
         )
-        for model, paper, (value, error) in rows
-    ]
-    return sorted(found, key=lambda row: row.nll)
+    return sorted(rows, key=lambda row: row.nll)
 
 
 def beside(name: str, notes: tuple[str, ...]) -> list[PublishedNLL]:
     """Return what papers report for a data set, if its notes say that it is the published one.
 
-    Args:
-        name: Name of the data set.
-        notes: Its notes.
-
-    Returns:
-        A row per model; none for other rows under a well-known name.
-
     Example:
         >>> beside("gas", ())
         []
     """
+    from nflows_iresnet.datasets.standard import COMPARABLE
+
     return table_nlls(name) if COMPARABLE in notes else []

@@ -1,60 +1,31 @@
-"""report.html: tables and pictures in one file that needs nothing else."""
+"""Reports: report.html, in one file that needs nothing else, and race.md."""
 
 from __future__ import annotations
 
 import base64
 import shlex
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
 
 from nflows_iresnet.experiments import published
-from nflows_iresnet.experiments.cells import Column, R, best
-from nflows_iresnet.experiments.columns import columns_for
+from nflows_iresnet.experiments.files import write_atomically
 from nflows_iresnet.experiments.memory import MEASURE
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record
-from nflows_iresnet.experiments.summary import caption, captures, early_stops, rows_of, verdict
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nflows-iresnet {subcommand}: {names}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>Flows compared on {names}</h1>
-<p class="meta">{started} · {device} · nflows-iresnet {version} · torch {torch} · {length} ·
-seed {seed}</p>
-{sections}
-<h2>How to read it</h2>
-<dl>{glossary}</dl>
-<p>{fairness}</p>
-<h2>Reproduce it</h2>
-<pre>{command}</pre>
-<p>The learning curves and every number of this page are in <code>results.json</code>.</p>
-<div class="columns"><table>{arguments}</table><table>{environment}</table></div>
-</body>
-</html>
-"""
-
-STYLE = """
-:root { color-scheme: light; --ink: #1b1b3a; --soft: #6b7085; --line: #e3e5ec; --best: #0b7a4b; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 74rem;
-       margin: 2.5rem auto; padding: 0 1.25rem; background: #fff; }
-h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { margin-top: 2.6rem; font-size: 1.25rem; }
-.meta, figcaption, .caption { color: var(--soft); }
-.scroll { overflow-x: auto; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
-         vertical-align: bottom; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
-.best { font-weight: 700; color: var(--best); } .failed { color: #b3261e; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; }
-pre { background: #f5f6f9; padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; }
-.columns { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; }
-.columns td { white-space: normal; text-align: left; }
-"""
+from nflows_iresnet.experiments.tables import (
+    Column,
+    caption,
+    captures,
+    cells,
+    columns_for,
+    early_stops,
+    markdown,
+    rows_of,
+    verdict,
+)
 
 _FAIRNESS = (
     "Every model sees the same splits and the same batches in the same order, has the parameter "
@@ -63,8 +34,8 @@ _FAIRNESS = (
     "trained by Adam with the same cosine schedule after a short rise and the same gradient "
     "clipping, at the same learning rate unless several were tried on the validation rows. What is "
     "validated and tested is the moving average of the weights; training stops when the validation "
-    "NLL has not fallen for a while, and the state with the best one is kept. The test rows select "
-    "nothing. The best value of a column is bold. "
+    "NLL has not fallen for a while, and the state with the best one, the dot on a learning curve, "
+    "is kept. The test rows select nothing. The best value of a column is bold. "
 )
 _ROWS = (
     "Validation and test likelihoods are exact for every model. Rows that were quantised get fresh "
@@ -78,164 +49,191 @@ _IMAGES = (
     "training images; on the test images they are exact, or estimated where the table says so, "
     "and then compared with the exact value on the first of them. "
 )
+_PUBLISHED = (
+    Column[published.PublishedNLL]("published\nmodel", "Its name there.", lambda row: row.model),
+    Column[published.PublishedNLL]("test NLL\n(nats)", "As published.", lambda row: row.text),
+    Column[published.PublishedNLL]("paper", "Where it was published.", lambda row: row.paper),
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, whose pieces are shown in this order; what is empty is left out.
+
+    Args:
+        tables: of each its columns, its rows, and what is said above it.
+        pictures: of each its name, the content of the PNG, and what is said below it.
+    """
+
+    title: str = ""
+    caption: str = ""
+    verdict: str = ""
+    tables: Sequence[tuple[Sequence[Column[Any]], Sequence[Any], str]] = ()
+    failures: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    pictures: Sequence[tuple[str, bytes, str]] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of HTML that needs no other file.
+
+    Args:
+        title: of the window.
+        heading: of the page.
+        sections: its parts.
+        run: a record or a dictionary with `started`, `environment` and `arguments`.
+        command: the command line that repeats the run.
+        meta: what else is said below the heading.
+        glossary: columns to explain.
+        explanation: what is said below the glossary.
+        numbers: the file that holds every number.
+    """
+
+    title: str
+    heading: str
+    sections: Sequence[Section]
+    run: Any
+    command: str
+    meta: Sequence[str] = ()
+    glossary: Sequence[Column[Any]] = ()
+    explanation: str = ""
+    numbers: str = "results.json"
+
+    def render(self) -> str:
+        """Return the page; every text is escaped."""
+        templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("nflows_iresnet.experiments", ""),
+            autoescape=True,
+            trim_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        templates.filters |= {
+            "base64": lambda png: base64.b64encode(png).decode(),
+            "lines": lambda text: Markup("<br>").join(text.split("\n")),
+        }
+        return templates.get_template("report.html.jinja").render(**vars(self), cells=cells)
 
 
 def render(record: Record, folder: Folder) -> str:
-    """Render the page from the record, the arrays and the pictures of a folder."""
-    versions = record.environment["versions"]
-    return _PAGE.format(
-        names=escape(", ".join(dataset.name for dataset in record.datasets)),
-        style=STYLE,
-        subcommand=record.command,
-        started=escape(record.started),
-        device=escape(str(record.environment["device_name"])),
-        version=versions["nflows-iresnet"],
-        torch=versions["torch"],
-        length=_length(record),
-        seed=record.arguments["seed"],
-        sections="\n".join(_section(record, folder, dataset) for dataset in record.datasets),
-        glossary=_glossary(record),
-        fairness=_FAIRNESS
-        + _exactness(record)
-        + f"Memory counts {MEASURE[record.environment['device']]}.",
-        command=escape(command_line(record)),
-        arguments=pairs(record.arguments),
-        environment=pairs({**versions, **_rest(record.environment)}),
+    """Render the page of a comparison from the record, the arrays and the pictures of a folder."""
+    names = ", ".join(dataset.name for dataset in record.datasets)
+    columns = {c.title: c for dataset in record.datasets for c in columns_for(record, dataset)}
+    are_rows = all(dataset.shape is None for dataset in record.datasets)
+    memory = f"Memory counts {MEASURE[record.environment['device']]}."
+    return Page(
+        f"nflows-iresnet {record.command}: {names}",
+        f"Flows compared on {names}",
+        [_section(record, folder, dataset) for dataset in record.datasets],
+        record,
+        command_line(record),
+        meta=[_length(record), f"seed {record.arguments['seed']}"],
+        glossary=list(columns.values()),
+        explanation=_FAIRNESS + (_ROWS if are_rows else _IMAGES) + memory,
+    ).render()
+
+
+def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> Section:
+    rows = rows_of(record, dataset.name)
+    papers = published.beside(dataset.name, dataset.notes)
+    measured = (columns_for(record, dataset), rows, "")
+    return Section(
+        dataset.name,
+        f"{caption(dataset)}. Source: {dataset.source}. {' '.join(dataset.notes)}",
+        verdict(record, folder, dataset.name),
+        [measured, *([(_PUBLISHED, papers, published.TABLE_CAPTION)] if papers else [])],
+        failures=[f"{row.model} failed: {text}" for row in rows for text in row.failures],
+        notes=early_stops(record, dataset.name) + captures(record, dataset.name),
+        pictures=list(_pictures(record, folder, dataset.name)),
     )
 
 
-def _exactness(record: Record) -> str:
-    return _ROWS if all(dataset.shape is None for dataset in record.datasets) else _IMAGES
+def _pictures(record: Record, folder: Folder, dataset: str) -> Iterator[tuple[str, bytes, str]]:
+    models = dict.fromkeys(result.model for result in record.of(dataset))
+    kinds = ("samples", "reconstructions")
+    of_models = ((dataset, model, kind) for model in models for kind in kinds)
+    for parts in ((dataset, "bars"), (dataset, "race"), (dataset,), *of_models):
+        path = folder.picture(*parts)
+        if path.exists():
+            yield " ".join(parts), path.read_bytes(), ""
 
 
 def command_line(record: Record) -> str:
-    """Return the command that repeats the run."""
-    words = [f"nflows-iresnet {record.command}", *map(shlex.quote, record.arguments["datasets"])]
-    for name, value in record.arguments.items():
-        if name == "datasets" or value is None or value is False or value == []:
+    """Return the command that repeats a comparison."""
+    arguments = dict(record.arguments)
+    return command_of(record.command, arguments.pop("datasets"), arguments)
+
+
+def command_of(command: str, words: Sequence[str], options: Mapping[str, Any]) -> str:
+    """Return a command line; an option that is None, False or empty is left out."""
+    line = [f"nflows-iresnet {command}", *map(shlex.quote, words)]
+    for name, value in options.items():
+        if value is None or value is False or value == []:
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)]
-    return " ".join(words)
+        line += [f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)]
+    return " ".join(line)
 
 
 def _length(record: Record) -> str:
     if record.is_race:
-        unit = "CPU-seconds" if record.environment["device"] == "cpu" else "seconds"
-        return f"{record.arguments['race']:g} {unit} of training per model"
+        return f"{_race_time(record)} per model"
     steps, budget = record.arguments["steps"], record.arguments["budget"]
     return f"{steps} steps per model" if budget is None else f"{budget:g} s of training per model"
 
 
-def _rest(environment: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in environment.items() if name != "versions"}
+def _race_time(record: Record) -> str:
+    unit = "CPU-seconds" if record.environment["device"] == "cpu" else "seconds"
+    return f"{record.arguments['race']:g} {unit} of training"
 
 
-def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> str:
-    parts = [
-        f"<h2>{escape(dataset.name)}</h2>",
-        f'<p class="caption">{escape(caption(dataset))}. Source: {escape(dataset.source)}. '
-        f"{escape(' '.join(dataset.notes))}</p>",
-        f"<p><strong>{escape(verdict(record, folder, dataset.name))}</strong></p>",
-        table(columns_for(record, dataset), rows_of(record, dataset.name)),
-        _published(dataset),
-        _failures(record, dataset),
-        *(
-            f'<p class="caption">{escape(line)}</p>'
-            for say in (early_stops, captures)
-            for line in say(record, dataset.name)
-        ),
-        *_pictures(record, folder, dataset),
-    ]
-    return "\n".join(parts)
+# --- races ----------------------------------------------------------------------------------------
 
 
-def _published(dataset: DatasetSummary) -> str:
-    """Render what papers report for these rows."""
-    rows = published.beside(dataset.name, dataset.notes)
-    caption = f'<p class="caption">{escape(published.TABLE_CAPTION)}</p>'
-    return caption + table(published.TABLE_COLUMNS, rows) if rows else ""
+def write_race(record: Record, folder: Folder, dataset: DatasetSummary) -> None:
+    """Write what is known after a run on a data set, so that nothing waits for the last one."""
+    from nflows_iresnet.experiments.pictures import draw_race
+
+    write_atomically(folder.path / "race.md", render_race(record).encode())
+    if any(result.training is not None for result in record.of(dataset.name)):
+        write_atomically(folder.picture(dataset.name, "race"), draw_race(record, dataset))
 
 
-def table(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
-    """Render rows and columns, the best of each column in bold."""
-    head = "".join(f"<th>{_lines(c.title)}</th>" for c in columns)
-    winners = [best(rows, column) for column in columns]
-    body = "".join(
-        "<tr>"
-        + "".join(
-            _cell(column.text(row), row.model in models)
-            for column, models in zip(columns, winners, strict=True)
+def render_race(record: Record) -> str:
+    """Return the tables of all data sets, in Markdown."""
+    parts = [f"# {_race_time(record)} for every model", _conditions(record)]
+    for dataset in record.datasets:
+        rows = rows_of(record, dataset.name)
+        parts.append(f"## {dataset.name}\n\n{caption(dataset)}.")
+        parts.append(markdown(columns_for(record, dataset), rows) if rows else "Nothing yet.")
+        parts += [f"{row.model} failed: {text}" for row in rows for text in row.failures]
+        parts += _rates(record, dataset.name)
+    return "\n\n".join(parts) + "\n"
+
+
+def _conditions(record: Record) -> str:
+    return (
+        f"{record.started}, {record.environment['device_name']}, torch "
+        f"{record.environment['versions']['torch']}, {record.arguments['threads']} thread(s), "
+        f"batches of {record.arguments['batch_size']}, {record.arguments['repeats']} seed(s). "
+        "Validation is not counted; states and learning rates are chosen on the validation rows "
+        "alone."
+    )
+
+
+def _rates(record: Record, dataset: str) -> list[str]:
+    trials = [each for each in record.trials if each.dataset == dataset]
+    lines = []
+    for model in dict.fromkeys(each.model for each in trials):
+        tried = (
+            f"{each.learning_rate:g}: "
+            + ("failed" if each.validation is None else f"{each.validation:.3f}")
+            for each in record.trials_of(dataset, model)
         )
-        + "</tr>"
-        for row in rows
+        lines.append(f"- {model}: {', '.join(tried)}")
+    spent = sum(each.seconds for each in trials)
+    about = (
+        f"Validation NLL by learning rate, with the first seed ({spent:.0f} s in all; the best "
+        "goes on as the first repeat):"
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _cell(text: str, is_best: bool) -> str:
-    return f"<td{' class=best' if is_best else ''}>{_lines(text)}</td>"
-
-
-def _lines(text: str) -> str:
-    return escape(text).replace("\n", "<br>")
-
-
-def _failures(record: Record, dataset: DatasetSummary) -> str:
-    return "".join(
-        f'<p class="failed">{escape(row.model)} failed: {escape(failure)}</p>'
-        for row in rows_of(record, dataset.name)
-        for failure in row.failures
-    )
-
-
-def _pictures(record: Record, folder: Folder, dataset: DatasetSummary) -> list[str]:
-    models = dict.fromkeys(result.model for result in record.of(dataset.name))
-    kinds = ("samples", "reconstructions")
-    parts = [
-        (dataset.name, "bars"),
-        (dataset.name, "race"),
-        (dataset.name,),
-        *((dataset.name, model, kind) for model in models for kind in kinds),
-    ]
-    return [_picture(folder, each) for each in parts if folder.picture(*each).exists()]
-
-
-def _picture(folder: Folder, parts: tuple[str, ...]) -> str:
-    return f"<figure>{embed(folder.picture(*parts).read_bytes(), ' '.join(parts))}</figure>"
-
-
-def embed(png: bytes, name: str) -> str:
-    """Return a picture as an element that needs no other file."""
-    content = base64.b64encode(png).decode()
-    return f'<img alt="{escape(name)}" src="data:image/png;base64,{content}">'
-
-
-def _glossary(record: Record) -> str:
-    columns = {c.title: c for dataset in record.datasets for c in columns_for(record, dataset)}
-    return glossary(list(columns.values()))
-
-
-def glossary(columns: Sequence[Column[R]]) -> str:
-    """Render what each column means."""
-    return "".join(
-        f"<dt>{escape(_one_line(column.title))}</dt><dd>{escape(column.help)}</dd>"
-        for column in columns
-    )
-
-
-def _one_line(title: str) -> str:
-    return title.replace("-\n", "").replace("\n", " ")
-
-
-def pairs(values: dict[str, object]) -> str:
-    """Render the rows of a table of names and values."""
-    return "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(_plain(value))}</td></tr>"
-        for name, value in values.items()
-        if value is not None
-    )
-
-
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [about, "\n".join(lines)] if lines else []

@@ -3,14 +3,16 @@ r"""Transforms and flows of nflows as transforms and distributions of `torch.dis
 Pyro, zuko and others that build on `torch.distributions` can so use a residual block. The
 directions differ:
 
-|                           | maps                                               |
-|---------------------------|----------------------------------------------------|
-| nflows `Transform`        | data -> noise                                      |
-| `ToTorchTransform(t)`     | data -> noise, as `t.forward` does                 |
-| `ToTorchTransform(t).inv` | noise -> data, as `t.inverse` does                 |
-| `NormalizingFlow` of zuko | data -> noise: give it `ToTorchTransform(t)`       |
-| `TransformedDistribution` | noise -> data: give it `ToTorchTransform(t).inv`   |
-| `ToTorchDistribution(f)`  | the distribution of the flow, ready made           |
+=========================  ================================================
+\                          maps
+=========================  ================================================
+nflows `Transform`         data -> noise
+`ToTorchTransform(t)`      data -> noise, as `t.forward` does
+`ToTorchTransform(t).inv`  noise -> data, as `t.inverse` does
+`NormalizingFlow` of zuko  data -> noise: give it `ToTorchTransform(t)`
+`TransformedDistribution`  noise -> data: give it `ToTorchTransform(t).inv`
+`ToTorchDistribution(f)`   the distribution of the flow, ready made
+=========================  ================================================
 
 Log-determinants are those of the module at the time of the call: exact where its estimator is, and
 else an unbiased estimate, another one in each call; `transforms.using(module,

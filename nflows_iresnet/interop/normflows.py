@@ -2,14 +2,16 @@ r"""Transforms of nflows in models of normflows, and flows of normflows in model
 
 The two libraries differ in direction and in what a layer may return:
 
-|              | nflows `Transform`                  | normflows `Flow`                          |
-|--------------|-------------------------------------|-------------------------------------------|
-| `forward`    | data -> noise                       | noise -> data                             |
-| `inverse`    | noise -> data                       | data -> noise                             |
-| log\|det\|   | of shape (B,)                       | of shape (B,), a scalar, or the integer 0 |
-| `context`    | always accepted                     | accepted by some layers                   |
-| no inverse   | `InverseNotAvailable`               | `NotImplementedError`                     |
-| order        | first layer next to the data        | first layer next to the noise             |
+==========  ============================  =========================================
+\           nflows `Transform`            normflows `Flow`
+==========  ============================  =========================================
+`forward`   data -> noise                 noise -> data
+`inverse`   noise -> data                 data -> noise
+log-det     of shape (B,)                 of shape (B,), a scalar, or the integer 0
+`context`   always accepted               accepted by some layers
+no inverse  `InverseNotAvailable`         `NotImplementedError`
+order       first layer next to the data  first layer next to the noise
+==========  ============================  =========================================
 
 `forward_kld`, and `reverse_kld(score_fn=False)`, of normflows 1.7 sum up in float32 whatever the
 precision of the layers; in float64, minimise `-model.log_prob(x).mean()` instead.

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
-from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,57 +140,23 @@ def _work(names: list[str], settings: Settings, folder: Path, *, quiet: bool) ->
     return 0 if len(drawings) == len(figures) else 1
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nflows-iresnet figures</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>Invertible residual networks in pictures</h1>
-<p class="meta">{started} · {device} · nflows-iresnet {version} · torch {torch} · seed {seed}</p>
-{sections}
-<h2>Reproduce it</h2>
-<pre>{command}</pre>
-<p>Every number of this page is in <code>figures.json</code>.</p>
-</body>
-</html>
-"""
-
-
 def _render(content: dict[str, Any], drawings: dict[str, Drawing]) -> str:
     """Render the page of what figures.json holds."""
-    from nflows_iresnet.experiments.report import STYLE
+    from nflows_iresnet.experiments.report import Page, Section, command_of
 
-    environment, arguments = content["environment"], content["arguments"]
-    return _PAGE.format(
-        style=STYLE,
-        started=escape(content["started"]),
-        device=escape(str(environment["device_name"])),
-        version=environment["versions"]["nflows-iresnet"],
-        torch=environment["versions"]["torch"],
-        seed=arguments["seed"],
-        sections="\n".join(_section(name, drawing) for name, drawing in drawings.items()),
-        command=escape(_command_line(arguments)),
-    )
-
-
-def _section(name: str, drawing: Drawing) -> str:
-    from nflows_iresnet.experiments.report import embed
-
-    return (
-        f"<h2>{escape(drawing.title)}</h2>\n<figure>{embed(drawing.picture, name)}"
-        f"<figcaption>{escape(drawing.caption)}</figcaption></figure>"
-    )
-
-
-def _command_line(arguments: dict[str, Any]) -> str:
-    """Return the command that repeats the run."""
-    words = ["nflows-iresnet figures", "--only", *arguments["only"]]
-    words += [] if arguments["steps"] is None else ["--steps", str(arguments["steps"])]
-    words += ["--seed", str(arguments["seed"]), *(["--quick"] if arguments["quick"] else [])]
-    words += ["--device", arguments["device"]] if arguments["device"] != "cpu" else []
-    words += ["--threads", str(arguments["threads"])] if arguments["threads"] != 1 else []
-    return " ".join(words)
+    usual = {**asdict(Settings()), "seed": None}
+    given = {
+        name: value for name, value in content["arguments"].items() if value != usual.get(name)
+    }
+    return Page(
+        "nflows-iresnet figures",
+        "Invertible residual networks in pictures",
+        [
+            Section(each.title, pictures=[(name, each.picture, each.caption)])
+            for name, each in drawings.items()
+        ],
+        content,
+        command_of("figures", [], given),
+        meta=[f"seed {content['arguments']['seed']}"],
+        numbers="figures.json",
+    ).render()

@@ -12,7 +12,7 @@ from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
 from nflows_iresnet.experiments.frame import Frame
-from nflows_iresnet.experiments.plots import (
+from nflows_iresnet.experiments.pictures import (
     CELL,
     DATA,
     INK,

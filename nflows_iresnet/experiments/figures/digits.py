@@ -16,9 +16,8 @@ from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import IMAGE_DEFAULTS, RunConfig
 from nflows_iresnet.experiments.evaluation import Array, Exam, estimated_log_prob
 from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
-from nflows_iresnet.experiments.imageplots import show_tiles, tile
 from nflows_iresnet.experiments.models import REFERENCE, count_parameters, find_model
-from nflows_iresnet.experiments.plots import INK, STYLE, as_png
+from nflows_iresnet.experiments.pictures import INK, STYLE, as_png, show_tiles, tile
 from nflows_iresnet.experiments.results import DatasetSummary
 from nflows_iresnet.training import seed_everything
 

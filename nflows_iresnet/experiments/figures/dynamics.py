@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
-from nflows_iresnet.experiments.plots import DATA, INK, STYLE, as_png
+from nflows_iresnet.experiments.pictures import DATA, INK, STYLE, as_png
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.training import Steps, Training, TrainingPlan, run, seed_everything

@@ -116,7 +116,9 @@ class Session:
     @property
     def resume(self) -> str:
         """The command that goes on."""
-        return self.folder.resume(self.record.command_line())
+        from nflows_iresnet.experiments.table1.report import command_line
+
+        return self.folder.resume(command_line(self.record))
 
     def keeper(self, key: tuple[str, int]) -> Keeper:
         """Return what keeps the checkpoints of a run."""

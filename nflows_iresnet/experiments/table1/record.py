@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
@@ -187,15 +186,6 @@ class Record:
             f"{'x'.join(map(str, data.shape))}, {repeats} repeat{'s' if repeats > 1 else ''}, "
             f"{data.num_distinct} distinct test images, {length}"
         )
-
-    def command_line(self) -> str:
-        """Return the command that repeats the run."""
-        words = ["nflows-iresnet table1", shlex.quote(self.arguments["dataset"])]
-        for name, value in self.arguments.items():
-            if name != "dataset" and value is not None:
-                values = value if isinstance(value, list) else [value]
-                words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(v)) for v in values)]
-        return " ".join(words)
 
     def adding(self, outcome: Outcome) -> Record:
         """Return the record with one more outcome."""

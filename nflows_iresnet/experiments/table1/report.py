@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from html import escape
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nflows_iresnet.experiments.cells import Column, number
-from nflows_iresnet.experiments.plots import DATA, INK, MODEL, as_png
-from nflows_iresnet.experiments.plots import STYLE as PICTURE_STYLE
-from nflows_iresnet.experiments.report import STYLE, embed, glossary, pairs, table
+from nflows_iresnet.experiments.pictures import DATA, INK, MODEL, STYLE, as_png
+from nflows_iresnet.experiments.report import Page, Section, command_of
 from nflows_iresnet.experiments.table1.record import Record, Row
+from nflows_iresnet.experiments.tables import Column, number
 
 # --- the columns ----------------------------------------------------------------------------------
 
@@ -105,7 +103,7 @@ def draw(record: Record) -> bytes:
     Certified classifiers are red, those without guarantee grey.
     """
     rows = [row for row in record.rows() if row.error_percent is not None]
-    with mpl.rc_context(PICTURE_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_errors(left, rows)
@@ -147,31 +145,6 @@ def _color(row: Row) -> str:
 
 # --- the page -------------------------------------------------------------------------------------
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nflows-iresnet table1: {name}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>What a guaranteed inverse costs a classifier: {name}</h1>
-<p class="meta">{started} · {device} · nflows-iresnet {version} · torch {torch}</p>
-<p class="caption">{caption}</p>
-{table}
-{failures}
-<figure>{picture}</figure>
-<h2>How to read it</h2>
-<dl>{glossary}</dl>
-<p>{fairness}</p>
-<h2>Reproduce it</h2>
-<pre>{command}</pre>
-<div class="columns"><table>{arguments}</table><table>{environment}</table></div>
-</body>
-</html>
-"""
-
 FAIRNESS = (
     "All rows but resnet are one architecture, with ordinary or with certified convolutions; "
     "resnet has as many blocks and the width that comes nearest to as many parameters. Every "
@@ -186,27 +159,26 @@ FAIRNESS = (
 
 def render(record: Record, picture: bytes) -> str:
     """Render the page."""
-    versions, rows, columns = record.environment["versions"], record.rows(), columns_for(record)
-    rest = {name: value for name, value in record.environment.items() if name != "versions"}
-    return _PAGE.format(
-        name=escape(record.data.name),
-        style=STYLE,
-        started=escape(record.started),
-        device=escape(str(record.environment["device_name"])),
-        version=versions["nflows-iresnet"],
-        torch=versions["torch"],
-        caption=escape(f"{record.caption()}. Source: {record.data.source}; {record.data.split}."),
-        table=table(columns, rows),
-        failures="".join(f'<p class="caption">{escape(line)}</p>' for line in record.captures())
-        + "".join(
-            f'<p class="failed">{escape(row.model)} failed: {escape(failure)}</p>'
-            for row in rows
-            for failure in row.failures
-        ),
-        picture=embed(picture, "errors"),
-        glossary=glossary(columns),
-        fairness=FAIRNESS,
-        command=escape(record.command_line()),
-        arguments=pairs(record.arguments),
-        environment=pairs({**versions, **rest}),
+    rows, columns = record.rows(), columns_for(record)
+    section = Section(
+        caption=f"{record.caption()}. Source: {record.data.source}; {record.data.split}.",
+        tables=[(columns, rows, "")],
+        notes=record.captures(),
+        failures=[f"{row.model} failed: {text}" for row in rows for text in row.failures],
+        pictures=[("errors", picture, "")],
     )
+    return Page(
+        f"nflows-iresnet table1: {record.data.name}",
+        f"What a guaranteed inverse costs a classifier: {record.data.name}",
+        [section],
+        record,
+        command_line(record),
+        glossary=columns,
+        explanation=FAIRNESS,
+    ).render()
+
+
+def command_line(record: Record) -> str:
+    """Return the command that repeats the run."""
+    arguments = dict(record.arguments)
+    return command_of("table1", [arguments.pop("dataset")], arguments)

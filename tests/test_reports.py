@@ -1,0 +1,233 @@
+"""Tables and reports: one list of columns, all that was found, and nothing that is not escaped."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nflows_iresnet.datasets.standard import COMPARABLE
+from nflows_iresnet.experiments import tables
+from nflows_iresnet.experiments.evaluation import Metrics
+from nflows_iresnet.experiments.report import (
+    Page,
+    Section,
+    command_of,
+    render,
+    render_race,
+)
+from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result
+from nflows_iresnet.experiments.tables import (
+    Column,
+    Row,
+    columns_for,
+    print_table,
+    rows_of,
+)
+from nflows_iresnet.training import CurvePoint, History
+
+ENVIRONMENT: dict[str, Any] = {
+    "device": "cpu",
+    "device_name": "a <fast> one",
+    "versions": {"torch": "2", "nflows-iresnet": "1"},
+}
+LOG = History(7, 2.0, 3.0, 5, 1.0, (CurvePoint(5, 1.0, 1.0, 1.0),), stopped="patience")
+
+
+def result_of(model: str, repeat: int = 0, **metrics: Any) -> Result:
+    found = Metrics(**{"test_nll": 1.0, "test_nll_se": 0.1, **metrics})
+    return Result("a", model, repeat, repeat, {}, 1234, (), LOG, found, learning_rate=0.01)
+
+
+def record_of(kind: str, *results: Result, **summary: Any) -> Record:
+    about = {"name": "a", "notes": (), "levels": None, "shape": None, **summary}
+    data = DatasetSummary(
+        about["name"], "file", 8, 8, 1, 1, None, None, 0.0, about["levels"], about["notes"],
+        about["shape"],
+    )  # fmt: skip
+    arguments: dict[str, Any] = {"datasets": [about["name"]], "race": None, "models": ["one"]}
+    arguments |= {"steps": 5, "budget": None, "seed": 0, "threads": 1, "batch_size": 2}
+    arguments |= {"repeats": 1, "race": 2.0 if kind == "race" else None}
+    return Record(
+        arguments,
+        ENVIRONMENT,
+        "today",
+        (data,),
+        tuple(replace(each, dataset=about["name"]) for each in results),
+        command="table2" if kind == "table2" else "compare",
+        published={"one": {"MNIST": "0.99†"}} if kind == "table2" else {},
+    )
+
+
+def printed(record: Record, folder: Path) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, width=200)
+    print_table(console, record, Folder(folder), record.datasets[0])
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["compare", "race", "table2"])
+@pytest.mark.parametrize("images", [False, True], ids=["rows", "images"])
+def test_a_column_put_into_the_list_is_in_every_table(
+    kind: str, images: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one line: in the terminal, in report.html with its explanation, and in race.md."""
+    mine: Column[Row] = Column(
+        "twice\nthe NLL",
+        "Two times <what> it is.",
+        lambda row: f"{2 * (row.metrics.test_nll or 0):.2f}",
+    )
+    monkeypatch.setattr(tables, "COLUMNS", (*tables.COLUMNS, mine))
+    record = record_of(kind, result_of("one", test_nll=4.56), shape=(1, 2, 4) if images else None)
+    terminal = printed(record, tmp_path)
+    assert "the NLL" in terminal
+    assert "9.12" in terminal
+    page = render(record, Folder(tmp_path))
+    assert "<th>twice<br>the NLL</th>" in page
+    assert "<td>9.12</td>" in page
+    assert "<dt>twice the NLL</dt><dd>Two times &lt;what&gt; it is.</dd>" in page
+    race = render_race(replace(record, arguments={**record.arguments, "race": 2.0}))
+    assert "twice the NLL |" in race
+    assert "9.12 |" in race
+
+
+def names(kind: str, **summary: Any) -> list[str]:
+    record = record_of(kind, result_of("one"), result_of("one", 1), **summary)
+    return [column.name for column in columns_for(record, record.datasets[0])]
+
+
+def test_every_kind_of_table_has_its_columns() -> None:
+    cost = ["parameters", "ms per step", "sample 10,000 (s)", "round trip max (median)"]
+    nll = ["test NLL (nats)", "± over repeats"]
+    assert names("compare") == ["model", *nll, *cost, "memory (MB)", "Lipschitz bound"]
+    images = names("compare", shape=(1, 2, 4), levels=16)
+    assert images[:3] == ["model", "bits per dim", "test NLL (nats)"]
+    assert images[-4:] == [
+        *("round trip max (median)", "memory (MB)", "estimate - exact", "Lipschitz bound")
+    ]
+    assert "sample 256 (s)" in images
+    assert names("race") == [
+        *("model", "test NLL (nats)", "seeds", "steps", "best at step", "parameters"),
+        *("ms per step", "training (s)", "learning rate"),
+    ]
+    assert names("table2", levels=16) == [
+        *("model", "bits per dim", "parameters", "training (s)", "sample 10,000 (s)"),
+        *("Lipschitz bound", "published MNIST"),
+    ]
+    assert names("table2")[1] == "test NLL (nats)"
+
+
+def test_a_bound_and_a_guarantee_hold_for_all_repeats() -> None:
+    """One repeat has the larger constant, and another is not certified."""
+    found = [
+        result_of("one", 0, lipschitz=0.9, lipschitz_certified=True, round_trip_max=1e-3),
+        result_of("one", 1, lipschitz=0.5, lipschitz_certified=True, round_trip_max=1e-6),
+        result_of("one", 2, lipschitz=0.6, lipschitz_certified=True, round_trip_max=1e-6),
+    ]
+    (row,) = rows_of(record_of("compare", *found), "a")
+    assert (row.metrics.lipschitz, row.metrics.round_trip_max) == (0.9, 1e-3)
+    assert row.metrics.lipschitz_certified
+    found[1] = result_of("one", 1, lipschitz=0.5, lipschitz_certified=False, test_nll_exact=False)
+    (row,) = rows_of(record_of("compare", *found), "a")
+    assert not row.metrics.lipschitz_certified
+
+
+def test_numbers_of_repeats_are_joined_as_their_kind_wants() -> None:
+    found = [
+        result_of("one", k, test_nll=nll, sample_seconds=s, peak_memory_mb=None, exact_rows=8)
+        for k, (nll, s) in enumerate([(1.0, 1.0), (2.0, 2.0), (6.0, 100.0)])
+    ]
+    (row,) = rows_of(record_of("compare", *found), "a")
+    assert row.metrics.test_nll == 3.0
+    assert row.repeats_se == pytest.approx(7**0.5 / 3**0.5)
+    assert row.metrics.sample_seconds == 2.0
+    assert row.metrics.peak_memory_mb is None
+    assert (row.repeats, row.num_parameters, row.steps, row.best_step) == (3, 1234, 7, 5)
+    assert (row.seconds, row.ms_per_step, row.learning_rate) == (2.0, 3.0, 0.01)
+    (alone,) = rows_of(record_of("compare", found[0]), "a")
+    assert alone.repeats_se is None
+    assert rows_of(record_of("compare"), "a") == []
+
+
+def test_runs_that_were_not_trained_are_rows_too() -> None:
+    failed = replace(result_of("two"), training=None, failures=("no <memory>",), metrics=Metrics())
+    rows = rows_of(record_of("compare", failed, result_of("one")), "a")
+    assert [(row.model, row.metrics.test_nll, row.steps) for row in rows] == [
+        ("one", 1.0, 7),
+        ("two", None, None),
+    ]
+    (alone,) = rows_of(record_of("compare", failed), "a")
+    assert alone.failures == ("no <memory>",)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_names_and_messages_are_escaped(tmp_path: Path) -> None:
+    name = '<img src=x onerror="alert(1)">&'
+    failed = replace(result_of("two"), failures=("<b>nan</b>",), metrics=Metrics())
+    page = render(record_of("compare", result_of("one"), failed, name=name), Folder(tmp_path))
+    assert "<img src=x" not in page
+    assert "<b>" not in page
+    assert "<fast>" not in page
+    assert page.count("&lt;img src=x onerror=&#34;alert(1)&#34;&gt;&amp;") >= 4
+    assert "two failed: &lt;b&gt;nan&lt;/b&gt;" in page
+
+
+def test_the_page_says_all_that_is_known(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.picture("a", "race").write_bytes(b"picture")
+    record = record_of("race", result_of("one"), result_of("two", test_nll=2.0))
+    page = render(record, folder)
+    for text in (
+        "2 CPU-seconds of training per model",
+        "one stopped early, at step 7: its best validation was at step 5",
+        "one is best; by how much, its arrays would say",
+        '<img alt="a race" src="data:image/png;base64,cGljdHVyZQ==">',
+        "<td class=best>1.000</td>",
+        "<dt>learning rate</dt>",
+        "<pre>nflows-iresnet compare a --race 2.0 --models one --steps 5",
+        "<td>batch_size</td><td>2</td>",
+        "<td>torch</td><td>2</td>",
+        "Every number and curve of this page is in <code>results.json</code>",
+    ):
+        assert text in page, text
+    assert "http" not in page
+
+
+def test_published_numbers_stand_only_beside_the_published_rows(tmp_path: Path) -> None:
+    def page(name: str, *notes: str) -> str:
+        return render(
+            record_of("compare", result_of("one"), name=name, notes=notes), Folder(tmp_path)
+        )
+
+    for text in ("RQ-NSF, autoregressive", "-13.09 ± 0.02", "not measured here"):
+        assert text in page("gas", COMPARABLE)
+    assert "RQ-NSF" not in page("gas"), "somebody's own gas.csv"
+    assert "RQ-NSF" not in page("casp", COMPARABLE)
+
+
+def test_one_template_renders_the_page_of_any_command() -> None:
+    column: Column[Row] = Column("model", "Its <name>.", lambda row: row.model)
+    section = Section("Part", tables=[([column], [], "above")], pictures=[("p", b"", "below")])
+    run: dict[str, Any] = {"started": "today", "environment": ENVIRONMENT}
+    run["arguments"] = {"seed": None, "list": [1, 2], "word": "as it is"}
+    page = Page("Mine", "Mine & yours", [section], run, "run <this>", numbers="mine.json").render()
+    for text in ("<title>Mine</title>", "Mine &amp; yours", "run &lt;this&gt;"):
+        assert text in page
+    assert "<figcaption>below</figcaption>" in page
+    assert "<td>list</td><td>1, 2</td>" in page
+    assert "<td>word</td><td>as it is</td>" in page
+    assert "seed" not in page
+    assert "How to read it" not in page
+
+
+def test_a_command_line_can_be_pasted() -> None:
+    options: dict[str, Any] = {"jobs": 2, "race": None, "images": True, "amp": False}
+    options |= {"rates": [], "models": ["a b"]}
+    line = command_of("compare", ["my file.csv"], options)
+    assert line == "nflows-iresnet compare 'my file.csv' --jobs 2 --images --models 'a b'"
