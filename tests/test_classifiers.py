@@ -10,11 +10,10 @@ import torch
 
 from nflows_iresnet import nn
 from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
-from nflows_iresnet.experiments.table1 import models, work
-from nflows_iresnet.experiments.table1.inversion import invert
+from nflows_iresnet.experiments.table1 import Settings, classifiers
+from nflows_iresnet.experiments.table1.classifiers import invert
 from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
-from nflows_iresnet.experiments.table1.settings import Settings
-from nflows_iresnet.experiments.table1.table import columns_for
+from nflows_iresnet.experiments.table1.report import columns_for
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged
 
 pytest.importorskip("matplotlib")
@@ -22,7 +21,7 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 IMAGES = torch.randint(0, 17, (6, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-SIZE = models.Size((1, 8, 8), 10, 17, Settings(num_blocks=2, hidden_channels=8, padding=1))
+SIZE = classifiers.Size((1, 8, 8), 10, 17, Settings(num_blocks=2, hidden_channels=8, padding=1))
 
 
 def classifier(**options: Any) -> Any:
@@ -144,7 +143,7 @@ def test_power_iteration_without_iterations_guarantees_nothing() -> None:
 
 
 def test_scaled_weights_of_a_free_branch_change_the_bound() -> None:
-    model: Any = models.vanilla(SIZE)
+    model: Any = classifiers.vanilla(SIZE)
     model(IMAGES)
     model.eval()
     with torch.no_grad():
@@ -181,12 +180,11 @@ def test_a_classifier_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> No
     def explode(*arguments: Any) -> None:
         raise ArithmeticError("it exploded")
 
-    monkeypatch.setattr(work, "train", explode)
+    monkeypatch.setattr(classifiers, "run", explode)
     from nflows_iresnet.datasets import load_images
 
     data, settings = load_images("digits", num_train=32), SIZE.settings
-    (row,) = models.contestants([0.9])[2:]
-    outcome = work.execute(row, 0, data, settings, lambda done, loss: None)
+    outcome = classifiers.execute("c=0.9", 0, data, settings)
     assert outcome.failure == "ArithmeticError: it exploded"
     assert row_of(outcome)["guaranteed\ninverse"] == "no"
 

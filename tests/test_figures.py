@@ -15,9 +15,12 @@ pytest.importorskip("rich")
 
 from nflows_iresnet.experiments import runner
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.figures import digits, dynamics
-from nflows_iresnet.experiments.figures.catalogue import FIGURES
-from nflows_iresnet.experiments.figures.paths import count_crossings, find_crossings, smallest_gap
+from nflows_iresnet.experiments.figures import DESCRIPTIONS, digits, dynamics
+from nflows_iresnet.experiments.figures.dynamics import (
+    count_crossings,
+    find_crossings,
+    smallest_gap,
+)
 from nflows_iresnet.training import TrainingDivergedError, check_finite
 
 PNG = b"\x89PNG"
@@ -131,14 +134,15 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     content = run(tmp_path, "--steps", "3", "--seed", "5", "--quiet")
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert content["arguments"] == {"only": list(FIGURES), "steps": 3, "seed": 5, "quick": True}
-    assert list(content["figures"]) == list(FIGURES)
+    chosen = {"steps": 3, "seed": 5, "quick": True, "device": "cpu", "threads": 1}
+    assert content["arguments"] == {"only": list(DESCRIPTIONS), **chosen}
+    assert list(content["figures"]) == list(DESCRIPTIONS)
     for name, entry in content["figures"].items():
         picture = (tmp_path / entry["picture"]).read_bytes()
         assert picture.startswith(PNG)
         assert len(picture) > 10_000
         assert f'<img alt="{name}"' in page
-    assert page.count("<figcaption>") == len(FIGURES)
+    assert page.count("<figcaption>") == len(DESCRIPTIONS)
     assert "--steps 3 --seed 5 --quick" in page
     networks = content["figures"]["dynamics"]["networks"]
     assert networks["reflection/invertible"]["crossings"] == 0

@@ -29,9 +29,8 @@ from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture
 from nflows_iresnet.experiments.presets import COMPARE
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.subcommands import build_parser
+from nflows_iresnet.experiments.table1 import TUNED, classifiers
 from nflows_iresnet.experiments.table1 import command as table1
-from nflows_iresnet.experiments.table1 import work
-from nflows_iresnet.experiments.table1.settings import TUNED
 from nflows_iresnet.experiments.training import train
 from nflows_iresnet.flows.image import ImageResidualFlow
 from nflows_iresnet.training import (
@@ -596,7 +595,7 @@ def test_a_table_of_mnist_takes_minutes_and_certifies(folder: Path) -> None:
 def test_training_images_are_shifted_by_whole_pixels_and_nothing_else() -> None:
     torch.manual_seed(0)
     image = torch.arange(1, 31).reshape(1, 1, 5, 6).to(torch.uint8)
-    images = work.shifted(image.expand(400, 1, 5, 6), 2)
+    images = classifiers.shifted(image.expand(400, 1, 5, 6), 2)
     assert (images.dtype, images.shape) == (torch.uint8, (400, 1, 5, 6))
     padded = nn.functional.pad(image, (2, 2, 2, 2))[0, 0]
     views = {(i, j): padded[i : i + 5, j : j + 6] for i in range(5) for j in range(5)}
@@ -605,7 +604,7 @@ def test_training_images_are_shifted_by_whole_pixels_and_nothing_else() -> None:
     ]
     assert all(len(places) == 1 for places in found)
     assert {places[0] for places in found} == set(views), "every shift occurs"
-    assert work.shifted(image, 0) is image
+    assert classifiers.shifted(image, 0) is image
 
 
 @pytest.mark.usefixtures("gpu")

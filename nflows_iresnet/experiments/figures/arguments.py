@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from nflows_iresnet.experiments.arguments import natural_int, positive_int
-from nflows_iresnet.experiments.figures.catalogue import FIGURES
+from nflows_iresnet.experiments.figures import DESCRIPTIONS
 
 HELP = "Train small models and draw what the method does."
 
 EPILOG = f"""\
 figures:
-{chr(10).join(f"  {name:12}{figure.description}" for name, figure in FIGURES.items())}
+{chr(10).join(f"  {name:12}{text}" for name, text in DESCRIPTIONS.items())}
 
 examples:
   nflows-iresnet figures                            all, in minutes on a laptop

@@ -7,21 +7,34 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from nflows_iresnet.experiments.config import UsageError
+from nflows_iresnet.experiments import interruption
+from nflows_iresnet.experiments.config import UsageError, resolve_device, suggest
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
-from nflows_iresnet.experiments.figures.catalogue import chosen_figures
-from nflows_iresnet.experiments.figures.drawing import Drawing, Figure, Settings
+from nflows_iresnet.experiments.figures import DESCRIPTIONS, Drawing, Settings, Stage
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.experiments.plain import finite
 from nflows_iresnet.training import TrainingDivergedError
 
 RESULTS = "figures.json"
+
+
+class Figure(Protocol):
+    """A module of this package that draws one figure."""
+
+    def count_models(self, settings: Settings) -> int:
+        """Return how many models are trained."""
+
+    def draw(self, settings: Settings, stage: Stage) -> Drawing:
+        """Train, measure and draw; `with stage(label):` is around each model."""
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -30,22 +43,48 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         UsageError: arguments cannot work; nothing was written.
     """
+    if getattr(parsed, "list", False):
+        print("\n".join(f"  {name:12}{text}" for name, text in DESCRIPTIONS.items()))
+        return 0
     try:
-        figures = chosen_figures(parsed.only)
+        names = chosen_names(parsed.only)
+        settings = to_settings(parsed)
         folder = open_folder(parsed.out)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    settings = Settings(parsed.steps, parsed.seed, parsed.quick)
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings.threads)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"nflows\.")
-            return _work(figures, settings, folder, quiet=parsed.quiet)
+            return _work(names, settings, folder, quiet=parsed.quiet)
     except KeyboardInterrupt:
         print(f"interrupted: the figures that were done are in {folder}", file=sys.stderr)
-        return 130
+        return interruption.STATUS
     except WriteError as error:
         raise WriteError(f"{error}; the figures that were done are in {folder}") from error
+
+
+def chosen_names(only: Sequence[str] | None) -> list[str]:
+    """Return the figures that were asked for, all by default.
+
+    Raises:
+        ValueError: there is no such figure; the message names the nearest one.
+    """
+    for name in only or ():
+        if name not in DESCRIPTIONS:
+            raise ValueError(f"unknown figure {name!r}: {suggest(name, DESCRIPTIONS)}")
+    return [name for name in DESCRIPTIONS if not only or name in only]
+
+
+def to_settings(parsed: argparse.Namespace) -> Settings:
+    """Turn parsed arguments into settings.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    device = resolve_device(getattr(parsed, "device", None) or "cpu")
+    threads = getattr(parsed, "threads", None) or 1
+    return Settings(parsed.steps, parsed.seed, parsed.quick, device, threads)
 
 
 def open_folder(out: str | None) -> Path:
@@ -62,52 +101,62 @@ def open_folder(out: str | None) -> Path:
     return folder
 
 
-def _work(figures: dict[str, Figure], settings: Settings, folder: Path, *, quiet: bool) -> int:
+def _work(names: list[str], settings: Settings, folder: Path, *, quiet: bool) -> int:
     """Draw what can be drawn, and return the exit status."""
     from nflows_iresnet.experiments.bench.progress import CaseProgress
-    from nflows_iresnet.experiments.figures.report import render
 
-    content = _fresh_content(figures, settings)
+    figures: dict[str, Figure] = {name: import_module(f"{__package__}.{name}") for name in names}
+    content: dict[str, Any] = {
+        "arguments": {"only": names, **asdict(settings)},
+        "environment": describe_environment(settings.device),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "figures": {},
+    }
     drawings: dict[str, Drawing] = {}
-    with CaseProgress(sum(f.stages(settings) for f in figures.values()), quiet=quiet) as progress:
+    total = sum(figure.count_models(settings) for figure in figures.values())
+    with CaseProgress(total, quiet=quiet) as progress:
         for name, figure in figures.items():
             started = time.perf_counter()
             try:
-                drawings[name] = figure.draw(settings, progress.stage)
+                drawing = figure.draw(settings, progress.stage)
             except TrainingDivergedError as error:
                 content["figures"][name] = {"failure": str(error)}
                 print(f"{name} FAILED: {error}", file=sys.stderr)
                 continue
-            seconds = time.perf_counter() - started
-            content["figures"][name] = _entry(name, drawings[name], seconds)
-            write_atomically(folder / f"{name}.png", drawings[name].picture)
+            drawings[name] = drawing
+            content["figures"][name] = {
+                "picture": f"{name}.png",
+                "title": drawing.title,
+                "caption": drawing.caption,
+                "seconds": time.perf_counter() - started,
+                **drawing.numbers,
+            }
+            write_atomically(folder / f"{name}.png", drawing.picture)
     text = json.dumps(finite(content), indent=1, allow_nan=False)
     write_atomically(folder / RESULTS, text.encode())
     path = folder / "report.html"
-    write_atomically(path, render(content, drawings).encode())
+    write_atomically(path, _render(content, drawings).encode())
     print(path if quiet else f"\nreport: {path}")
     return 0 if len(drawings) == len(figures) else 1
 
 
-def _fresh_content(figures: dict[str, Figure], settings: Settings) -> dict[str, Any]:
-    return {
-        "arguments": {
-            "only": list(figures),
-            "steps": settings.steps,
-            "seed": settings.seed,
-            "quick": settings.quick,
-        },
-        "environment": describe_environment("cpu"),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "figures": {},
-    }
+def _render(content: dict[str, Any], drawings: dict[str, Drawing]) -> str:
+    """Render the page of what figures.json holds."""
+    from nflows_iresnet.experiments.report import Page, Section, command_of
 
-
-def _entry(name: str, drawing: Drawing, seconds: float) -> dict[str, Any]:
-    return {
-        "picture": f"{name}.png",
-        "title": drawing.title,
-        "caption": drawing.caption,
-        "seconds": seconds,
-        **drawing.numbers,
+    usual = {**asdict(Settings()), "seed": None}
+    given = {
+        name: value for name, value in content["arguments"].items() if value != usual.get(name)
     }
+    return Page(
+        "nflows-iresnet figures",
+        "Invertible residual networks in pictures",
+        [
+            Section(each.title, pictures=[(name, each.picture, each.caption)])
+            for name, each in drawings.items()
+        ],
+        content,
+        command_of("figures", [], given),
+        meta=[f"seed {content['arguments']['seed']}"],
+        numbers="figures.json",
+    ).render()

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from nflows_iresnet.experiments import runner
 from nflows_iresnet.experiments.config import RunConfig
-from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Array
-from nflows_iresnet.experiments.figures.drawing import Drawing, Settings, Stage
+from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
+from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.pictures import (
     CELL,
     DATA,
@@ -24,7 +24,7 @@ from nflows_iresnet.experiments.pictures import (
 )
 from nflows_iresnet.experiments.results import DatasetSummary, Result
 
-MODELS = {
+TITLES = {
     "residual-flow": "ResidualFlow",
     "i-resnet": "InvertibleResNet",
     "glow": "Glow",
@@ -37,11 +37,13 @@ def to_config(settings: Settings) -> RunConfig:
     """Return the configuration of the comparison."""
     return RunConfig(
         datasets=TOYS[: 1 if settings.quick else None],
-        models=tuple(MODELS),
+        models=tuple(TITLES),
         steps=settings.steps_or(400, 40),
         seed=settings.seed,
         hidden_features=32 if settings.quick else 64,
         num_layers=3 if settings.quick else 6,
+        device=settings.device,
+        threads=settings.threads,
     )
 
 
@@ -103,7 +105,7 @@ def _figure(
     arrays: dict[str, dict[str, dict[str, Array]]],
 ) -> Figure:
     with mpl.rc_context(STYLE):
-        columns = len(MODELS) + 2
+        columns = len(TITLES) + 2
         size = (CELL * columns, (CELL + 0.3) * len(summaries) + 0.25)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(summaries), columns, squeeze=False)
@@ -115,7 +117,7 @@ def _figure(
             row[0].set_title(f"{name}\ndata", color=INK)
             draw_density(row[1], frame, data, brightest)
             row[1].set_title(f"true density\n{_nats(summary.optimum)}", color=INK)
-            for axes, (model, title) in zip(row[2:], MODELS.items(), strict=True):
+            for axes, (model, title) in zip(row[2:], TITLES.items(), strict=True):
                 draw_density(axes, frame, arrays[name][model], brightest)
                 nll = results[name, model, 0].metrics.test_nll
                 axes.set_title(f"{title}\n{_nats(nll)}", color=INK)

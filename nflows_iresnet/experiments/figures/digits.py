@@ -15,7 +15,7 @@ from nflows_iresnet.experiments import runner
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import IMAGE_DEFAULTS, RunConfig
 from nflows_iresnet.experiments.evaluation import Array, EvaluationData, estimated_log_prob
-from nflows_iresnet.experiments.figures.drawing import Drawing, Settings, Stage
+from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
 from nflows_iresnet.experiments.models import REFERENCE, count_parameters, find_model
 from nflows_iresnet.experiments.pictures import INK, STYLE, as_png, show_tiles, tile
 from nflows_iresnet.experiments.results import DatasetSummary
@@ -46,6 +46,8 @@ def to_config(settings: Settings) -> RunConfig:
         models=(REFERENCE,),
         steps=settings.steps_or(600, 40),
         seed=settings.seed,
+        device=settings.device,
+        threads=settings.threads,
         images=True,
         **{
             **IMAGE_DEFAULTS,
@@ -67,7 +69,7 @@ def draw(settings: Settings, stage: Stage) -> Drawing:
     (run,) = runner.prepare(config)
     with stage("digits · residual-flow"):
         seed_everything(settings.seed)
-        model = find_model(run.model, run.size.models).build(run.size)
+        model = find_model(run.model, run.size.models).build(run.size).to(settings.device)
         log = runner.train_run(model, run, config, lambda done, loss: None)
     model.eval()
     exam, summary = run.task.evaluation_data(config), run.task.summarise()
@@ -110,7 +112,7 @@ def interpolate(first: Tensor, second: Tensor, count: int) -> Tensor:
     Returns:
         Shape (N, count, D); cos(t) first + sin(t) second along t in [0, pi / 2].
     """
-    angle = torch.linspace(0, torch.pi / 2, count, dtype=first.dtype)[:, None]
+    angle = torch.linspace(0, torch.pi / 2, count, dtype=first.dtype, device=first.device)[:, None]
     return angle.cos() * first[:, None] + angle.sin() * second[:, None]
 
 

@@ -8,29 +8,23 @@ g_i are free, in the other Lip(g_i) <= c < 1 is certified, so that no layer can 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from nflows_iresnet.experiments.evaluation import Array
-from nflows_iresnet.experiments.figures.drawing import Drawing, Settings, Stage
-from nflows_iresnet.experiments.figures.paths import count_crossings, find_crossings, smallest_gap
+from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
 from nflows_iresnet.experiments.pictures import DATA, INK, STYLE, as_png
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn import LipschitzMLP
-from nflows_iresnet.training import (
-    CLIP_NORM,
-    Steps,
-    TrainingPlan,
-    check_finite,
-    seed_everything,
-)
+from nflows_iresnet.training import Steps, Training, TrainingPlan, run, seed_everything
 
 EDGE = 2.0
 NUM_PATHS = 33
@@ -127,25 +121,25 @@ def _targets(settings: Settings) -> dict[str, Target]:
 
 
 def fit(chain: Chain, target: Target, steps: int, learning_rate: float = LEARNING_RATE) -> None:
-    """Fit a chain by least squares on uniform inputs: Adam, cosine schedule, clipped gradients.
+    """Fit a chain by least squares on uniform inputs, and keep its last state.
 
     Raises:
         TrainingDivergedError: a loss was not finite.
     """
-    plan = TrainingPlan(learning_rate, Steps(steps))
-    optimizer = torch.optim.Adam(chain.parameters(), lr=learning_rate)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate_at(step / steps)
-        inputs = EDGE * (2 * torch.rand(BATCH, 1) - 1)
+
+    def loss(chain: Chain, inputs: Tensor) -> Tensor:
         paths = chain(inputs)
         lengths = paths.diff(dim=0).square().sum(dim=0).mean()
-        loss = squared_error(paths, target.values(inputs)) + STEP_PENALTY * lengths
-        check_finite(loss.item(), step + 1)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(chain.parameters(), CLIP_NORM)
-        optimizer.step()
+        return squared_error(paths, target.values(inputs)) + STEP_PENALTY * lengths
+
+    at_the_end = TrainingPlan(learning_rate, Steps(steps), validations=1)
+    run(Training(chain, _uniform_inputs(chain), at_the_end, lambda: 0.0, loss=loss))
+
+
+def _uniform_inputs(chain: Chain) -> Iterator[Tensor]:
+    device = next(chain.parameters()).device
+    while True:
+        yield EDGE * (2 * torch.rand(BATCH, 1, device=device) - 1)
 
 
 def squared_error(paths: Tensor, wanted: dict[float, Tensor]) -> Tensor:
@@ -159,7 +153,7 @@ def squared_error(paths: Tensor, wanted: dict[float, Tensor]) -> Tensor:
 @torch.no_grad()
 def trace(chain: Chain, target: Target, num_paths: int = NUM_PATHS) -> Fitted:
     """Follow evenly spaced points in double precision, and measure."""
-    chain = chain.double()
+    chain = chain.cpu().double()
     inputs = torch.linspace(-EDGE, EDGE, num_paths, dtype=torch.float64)[:, None]
     wanted = target.values(inputs)
     paths = chain(inputs)
@@ -198,6 +192,52 @@ def _certificate(chain: Chain, inputs: Tensor) -> dict[str, float]:
     }
 
 
+def count_crossings(paths: Array) -> int:
+    """Count how often two paths change their order.
+
+    Paths are straight between layers, so that two of them cross between layers exactly where their
+    order changes. Paths that meet and leave each other on the other side cross once, however many
+    layers they are together; paths that only touch do not cross.
+
+    Args:
+        paths: positions, shape (layers + 1, points).
+
+    Returns:
+        The number of crossings over all pairs.
+
+    Example:
+        >>> count_crossings(np.array([[0.0, 1.0], [1.0, 0.0]]))
+        1
+    """
+    return len(find_crossings(paths))
+
+
+def find_crossings(paths: Array) -> Array:
+    """Return position and layer of every crossing, shape (crossings, 2); see `count_crossings`."""
+    first, second = np.triu_indices(paths.shape[1], k=1)
+    gaps = paths[:, second] - paths[:, first]
+    sides = _last_side(np.sign(gaps))
+    layers, pairs = np.nonzero(sides[1:] * sides[:-1] < 0)
+    before, after = gaps[layers, pairs], gaps[layers + 1, pairs]
+    share = before / np.where(before == after, 1.0, before - after)
+    left = paths[layers, first[pairs]]
+    right = paths[layers + 1, first[pairs]]
+    return np.stack([left + share * (right - left), layers + share], axis=1)
+
+
+def _last_side(signs: Array) -> Array:
+    """Replace each zero by the last sign before it, along the layers."""
+    filled = signs.copy()
+    for layer in range(1, len(filled)):
+        filled[layer] = np.where(filled[layer] == 0, filled[layer - 1], filled[layer])
+    return filled
+
+
+def smallest_gap(paths: Array) -> float:
+    """Return the smallest distance of two neighbours, over all layers."""
+    return float(np.diff(np.sort(paths, axis=1), axis=1).min())
+
+
 def draw(settings: Settings, stage: Stage) -> Drawing:
     """Fit every network to every target and draw their paths."""
     steps, depth = settings.steps_or(600, 100), DEPTH if not settings.quick else 4
@@ -206,7 +246,7 @@ def draw(settings: Settings, stage: Stage) -> Drawing:
         for kind in KINDS:
             with stage(f"dynamics · {name} · {kind}"):
                 seed_everything(settings.seed)
-                chain = BUILDERS[kind](depth)
+                chain = BUILDERS[kind](depth).to(settings.device)
                 fit(chain, target, steps)
                 fitted[kind, name] = trace(chain, target)
     numbers = {f"{name}/{kind}": each.numbers for (kind, name), each in fitted.items()}

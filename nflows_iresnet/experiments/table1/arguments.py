@@ -8,11 +8,10 @@ from typing import Any
 from nflows_iresnet import datasets
 from nflows_iresnet.experiments.arguments import natural_int, positive_float, positive_int
 from nflows_iresnet.experiments.config import TRAINING_PRECISIONS
-from nflows_iresnet.experiments.table1.models import contestants
-from nflows_iresnet.experiments.table1.settings import DEFAULT_COEFFS, Settings
+from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, Settings, described_rows
 
 HELP = "Test errors of invertible classifiers for five bounds, a free one and a ResNet."
-_ROWS = "\n".join(f"  {each.name:10}{each.description}" for each in contestants(DEFAULT_COEFFS))
+_ROWS = "\n".join(f"  {name:10}{text}" for name, text in described_rows(DEFAULT_COEFFS).items())
 EPILOG = f"""\
 rows:
 {_ROWS}

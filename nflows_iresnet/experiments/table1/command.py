@@ -1,10 +1,10 @@
-"""`nflows-iresnet table1`: its arguments, and the run."""
+"""`nflows-iresnet table1`: check everything, train and examine each classifier, report."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -18,10 +18,15 @@ from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
 from nflows_iresnet.experiments.results import Folder, flags
-from nflows_iresnet.experiments.table1.models import Contestant, contestants
+from nflows_iresnet.experiments.table1 import (
+    DEFAULT_COEFFS,
+    QUICK,
+    TUNED,
+    Settings,
+    described_rows,
+)
+from nflows_iresnet.experiments.table1.classifiers import Size, builders, execute
 from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
-from nflows_iresnet.experiments.table1.settings import DEFAULT_COEFFS, QUICK, TUNED, Settings
-from nflows_iresnet.experiments.table1.work import execute
 
 
 def to_settings(parsed: argparse.Namespace) -> Settings:
@@ -50,128 +55,111 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         UsageError: arguments or data cannot work; nothing was written.
     """
+    if getattr(parsed, "list", False):
+        print(listing())
+        return 0
     try:
-        session = _Session(parsed)
+        session = open_session(parsed)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     except OSError as error:
         raise UsageError(describe_os_error(error)) from error
     torch.set_num_threads(session.settings.threads)
     try:
-        session.work()
+        _work(session)
     except KeyboardInterrupt:
-        print(f"interrupted: {session.kept()}\ngo on with: {session.resume()}", file=sys.stderr)
+        print(f"interrupted: {session.kept}\ngo on with: {session.resume}", file=sys.stderr)
         return interruption.STATUS
     except CheckpointError as error:
         raise UsageError(str(error)) from error
     except WriteError as error:
-        raise WriteError(f"{error}; {session.kept()}; go on with: {session.resume()}") from error
+        raise WriteError(f"{error}; {session.kept}; go on with: {session.resume}") from error
     return 0
 
 
-class _Session:
-    """A table under way."""
+def listing() -> str:
+    """List sets of images and rows with one line each."""
+    sections = {"images:": datasets.available_images(), "rows:": described_rows(DEFAULT_COEFFS)}
+    return "\n\n".join(
+        "\n".join([title, *(f"  {name:15}{text}" for name, text in lines.items())])
+        for title, lines in sections.items()
+    )
 
-    def __init__(self, parsed: argparse.Namespace) -> None:
-        check_extra()
-        if parsed.resume and parsed.out is None:
-            raise ValueError("--resume needs the --out folder of the run to go on with")
-        self.quiet: bool = parsed.quiet
-        self.settings = to_settings(parsed)
-        self.data = [_load(self.settings, repeat) for repeat in range(self.settings.repeats)]
-        self.contestants = contestants(self.settings.coeffs)
-        self.folder = Folder(Path(parsed.out or f"results/table1-{datetime.now():%Y%m%d-%H%M%S}"))
-        self.record = self._fresh()
-        if parsed.resume:
-            self.record = _resumed(self.folder, self.record)
-        else:
-            self.folder.refuse_results(Record.from_json)
-        _check_sizes(self.contestants, self.data[0], self.settings)
-        keepers = [self._keeper(*run) for run in self._pending]
-        if parsed.resume:
-            for keeper in keepers:
-                keeper.load()
-        self.folder.create()
-        self._save(self.record)
-        if not parsed.resume:
-            for keeper in keepers:
-                keeper.discard()
 
-    def _fresh(self) -> Record:
-        return Record(
-            arguments=self.settings.as_json(),
-            environment=describe_environment(self.settings.device),
-            started=datetime.now().astimezone().isoformat(timespec="seconds"),
-            data=_summarise(self.data),
-            published=published.CLASSIFICATION_ERROR,
-        )
+@dataclass
+class Session:
+    """A table under way; `data` holds the splits of each repeat."""
+
+    settings: Settings
+    data: list[ImageDataset]
+    folder: Folder
+    record: Record
+    quiet: bool
 
     @property
-    def _runs(self) -> list[tuple[Contestant, int]]:
-        return [
-            (each, repeat) for each in self.contestants for repeat in range(self.settings.repeats)
-        ]
+    def runs(self) -> list[tuple[str, int]]:
+        """Every row with every repeat."""
+        repeats = range(self.settings.repeats)
+        return [(model, r) for model in builders(self.settings.coeffs) for r in repeats]
 
     @property
-    def _pending(self) -> list[tuple[Contestant, int]]:
+    def pending(self) -> list[tuple[str, int]]:
+        """The runs without an outcome yet."""
         finished = {outcome.key for outcome in self.record.outcomes}
-        return [run for run in self._runs if (run[0].name, run[1]) not in finished]
+        return [key for key in self.runs if key not in finished]
 
+    @property
     def kept(self) -> str:
-        """Say what a later run need not do again."""
-        pending = ((contestant.name, repeat) for contestant, repeat in self._pending)
-        return self.folder.kept(len(self.record.outcomes), len(self._runs), pending)
+        """What a later run need not do again."""
+        return self.folder.kept(len(self.record.outcomes), len(self.runs), self.pending)
 
+    @property
     def resume(self) -> str:
-        """Return the command that goes on."""
+        """The command that goes on."""
         from nflows_iresnet.experiments.table1.report import command_line
 
         return self.folder.resume(command_line(self.record))
 
-    def work(self) -> None:
-        """Do what is not done yet, save after each classifier, and show the table."""
-        from nflows_iresnet.experiments.progress import LiveProgress
-
-        pending, total = self._pending, len(self._runs)
-        with LiveProgress(total, total - len(pending), quiet=self.quiet) as progress:
-            for contestant, repeat in pending:
-                progress.begin(f"{contestant.name} · repeat {repeat + 1}")
-                keeper = self._keeper(contestant, repeat)
-                data = self.data[repeat]
-                outcome = execute(contestant, repeat, data, self.settings, progress.step, keeper)
-                self._save(self.record.adding(outcome))
-                keeper.discard()
-                progress.finish(_line(outcome))
-        self._show()
-
-    def _keeper(self, contestant: Contestant, repeat: int) -> Keeper:
-        key = (contestant.name, repeat)
+    def keeper(self, key: tuple[str, int]) -> Keeper:
+        """Return what keeps the checkpoints of a run."""
         return Keeper(self.folder.checkpoint(key), [self.settings.as_json(), *key])
 
-    def _save(self, record: Record) -> None:
+    def save(self, record: Record) -> None:
+        """Write results.json."""
         write_atomically(self.folder.results, record.as_json().encode())
         self.record = record
 
-    def _show(self) -> None:
-        from nflows_iresnet.experiments.table1 import picture, report, table
-        from nflows_iresnet.experiments.tables import make_console, print_grid
 
-        image = picture.draw(self.record)
-        write_atomically(self.folder.path / "table1.png", image)
-        page = self.folder.path / "report.html"
-        write_atomically(page, report.render(self.record, image).encode())
-        if self.quiet:
-            print(page)
-            return
-        console = make_console(width=140)
-        console.print(f"\n[bold]{self.record.data.name}[/]: {report.caption(self.record)}")
-        print_grid(console, table.columns_for(self.record), self.record.rows())
-        for line in self.record.captures():
-            console.print(line, style="yellow", markup=False)
-        for row in self.record.rows():
-            for failure in row.failures:
-                console.print(f"{row.model} FAILED {failure}", style="red", markup=False)
-        print(f"\nreport: {page}")
+def open_session(parsed: argparse.Namespace) -> Session:
+    """Check everything that can be checked, then create the output folder.
+
+    Raises:
+        ValueError: something cannot work; the message names it and nothing was written.
+    """
+    check_extra()
+    if parsed.resume and parsed.out is None:
+        raise ValueError("--resume needs the --out folder of the run to go on with")
+    settings = to_settings(parsed)
+    data = [_load(settings, repeat) for repeat in range(settings.repeats)]
+    folder = Folder(Path(parsed.out or f"results/table1-{datetime.now():%Y%m%d-%H%M%S}"))
+    record = _fresh_record(settings, data)
+    if parsed.resume:
+        record = _resumed(folder, record)
+    else:
+        folder.refuse_results(Record.from_json)
+    for build in builders(settings.coeffs).values():
+        build(Size.of(data[0], settings))  # an impossible size is said before anything is trained
+    session = Session(settings, data, folder, record, parsed.quiet)
+    keepers = [session.keeper(key) for key in session.pending]
+    if parsed.resume:
+        for keeper in keepers:
+            keeper.load()
+    folder.create()
+    session.save(record)
+    if not parsed.resume:
+        for keeper in keepers:
+            keeper.discard()
+    return session
 
 
 def _load(settings: Settings, repeat: int) -> ImageDataset:
@@ -180,27 +168,25 @@ def _load(settings: Settings, repeat: int) -> ImageDataset:
     )
 
 
-def _check_sizes(rows: list[Contestant], data: ImageDataset, settings: Settings) -> None:
-    """Build every classifier once, so that impossible sizes are said before anything is trained."""
-    from nflows_iresnet.experiments.table1.models import Size
-
-    for row in rows:
-        row.build(Size(data.shape, data.num_classes, data.levels, settings))
-
-
-def _summarise(data: list[ImageDataset]) -> DataSummary:
+def _fresh_record(settings: Settings, data: list[ImageDataset]) -> Record:
     first = data[0]
     tests = torch.cat([each.test for each in data]).flatten(start_dim=1)
-    return DataSummary(
-        name=first.name,
-        source=first.source,
-        split=first.split,
-        shape=first.shape,
-        levels=first.levels,
-        num_classes=first.num_classes,
-        num_train=len(first.train),
-        num_test=len(first.test),
-        num_distinct=len(torch.unique(tests, dim=0)),
+    return Record(
+        arguments=settings.as_json(),
+        environment=describe_environment(settings.device),
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        data=DataSummary(
+            name=first.name,
+            source=first.source,
+            split=first.split,
+            shape=first.shape,
+            levels=first.levels,
+            num_classes=first.num_classes,
+            num_train=len(first.train),
+            num_test=len(first.test),
+            num_distinct=len(torch.unique(tests, dim=0)),
+        ),
+        published=published.CLASSIFICATION_ERROR,
     )
 
 
@@ -210,6 +196,23 @@ def _resumed(folder: Folder, now: Record) -> Record:
     return then
 
 
+def _work(session: Session) -> None:
+    """Do what is not done yet, save after each classifier, and show the table."""
+    from nflows_iresnet.experiments.progress import LiveProgress
+
+    pending, total = session.pending, len(session.runs)
+    with LiveProgress(total, total - len(pending), quiet=session.quiet) as progress:
+        for model, repeat in pending:
+            progress.begin(f"{model} · repeat {repeat + 1}")
+            keeper = session.keeper((model, repeat))
+            data = session.data[repeat]
+            outcome = execute(model, repeat, data, session.settings, progress.step, keeper)
+            session.save(session.record.adding(outcome))
+            keeper.discard()
+            progress.finish(_line(outcome))
+    _show(session)
+
+
 def _line(outcome: Outcome) -> str:
     label = f"{outcome.model} · repeat {outcome.repeat + 1}: "
     if outcome.failure is not None:
@@ -217,3 +220,25 @@ def _line(outcome: Outcome) -> str:
     reason = outcome.capture_reason
     eager = "" if reason is None else f"; steps not captured: {reason}"
     return f"{label}{outcome.num_wrong} of {outcome.num_test} test images wrong{eager}"
+
+
+def _show(session: Session) -> None:
+    from nflows_iresnet.experiments.table1.report import columns_for, draw, render
+    from nflows_iresnet.experiments.tables import make_console, print_grid
+
+    record, picture = session.record, draw(session.record)
+    write_atomically(session.folder.path / "table1.png", picture)
+    page = session.folder.path / "report.html"
+    write_atomically(page, render(record, picture).encode())
+    if session.quiet:
+        print(page)
+        return
+    console = make_console(width=140)
+    console.print(f"\n[bold]{record.data.name}[/]: {record.caption()}")
+    print_grid(console, columns_for(record), record.rows())
+    for line in record.captures():
+        console.print(line, style="yellow", markup=False)
+    for row in record.rows():
+        for failure in row.failures:
+            console.print(f"{row.model} FAILED {failure}", style="red", markup=False)
+    print(f"\nreport: {page}")

@@ -1,45 +1,39 @@
-"""What is kept of a table of classifiers, and the rows that are printed of it."""
+"""What is kept of a table of classifiers, and the rows that are shown of it."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from nflows_iresnet.experiments.environment import check_environment
 from nflows_iresnet.experiments.plain import finite, parse, rebuild
-from nflows_iresnet.experiments.table1.inversion import Inversion
 
 FORMAT = "table1-1"
 
 
 @dataclass(frozen=True)
-class DataSummary:
-    """What a reader needs to know about the images.
+class Inversion:
+    """What became of images that were encoded and decoded.
 
     Args:
-        name: of the set.
-        source: the files.
-        split: how the splits of the first repeat were made.
-        shape: channels, height and width.
-        levels: values that a pixel can take.
-        num_classes: number of classes.
-        num_train: training images per repeat.
-        num_test: test images per repeat.
-        num_distinct: distinct test images over all repeats.
+        num_images: how many images.
+        num_failed: how many of them have a block where the solver gave up.
+        residual_max: largest residual of a block's solution, in the 2-norm.
+        error_max: largest error of a pixel, where a level has width 1; the best point that was
+            found counts where the solver gave up.
+        error_median: median over the images of their largest error.
     """
 
-    name: str
-    source: str
-    split: str
-    shape: tuple[int, ...]
-    levels: int
-    num_classes: int
-    num_train: int
-    num_test: int
-    num_distinct: int
+    num_images: int
+    num_failed: int
+    residual_max: float
+    error_max: float
+    error_median: float
 
 
 @dataclass(frozen=True)
@@ -49,13 +43,9 @@ class Outcome:
     Args:
         model: name of the row.
         repeat: 0, 1, ...
-        model_class: full name of its class.
-        num_parameters: trained parameters.
-        steps: optimiser steps taken.
         best_step: the step whose state was examined.
         train_seconds: time of the training, validation not counted.
-        num_test: test images.
-        num_wrong: how many of them were misclassified.
+        num_wrong: test images that were misclassified.
         lipschitz_bound: largest certified bound over the blocks, None where none is known.
         inversion: what became of test images in the inverse, None where there is none.
         failure: what went wrong, None if nothing did.
@@ -85,17 +75,37 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class DataSummary:
+    """What a reader needs to know about the images.
+
+    Args:
+        split: how the splits of the first repeat were made.
+        levels: values that a pixel can take.
+        num_train: training images per repeat.
+        num_test: test images per repeat.
+        num_distinct: distinct test images over all repeats.
+    """
+
+    name: str
+    source: str
+    split: str
+    shape: tuple[int, ...]
+    levels: int
+    num_classes: int
+    num_train: int
+    num_test: int
+    num_distinct: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One classifier over all its repeats.
 
     Args:
-        model: its name.
-        error_percent: test error over all repeats.
-        error_se: its binomial standard error, for the number of distinct test images.
+        error_se: binomial standard error of the test error, for the distinct test images.
         lipschitz_bound: the largest over the repeats, None where none is known.
         guaranteed_inverse: whether that bound is below 1.
         inversion: the worst over the repeats, counts added up.
-        num_parameters: trained parameters.
         train_seconds: mean over the repeats.
         published: published test errors in percent, by data set.
         failures: what went wrong.
@@ -121,7 +131,6 @@ class Record:
         arguments: the settings of the run.
         environment: versions, device and machine.
         started: ISO date and time.
-        data: the images.
         published: by row and data set, published test errors in percent.
         outcomes: what is finished.
     """
@@ -140,9 +149,8 @@ class Record:
 
     def _row(self, outcomes: Sequence[Outcome]) -> Row:
         name, done = outcomes[0].model, [each for each in outcomes if each.failure is None]
-        bounds = [each.lipschitz_bound for each in done]
-        known = [bound for bound in bounds if bound is not None]
-        bound = max(known) if known and len(known) == len(bounds) else None
+        known = [each.lipschitz_bound for each in done if each.lipschitz_bound is not None]
+        bound = max(known) if known and len(known) == len(done) else None
         error, standard_error = _error(done, self.data.num_distinct)
         return Row(
             model=name,
@@ -165,6 +173,19 @@ class Record:
             for model, reason in reasons.items()
             if reason is not None
         ]
+
+    def caption(self) -> str:
+        """Describe the images and the training in one line."""
+        data, repeats = self.data, self.arguments["repeats"]
+        budget = self.arguments.get("budget")
+        length = (
+            f"{self.arguments['steps']} steps" if budget is None else f"{budget:g} s of training"
+        )
+        return (
+            f"{data.num_train} training and {data.num_test} test images of "
+            f"{'x'.join(map(str, data.shape))}, {repeats} repeat{'s' if repeats > 1 else ''}, "
+            f"{data.num_distinct} distinct test images, {length}"
+        )
 
     def adding(self, outcome: Outcome) -> Record:
         """Return the record with one more outcome."""
@@ -200,17 +221,8 @@ def _error(outcomes: Sequence[Outcome], distinct: int) -> tuple[float | None, fl
 
 
 def _worst(inversions: Sequence[Inversion]) -> Inversion | None:
+    """Add the counts and take the largest errors; NaN is worse than any."""
     if not inversions:
         return None
-    return Inversion(
-        num_images=sum(each.num_images for each in inversions),
-        num_failed=sum(each.num_failed for each in inversions),
-        residual_max=_largest([each.residual_max for each in inversions]),
-        error_max=_largest([each.error_max for each in inversions]),
-        error_median=_largest([each.error_median for each in inversions]),
-    )
-
-
-def _largest(values: Sequence[float]) -> float:
-    """Return the largest value; NaN, which is worse than any, if there is one."""
-    return math.nan if any(map(math.isnan, values)) else max(values)
+    images, failed, *errors = zip(*map(astuple, inversions), strict=True)
+    return Inversion(sum(images), sum(failed), *(float(np.max(each)) for each in errors))

@@ -1,0 +1,289 @@
+"""The classifiers of the table: built, trained by the library's loop, and examined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
+from nflows_iresnet.datasets import ImageDataset
+from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
+from nflows_iresnet.experiments.config import describe
+from nflows_iresnet.experiments.files import WriteError
+from nflows_iresnet.experiments.interruption import Postponed
+from nflows_iresnet.experiments.models import count_parameters
+from nflows_iresnet.experiments.table1 import Settings
+from nflows_iresnet.experiments.table1.record import Inversion, Outcome
+from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged, Solution
+from nflows_iresnet.training import (
+    Batches,
+    History,
+    Seconds,
+    Steps,
+    Training,
+    TrainingPlan,
+    run,
+    seed_everything,
+)
+from nflows_iresnet.transforms import InjectivePadding, ResidualTransform
+
+SOLVER = FixedPointIteration()
+"""The inverse of the papers, for every classifier that has one."""
+CHUNK = 512
+"""Images at a time in examinations."""
+NUM_INVERTED = 1024
+"""Test images that are inverted, where there are more."""
+
+
+# --- what is built --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all classifiers have in common."""
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    levels: int
+    settings: Settings
+
+    @classmethod
+    def of(cls, data: ImageDataset, settings: Settings) -> Size:
+        """Return the size that suits some images."""
+        return cls(data.shape, data.num_classes, data.levels, settings)
+
+    @property
+    def of_residual(self) -> dict[str, Any]:
+        """What residual classifiers have in common beside the shape of the images."""
+        return {
+            "num_blocks": self.settings.num_blocks,
+            "num_scales": self.settings.num_scales,
+            "padding": self.settings.padding,
+            "levels": self.levels,
+            "solver": SOLVER,
+        }
+
+
+class ResNet(nn.Module):
+    """Stem, then per scale one strided and `num_blocks - 1` plain blocks, mean, linear map.
+
+    Args:
+        size: what it has in common with the others; `num_scales` halvings, each doubles the width.
+        width: channels of the stem.
+
+    References:
+        He, Zhang, Ren, Sun. Deep residual learning for image recognition, 2016.
+    """
+
+    def __init__(self, size: Size, width: int) -> None:
+        super().__init__()
+        self.levels = size.levels
+        layers: list[nn.Module] = [_conv(size.shape[0], width), nn.BatchNorm2d(width), nn.ReLU()]
+        for _ in range(size.settings.num_scales):
+            layers.append(_BasicBlock(width, 2 * width, stride=2))
+            width *= 2
+            plain = range(size.settings.num_blocks - 1)
+            layers += [_BasicBlock(width, width, stride=1) for _ in plain]
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, size.num_classes)]
+        self.net = nn.Sequential(*layers, *pool)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, num_classes) of images (B, C, H, W)."""
+        logits: Tensor = self.net(images.float() / (self.levels - 1) - 0.5)
+        return logits
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, before: int, after: int, *, stride: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            *(_conv(before, after, stride=stride), nn.BatchNorm2d(after), nn.ReLU()),
+            *(_conv(after, after), nn.BatchNorm2d(after)),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or before != after:
+            self.shortcut = nn.Conv2d(before, after, 1, stride=stride, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.relu(self.shortcut(inputs) + self.branch(inputs))
+
+
+def _conv(before: int, after: int, *, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+
+
+def invertible(size: Size, coeff: float) -> InvertibleClassifier:
+    """Build the classifier with a certified Lip(g) <= coeff in each block."""
+    hidden = size.settings.hidden_channels
+    return InvertibleClassifier(
+        size.shape, size.num_classes, hidden, coeff=coeff, **size.of_residual
+    )
+
+
+def vanilla(size: Size) -> ResidualClassifier:
+    """Build the architecture of the invertible classifiers with ordinary convolutions."""
+    hidden = size.settings.hidden_channels
+
+    def branch(channels: int) -> nn.Module:
+        return nn.Sequential(
+            *(nn.Conv2d(channels, hidden, 3, padding=1), nn.ELU()),
+            *(nn.Conv2d(hidden, hidden, 1), nn.ELU()),
+            nn.Conv2d(hidden, channels, 3, padding=1),
+        )
+
+    return ResidualClassifier(size.shape, size.num_classes, branch, **size.of_residual)
+
+
+def resnet(size: Size) -> ResNet:
+    """Build the ResNet whose parameters come nearest to those of the vanilla architecture."""
+    with torch.random.fork_rng(devices=[]):
+        target = count_parameters(vanilla(size))
+        counts = {width: count_parameters(ResNet(size, width)) for width in range(2, 65, 2)}
+    return ResNet(size, min(counts, key=lambda width: abs(counts[width] - target)))
+
+
+def builders(coeffs: Iterable[float]) -> dict[str, Callable[[Size], nn.Module]]:
+    """Return what builds each row of the table; `described_rows` has the same rows."""
+    bounded = {f"c={coeff:g}": partial(invertible, coeff=coeff) for coeff in coeffs}
+    return {"resnet": resnet, "vanilla": vanilla, **bounded}
+
+
+# --- what is done ---------------------------------------------------------------------------------
+
+
+def execute(
+    model: str,
+    repeat: int,
+    data: ImageDataset,
+    settings: Settings,
+    on_step: Callable[[float, float], None] = lambda done, loss: None,
+    keeper: Keeper | None = None,
+) -> Outcome:
+    """Train and examine one classifier; what goes wrong is part of the outcome."""
+    seed_everything(settings.seed + repeat)
+    build = builders(settings.coeffs)[model]
+    classifier = build(Size.of(data, settings)).to(settings.device)
+    kind = type(classifier)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    begun = Outcome(model, repeat, name, count_parameters(classifier))
+    try:
+        training = _training(classifier, data, settings, settings.seed + repeat)
+        history = run(training, on_step, keeper, None if keeper is None else Postponed())
+        return _examined(begun, history, classifier, data, settings.device)
+    except (CheckpointError, WriteError):
+        raise
+    except Exception as error:
+        return replace(begun, failure=describe(error))
+
+
+def _training(classifier: nn.Module, data: ImageDataset, settings: Settings, seed: int) -> Training:
+    """Return a training by cross-entropy on numbered images, which lie on the device."""
+    device = settings.device
+    images, labels = data.train.to(device), data.train_labels.to(device)
+    validation, answers = data.validation.to(device), data.validation_labels.to(device)
+
+    def loss(classifier: nn.Module, numbers: Tensor) -> Tensor:
+        return cross_entropy(classifier(shifted(images[numbers], settings.shift)), labels[numbers])
+
+    @torch.no_grad()
+    def validate() -> float:
+        losses = cross_entropy(logits_of(classifier, validation), answers, reduction="none")
+        return float(losses.double().mean())
+
+    length = Steps(settings.steps or 0) if settings.budget is None else Seconds(settings.budget)
+    plan = TrainingPlan(settings.learning_rate, length, tf32=settings.training_precision == "tf32")
+    numbers = torch.arange(len(images), device=device)
+    return Training(
+        classifier, Batches(numbers, settings.batch_size, seed), plan, validate, loss=loss
+    )
+
+
+def shifted(images: Tensor, largest: int) -> Tensor:
+    """Return images (B, C, H, W), each moved by -largest to largest pixels; zeros come in."""
+    if largest == 0:
+        return images
+    batch, _, height, width = images.shape
+    down, right = torch.randint(0, 2 * largest + 1, (2, batch, 1), device=images.device)
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.arange(width, device=images.device)
+    each = torch.arange(batch, device=images.device)[:, None, None]
+    padded = nn.functional.pad(images, 4 * (largest,)).movedim(1, -1)
+    return padded[each, rows[:, :, None], columns[:, None]].movedim(-1, 1)
+
+
+def logits_of(classifier: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits of many images, a chunk at a time."""
+    return torch.cat([classifier(chunk) for chunk in images.split(CHUNK)])
+
+
+@torch.no_grad()
+def _examined(
+    begun: Outcome, history: History, classifier: nn.Module, data: ImageDataset, device: str
+) -> Outcome:
+    images, labels = data.test.to(device), data.test_labels.to(device)
+    found = replace(
+        begun,
+        steps=history.steps,
+        best_step=history.best_step,
+        train_seconds=history.seconds,
+        num_test=len(labels),
+        num_wrong=int((logits_of(classifier, images).argmax(dim=1) != labels).sum()),
+        is_captured=history.is_captured,
+        capture_reason=history.capture_reason,
+    )
+    if not isinstance(classifier, ResidualClassifier):
+        return found
+    inversion = invert(classifier, images[:NUM_INVERTED])
+    return replace(found, lipschitz_bound=classifier.lipschitz_bound(), inversion=inversion)
+
+
+@torch.no_grad()
+def invert(classifier: ResidualClassifier, images: Tensor, rows: int = CHUNK) -> Inversion:
+    """Encode images, decode them block by block, and go on where a block's solver gives up.
+
+    Args:
+        classifier: in evaluation.
+        images: (B, C, H, W).
+        rows: images at a time.
+    """
+    parts = [_invert(classifier, chunk) for chunk in images.split(rows)]
+    errors, residuals, failed = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Inversion(
+        num_images=len(images),
+        num_failed=int(failed.sum()),
+        residual_max=float(residuals.max()),
+        error_max=float(errors.max()),
+        error_median=float(errors.median()),
+    )
+
+
+def _invert(classifier: ResidualClassifier, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each image its largest error and residual, and whether a solver gave up."""
+    values = classifier.encode(images)
+    residuals = values.new_zeros(len(values))
+    failed = torch.zeros_like(residuals, dtype=torch.bool)
+    for transform in reversed(list(classifier.transform._transforms)):
+        if isinstance(transform, ResidualTransform):
+            solution = _solve(transform, values)
+            values = solution.value
+            residuals = residuals.maximum(solution.residual)
+            failed = failed | ~solution.converged
+        elif isinstance(transform, InjectivePadding):
+            values = values[:, : values.shape[1] - transform.channels]
+        else:
+            values = transform.inverse(values)[0]
+    return (values - images).abs().flatten(start_dim=1).amax(dim=1), residuals, failed
+
+
+def _solve(block: ResidualTransform, targets: Tensor) -> Solution:
+    function = block.bind()
+    try:
+        return block.solver(lambda point: targets - function(point), targets, function.lipschitz)
+    except FixedPointNotConverged as error:
+        return error.solution
