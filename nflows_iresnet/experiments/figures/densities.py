@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from nflows_iresnet.experiments import runner
 from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
-from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.pictures import (
     CELL,
     DATA,
