@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich import box
@@ -46,7 +47,7 @@ def _table(left: Sequence[str], right: Sequence[str]) -> Table:
     """Return an empty table with a last column for remarks."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in left:
-        table.add_column(title, vertical="bottom", no_wrap="case" in left[0])
+        table.add_column(title, vertical="bottom", no_wrap=left[0] == "case")
     for title in right:
         table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
     table.add_column("", vertical="bottom")
@@ -160,9 +161,13 @@ def _panel(ax: Axes, found: Sequence[Fit]) -> None:
     ax.set(title=found[0].item, xlabel=found[0].variable, ylabel=found[0].quantity)
     ax.set(xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
+        _label_decades(axis)
     ax.legend(fontsize=7, frameon=False)
+
+
+def _label_decades(axis: Axis) -> None:
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _colour(model: str) -> str:
@@ -189,4 +194,5 @@ def _curves(ax: Axes, name: str, results: Sequence[CaseResult]) -> None:
             label, colour = None if first else each.model, _colour(each.model)
             ax.semilogx(each.raw["seconds"], each.raw["nll"], color=colour, label=label)
     ax.set(title=name, xlabel="seconds of training", ylabel="exact test NLL (nats)")
+    _label_decades(ax.xaxis)
     ax.legend(fontsize=7, frameon=False)
