@@ -32,7 +32,6 @@ from nflows_iresnet.experiments.subcommands import build_parser
 from nflows_iresnet.experiments.table1 import command as table1
 from nflows_iresnet.experiments.table1 import work
 from nflows_iresnet.experiments.table1.settings import TUNED
-from nflows_iresnet.experiments.training import train
 from nflows_iresnet.flows.image import ImageResidualFlow
 from nflows_iresnet.training import (
     Batches,
@@ -45,6 +44,7 @@ from nflows_iresnet.training import (
     set_learning_rate,
 )
 from nflows_iresnet.transforms.image import PixelwiseSpline
+from tests.trained import train
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

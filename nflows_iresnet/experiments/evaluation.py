@@ -15,7 +15,6 @@ from torch import Tensor
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.memory import peak_megabytes
-from nflows_iresnet.experiments.training import synchronize
 
 T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -224,6 +223,12 @@ def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     result = work()
     synchronize(device)
     return result, time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from nflows_iresnet.experiments.environment import check_extra, describe_environ
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 
 if TYPE_CHECKING:
-    from nflows_iresnet.experiments.bench.progress import CaseProgress
+    from nflows_iresnet.experiments.progress import CaseProgress
 
 RESULTS = "bench.json"
 OPTIONAL = "quality"
@@ -120,7 +120,7 @@ def _load() -> list[float] | None:
 
 
 def _work(session: Session) -> None:
-    from nflows_iresnet.experiments.bench.progress import CaseProgress
+    from nflows_iresnet.experiments.progress import CaseProgress
 
     total = sum(len(cases) for cases in session.cases.values())
     with CaseProgress(total, quiet=session.quiet) as progress:

@@ -64,8 +64,8 @@ def open_folder(out: str | None) -> Path:
 
 def _work(figures: dict[str, Figure], settings: Settings, folder: Path, *, quiet: bool) -> int:
     """Draw what can be drawn, and return the exit status."""
-    from nflows_iresnet.experiments.bench.progress import CaseProgress
     from nflows_iresnet.experiments.figures.report import render
+    from nflows_iresnet.experiments.progress import CaseProgress
 
     content = _fresh_content(figures, settings)
     drawings: dict[str, Drawing] = {}

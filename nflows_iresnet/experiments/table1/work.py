@@ -13,13 +13,21 @@ from nflows_iresnet.datasets import ImageDataset
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.files import WriteError
+from nflows_iresnet.experiments.interruption import Postponed
 from nflows_iresnet.experiments.models import count_parameters
 from nflows_iresnet.experiments.table1.inversion import invert
 from nflows_iresnet.experiments.table1.models import Contestant, Size
 from nflows_iresnet.experiments.table1.record import Outcome
 from nflows_iresnet.experiments.table1.settings import Settings
-from nflows_iresnet.experiments.training import train
-from nflows_iresnet.training import Batches, Seconds, Steps, TrainingPlan, seed_everything
+from nflows_iresnet.training import (
+    Batches,
+    Seconds,
+    Steps,
+    Training,
+    TrainingPlan,
+    run,
+    seed_everything,
+)
 
 OnStep = Callable[[float, float], None]
 CHUNK = 512
@@ -140,7 +148,8 @@ def _trained(
     length = Steps(settings.steps or 0) if settings.budget is None else Seconds(settings.budget)
     is_short = settings.training_precision == "tf32"
     plan = TrainingPlan(settings.learning_rate, length, tf32=is_short)
-    log = train(model, stream, lambda: cross_entropy(classifier, validation), plan, on_step, keeper)
+    training = Training(model, stream, plan, lambda: cross_entropy(classifier, validation))
+    log = run(training, on_step, keeper, None if keeper is None else Postponed())
     test = Labelled(data.test, data.test_labels).to(device)
     residual = classifier if isinstance(classifier, ResidualClassifier) else None
     return Outcome(

@@ -1,0 +1,131 @@
+"""Runs side by side, in processes and on a cluster: the same numbers, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nflows_iresnet.experiments.cli import main
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("joblib")
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--num-layers", "1", "--hidden-features", "8", "--num-blocks-per-layer", "1"]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    rows = np.random.default_rng(0).normal(size=(200, 3))
+    np.savetxt(tmp_path / "table.csv", rows, delimiter=",")
+    return str(tmp_path / "table.csv")
+
+
+def results(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return data
+
+
+def test_jobs_are_not_for_one_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["compare", "moons", "--device", "cuda", "--jobs", "2"]) == 2
+    assert "would share one GPU" in capsys.readouterr().err
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+SCRIPT = """
+import signal, sys
+from nflows_iresnet.experiments.cli import main
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    script = tmp_path / "command.py"
+    script.write_text(SCRIPT)
+
+    def popen(*words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(script), "compare", *words],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+        )
+
+    return popen
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("it did not come")
+
+
+@pytest.mark.slow
+def test_side_by_side_is_the_same_as_one_after_the_other(
+    table: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    words = [table, "--models", "nice", "residual-flow", "--steps", "30", "--repeats", "2", *TINY]
+    one, two = tmp_path / "one", tmp_path / "two"
+    rates = ["--learning-rates", "1e-3", "1e-2", "--quiet", "--out"]
+    assert main(["compare", *words, *rates, str(one)]) == 0
+    process = start(*words, *rates, str(two), "--jobs", "2")
+    _, printed = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+
+    def numbers(folder: Path) -> dict[Any, Any]:
+        found = results(folder)["results"]
+        keys = [(each["model"], each["repeat"], each["learning_rate"]) for each in found]
+        return dict(zip(keys, [each["metrics"]["test_nll"] for each in found], strict=True))
+
+    assert numbers(one) == pytest.approx(numbers(two), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_an_end_in_the_middle_loses_nothing_that_was_finished(
+    ending: signal.Signals,
+    table: str,
+    tmp_path: Path,
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    out = tmp_path / "out"
+    words = [table, "--models", "nice", "--steps", "2000", "--repeats", "3", *TINY]
+    words += ["--patience", "20", "--checkpoint-minutes", "0.001", "--out", str(out)]
+    process = start(*words, "--jobs", "2")
+    wait_for(lambda: len(list((out / "runs").glob("*.pt"))) == 2)
+    process.send_signal(ending)
+    _, printed = process.communicate(timeout=600)
+    if ending == signal.SIGINT:
+        assert process.returncode == 130, printed
+        assert "Traceback" not in printed
+        assert "interrupted: finishing the steps under way" in printed
+        assert "2 under way up to their last checkpoints" in printed
+    before = {path: torch.load(path, weights_only=True) for path in (out / "runs").glob("*.pt")}
+    again = start(*words, "--resume", "--quiet")
+    _, printed = again.communicate(timeout=600)
+    assert again.returncode == 0, printed
+    assert len(before) == 2
+    found = results(out)["results"]
+    assert [each["training"]["steps"] for each in found] == [2000] * 3
