@@ -163,7 +163,9 @@ def processes_ended() -> Iterator[None]:
     try:
         yield
     finally:
-        get_reusable_executor(kill_workers=True).shutdown(kill_workers=True)
+        executor = get_reusable_executor(reuse=True)
+        # joblib's own has `terminate`, which leaves no folder that a tracker would warn of
+        getattr(executor, "terminate", executor.shutdown)(kill_workers=True)
 
 
 def side_by_side(
@@ -237,7 +239,7 @@ def _do_in_process(
     order: Order, index: int, path: str, size: int, parent: int
 ) -> tuple[int, Outcome | Exception | None]:
     """Do it; an error is returned, as joblib would kill the others if it were raised."""
-    _settle_in(parent)
+    _settle_in(parent, os.path.dirname(path))
     board = _Board(path, size)
     try:
         wish = _ToldByParent(board, parent)
@@ -260,16 +262,17 @@ class _ToldByParent(_Wish):
 
 
 @lru_cache(maxsize=1)
-def _settle_in(parent: int) -> None:
+def _settle_in(parent: int, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
+    threading.Thread(target=_outlive_nobody, args=(parent, folder), daemon=True).start()
 
 
-def _outlive_nobody(parent: int) -> None:
+def _outlive_nobody(parent: int, folder: str) -> None:
     """End this process soon after the one that started it, by when a step has been saved."""
     while os.getppid() == parent:
         time.sleep(1.0)
     time.sleep(_GRACE)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
