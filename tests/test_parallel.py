@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def table(tmp_path: Path) -> str:
 def results(folder: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return data
+
+
+def numbers(folder: Path) -> dict[Any, Any]:
+    found = results(folder)["results"]
+    keys = [(each["model"], each["repeat"], each["learning_rate"]) for each in found]
+    return dict(zip(keys, [each["metrics"]["test_nll"] for each in found], strict=True))
 
 
 def test_jobs_are_not_for_one_gpu(
@@ -94,11 +101,6 @@ def test_side_by_side_is_the_same_as_one_after_the_other(
     _, printed = process.communicate(timeout=600)
     assert process.returncode == 0, printed
 
-    def numbers(folder: Path) -> dict[Any, Any]:
-        found = results(folder)["results"]
-        keys = [(each["model"], each["repeat"], each["learning_rate"]) for each in found]
-        return dict(zip(keys, [each["metrics"]["test_nll"] for each in found], strict=True))
-
     assert numbers(one) == pytest.approx(numbers(two), abs=1e-5)
 
 
@@ -129,3 +131,42 @@ def test_an_end_in_the_middle_loses_nothing_that_was_finished(
     assert len(before) == 2
     found = results(out)["results"]
     assert [each["training"]["steps"] for each in found] == [2000] * 3
+
+
+# --- on a cluster ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_worker_that_dies_are_done_again_and_counted_once(
+    cluster: Any, table: str, tmp_path: Path
+) -> None:
+    words = [table, "--models", "nice", "--steps", "1500", "--repeats", "4", *TINY, "--quiet"]
+    words += ["--patience", "20", "--checkpoint-minutes", "0.001", "--out"]
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    victim = next(iter(cluster.workers.values())).pid
+    killed = threading.Thread(target=kill_when_busy, args=(victim, out), daemon=True)
+    killed.start()
+    assert main(["compare", *words, str(out), "--dask", cluster.scheduler_address]) == 0
+    killed.join(timeout=1)
+    assert not killed.is_alive(), "nobody was killed"
+    assert victim not in {worker.pid for worker in cluster.workers.values()}
+    assert main(["compare", *words, str(alone)]) == 0
+    found = results(out)["results"]
+    assert len(found) == 4
+    assert numbers(out) == pytest.approx(numbers(alone), abs=1e-5)
+    assert not list((out / "runs").glob("*.pt"))
+
+
+def kill_when_busy(victim: int, out: Path) -> None:
+    wait_for(lambda: len(list((out / "runs").glob("*.pt"))) == 2)
+    assert not results(out)["results"]
+    os.kill(victim, signal.SIGKILL)

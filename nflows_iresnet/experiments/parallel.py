@@ -290,7 +290,7 @@ def connect(address: str) -> Any:
     except ImportError as error:
         raise ValueError("--dask needs Dask: pip install 'nflows-iresnet[dask]'") from error
     try:
-        client = Client(address, timeout=_CONNECTING, set_as_default=False)
+        client = Client(address, timeout=_CONNECTING)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--dask {address}: no scheduler answers there ({describe(error)}): give the address "
