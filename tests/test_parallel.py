@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from nflows_iresnet.experiments import parallel, runs
+from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.config import RunConfig, UsageError
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -51,6 +55,88 @@ def test_jobs_are_not_for_one_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["compare", "moons", "--device", "cuda", "--jobs", "2"]) == 2
     assert "would share one GPU" in capsys.readouterr().err
+
+
+def test_jobs_and_a_cluster_are_two_places(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "moons", "--jobs", "2", "--dask", "tcp://scheduler:8786"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_without_dask_the_remedy_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    words = ["--dask", "tcp://scheduler:8786", "--out", str(tmp_path / "out")]
+    assert main(["compare", "moons", "--models", "nice", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'nflows-iresnet[dask]'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_that_does_not_answer_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(parallel, "_CONNECTING", 0.5)
+    words = ["--dask", "tcp://127.0.0.1:1", "--out", str(tmp_path / "out")]
+    assert main(["compare", "moons", "--models", "nice", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--dask tcp://127.0.0.1:1: no scheduler answers there" in line
+    assert not (tmp_path / "out").exists()
+
+
+class Wish:
+    """Whether a training is to stop."""
+
+    def __init__(self, was_pressed: bool) -> None:
+        self.was_pressed = was_pressed
+
+    def __enter__(self) -> Wish:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.was_pressed:
+            raise KeyboardInterrupt
+
+
+def order_of(table: str, folder: Path) -> parallel.Order:
+    config = RunConfig((table,), ("nice",), 3, num_layers=1, hidden_features=8)
+    (run,) = runs.prepare(config)
+    keeper = Keeper(folder / "runs" / "run.pt", every=0.0)
+    return parallel.Order.of(runs.Job(run, config, 1e-3), table, keeper)
+
+
+def test_an_order_holds_no_data_and_can_be_done_in_any_folder(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(table).parent)
+    sent = pickle.dumps(order_of(Path(table).name, Path("out")))
+    assert len(sent) < 4_000
+    monkeypatch.chdir(ROOT)
+    outcome = pickle.loads(sent).do(Wish(False), None)
+    assert outcome is not None
+    assert outcome[0].key == ("table", "nice", 0)
+    assert outcome[0].metrics.test_nll is not None
+
+
+def test_an_order_that_is_told_to_stop_finds_nothing(table: str, tmp_path: Path) -> None:
+    assert order_of(table, tmp_path).do(Wish(True), None) is None
+
+
+def test_an_order_whose_data_are_not_there_says_so(table: str, tmp_path: Path) -> None:
+    order = order_of(table, tmp_path)
+    Path(table).rename(tmp_path / "elsewhere.csv")
+    parallel._load.cache_clear()
+    with pytest.raises(UsageError, match=r"table · nice: its process cannot load the data: .*csv"):
+        order.do(Wish(False), None)
+
+
+def test_checkpoints_of_a_cluster_are_kept_where_the_folder_is_seen(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path / "runs" / "run.pt")
+    assert not parallel._is_shared(keeper, "today")
+    (tmp_path / "results.json").write_text('{"started": "yesterday"}')
+    assert not parallel._is_shared(keeper, "today"), "another of its name"
+    assert parallel._is_shared(keeper, "yesterday")
 
 
 # --- side by side ---------------------------------------------------------------------------------
@@ -149,7 +235,7 @@ def cluster() -> Iterator[Any]:
 def test_the_runs_of_a_worker_that_dies_are_done_again_and_counted_once(
     cluster: Any, table: str, tmp_path: Path
 ) -> None:
-    words = [table, "--models", "nice", "--steps", "1500", "--repeats", "4", *TINY, "--quiet"]
+    words = [table, "--models", "nice", "--steps", "400", "--repeats", "3", *TINY, "--quiet"]
     words += ["--patience", "20", "--checkpoint-minutes", "0.001", "--out"]
     alone, out = tmp_path / "alone", tmp_path / "out"
     victim = next(iter(cluster.workers.values())).pid
@@ -161,7 +247,7 @@ def test_the_runs_of_a_worker_that_dies_are_done_again_and_counted_once(
     assert victim not in {worker.pid for worker in cluster.workers.values()}
     assert main(["compare", *words, str(alone)]) == 0
     found = results(out)["results"]
-    assert len(found) == 4
+    assert len(found) == 3
     assert numbers(out) == pytest.approx(numbers(alone), abs=1e-5)
     assert not list((out / "runs").glob("*.pt"))
 
