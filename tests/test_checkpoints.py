@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
-from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import (
     Batches,
     History,
@@ -30,6 +29,7 @@ from nflows_iresnet.training import (
     set_random_state,
 )
 from tests.optional import named
+from tests.trained import train
 
 STEPS = 20
 PLAN = TrainingPlan(1e-2, Steps(STEPS), validations=10, patience=100, average_decay=0.9)

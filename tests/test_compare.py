@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet.experiments import adapters, models, runner
+from nflows_iresnet.experiments import adapters, models, runs
 from nflows_iresnet.experiments.adapters import NflowsModel
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
@@ -19,9 +19,9 @@ from nflows_iresnet.experiments.evaluation import exact_log_prob, peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec, count_parameters
 from nflows_iresnet.experiments.report import render
 from nflows_iresnet.experiments.results import Folder
-from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
+from tests.trained import train
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -78,8 +78,8 @@ def test_every_model_sees_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
     config = RunConfig(
         ("8-gaussians",), ("residual-flow", "realnvp", "maf"), 3, batch_size=8, num_layers=2
     )
-    for run in runner.prepare(config):
-        runner.train_run(MODELS[run.model].build(run.size), run, config, lambda done, loss: None)
+    for run in runs.prepare(config):
+        runs.train_run(MODELS[run.model].build(run.size), run, config)
     first, second, third = (seen[start : start + 3] for start in (0, 3, 6))
     assert len(seen) == 9
     assert all(map(torch.equal, first, second))
@@ -218,8 +218,9 @@ def test_same_seed_same_likelihood(finished: Path) -> None:
         batch_size=32,
         learning_rate=data["arguments"]["learning_rate"],
     )
-    for run, stored in zip(runner.prepare(config), data["results"], strict=True):
-        result, _ = runner.execute(run, config, lambda done, loss: None)
+    for run, stored in zip(runs.prepare(config), data["results"], strict=True):
+        result, _, weights = runs.execute(run, config)
+        assert weights
         assert result.metrics.test_nll == pytest.approx(stored["metrics"]["test_nll"], abs=1e-6)
 
 

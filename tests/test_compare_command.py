@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import nflows_iresnet
-from nflows_iresnet.experiments import environment, models, runner
+from nflows_iresnet.experiments import environment, models, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.results import Folder, Result
-from nflows_iresnet.experiments.runner import Run
+from nflows_iresnet.experiments.runs import Run
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -155,7 +155,7 @@ def test_interrupt_keeps_and_resume_goes_on(
     folder = Folder(Path(table).parent / "out")
     arguments = ["compare", table, "--models", "nice", "realnvp", "maf", *TINY, "--out"]
     executed: list[str] = []
-    execute = runner.execute
+    execute = runs.execute
 
     def interrupted(run: Run, *rest: object) -> tuple[Result, dict[str, np.ndarray]]:
         executed.append(run.model)
@@ -163,7 +163,7 @@ def test_interrupt_keeps_and_resume_goes_on(
             raise KeyboardInterrupt
         return execute(run, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner, "execute", interrupted)
+    monkeypatch.setattr(runs, "execute", interrupted)
     assert main([*arguments, str(folder.path)]) == 130
     message = capsys.readouterr().err
     assert "1 of 3 runs are kept" in message
@@ -207,7 +207,7 @@ def test_interrupt_while_preparing(
     def interrupted(config: RunConfig) -> list[Run]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "prepare", interrupted)
+    monkeypatch.setattr(runs, "prepare", interrupted)
     assert main(["compare", "moons"]) == 130
     assert "before anything was trained" in capsys.readouterr().err
 

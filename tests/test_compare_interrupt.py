@@ -45,7 +45,7 @@ sys.exit(main())
 # --- while the command starts ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["torch", "numpy", "nflows", "nflows_iresnet.experiments.command"])
+@pytest.mark.parametrize("name", ["torch", "numpy", "nflows", "nflows_iresnet.experiments.compare"])
 def test_an_interrupted_import_is_one_line(name: str) -> None:
     command = [sys.executable, "-c", IMPORTS, name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from nflows_iresnet.experiments import runner
+from nflows_iresnet.experiments import runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.figures import DESCRIPTIONS, digits, dynamics
 from nflows_iresnet.experiments.figures.dynamics import (
@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
 def test_a_training_that_diverges_leaves_the_other_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "train_run", diverge)
+    monkeypatch.setattr(runs, "train_run", diverge)
     arguments = ["--quick", "--steps", "3", "--only", "digits", "dynamics", "--out", str(tmp_path)]
     assert main(["figures", *arguments]) == 1
     assert "digits FAILED: the training loss was inf at step 7; lower" in capsys.readouterr().err

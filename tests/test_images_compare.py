@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet import transforms
-from nflows_iresnet.experiments import adapters, models, runner
+from nflows_iresnet.experiments import adapters, models, runs
 from nflows_iresnet.experiments.adapters import CouplingNet
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import ImageTask
 from nflows_iresnet.experiments.evaluation import CHUNK, EvaluationData, evaluate, exact_log_prob
 from nflows_iresnet.experiments.models import IMAGE_MODELS, ImageArchitecture, count_parameters
-from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
+from tests.trained import train
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -161,9 +161,9 @@ def test_every_model_sees_the_same_pixels_and_the_same_fresh_noise(
 
     monkeypatch.setattr(adapters.NflowsModel, "log_prob", spy)
     config = replace(CONFIG, models=("glow", "realnvp"), batch_size=64)
-    for run in runner.prepare(config):
+    for run in runs.prepare(config):
         model = IMAGE_MODELS[run.model].build(replace(run.size, num_layers=1))
-        runner.train_run(model, run, config, lambda done, loss: None)
+        runs.train_run(model, run, config, lambda done, loss: None)
     first, second = seen[:3], seen[3:]
     assert len(seen) == 6
     assert all(map(torch.equal, first, second))

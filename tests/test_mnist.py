@@ -31,7 +31,6 @@ from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.subcommands import build_parser
 from nflows_iresnet.experiments.table1 import TUNED, classifiers
 from nflows_iresnet.experiments.table1 import command as table1
-from nflows_iresnet.experiments.training import train
 from nflows_iresnet.flows.image import ImageResidualFlow
 from nflows_iresnet.training import (
     Batches,
@@ -44,6 +43,7 @@ from nflows_iresnet.training import (
     set_learning_rate,
 )
 from nflows_iresnet.transforms.image import PixelwiseSpline
+from tests.trained import train
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

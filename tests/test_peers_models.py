@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet.experiments import adapters, runner
+from nflows_iresnet.experiments import adapters, runs
 from nflows_iresnet.experiments.adapters import DensityModel, StartedModel
 from nflows_iresnet.experiments.arguments import to_config
 from nflows_iresnet.experiments.cli import main
@@ -26,7 +26,6 @@ from nflows_iresnet.experiments.models import (
     with_same_start,
 )
 from nflows_iresnet.experiments.subcommands import build_parser
-from nflows_iresnet.experiments.training import train
 from nflows_iresnet.graphs import GraphedStep
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from nflows_iresnet.transforms import (
@@ -37,6 +36,7 @@ from nflows_iresnet.transforms import (
 )
 from tests.emulated_graph import EmulatedRecorder, recorder
 from tests.optional import named
+from tests.trained import train
 
 __all__ = ["recorder"]
 
@@ -254,7 +254,7 @@ def test_same_start_adds_a_row_for_each_model_that_has_no_such_start() -> None:
 )
 def test_a_start_that_makes_no_sense_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        runner.prepare(config_of(*words))
+        runs.prepare(config_of(*words))
 
 
 def test_images_have_no_such_start(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet.experiments import runner, tables
+from nflows_iresnet.experiments import runs, tables
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.arguments import duration, to_config
 from nflows_iresnet.experiments.cli import main
@@ -101,21 +96,21 @@ def test_bad_arguments_are_one_line(
 
 
 def test_seconds_are_those_of_the_cpu_and_the_schedule_follows_them() -> None:
-    plan = runner.training_plan(RunConfig(("moons",), ("nice",), None, race=10.0), 1e-2)
+    plan = runs.training_plan(RunConfig(("moons",), ("nice",), None, race=10.0), 1e-2)
     assert plan.clock is time.process_time
     assert plan.length.progress(10**6, 5.0) == 0.5
     assert plan.learning_rate == 1e-2
     on_gpu = RunConfig(("moons",), ("nice",), None, race=10.0, device="cuda")
-    assert runner.training_plan(on_gpu).clock is time.perf_counter
-    assert runner.training_plan(RunConfig(("moons",), ("nice",))).clock is time.perf_counter
+    assert runs.training_plan(on_gpu).clock is time.perf_counter
+    assert runs.training_plan(RunConfig(("moons",), ("nice",))).clock is time.perf_counter
 
 
 def test_every_model_and_kind_of_data_gets_the_same_plan() -> None:
     rows, images = (RunConfig(("digits",), ("nice",), images=flag) for flag in (False, True))
-    plan = runner.training_plan(rows)
-    assert runner.training_plan(images) == plan
+    plan = runs.training_plan(rows)
+    assert runs.training_plan(images) == plan
     assert plan.average_decay is not None
-    assert runner.training_plan(replace(rows, patience=3)).patience == 3
+    assert runs.training_plan(replace(rows, patience=3)).patience == 3
 
 
 # --- what is chosen, and on what ------------------------------------------------------------------
@@ -145,7 +140,7 @@ class Spy(DensityModel):
 def test_models_are_selected_on_validation_rows_alone(images: bool) -> None:
     pytest.importorskip("sklearn")
     config = RunConfig(("digits",), ("nice",), images=images)
-    task: Any = runner.load_task("digits", config)
+    task: Any = runs.load_task("digits", config)
     spy = Spy()
     task.validate(spy, config)
     seen = torch.cat(spy.seen)
@@ -176,17 +171,17 @@ class Named:
     name: str = "a"
 
 
-def runs_of(*models: str, repeats: int = 2) -> list[runner.Run]:
+def runs_of(*models: str, repeats: int = 2) -> list[runs.Run]:
     size = Architecture(2, 4, 1, 1)
     return [
-        runner.Run(cast(Task, Named()), model, size, k) for model in models for k in range(repeats)
+        runs.Run(cast(Task, Named()), model, size, k) for model in models for k in range(repeats)
     ]
 
 
 def test_the_rate_is_the_one_that_validates_best_and_nothing_is_trained_twice() -> None:
     config = RunConfig(("a",), ("one",), None, race=1.0, learning_rates=(0.1, 0.2, 0.3))
-    runs = runs_of("one", "two")
-    jobs = runner.to_do(runs, config, record())
+    prepared = runs_of("one", "two")
+    jobs = runs.trials_to_do(prepared, config, record())
     assert [(job.run.model, job.learning_rate, job.is_trial) for job in jobs] == [
         (model, rate, True) for model in ("one", "two") for rate in (0.1, 0.2, 0.3)
     ]
@@ -196,25 +191,50 @@ def test_the_rate_is_the_one_that_validates_best_and_nothing_is_trained_twice() 
         Trial("a", "one", 0.3, None, failure="nan"),
         Trial("a", "two", 0.1, 1.0),
     )
-    jobs = runner.to_do(runs, config, record(trials=trials))
-    chosen = [job for job in jobs if not job.is_trial]
+    jobs = runs.trials_to_do(prepared, config, record(trials=trials))
+    assert [(job.run.model, job.learning_rate) for job in jobs] == [("two", 0.2), ("two", 0.3)]
+    chosen = runs.runs_to_do(prepared, config, record(trials=trials))
     assert [(job.run.key, job.learning_rate) for job in chosen] == [
         (("a", "one", 0), 0.2),
         (("a", "one", 1), 0.2),
+        (("a", "two", 0), 0.1),
+        (("a", "two", 1), 0.1),
     ]
+    assert not any(job.is_trial for job in chosen)
     assert chosen[0].key == ("a", "one", 0, "0.2"), "it goes on from the checkpoint of its trial"
-    assert [job.learning_rate for job in jobs if job.is_trial] == [0.2, 0.3]
+    assert chosen[1].key == ("a", "one", 1)
     done = record(result("one", 0, 1.0), trials=trials)
-    assert [job.run.key for job in runner.to_do(runs[:2], config, done)] == [("a", "one", 1)]
+    jobs = runs.runs_to_do(prepared[:2], config, done)
+    assert [job.run.key for job in jobs] == [("a", "one", 1)]
+
+
+def test_every_checkpoint_of_a_run_is_known_before_its_rate_is() -> None:
+    """So that a new start deletes them, and an interruption names them."""
+    config = RunConfig(("a",), ("one",), None, race=1.0, learning_rates=(0.1, 0.2))
+    every = {job.key for job in runs.every_job(runs_of("one"), config)}
+    assert every == {("a", "one", 0, "0.1"), ("a", "one", 0, "0.2"), ("a", "one", 1)}
+    trials = (Trial("a", "one", 0.1, 5.0), Trial("a", "one", 0.2, 4.0))
+    for found in (record(), record(trials=trials)):
+        jobs = runs.trials_to_do(runs_of("one"), config, found)
+        assert {job.key for job in jobs} <= every
+    assert {job.key for job in runs.runs_to_do(runs_of("one"), config, found)} <= every
+    untuned = replace(config, learning_rates=())
+    assert {job.key for job in runs.every_job(runs_of("one"), untuned)} == {
+        ("a", "one", 0),
+        ("a", "one", 1),
+    }
 
 
 def test_trials_do_not_look_at_test_rows(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(config_of(table, "--race", "0.05s", "--models", "nice"), **SMALL)
-    (run,) = runner.prepare(config)
+    (run,) = runs.prepare(config)
     monkeypatch.setattr(RowTask, "evaluation_data", lambda *_: pytest.fail("it was examined"))
-    trial = runner.try_rate(runner.Job(run, 1e-2, True, True), config, lambda done, loss: None)
+    trial, arrays, weights = runs.Job(run, config, 1e-2, is_trial=True).do()
+    assert isinstance(trial, Trial)
     assert trial.failure is None
     assert trial.validation is not None
+    assert not arrays
+    assert weights is None
 
 
 def test_the_verdict_is_of_all_repeats(tmp_path: Path) -> None:
@@ -320,96 +340,3 @@ def test_a_race_can_be_repeated_and_goes_on(
     assert after["trials"] == before["trials"]
     assert after["results"][0] == before["results"][0]
     assert len(after["results"]) == 4
-
-
-def test_jobs_are_not_for_one_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert main(["compare", "moons", "--device", "cuda", "--jobs", "2"]) == 2
-    assert "would share one GPU" in capsys.readouterr().err
-
-
-# --- side by side ---------------------------------------------------------------------------------
-
-SCRIPT = """
-import signal, sys
-from nflows_iresnet.experiments.cli import main
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
-"""
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    script = tmp_path / "command.py"
-    script.write_text(SCRIPT)
-
-    def popen(*words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(script), "compare", *words],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            text=True,
-        )
-
-    return popen
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.1)
-    pytest.fail("it did not come")
-
-
-@pytest.mark.slow
-def test_side_by_side_is_the_same_as_one_after_the_other(
-    table: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
-    words = [table, "--models", "nice", "residual-flow", "--steps", "30", "--repeats", "2", *TINY]
-    one, two = tmp_path / "one", tmp_path / "two"
-    rates = ["--learning-rates", "1e-3", "1e-2", "--quiet", "--out"]
-    assert main(["compare", *words, *rates, str(one)]) == 0
-    process = start(*words, *rates, str(two), "--jobs", "2")
-    _, printed = process.communicate(timeout=600)
-    assert process.returncode == 0, printed
-
-    def numbers(folder: Path) -> dict[Any, Any]:
-        found = results(folder)["results"]
-        keys = [(each["model"], each["repeat"], each["learning_rate"]) for each in found]
-        return dict(zip(keys, [each["metrics"]["test_nll"] for each in found], strict=True))
-
-    assert numbers(one) == pytest.approx(numbers(two), abs=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_an_end_in_the_middle_loses_nothing_that_was_finished(
-    ending: signal.Signals,
-    table: str,
-    tmp_path: Path,
-    start: Callable[..., subprocess.Popen[str]],
-) -> None:
-    out = tmp_path / "out"
-    words = [table, "--models", "nice", "--steps", "2000", "--repeats", "3", *TINY]
-    words += ["--patience", "20", "--checkpoint-minutes", "0.001", "--out", str(out)]
-    process = start(*words, "--jobs", "2")
-    wait_for(lambda: len(list((out / "runs").glob("*.pt"))) == 2)
-    process.send_signal(ending)
-    _, printed = process.communicate(timeout=600)
-    if ending == signal.SIGINT:
-        assert process.returncode == 130, printed
-        assert "Traceback" not in printed
-        assert "interrupted: finishing the steps under way" in printed
-        assert "2 under way up to their last checkpoints" in printed
-    before = {path: torch.load(path, weights_only=True) for path in (out / "runs").glob("*.pt")}
-    again = start(*words, "--resume", "--quiet")
-    _, printed = again.communicate(timeout=600)
-    assert again.returncode == 0, printed
-    assert len(before) == 2
-    found = results(out)["results"]
-    assert [each["training"]["steps"] for each in found] == [2000] * 3

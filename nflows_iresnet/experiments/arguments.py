@@ -207,6 +207,12 @@ def _add_how(group: argparse._ActionsContainer, preset: Preset) -> None:
         help="train so many models side by side, each in a process with --threads of its own "
         "(default: 1)",
     )
+    group.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="train on the workers of the Dask cluster whose scheduler is there, such as "
+        "tcp://scheduler:8786; workers load the data by the same names and paths",
+    )
     _add_number(group, preset, "--batch-size", positive_int, "rows per step")
     _add_number(
         group, preset, "--learning-rate", positive_float, "of Adam, annealed to zero by a cosine"

@@ -10,14 +10,13 @@ import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from collections.abc import Callable
+    from types import FrameType
 
 STATUS = 130
 """What shells report of a command that Ctrl-C ended."""
 BEFORE_TRAINING = "nflows-iresnet: interrupted before anything was trained"
-_POSTPONED = (
-    "\ninterrupted: finishing this step, then saving a checkpoint (Ctrl-C again stops at once)\n"
-)
+_POSTPONED = "finishing this step, then saving a checkpoint"
 
 
 class Handled:
@@ -33,12 +32,7 @@ class Handled:
                 self._is_ours = False
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Give it back."""
         if self._is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,27 +56,48 @@ class EndsTheProcess(Handled):
 class Postponed(Handled):
     """Ctrl-C in the block is noted, and raised at its end; the second one is raised at once.
 
+    Args:
+        what_follows: what is done about the first one, in words.
+        tell: called at the first one.
+
     Raises:
         KeyboardInterrupt: at the end of a block that went well, if it was pressed.
     """
 
     was_pressed = False
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+    def __init__(
+        self, what_follows: str = _POSTPONED, tell: Callable[[], None] = lambda: None
     ) -> None:
+        self._what_follows, self._tell = what_follows, tell
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Give it back, and raise what was postponed."""
-        super().__exit__(kind, error, traceback)
+        super().__exit__(kind)
         if self.was_pressed and kind is None:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.was_pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _say(_POSTPONED)
+        _say(f"\ninterrupted: {self._what_follows} (Ctrl-C again stops at once)\n")
+        self._tell()
+
+
+class Ignored:
+    """A block whose new processes leave Ctrl-C to this one, from their start on."""
+
+    def __enter__(self) -> None:
+        """Ignore it, which processes inherit."""
+        try:
+            self._before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except ValueError:  # not in the main thread
+            self._before = None
+
+    def __exit__(self, *_: object) -> None:
+        """Give it back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
 
 def _say(line: str) -> None:

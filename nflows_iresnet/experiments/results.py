@@ -288,6 +288,12 @@ class Folder:
                 "without the pictures that it is for"
             ) from error
 
+    def save_weights(self, key: tuple[str | int, ...], weights: bytes) -> None:
+        """Write the trained weights of one run (stub)."""
+
+    def write_scalars(self, result: Result) -> None:
+        """Write the curves of one run for TensorBoard (stub)."""
+
     def picture(self, *parts: str) -> Path:
         """Return the path of a picture: of a data set, or of a model on it."""
         return self.path / f"{'--'.join(map(slug, parts))}.png"

@@ -10,7 +10,7 @@ from functools import partial
 from typing import NoReturn
 
 from nflows_iresnet import __version__
-from nflows_iresnet.experiments import arguments, command
+from nflows_iresnet.experiments import arguments, compare
 from nflows_iresnet.experiments.bench import arguments as bench_arguments
 from nflows_iresnet.experiments.bench import command as bench_command
 from nflows_iresnet.experiments.config import UsageError
@@ -43,7 +43,7 @@ class Command:
 
 def _densities(preset: Preset) -> Command:
     add_arguments = partial(arguments.add_arguments, preset=preset)
-    return Command(preset.help, arguments.epilog(preset), add_arguments, command.run)
+    return Command(preset.help, arguments.epilog(preset), add_arguments, compare.run)
 
 
 COMMANDS: dict[str, Command] = {

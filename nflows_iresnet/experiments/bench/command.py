@@ -30,7 +30,7 @@ from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_a
 from nflows_iresnet.experiments.plain import finite
 
 if TYPE_CHECKING:
-    from nflows_iresnet.experiments.bench.progress import CaseProgress
+    from nflows_iresnet.experiments.progress import CaseProgress
 
 RESULTS = "bench.json"
 FORMAT = 1
@@ -172,7 +172,7 @@ def open_benchmark(parsed: argparse.Namespace) -> Benchmark:
 
 def _work(benchmark: Benchmark) -> None:
     from nflows_iresnet.experiments.bench import report
-    from nflows_iresnet.experiments.bench.progress import CaseProgress
+    from nflows_iresnet.experiments.progress import CaseProgress
     from nflows_iresnet.experiments.tables import make_console
 
     total = sum(len(cases) for cases in benchmark.cases.values())

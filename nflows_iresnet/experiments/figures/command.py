@@ -103,7 +103,7 @@ def open_folder(out: str | None) -> Path:
 
 def _work(names: list[str], settings: Settings, folder: Path, *, quiet: bool) -> int:
     """Draw what can be drawn, and return the exit status."""
-    from nflows_iresnet.experiments.bench.progress import CaseProgress
+    from nflows_iresnet.experiments.progress import CaseProgress
 
     figures: dict[str, Figure] = {name: import_module(f"{__package__}.{name}") for name in names}
     content: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from nflows_iresnet.experiments import runner
+from nflows_iresnet.experiments import runs
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Array
@@ -56,14 +56,12 @@ def count_models(settings: Settings) -> int:
 def draw(settings: Settings, stage: Stage) -> Drawing:
     """Train every flow on every toy, and draw their densities."""
     config = to_config(settings)
-    runs = runner.prepare(config)
-    tasks = {run.task.name: run.task for run in runs}
+    prepared = runs.prepare(config)
+    tasks = {run.task.name: run.task for run in prepared}
     results, arrays = {}, {name: {"data": task.arrays()} for name, task in tasks.items()}
-    for run in runs:
+    for run in prepared:
         with stage(f"densities · {run.task.name} · {run.model}"):
-            results[run.key], arrays[run.task.name][run.model] = runner.execute(
-                run, config, lambda done, loss: None
-            )
+            results[run.key], arrays[run.task.name][run.model], _ = runs.execute(run, config)
     summaries = {name: task.summarise() for name, task in tasks.items()}
     return Drawing(
         "Toy densities",

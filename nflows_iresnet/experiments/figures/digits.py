@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nflows_iresnet.experiments import runner
+from nflows_iresnet.experiments import runs
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import IMAGE_DEFAULTS, RunConfig
 from nflows_iresnet.experiments.evaluation import Array, EvaluationData, estimated_log_prob
@@ -66,11 +66,11 @@ def count_models(settings: Settings) -> int:
 def draw(settings: Settings, stage: Stage) -> Drawing:
     """Train the flow and draw what it makes of images."""
     config = to_config(settings)
-    (run,) = runner.prepare(config)
+    (run,) = runs.prepare(config)
     with stage("digits · residual-flow"):
         seed_everything(settings.seed)
         model = find_model(run.model, run.size.models).build(run.size).to(settings.device)
-        log = runner.train_run(model, run, config, lambda done, loss: None)
+        log = runs.train_run(model, run, config, lambda done, loss: None)
     model.eval()
     exam, summary = run.task.evaluation_data(config), run.task.summarise()
     pictures = look(model, exam)

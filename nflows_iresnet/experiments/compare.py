@@ -5,27 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nflows_iresnet.experiments import interruption, runner
+from nflows_iresnet.experiments import interruption, parallel, runs
 from nflows_iresnet.experiments.arguments import to_config
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
-from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
-from nflows_iresnet.experiments.jobs import Here, Order, SideBySide, Workplace
-from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, ModelSpec
+from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
 from nflows_iresnet.experiments.presets import Preset
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result, Trial, flags
+from nflows_iresnet.experiments.runs import Job, Outcome, Run
 from nflows_iresnet.training import History
 
 if TYPE_CHECKING:
@@ -37,46 +36,46 @@ class Session:
     """A comparison under way."""
 
     config: RunConfig
-    runs: list[runner.Run]
+    runs: list[Run]
     folder: Folder
     record: Record
     quiet: bool
     seconds_between_checkpoints: float
     jobs: int = 1
+    cluster: Any = None
     shown: set[str] = field(default_factory=set)
 
     @property
-    def pending(self) -> list[runner.Run]:
+    def pending(self) -> list[Run]:
         """The runs without a result yet."""
-        finished = {result.key for result in self.record.results}
-        return [run for run in self.runs if run.key not in finished]
+        return runs.pending(self.runs, self.record)
 
-    @property
-    def untried(self) -> list[runner.Job]:
-        """The trials without an outcome yet."""
-        tried = {(each.dataset, each.model, each.learning_rate) for each in self.record.trials}
-        jobs = runner.every_job(self.pending, self.config)
-        return [
-            job
-            for job in jobs
-            if job.is_trial and (*job.run.key[:2], job.learning_rate) not in tried
-        ]
-
-    def keeper(self, job: runner.Job) -> Keeper:
+    def keeper(self, job: Job) -> Keeper:
         """Return what keeps the checkpoints of a job."""
         identity = [self.config.as_arguments(), job.key]
         path = self.folder.checkpoint(job.key)
         return Keeper(path, identity, self.seconds_between_checkpoints)
 
-    def order(self, job: runner.Job) -> Order:
-        """Return a job with all that it takes to do it."""
-        tasks = list(dict.fromkeys(run.task.name for run in self.runs))
-        source = self.config.datasets[tasks.index(job.run.task.name)]
-        return Order(job, self.config, source, self.keeper(job))
+    def keepers(self, of: Sequence[Run]) -> list[Keeper]:
+        """Return what keeps the checkpoints of runs."""
+        return [self.keeper(job) for job in runs.every_job(of, self.config)]
 
     def summary(self, name: str) -> DatasetSummary:
         """Return the description of a data set."""
         return next(item for item in self.record.datasets if item.name == name)
+
+    @property
+    def kept(self) -> str:
+        """What a later command need not do again."""
+        keys = (job.key for job in runs.every_job(self.pending, self.config))
+        return self.folder.kept(len(self.record.results), len(self.runs), keys)
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on."""
+        from nflows_iresnet.experiments.report import command_line
+
+        return f"go on with: {self.folder.resume(command_line(self.record))}"
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -92,16 +91,16 @@ def run(parsed: argparse.Namespace) -> int:
         session = open_session(parsed)
     torch.set_num_threads(session.config.threads)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(nflows|normflows)\.")
+        with warnings.catch_warnings(), session.cluster or nullcontext():
+            warnings.filterwarnings("ignore", module=r"(nflows|normflows|joblib)\.")
             _work(session)
     except KeyboardInterrupt:
-        print(f"interrupted: {_kept(session)}\ngo on with: {_resume(session)}", file=sys.stderr)
+        print(f"interrupted: {session.kept}\n{session.resume}", file=sys.stderr)
         return interruption.STATUS
     except CheckpointError as error:
         raise UsageError(str(error)) from error
-    except WriteError as error:
-        raise WriteError(f"{error}; {_kept(session)}; go on with: {_resume(session)}") from error
+    except (WriteError, ChildProcessError, ConnectionError) as error:
+        raise type(error)(f"{error}; {session.kept}; {session.resume}") from error
     return 0
 
 
@@ -112,18 +111,13 @@ def catalogue() -> str:
     sections = {
         "datasets:": datasets.available(),
         "images (with --images):": datasets.available_images(),
-        "models:": _described(MODELS),
-        "models with --images:": _described(IMAGE_MODELS),
+        "models:": {name: spec.description for name, spec in MODELS.items()},
+        "models with --images:": {name: spec.description for name, spec in IMAGE_MODELS.items()},
     }
-    return "\n\n".join("\n".join([title, *_lines(text)]) for title, text in sections.items())
-
-
-def _described(models: dict[str, ModelSpec]) -> dict[str, str]:
-    return {name: spec.description for name, spec in models.items()}
-
-
-def _lines(described: dict[str, str]) -> Iterator[str]:
-    return (f"  {name:27}{description}" for name, description in described.items())
+    return "\n\n".join(
+        "\n".join([title, *(f"  {name:27}{text}" for name, text in described.items())])
+        for title, described in sections.items()
+    )
 
 
 @contextmanager
@@ -136,6 +130,9 @@ def _value_errors_are_the_users() -> Iterator[None]:
         raise UsageError(describe_os_error(error)) from error
 
 
+# --- before anything is trained -------------------------------------------------------------------
+
+
 def open_session(parsed: argparse.Namespace) -> Session:
     """Check everything that can be checked, then create the output folder.
 
@@ -146,25 +143,23 @@ def open_session(parsed: argparse.Namespace) -> Session:
     if parsed.resume and parsed.out is None:
         raise ValueError("--resume needs the --out folder of the run to go on with")
     config = to_config(parsed)
-    if parsed.jobs > 1 and config.device != "cpu":
-        raise ValueError(
-            f"--jobs {parsed.jobs} would share one GPU, and every time would be wrong: leave it "
-            "out, or add --device cpu"
-        )
-    runs = runner.prepare(config)
+    _check_places(parsed, config)
+    prepared = runs.prepare(config)
     preset: Preset = parsed.preset
-    record = _fresh_record(config, runs, preset)
+    record = _fresh_record(config, prepared, preset)
     folder = Folder(Path(parsed.out or f"results/{preset.command}-{datetime.now():%Y%m%d-%H%M%S}"))
     if parsed.resume:
         record = _resumed(folder, record)
     else:
         folder.refuse_results(Record.from_json)
     seconds = 60.0 * parsed.checkpoint_minutes
-    session = Session(config, runs, folder, record, parsed.quiet, seconds, parsed.jobs)
-    keepers = [session.keeper(job) for job in runner.every_job(session.pending, config)]
+    session = Session(config, prepared, folder, record, parsed.quiet, seconds, parsed.jobs)
+    keepers = session.keepers(session.pending)
     if parsed.resume:
         for keeper in keepers:
             keeper.load()
+    if parsed.dask is not None:
+        session.cluster = parallel.connect(parsed.dask)
     folder.create()
     folder.save_record(record)
     if not parsed.resume:
@@ -173,8 +168,21 @@ def open_session(parsed: argparse.Namespace) -> Session:
     return session
 
 
-def _fresh_record(config: RunConfig, runs: list[runner.Run], preset: Preset) -> Record:
-    tasks = {run.task.name: run.task for run in runs}
+def _check_places(parsed: argparse.Namespace, config: RunConfig) -> None:
+    if parsed.jobs > 1 and parsed.dask is not None:
+        raise ValueError(
+            f"--jobs {parsed.jobs} is for this machine and --dask {parsed.dask} for others, which "
+            "do as many runs at a time as there are workers: leave one of them out"
+        )
+    if parsed.jobs > 1 and config.device != "cpu":
+        raise ValueError(
+            f"--jobs {parsed.jobs} would share one GPU, and every time would be wrong: leave it "
+            "out, or add --device cpu"
+        )
+
+
+def _fresh_record(config: RunConfig, prepared: list[Run], preset: Preset) -> Record:
+    tasks = {run.task.name: run.task for run in prepared}
     return Record(
         arguments=config.as_arguments(),
         environment=describe_environment(config.device),
@@ -199,75 +207,73 @@ def _resumed(folder: Folder, now: Record) -> Record:
     return then
 
 
+# --- the work -------------------------------------------------------------------------------------
+
+
 def _work(session: Session) -> None:
     from nflows_iresnet.experiments.progress import LiveProgress
 
-    left, done = len(session.pending) + len(session.untried), len(session.record.results)
-    total = left + done + len(session.record.trials)
-    with (
-        LiveProgress(total, total - left, quiet=session.quiet) as progress,
-        _workplace(session, progress) as workplace,
-    ):
+    done = len(session.record.results) + len(session.record.trials)
+    settings = (session.runs, session.config)
+    trials = runs.trials_to_do(*settings, session.record)
+    places = parallel.processes_ended() if session.jobs > 1 else nullcontext()
+    total = done + len(trials) + len(session.pending)
+    with LiveProgress(total, done, quiet=session.quiet) as progress, places:
         _show_finished(session, progress)
-        while True:
-            _begin(session, workplace, progress)
-            if not workplace.running:
-                break
-            order, (outcome, arrays) = workplace.finished()
-            _take_in(session, order, outcome, arrays, progress)
-            _show_finished(session, progress)
+        _do(session, trials, progress)
+        _do(session, runs.runs_to_do(*settings, session.record), progress)
     _write_report(session)
 
 
-def _workplace(
-    session: Session, progress: LiveProgress
-) -> AbstractContextManager[Here | SideBySide]:
-    if session.jobs == 1:
-        return nullcontext(Here(progress.step))
-    return SideBySide(session.jobs, session.config.threads)
+def _do(session: Session, jobs: list[Job], progress: LiveProgress) -> None:
+    """Do jobs here, in processes or on a cluster, and take in each when it is finished."""
 
+    def take_in(index: int, outcome: Outcome) -> None:
+        _take_in(session, jobs[index].run, outcome, progress)
 
-def _begin(session: Session, workplace: Workplace, progress: LiveProgress) -> None:
-    """Begin what can be begun, and show it."""
-    running = {job.key for job in workplace.running}
-    for job in runner.to_do(session.runs, session.config, session.record):
-        if workplace.has_room and job.key not in running:
-            workplace.begin(session.order(job))
-    jobs = workplace.running
-    if len(jobs) == 1:
-        dataset = session.summary(jobs[0].run.task.name)
-        progress.begin(jobs[0].label, partial(_loss, dataset))
+    if session.jobs == 1 and session.cluster is None:
+        for index, job in enumerate(jobs):
+            progress.begin(job.label, partial(_loss, session.summary(job.run.task.name)))
+            take_in(index, job.do(progress.step, session.keeper(job)))
     elif jobs:
-        progress.begin(f"{len(jobs)} side by side, the first {jobs[0].label}")
+        names = list(dict.fromkeys(run.task.name for run in session.runs))
+        sources = dict(zip(names, session.config.datasets, strict=True))
+        orders = [
+            parallel.Order.of(job, sources[job.run.task.name], session.keeper(job)) for job in jobs
+        ]
+        if session.cluster is None:
+            parallel.side_by_side(orders, session.jobs, progress, take_in)
+        else:
+            started = session.record.started
+            parallel.on_cluster(orders, session.cluster, started, progress, take_in)
 
 
-def _take_in(
-    session: Session,
-    order: Order,
-    outcome: Result | Trial,
-    arrays: dict[str, Array],
-    progress: LiveProgress,
-) -> None:
+def _take_in(session: Session, run: Run, outcome: Outcome, progress: LiveProgress) -> None:
     """Write what is finished to the folder at once."""
-    run, record = order.job.run, session.record
+    (found, arrays, weights), folder = outcome, session.folder
     dataset = session.summary(run.task.name)
-    if isinstance(outcome, Trial):
-        record = replace(record, trials=(*record.trials, outcome))
-        line = _trial_line(outcome)
+    if isinstance(found, Trial):
+        record = replace(session.record, trials=(*session.record.trials, found))
     else:
-        session.folder.save_arrays(run.key, arrays)
-        record = replace(record, results=(*record.results, outcome))
-        line = _line(outcome, dataset)
-    session.folder.save_record(record)
+        folder.save_arrays(run.key, arrays)
+        if weights is not None:
+            folder.save_weights(run.key, weights)
+        folder.write_scalars(found)
+        record = replace(session.record, results=(*session.record.results, found))
+    folder.save_record(record)
     session.record = record
-    if isinstance(outcome, Result):
-        for job in runner.every_job([run], session.config):
-            session.keeper(job).discard()
+    if isinstance(found, Result):
+        for keeper in session.keepers([run]):
+            keeper.discard()
     if record.is_race:
         from nflows_iresnet.experiments.report import write_race
 
-        write_race(record, session.folder, dataset)
-    progress.finish(line)
+        write_race(record, folder, dataset)
+    progress.finish(_trial_line(found) if isinstance(found, Trial) else _line(found, dataset))
+    _show_finished(session, progress)
+
+
+# --- what is said ---------------------------------------------------------------------------------
 
 
 def _trial_line(trial: Trial) -> str:
@@ -289,8 +295,8 @@ def _line(result: Result, data: DatasetSummary) -> str:
         parts.insert(0, f"test NLL {score}")
     if result.training is not None:
         parts.append(_end(result.training))
-    if result.training is not None and result.training.capture_reason is not None:
-        parts.append(f"steps not captured: {result.training.capture_reason}")
+        if result.training.capture_reason is not None:
+            parts.append(f"steps not captured: {result.training.capture_reason}")
     return f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: {'; '.join(parts)}"
 
 
@@ -329,14 +335,3 @@ def _write_report(session: Session) -> None:
     path = session.folder.path / "report.html"
     write_atomically(path, render(session.record, session.folder).encode())
     print(path if session.quiet else f"\nreport: {path}")
-
-
-def _kept(session: Session) -> str:
-    pending = (job.key for job in runner.every_job(session.pending, session.config))
-    return session.folder.kept(len(session.record.results), len(session.runs), pending)
-
-
-def _resume(session: Session) -> str:
-    from nflows_iresnet.experiments.report import command_line
-
-    return session.folder.resume(command_line(session.record))

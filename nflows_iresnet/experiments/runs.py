@@ -1,4 +1,4 @@
-"""Prepare a comparison completely, then train and evaluate one model after the other."""
+"""A run is a function of its settings that returns its record: prepare all, then do each."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
+from nflows_iresnet.experiments import saved
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, describe, slug
 from nflows_iresnet.experiments.data import ImageTask, RowTask, Task
 from nflows_iresnet.experiments.evaluation import Array, Evaluation, Metrics, evaluate
 from nflows_iresnet.experiments.files import WriteError
+from nflows_iresnet.experiments.interruption import Postponed
 from nflows_iresnet.experiments.models import (
     IMAGE_MODELS,
     MODELS,
@@ -22,17 +25,30 @@ from nflows_iresnet.experiments.models import (
     match_parameters,
 )
 from nflows_iresnet.experiments.results import DatasetSummary, Record, Result, Trial
-from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import (
     History,
     Interruption,
     Seconds,
     Steps,
+    Training,
     TrainingPlan,
     seed_everything,
 )
+from nflows_iresnet.training import run as run_training
+
+AVERAGE_DECAY = 0.999
+WARMUP = 0.02
 
 OnStep = Callable[[float, float], None]
+Outcome = tuple[Result | Trial, dict[str, Array], bytes | None]
+"""What a job found, its arrays, and the weights that it trained, if there are any."""
+
+
+def _nobody_looks(done: float, loss: float) -> None:
+    """Take no notice of a step."""
+
+
+# --- what there is to do --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -56,21 +72,21 @@ class Job:
 
     Args:
         run: the model, on its data, with its seed.
+        config: every choice.
         learning_rate: of the training.
         is_trial: whether it is trained and validated only.
-        is_tuned: whether the rate is one of several, whose trainings are kept apart.
     """
 
     run: Run
+    config: RunConfig
     learning_rate: float
     is_trial: bool = False
-    is_tuned: bool = False
 
     @property
     def key(self) -> tuple[str | int, ...]:
         """What the checkpoint is named for: a rate that was chosen goes on from its trial."""
-        rate = (f"{self.learning_rate:g}",) if self.is_tuned and self.run.repeat == 0 else ()
-        return *self.run.key, *rate
+        is_tried = self.config.is_tuned and self.run.repeat == 0
+        return (*self.run.key, f"{self.learning_rate:g}") if is_tried else self.run.key
 
     @property
     def label(self) -> str:
@@ -80,40 +96,52 @@ class Job:
         parts.append(f"learning rate {self.learning_rate:g}" if self.is_trial else "")
         return " · ".join(filter(None, parts))
 
-
-def to_do(runs: Sequence[Run], config: RunConfig, record: Record) -> list[Job]:
-    """Return the jobs that can be done now, in the order of the runs.
-
-    Where there are learning rates to choose from, a model's runs wait for the trials of all.
-    """
-    finished = {result.key for result in record.results}
-    tried = {(trial.dataset, trial.model, trial.learning_rate) for trial in record.trials}
-    jobs: list[Job] = []
-    for run in runs:
-        if run.key in finished:
-            continue
-        missing = [rate for rate in config.rates if (*run.key[:2], rate) not in tried]
-        if not config.is_tuned:
-            jobs.append(Job(run, config.rates[0]))
-        elif not missing:
-            best = record.trials_of(*run.key[:2])[0]
-            jobs.append(Job(run, best.learning_rate, is_tuned=True))
-        elif run.repeat == 0:
-            jobs += [Job(run, rate, is_trial=True, is_tuned=True) for rate in missing]
-    return jobs
+    def do(
+        self,
+        on_step: OnStep = _nobody_looks,
+        keeper: Keeper | None = None,
+        interruption: Interruption | None = None,
+    ) -> Outcome:
+        """Do it."""
+        settings = (self.run, self.config, on_step, keeper, self.learning_rate, interruption)
+        return (try_rate(*settings), {}, None) if self.is_trial else execute(*settings)
 
 
 def every_job(runs: Sequence[Run], config: RunConfig) -> list[Job]:
-    """Return every job that there can be."""
-    if not config.is_tuned:
-        return [Job(run, config.rates[0]) for run in runs]
-    trials = [
-        Job(run, rate, is_trial=True, is_tuned=True)
+    """Return every job that runs may need, as far as checkpoints are concerned."""
+    return [
+        Job(run, config, rate)
         for run in runs
-        if run.repeat == 0
-        for rate in config.rates
+        for rate in (config.rates if run.repeat == 0 else config.rates[:1])
     ]
-    return trials + [Job(run, config.rates[0], is_tuned=True) for run in runs if run.repeat]
+
+
+def trials_to_do(runs: Sequence[Run], config: RunConfig, record: Record) -> list[Job]:
+    """Return the learning rates that are still to be tried, before any of the runs is done."""
+    tried = {(each.dataset, each.model, each.learning_rate) for each in record.trials}
+    return [
+        Job(run, config, rate, is_trial=True)
+        for run in pending(runs, record)
+        for rate in config.rates
+        if config.is_tuned and run.repeat == 0 and (*run.key[:2], rate) not in tried
+    ]
+
+
+def runs_to_do(runs: Sequence[Run], config: RunConfig, record: Record) -> list[Job]:
+    """Return the runs without a result, each at the learning rate that validated best."""
+
+    def rate(run: Run) -> float:
+        if config.is_tuned:
+            return record.trials_of(*run.key[:2])[0].learning_rate
+        return config.rates[0]
+
+    return [Job(run, config, rate(run)) for run in pending(runs, record)]
+
+
+def pending(runs: Sequence[Run], record: Record) -> list[Run]:
+    """Return the runs without a result."""
+    finished = {result.key for result in record.results}
+    return [run for run in runs if run.key not in finished]
 
 
 def prepare(config: RunConfig) -> list[Run]:
@@ -161,50 +189,81 @@ def _check_distinct(names: list[str]) -> None:
             raise ValueError(f"two datasets are named {name!r}: rename one of the files")
 
 
+# --- to do it -------------------------------------------------------------------------------------
+
+
 def execute(
     run: Run,
     config: RunConfig,
-    on_step: OnStep,
+    on_step: OnStep = _nobody_looks,
     keeper: Keeper | None = None,
     learning_rate: float | None = None,
     interruption: Interruption | None = None,
-) -> tuple[Result, dict[str, Array]]:
-    """Train and evaluate one model; whatever the model does wrong is part of the result."""
-    seed, rate = config.seed + run.repeat, learning_rate or config.rates[0]
-    seed_everything(seed)
-    model = None
-    try:
-        model = build(run, config)
-        log = train_run(model, run, config, on_step, keeper, rate, interruption)
-    except (CheckpointError, WriteError):
-        raise
-    except Exception as error:
-        failed = Evaluation(failures=[describe(error)])
-        return _result(run, seed, rate, model, None, failed), {}
-    evaluation = evaluate(model, run.task.evaluation_data(config), seed)
-    evaluation.metrics = _with_bits(evaluation.metrics, run.task.summarise())
-    return _result(run, seed, rate, model, log, evaluation), evaluation.arrays
+) -> tuple[Result, dict[str, Array], bytes | None]:
+    """Train and evaluate one model; whatever the model does wrong is part of the result.
+
+    Returns:
+        The result, arrays for pictures and comparisons, and the weights, None if there are none.
+    """
+    model, log, failure = _build_and_train(
+        run, config, on_step, keeper, learning_rate, interruption
+    )
+    evaluation = Evaluation(failures=[] if failure is None else [failure])
+    weights = None
+    if model is not None and log is not None:
+        weights = saved.pack(model, run.model, run.size)
+        evaluation = evaluate(model, run.task.evaluation_data(config), config.seed + run.repeat)
+    result = Result(
+        dataset=run.task.name,
+        model=run.model,
+        repeat=run.repeat,
+        seed=config.seed + run.repeat,
+        hyperparameters=asdict(run.size),
+        num_parameters=0 if model is None else count_parameters(model),
+        failures=tuple(evaluation.failures),
+        training=log,
+        metrics=_with_bits(evaluation.metrics, run.task.summarise()),
+        model_class=None if model is None else model.flow_class,
+        learning_rate=learning_rate or config.rates[0],
+    )
+    return result, evaluation.arrays, weights
 
 
 def try_rate(
-    job: Job,
+    run: Run,
     config: RunConfig,
-    on_step: OnStep,
+    on_step: OnStep = _nobody_looks,
     keeper: Keeper | None = None,
+    learning_rate: float | None = None,
     interruption: Interruption | None = None,
 ) -> Trial:
     """Train one model at a learning rate and validate it; the test rows are not looked at."""
-    run, rate = job.run, job.learning_rate
-    trial = Trial(*run.key[:2], rate)
+    _, log, failure = _build_and_train(run, config, on_step, keeper, learning_rate, interruption)
+    trial = Trial(*run.key[:2], learning_rate or config.rates[0], failure=failure)
+    if log is None:
+        return trial
+    return replace(trial, validation=log.best_validation, steps=log.steps, seconds=log.seconds)
+
+
+def _build_and_train(
+    run: Run,
+    config: RunConfig,
+    on_step: OnStep,
+    keeper: Keeper | None,
+    learning_rate: float | None,
+    interruption: Interruption | None,
+) -> tuple[DensityModel | None, History | None, str | None]:
+    """Return the model and its history as far as there are any, and what went wrong, if it did."""
     seed_everything(config.seed + run.repeat)
+    model = None
     try:
         model = build(run, config)
-        log = train_run(model, run, config, on_step, keeper, rate, interruption)
+        log = train_run(model, run, config, on_step, keeper, learning_rate, interruption)
     except (CheckpointError, WriteError):
         raise
     except Exception as error:
-        return replace(trial, failure=describe(error))
-    return replace(trial, validation=log.best_validation, steps=log.steps, seconds=log.seconds)
+        return model, None, describe(error)
+    return model, log, None
 
 
 def build(run: Run, config: RunConfig) -> DensityModel:
@@ -218,23 +277,25 @@ def train_run(
     model: DensityModel,
     run: Run,
     config: RunConfig,
-    on_step: OnStep,
+    on_step: OnStep = _nobody_looks,
     keeper: Keeper | None = None,
     learning_rate: float | None = None,
     interruption: Interruption | None = None,
 ) -> History:
-    """Train a model that was built for a run; it is left in its best state."""
-    stream = run.task.batches(config, config.seed + run.repeat)
-    plan = training_plan(config, learning_rate)
+    """Train a model that was built for a run; it is left in its best state.
 
-    def validate() -> float:
-        return run.task.validate(model, config)
-
-    return train(model, stream, validate, plan, on_step, keeper, interruption)
-
-
-AVERAGE_DECAY = 0.999
-WARMUP = 0.02
+    With a keeper and no other interruption, Ctrl-C is raised after the step, when it is saved.
+    """
+    training = Training(
+        model,
+        run.task.batches(config, config.seed + run.repeat),
+        training_plan(config, learning_rate),
+        partial(run.task.validate, model, config),
+        after_step=model.after_step,
+    )
+    if interruption is None and keeper is not None:
+        interruption = Postponed()
+    return run_training(training, on_step, keeper, interruption)
 
 
 def training_plan(config: RunConfig, learning_rate: float | None = None) -> TrainingPlan:
@@ -259,26 +320,3 @@ def _with_bits(metrics: Metrics, data: DatasetSummary) -> Metrics:
         return metrics
     bits_se = None if error is None else error / (data.features * math.log(2))
     return replace(metrics, bits_per_dim=data.bits_per_dim(nll), bits_per_dim_se=bits_se)
-
-
-def _result(
-    run: Run,
-    seed: int,
-    learning_rate: float,
-    model: DensityModel | None,
-    log: History | None,
-    evaluation: Evaluation,
-) -> Result:
-    return Result(
-        dataset=run.task.name,
-        model=run.model,
-        repeat=run.repeat,
-        seed=seed,
-        hyperparameters=asdict(run.size),
-        num_parameters=0 if model is None else count_parameters(model),
-        failures=tuple(evaluation.failures),
-        training=log,
-        metrics=evaluation.metrics,
-        model_class=None if model is None else model.flow_class,
-        learning_rate=learning_rate,
-    )

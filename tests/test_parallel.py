@@ -1,0 +1,258 @@
+"""Runs side by side, in processes and on a cluster: the same numbers, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nflows_iresnet.experiments import parallel, runs
+from nflows_iresnet.experiments.checkpoints import Keeper
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.config import RunConfig, UsageError
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("joblib")
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--num-layers", "1", "--hidden-features", "8", "--num-blocks-per-layer", "1"]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    rows = np.random.default_rng(0).normal(size=(200, 3))
+    np.savetxt(tmp_path / "table.csv", rows, delimiter=",")
+    return str(tmp_path / "table.csv")
+
+
+def results(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return data
+
+
+def numbers(folder: Path) -> dict[Any, Any]:
+    found = results(folder)["results"]
+    keys = [(each["model"], each["repeat"], each["learning_rate"]) for each in found]
+    return dict(zip(keys, [each["metrics"]["test_nll"] for each in found], strict=True))
+
+
+def test_jobs_are_not_for_one_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["compare", "moons", "--device", "cuda", "--jobs", "2"]) == 2
+    assert "would share one GPU" in capsys.readouterr().err
+
+
+def test_jobs_and_a_cluster_are_two_places(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "moons", "--jobs", "2", "--dask", "tcp://scheduler:8786"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_without_dask_the_remedy_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    words = ["--dask", "tcp://scheduler:8786", "--out", str(tmp_path / "out")]
+    assert main(["compare", "moons", "--models", "nice", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'nflows-iresnet[dask]'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_that_does_not_answer_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(parallel, "_CONNECTING", 0.5)
+    words = ["--dask", "tcp://127.0.0.1:1", "--out", str(tmp_path / "out")]
+    assert main(["compare", "moons", "--models", "nice", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--dask tcp://127.0.0.1:1: no scheduler answers there" in line
+    assert not (tmp_path / "out").exists()
+
+
+class Wish:
+    """Whether a training is to stop."""
+
+    def __init__(self, was_pressed: bool) -> None:
+        self.was_pressed = was_pressed
+
+    def __enter__(self) -> Wish:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.was_pressed:
+            raise KeyboardInterrupt
+
+
+def order_of(table: str, folder: Path) -> parallel.Order:
+    config = RunConfig((table,), ("nice",), 3, num_layers=1, hidden_features=8)
+    (run,) = runs.prepare(config)
+    keeper = Keeper(folder / "runs" / "run.pt", every=0.0)
+    return parallel.Order.of(runs.Job(run, config, 1e-3), table, keeper)
+
+
+def test_an_order_holds_no_data_and_can_be_done_in_any_folder(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(table).parent)
+    sent = pickle.dumps(order_of(Path(table).name, Path("out")))
+    assert len(sent) < 4_000
+    monkeypatch.chdir(ROOT)
+    outcome = pickle.loads(sent).do(Wish(False), None)
+    assert outcome is not None
+    assert outcome[0].key == ("table", "nice", 0)
+    assert outcome[0].metrics.test_nll is not None
+
+
+def test_an_order_that_is_told_to_stop_finds_nothing(table: str, tmp_path: Path) -> None:
+    assert order_of(table, tmp_path).do(Wish(True), None) is None
+
+
+def test_an_order_whose_data_are_not_there_says_so(table: str, tmp_path: Path) -> None:
+    order = order_of(table, tmp_path)
+    Path(table).rename(tmp_path / "elsewhere.csv")
+    parallel._load.cache_clear()
+    with pytest.raises(UsageError, match=r"table · nice: its process cannot load the data: .*csv"):
+        order.do(Wish(False), None)
+
+
+def test_checkpoints_of_a_cluster_are_kept_where_the_folder_is_seen(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path / "runs" / "run.pt")
+    assert not parallel._is_shared(keeper, "today")
+    (tmp_path / "results.json").write_text('{"started": "yesterday"}')
+    assert not parallel._is_shared(keeper, "today"), "another of its name"
+    assert parallel._is_shared(keeper, "yesterday")
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+SCRIPT = """
+import signal, sys
+from nflows_iresnet.experiments.cli import main
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    script = tmp_path / "command.py"
+    script.write_text(SCRIPT)
+
+    def popen(*words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(script), "compare", *words],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+        )
+
+    return popen
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("it did not come")
+
+
+@pytest.mark.slow
+def test_side_by_side_is_the_same_as_one_after_the_other(
+    table: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    words = [table, "--models", "nice", "residual-flow", "--steps", "30", "--repeats", "2", *TINY]
+    one, two = tmp_path / "one", tmp_path / "two"
+    rates = ["--learning-rates", "1e-3", "1e-2", "--quiet", "--out"]
+    assert main(["compare", *words, *rates, str(one)]) == 0
+    process = start(*words, *rates, str(two), "--jobs", "2")
+    _, printed = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+
+    assert numbers(one) == pytest.approx(numbers(two), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_an_end_in_the_middle_loses_nothing_that_was_finished(
+    ending: signal.Signals,
+    table: str,
+    tmp_path: Path,
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    out = tmp_path / "out"
+    words = [table, "--models", "nice", "--steps", "2000", "--repeats", "3", *TINY]
+    words += ["--patience", "20", "--checkpoint-minutes", "0.001", "--out", str(out)]
+    process = start(*words, "--jobs", "2")
+    wait_for(lambda: len(list((out / "runs").glob("*.pt"))) == 2)
+    process.send_signal(ending)
+    _, printed = process.communicate(timeout=600)
+    if ending == signal.SIGINT:
+        assert process.returncode == 130, printed
+        assert "Traceback" not in printed
+        assert "interrupted: finishing the steps under way" in printed
+        assert "2 under way up to their last checkpoints" in printed
+    before = {path: torch.load(path, weights_only=True) for path in (out / "runs").glob("*.pt")}
+    again = start(*words, "--resume", "--quiet")
+    _, printed = again.communicate(timeout=600)
+    assert again.returncode == 0, printed
+    assert len(before) == 2
+    found = results(out)["results"]
+    assert [each["training"]["steps"] for each in found] == [2000] * 3
+
+
+# --- on a cluster ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_worker_that_dies_are_done_again_and_counted_once(
+    cluster: Any, table: str, tmp_path: Path
+) -> None:
+    words = [table, "--models", "nice", "--steps", "400", "--repeats", "3", *TINY, "--quiet"]
+    words += ["--patience", "20", "--checkpoint-minutes", "0.001", "--out"]
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    victim = next(iter(cluster.workers.values())).pid
+    killed = threading.Thread(target=kill_when_busy, args=(victim, out), daemon=True)
+    killed.start()
+    assert main(["compare", *words, str(out), "--dask", cluster.scheduler_address]) == 0
+    killed.join(timeout=1)
+    assert not killed.is_alive(), "nobody was killed"
+    assert victim not in {worker.pid for worker in cluster.workers.values()}
+    assert main(["compare", *words, str(alone)]) == 0
+    found = results(out)["results"]
+    assert len(found) == 3
+    assert numbers(out) == pytest.approx(numbers(alone), abs=1e-5)
+    assert not list((out / "runs").glob("*.pt"))
+
+
+def kill_when_busy(victim: int, out: Path) -> None:
+    wait_for(lambda: len(list((out / "runs").glob("*.pt"))) == 2)
+    assert not results(out)["results"]
+    os.kill(victim, signal.SIGKILL)

@@ -1,0 +1,21 @@
+"""The library's loop, as commands run it: with checkpoints, and Ctrl-C after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nflows_iresnet.experiments.interruption import Postponed
+from nflows_iresnet.training import Batches, History, Keeper, Training, TrainingPlan, run
+
+
+def train(
+    model: Any,
+    stream: Batches,
+    validate: Callable[[], float],
+    plan: TrainingPlan,
+    on_step: Callable[[float, float], None] = lambda done, loss: None,
+    keeper: Keeper | None = None,
+) -> History:
+    training = Training(model, stream, plan, validate, after_step=model.after_step)
+    return run(training, on_step, keeper, None if keeper is None else Postponed())
