@@ -24,7 +24,7 @@ from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
 from nflows_iresnet.datasets.pickles import read_frame, read_pickle, to_array
 from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD, Splits, read_hepmass, read_power
 from nflows_iresnet.experiments import published, report
-from nflows_iresnet.experiments.results import DatasetSummary
+from nflows_iresnet.experiments.record import DatasetSummary
 
 Array = npt.NDArray[np.float64]
 GALAXY_COLUMNS = ("redshift", *"ugrizy")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nflows_iresnet.experiments.plots import DATA, INK, MODEL, STYLE, as_png
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record
 from nflows_iresnet.experiments.summary import Row, rows_of
 
 Bars = dict[str, tuple[float, float | None]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nflows_iresnet.experiments.cells import Column, number, power, with_error
-from nflows_iresnet.experiments.results import DatasetSummary, Record
+from nflows_iresnet.experiments.record import DatasetSummary, Record
 from nflows_iresnet.experiments.summary import Row
 
 

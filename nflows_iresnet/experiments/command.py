@@ -26,7 +26,7 @@ from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS
 from nflows_iresnet.experiments.jobs import Here, Order, SideBySide, Workplace
 from nflows_iresnet.experiments.models import MODELS, ModelSpec
 from nflows_iresnet.experiments.presets import Preset
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result, Trial, flags
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result, Trial, flags
 from nflows_iresnet.training import History
 
 if TYPE_CHECKING:
@@ -203,6 +203,8 @@ def _resumed(folder: Folder, now: Record) -> Record:
 def _work(session: Session) -> None:
     from nflows_iresnet.experiments.progress import LiveProgress
 
+    for task in {run.task.name: run.task for run in session.runs}.values():
+        session.folder.save_arrays((task.name,), task.arrays())
     left, done = len(session.pending) + len(session.untried), len(session.record.results)
     total = left + done + len(session.record.trials)
     with (
@@ -256,7 +258,10 @@ def _take_in(
         record = replace(record, trials=(*record.trials, outcome))
         line = _trial_line(outcome)
     else:
+        if "weights" in arrays:
+            session.folder.save_weights(run.key, arrays.pop("weights").tobytes())
         session.folder.save_arrays(run.key, arrays)
+        session.folder.write_scalars(outcome)
         record = replace(record, results=(*record.results, outcome))
         line = _line(outcome, dataset)
     session.folder.save_record(record)
@@ -312,9 +317,7 @@ def _show_finished(session: Session, progress: LiveProgress) -> None:
 def _show(session: Session, name: str) -> None:
     from nflows_iresnet.experiments import bars, imageplots, plots, tables
 
-    task = next(run.task for run in session.runs if run.task.name == name)
     summary = session.summary(name)
-    session.folder.save_arrays((name,), task.arrays())
     draw = plots.draw if summary.shape is None else imageplots.draw
     pictures = draw(session.record, session.folder, summary)
     if session.record.published:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.plots import INK, STYLE, as_png, draw_curves
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record
 
 SIDE = 8
 _NOISE_RANGE = 3.0

@@ -21,7 +21,7 @@ from nflows_iresnet.experiments.evaluation import (
     estimated_log_prob,
 )
 from nflows_iresnet.experiments.imagemodels import ImageArchitecture
-from nflows_iresnet.experiments.results import DatasetSummary
+from nflows_iresnet.experiments.record import DatasetSummary
 from nflows_iresnet.experiments.tasks import NUM_START_ROWS, Task
 from nflows_iresnet.training import Batches
 

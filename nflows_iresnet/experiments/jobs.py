@@ -25,7 +25,7 @@ from nflows_iresnet.experiments import runner
 from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.evaluation import Array
-from nflows_iresnet.experiments.results import Result, Trial
+from nflows_iresnet.experiments.record import Result, Trial
 from nflows_iresnet.experiments.runner import Job, OnStep
 from nflows_iresnet.experiments.tasks import Task
 from nflows_iresnet.training import Interruption

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from nflows_iresnet.experiments.cells import Column, R
 from nflows_iresnet.experiments.columns import columns_for
 from nflows_iresnet.experiments.files import write_atomically
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record
 from nflows_iresnet.experiments.summary import caption, rows_of
 
 

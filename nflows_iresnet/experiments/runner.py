@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
+
+from nflows_iresnet.experiments import saved
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, describe, slug
@@ -21,7 +24,7 @@ from nflows_iresnet.experiments.models import (
     find_model,
     match_parameters,
 )
-from nflows_iresnet.experiments.results import DatasetSummary, Record, Result, Trial
+from nflows_iresnet.experiments.record import DatasetSummary, Record, Result, Trial
 from nflows_iresnet.experiments.tasks import RowTask, Task
 from nflows_iresnet.experiments.training import train
 from nflows_iresnet.training import (
@@ -182,7 +185,9 @@ def execute(
     except Exception as error:
         failed = Evaluation(failures=[describe(error)])
         return _result(run, seed, rate, model, None, failed), {}
+    weights = np.frombuffer(saved.pack(model, run.model, run.size), dtype=np.uint8)
     evaluation = evaluate(model, run.task.exam(config), seed)
+    evaluation.arrays["weights"] = weights
     evaluation.metrics = _with_bits(evaluation.metrics, run.task.summarise())
     return _result(run, seed, rate, model, log, evaluation), evaluation.arrays
 

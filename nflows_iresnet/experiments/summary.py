@@ -10,7 +10,7 @@ import torch
 
 from nflows_iresnet.experiments.cells import with_error
 from nflows_iresnet.experiments.evaluation import Array, Metrics, mean_and_error
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result
 
 
 @dataclass(frozen=True)

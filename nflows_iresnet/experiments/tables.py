@@ -11,7 +11,7 @@ from rich.table import Table
 
 from nflows_iresnet.experiments.cells import Column, R, best
 from nflows_iresnet.experiments.columns import columns_for
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record
 from nflows_iresnet.experiments.summary import caption, captures, early_stops, rows_of, verdict
 
 _WIDE = 124

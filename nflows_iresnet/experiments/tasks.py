@@ -20,7 +20,7 @@ from nflows_iresnet.experiments.evaluation import (
 )
 from nflows_iresnet.experiments.frame import Frame
 from nflows_iresnet.experiments.models import Architecture
-from nflows_iresnet.experiments.results import DatasetSummary
+from nflows_iresnet.experiments.record import DatasetSummary
 from nflows_iresnet.experiments.stream import training_batches
 from nflows_iresnet.training import Batches
 

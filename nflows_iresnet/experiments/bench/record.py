@@ -9,7 +9,7 @@ from typing import Any
 
 from nflows_iresnet.experiments.bench.items import BASELINE, CaseResult, Cell, Item
 from nflows_iresnet.experiments.bench.verdicts import fits, verdicts
-from nflows_iresnet.experiments.plain import finite
+from nflows_iresnet.experiments.record import finite
 
 FORMAT = 1
 

@@ -18,7 +18,7 @@ from nflows_iresnet.experiments.environment import check_extra, describe_environ
 from nflows_iresnet.experiments.figures.catalogue import chosen_figures
 from nflows_iresnet.experiments.figures.drawing import Drawing, Figure, Settings
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
-from nflows_iresnet.experiments.plain import finite
+from nflows_iresnet.experiments.record import finite
 from nflows_iresnet.training import TrainingDivergedError
 
 RESULTS = "figures.json"

@@ -19,7 +19,7 @@ from nflows_iresnet.experiments.figures.drawing import Drawing, Settings, Stage
 from nflows_iresnet.experiments.imageplots import show_tiles, tile
 from nflows_iresnet.experiments.models import REFERENCE, count_parameters, find_model
 from nflows_iresnet.experiments.plots import INK, STYLE, as_png
-from nflows_iresnet.experiments.results import DatasetSummary
+from nflows_iresnet.experiments.record import DatasetSummary
 from nflows_iresnet.training import seed_everything
 
 NUM_SAMPLES = 64

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nflows_iresnet.experiments.environment import check_environment
-from nflows_iresnet.experiments.plain import finite, parse, rebuild
+from nflows_iresnet.experiments.record import finite, parse, rebuild
 from nflows_iresnet.experiments.table1.inversion import Inversion
 
 FORMAT = "table1-1"
