@@ -90,7 +90,7 @@ def load_run(
     dataset: str | None = None,
     model: str | None = None,
     repeat: int = 0,
-) -> nn.Module:
+) -> Any:
     """Return the flow that `nflows-iresnet compare` has trained, on the CPU and in eval mode.
 
     It is a flow of its own library: of this one and of nflows with `log_prob(inputs)` and
