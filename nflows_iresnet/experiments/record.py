@@ -277,9 +277,6 @@ class Record(RunRecord):
     """The content of results.json.
 
     Args:
-        arguments: every choice that was made.
-        environment: versions, device and machine.
-        started: ISO date and time.
         datasets: the data sets, in the order of the arguments.
         results: what is finished, in the order of its end.
         command: the subcommand.
