@@ -7,6 +7,7 @@ is one block y = x + g(x) to put between other transforms. The rooms: `nn` (netw
 certified Lipschitz bound), `logdet` and `solvers` (strategies), `transforms`, `flows`,
 `classifiers`, `interop` (normflows), `datasets`, `graphs` (a training step as one CUDA graph),
 `training` (training that stops by itself), `testing` (the contract, for your own transforms too).
+`load_run(folder)` returns a flow that the command `nflows-iresnet compare` has trained.
 """
 
 TYPE_CHECKING = False
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         training,
         transforms,
     )
+    from nflows_iresnet.experiments.saved import load_run
     from nflows_iresnet.flows import ResidualFlow
     from nflows_iresnet.transforms import ResidualTransform
 
@@ -36,6 +38,7 @@ __all__ = [
     "flows",
     "graphs",
     "linearization",
+    "load_run",
     "logdet",
     "nn",
     "solvers",
@@ -43,7 +46,11 @@ __all__ = [
     "training",
     "transforms",
 ]
-_HOMES = {"ResidualFlow": "flows", "ResidualTransform": "transforms"}
+_HOMES = {
+    "ResidualFlow": "flows",
+    "ResidualTransform": "transforms",
+    "load_run": "experiments.saved",
+}
 
 if not TYPE_CHECKING:
 

@@ -17,8 +17,8 @@ from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.evaluation import exact_log_prob, peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec, count_parameters
+from nflows_iresnet.experiments.record import Folder
 from nflows_iresnet.experiments.report import render
-from nflows_iresnet.experiments.results import Folder
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
 from tests.trained import train

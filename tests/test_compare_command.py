@@ -16,7 +16,7 @@ import nflows_iresnet
 from nflows_iresnet.experiments import environment, models, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
-from nflows_iresnet.experiments.results import Folder, Result
+from nflows_iresnet.experiments.record import Folder, Result
 from nflows_iresnet.experiments.runs import Run
 
 pytest.importorskip("matplotlib")

@@ -37,13 +37,23 @@ COMMANDS = {
     "figures": ["figures", "--quick", "--only", "dynamics", "--steps", "3"],
 }
 FILES = {
-    "compare": ["results.json", "*.pt", "*.npz", "moons.png", "report.html"],
+    "compare": [
+        "results.json",
+        "results.csv",
+        "*.pt",
+        "moons--nice--0.pt",
+        "*.npz",
+        "moons.png",
+        "report.html",
+    ],
     "images": ["*.pt", "digits--realnvp--samples.png"],
     "table2": ["results.json", "*--bars.png"],
     "table1": ["results.json", "*.pt", "table1.png", "report.html"],
     "bench": ["bench.json", "bench.png"],
     "figures": ["dynamics.png", "figures.json", "report.html"],
 }
+HEADS = ("results.json", "results.csv", "bench.json")
+"""Files that are written before anything is done, too."""
 CASES = [(name, file) for name, files in FILES.items() for file in files]
 
 
@@ -87,7 +97,7 @@ def test_a_full_disk_is_one_line_and_what_is_written_stays(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, after = tmp_path / "out", 1 if file in ("results.json", "bench.json") else 0
+    out, after = tmp_path / "out", 1 if file in HEADS else 0
     with monkeypatch.context() as patched:
         full_disk(patched, "replace", file, after)
         assert main([*COMMANDS[name], "--quiet", "--out", str(out)]) == 1

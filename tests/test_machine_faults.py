@@ -32,7 +32,7 @@ import nflows_iresnet
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.files import prepare_folder, write_atomically
-from nflows_iresnet.experiments.results import Folder
+from nflows_iresnet.experiments.record import Folder
 from tests.test_compare_disk import COMMANDS
 
 pytest.importorskip("matplotlib")

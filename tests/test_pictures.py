@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.pictures import draw_curves, draw_race
-from nflows_iresnet.experiments.results import DatasetSummary, Record, Result
+from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
 from nflows_iresnet.training import CurvePoint, History
 
 

@@ -23,8 +23,8 @@ from nflows_iresnet.experiments.config import RACE_RATES, RunConfig
 from nflows_iresnet.experiments.data import RowTask, Task
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.models import Architecture
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result, Trial
 from nflows_iresnet.experiments.report import command_line
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result, Trial
 from nflows_iresnet.experiments.subcommands import build_parser
 from nflows_iresnet.training import CurvePoint, History
 

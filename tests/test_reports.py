@@ -13,6 +13,7 @@ from rich.console import Console
 from nflows_iresnet.datasets.standard import COMPARABLE
 from nflows_iresnet.experiments import tables
 from nflows_iresnet.experiments.evaluation import Metrics
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result
 from nflows_iresnet.experiments.report import (
     Page,
     Section,
@@ -20,7 +21,6 @@ from nflows_iresnet.experiments.report import (
     render,
     render_race,
 )
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result
 from nflows_iresnet.experiments.tables import (
     Column,
     Row,

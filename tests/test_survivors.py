@@ -128,7 +128,7 @@ def test_labels_go_with_their_images() -> None:
 
 def _result(model: str, repeat: int, nll: float | None) -> Any:
     from nflows_iresnet.experiments.evaluation import Metrics
-    from nflows_iresnet.experiments.results import Result
+    from nflows_iresnet.experiments.record import Result
 
     return Result("d", model, repeat, 0, {}, 1, (), None, Metrics(test_nll=nll))
 

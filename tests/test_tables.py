@@ -19,7 +19,7 @@ from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import RowTask
 from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
 from nflows_iresnet.experiments.progress import LiveProgress
-from nflows_iresnet.experiments.results import Record as DensityRecord
+from nflows_iresnet.experiments.record import Record as DensityRecord
 from nflows_iresnet.experiments.table1.record import Inversion, Record
 from nflows_iresnet.experiments.tables import columns_for as density_columns
 from nflows_iresnet.experiments.tables import rows_of

@@ -23,7 +23,7 @@ from nflows_iresnet.experiments.environment import check_extra, describe_environ
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
 from nflows_iresnet.experiments.presets import Preset
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result, Trial, flags
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result, Trial, flags
 from nflows_iresnet.experiments.runs import Job, Outcome, Run
 from nflows_iresnet.training import History
 
@@ -213,6 +213,8 @@ def _resumed(folder: Folder, now: Record) -> Record:
 def _work(session: Session) -> None:
     from nflows_iresnet.experiments.progress import LiveProgress
 
+    for task in {run.task.name: run.task for run in session.runs}.values():
+        session.folder.save_arrays((task.name,), task.arrays())
     done = len(session.record.results) + len(session.record.trials)
     settings = (session.runs, session.config)
     trials = runs.trials_to_do(*settings, session.record)
@@ -319,9 +321,7 @@ def _show_finished(session: Session, progress: LiveProgress) -> None:
 def _show(session: Session, name: str) -> None:
     from nflows_iresnet.experiments import pictures, tables
 
-    task = next(run.task for run in session.runs if run.task.name == name)
     summary = session.summary(name)
-    session.folder.save_arrays((name,), task.arrays())
     drawn = pictures.draw(session.record, session.folder, summary)
     for path, picture in drawn.items():
         write_atomically(path, picture)

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 DEFAULT_STEPS = 400
 RACE_RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which each model of a race gets the one that validates best."""
@@ -92,8 +90,10 @@ class RunConfig:
             raise ValueError("give one of steps, budget and race, and not more")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and {2**31 - 1}, got {self.seed}")
-        for name in _POSITIVE:
-            _check_positive(name, getattr(self, name))
+        for name, value in vars(self).items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and name not in ("seed", "alpha", "marginal_bins", "num_terms"):
+                _check_positive(name, value)
         for rate in self.learning_rates:
             _check_positive("learning_rates", rate)
         if not self.images and (self.amp or self.num_train is not None):
@@ -119,40 +119,15 @@ class RunConfig:
 
     def as_arguments(self) -> dict[str, Any]:
         """Every choice as plain JSON data."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-_POSITIVE = (
-    "steps",
-    "budget",
-    "race",
-    "patience",
-    "repeats",
-    "batch_size",
-    "learning_rate",
-    "hidden_features",
-    "num_layers",
-    "num_blocks_per_layer",
-    "threads",
-    "num_train",
-    "num_scales",
-    "exact_images",
-    "dequantisations",
-)
-
-IMAGE_DEFAULTS: dict[str, Any] = {
-    "batch_size": 64,
-    "learning_rate": 1e-3,
-    "num_layers": 4,
-}
+IMAGE_DEFAULTS: dict[str, Any] = {"batch_size": 64, "learning_rate": 1e-3, "num_layers": 4}
 """What images need other defaults for."""
 
 
-def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not 0 < value < math.inf:
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value}")
 
 
@@ -162,6 +137,8 @@ def resolve_device(name: str) -> str:
     Raises:
         ValueError: "cuda" was asked for and torch sees no GPU.
     """
+    import torch  # not before it is needed: --help is not to wait for it
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

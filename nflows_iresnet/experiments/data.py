@@ -26,7 +26,7 @@ from nflows_iresnet.experiments.evaluation import (
     mean_and_error,
 )
 from nflows_iresnet.experiments.models import Architecture, ImageArchitecture
-from nflows_iresnet.experiments.results import DatasetSummary
+from nflows_iresnet.experiments.record import DatasetSummary
 from nflows_iresnet.training import Batches
 from nflows_iresnet.transforms import dequantize
 

@@ -9,12 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nflows_iresnet import __version__
 
 _PACKAGES = ("torch", "nflows", "normflows", "numpy", "scikit-learn", "matplotlib", "rich", "zuko")
-_EXTRA = ("matplotlib", "rich")
+_EXTRA = ("jinja2", "joblib", "matplotlib", "pandas", "rich", "scipy", "tyro")
 
 
 def check_extra() -> None:
@@ -30,10 +28,17 @@ def check_extra() -> None:
         )
 
 
+def versions() -> dict[str, str | None]:
+    """Return the versions of this package and of those that results depend on."""
+    return {"nflows-iresnet": __version__, **{name: _version(name) for name in _PACKAGES}}
+
+
 def describe_environment(device: str) -> dict[str, Any]:
     """Return versions, device and machine as plain JSON data."""
+    import torch
+
     return {
-        "versions": {"nflows-iresnet": __version__, **{name: _version(name) for name in _PACKAGES}},
+        "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
@@ -49,8 +54,8 @@ def check_environment(environment: dict[str, Any]) -> None:
     Raises:
         ValueError: something is missing; the message names it.
     """
-    versions = environment.get("versions")
-    known = environment | (versions if isinstance(versions, dict) else {})
+    inner = environment.get("versions")
+    known = environment | (inner if isinstance(inner, dict) else {})
     for name in ("versions", "device", "device_name", "nflows-iresnet", "torch"):
         if name not in known:
             raise ValueError(f"environment has no {name}")

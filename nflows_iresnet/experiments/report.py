@@ -14,7 +14,7 @@ from markupsafe import Markup
 from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.evaluation import MEMORY_MEASURE
 from nflows_iresnet.experiments.files import write_atomically
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record
 from nflows_iresnet.experiments.tables import (
     Column,
     caption,

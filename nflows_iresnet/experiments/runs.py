@@ -24,7 +24,7 @@ from nflows_iresnet.experiments.models import (
     find_model,
     match_parameters,
 )
-from nflows_iresnet.experiments.results import DatasetSummary, Record, Result, Trial
+from nflows_iresnet.experiments.record import DatasetSummary, Record, Result, Trial
 from nflows_iresnet.training import (
     History,
     Interruption,

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nflows_iresnet.experiments.evaluation import Array, Metrics
-from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result
+from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result
 
 _WIDE = 124
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet.conditioning import check_context
 from nflows_iresnet.flows.lipschitz import FlowLipschitz, certified_blocks, lipschitz_constants
+from nflows_iresnet.flows.summary import summarise
 from nflows_iresnet.linearization import first_parameter
 from nflows_iresnet.precision import context_like_weights, training_products
 from nflows_iresnet.transforms import initialize
@@ -298,6 +299,27 @@ class Flow(_NflowsFlow):
             context_like_weights(context, net)
             raise
         return embedded
+
+    def summary(self) -> str:
+        """Return in at most 25 lines what the flow is made of, as `print(flow)` shows it.
+
+        That is the layers from data to noise, those that repeat once; the number of parameters; of
+        the residual blocks the network g, the bound of Lip(g) that holds whatever the weights are,
+        the estimator and the solver; and whether the start from data has been made. Every module
+        with its own name is in `print(flow._transform)`.
+
+        Cost: nothing is computed from the weights, and a GPU is waited for once.
+
+        Example:
+            >>> from nflows_iresnet.flows import InvertibleResNet
+            >>> print(InvertibleResNet(2, 16, num_layers=3).summary().splitlines()[1])
+              3 x [ActNorm, ResidualTransform]
+        """
+        return summarise(self)
+
+    def __repr__(self) -> str:
+        """Return the summary."""
+        return self.summary()
 
     def lipschitz_bound(self) -> FlowLipschitz:
         r"""Return certified Lipschitz constants of the blocks and of the whole transform.

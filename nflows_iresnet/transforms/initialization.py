@@ -81,10 +81,10 @@ class _Pass:
             return rows
         if _keeps_forward(transform, nflows_transforms.MultiscaleCompositeTransform):
             return self._through_scales(transform, rows)
-        if _starts_from_rows(transform):
+        if starts_from_rows(transform):
             _start(transform, rows)
             return self._in_batches(transform, rows)
-        if any(map(_starts_from_rows, transform.modules())):
+        if any(map(starts_from_rows, transform.modules())):
             return self._all_at_once(transform, rows)
         return self._in_batches(transform, rows)
 
@@ -110,7 +110,7 @@ class _Pass:
 
     def _all_at_once(self, transform: Any, rows: Tensor) -> Tensor:
         """Start each part inside of a transform when it is first called."""
-        parts = filter(_starts_from_rows, transform.modules())
+        parts = filter(starts_from_rows, transform.modules())
         handles = [part.register_forward_pre_hook(_once()) for part in parts]
         try:
             outputs: Tensor = transform(rows, self.context)[0]
@@ -138,7 +138,8 @@ def _keeps_forward(transform: nn.Module, *kinds: type[nn.Module]) -> bool:
     return type(transform).forward in [kind.forward for kind in kinds]
 
 
-def _starts_from_rows(part: nn.Module) -> bool:
+def starts_from_rows(part: nn.Module) -> bool:
+    """Whether `initialize` starts a part of a transform."""
     if isinstance(part, nflows_transforms.ActNorm):
         return True
     return bool(getattr(part, "starts_from_rows", False)) and hasattr(part, "initialize")

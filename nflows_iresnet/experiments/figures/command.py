@@ -21,7 +21,7 @@ from nflows_iresnet.experiments.config import UsageError, resolve_device, sugges
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.figures import DESCRIPTIONS, Drawing, Settings, Stage
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
-from nflows_iresnet.experiments.plain import finite
+from nflows_iresnet.experiments.record import finite
 from nflows_iresnet.training import TrainingDivergedError
 
 RESULTS = "figures.json"

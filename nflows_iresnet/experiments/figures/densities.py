@@ -22,7 +22,7 @@ from nflows_iresnet.experiments.pictures import (
     draw_scatter,
     find_brightest,
 )
-from nflows_iresnet.experiments.results import DatasetSummary, Result
+from nflows_iresnet.experiments.record import DatasetSummary, Result
 
 TITLES = {
     "residual-flow": "ResidualFlow",

@@ -18,7 +18,7 @@ from nflows_iresnet.experiments.evaluation import Array, EvaluationData, estimat
 from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
 from nflows_iresnet.experiments.models import REFERENCE, count_parameters, find_model
 from nflows_iresnet.experiments.pictures import INK, STYLE, as_png, show_tiles, tile
-from nflows_iresnet.experiments.results import DatasetSummary
+from nflows_iresnet.experiments.record import DatasetSummary
 from nflows_iresnet.training import seed_everything
 
 NUM_SAMPLES = 64

@@ -17,7 +17,7 @@ from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
-from nflows_iresnet.experiments.results import Folder, flags
+from nflows_iresnet.experiments.record import Folder, flags
 from nflows_iresnet.experiments.table1 import (
     DEFAULT_COEFFS,
     QUICK,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nflows_iresnet.experiments.environment import check_environment
-from nflows_iresnet.experiments.plain import finite, parse, rebuild
+from nflows_iresnet.experiments.record import finite, parse, rebuild
 
 FORMAT = "table1-1"
 
