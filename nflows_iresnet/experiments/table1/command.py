@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +29,7 @@ from nflows_iresnet.experiments.table1.classifiers import Size, builders, execut
 from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
 
 
-def to_settings(parsed: argparse.Namespace) -> Settings:
+def to_settings(parsed: Any) -> Settings:
     """Turn parsed arguments into settings.
 
     Raises:
@@ -49,7 +49,7 @@ def to_settings(parsed: argparse.Namespace) -> Settings:
     return Settings(**{**chosen, "coeffs": coeffs, "device": device})
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: Any) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -130,7 +130,7 @@ class Session:
         self.record = record
 
 
-def open_session(parsed: argparse.Namespace) -> Session:
+def open_session(parsed: Any) -> Session:
     """Check everything that can be checked, then create the output folder.
 
     Raises:

@@ -21,8 +21,7 @@ class Inversion:
     """What became of images that were encoded and decoded.
 
     Args:
-        num_images: how many images.
-        num_failed: how many of them have a block where the solver gave up.
+        num_failed: how many images have a block where the solver gave up.
         residual_max: largest residual of a block's solution, in the 2-norm.
         error_max: largest error of a pixel, where a level has width 1; the best point that was
             found counts where the solver gave up.
@@ -129,7 +128,6 @@ class Record:
 
     Args:
         arguments: the settings of the run.
-        environment: versions, device and machine.
         started: ISO date and time.
         published: by row and data set, published test errors in percent.
         outcomes: what is finished.
