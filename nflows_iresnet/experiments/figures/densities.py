@@ -56,10 +56,10 @@ def count_models(settings: Settings) -> int:
 def draw(settings: Settings, stage: Stage) -> Drawing:
     """Train every flow on every toy, and draw their densities."""
     config = to_config(settings)
-    runs = runner.prepare(config)
-    tasks = {run.task.name: run.task for run in runs}
+    prepared = runner.prepare(config)
+    tasks = {run.task.name: run.task for run in prepared}
     results, arrays = {}, {name: {"data": task.arrays()} for name, task in tasks.items()}
-    for run in runs:
+    for run in prepared:
         with stage(f"densities · {run.task.name} · {run.model}"):
             results[run.key], arrays[run.task.name][run.model] = runner.execute(
                 run, config, lambda done, loss: None
