@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ pytest.importorskip("rich")
 
 from nflows_iresnet.experiments import runs
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.figures import DESCRIPTIONS, digits, dynamics
+from nflows_iresnet.experiments.config import UsageError
+from nflows_iresnet.experiments.figures import DESCRIPTIONS, command, digits, dynamics
 from nflows_iresnet.experiments.figures.dynamics import (
     count_crossings,
     find_crossings,
@@ -170,6 +172,40 @@ def test_a_training_that_diverges_leaves_the_other_figures(
     assert "loss was inf" in figures["digits"]["failure"]
     assert (tmp_path / figures["dynamics"]["picture"]).read_bytes().startswith(PNG)
     assert "Paths through" in (tmp_path / "report.html").read_text()
+
+
+def options(out: Path, **more: object) -> SimpleNamespace:
+    """Return what the command line hands to the command."""
+    chosen = {"only": ["dynamics"], "steps": 2, "seed": 0, "quick": True, "quiet": True}
+    return SimpleNamespace(**chosen | {"out": str(out)} | more)
+
+
+def test_threads_and_device_are_heard_and_stand_in_the_command_that_repeats_it(
+    tmp_path: Path,
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert command.run(options(tmp_path, threads=2, device="cpu")) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    arguments = json.loads((tmp_path / "figures.json").read_text())["arguments"]
+    assert (arguments["device"], arguments["threads"]) == ("cpu", 2)
+    assert "--quick --threads 2<" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="device 'cuda' is not available"):
+        command.run(options(tmp_path / "out", device="cuda"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_figures_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(options(tmp_path / "out", list=True)) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed[1:]] == list(DESCRIPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def diverge(*_: object) -> None:

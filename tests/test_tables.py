@@ -7,11 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from nflows_iresnet import datasets
 from nflows_iresnet.experiments import models as continuous
 from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.cli import main
@@ -20,6 +22,7 @@ from nflows_iresnet.experiments.data import RowTask
 from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.record import Record as DensityRecord
+from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, classifiers, command
 from nflows_iresnet.experiments.table1.record import Inversion, Record
 from nflows_iresnet.experiments.tables import columns_for as density_columns
 from nflows_iresnet.experiments.tables import rows_of
@@ -175,6 +178,14 @@ def test_another_run_is_not_resumed(
     assert "--seed was 0 there and is 1 now" in capsys.readouterr().err
     assert main([*TABLE1, "--out", str(table1[0])]) == 2
     assert "already holds results" in capsys.readouterr().err
+
+
+def test_table1_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(SimpleNamespace(list=True)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert names == [*datasets.available_images(), *classifiers.builders(DEFAULT_COEFFS)]
+    assert "certified Lip(g) <= 0.9" in "\n".join(lines)
 
 
 # --- table 2 --------------------------------------------------------------------------------------

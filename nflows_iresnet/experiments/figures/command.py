@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -37,14 +36,14 @@ class Figure(Protocol):
         """Train, measure and draw; `with stage(label):` is around each model."""
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: Any) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
         UsageError: arguments cannot work; nothing was written.
     """
     if getattr(parsed, "list", False):
-        print("\n".join(f"  {name:12}{text}" for name, text in DESCRIPTIONS.items()))
+        print("\n".join(["figures:", *(f"  {n:12}{text}" for n, text in DESCRIPTIONS.items())]))
         return 0
     try:
         names = chosen_names(parsed.only)
@@ -76,7 +75,7 @@ def chosen_names(only: Sequence[str] | None) -> list[str]:
     return [name for name in DESCRIPTIONS if not only or name in only]
 
 
-def to_settings(parsed: argparse.Namespace) -> Settings:
+def to_settings(parsed: Any) -> Settings:
     """Turn parsed arguments into settings.
 
     Raises:

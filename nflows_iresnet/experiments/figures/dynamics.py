@@ -202,9 +202,6 @@ def count_crossings(paths: Array) -> int:
     Args:
         paths: positions, shape (layers + 1, points).
 
-    Returns:
-        The number of crossings over all pairs.
-
     Example:
         >>> count_crossings(np.array([[0.0, 1.0], [1.0, 0.0]]))
         1
@@ -214,23 +211,18 @@ def count_crossings(paths: Array) -> int:
 
 def find_crossings(paths: Array) -> Array:
     """Return position and layer of every crossing, shape (crossings, 2); see `count_crossings`."""
+    import pandas as pd
+
     first, second = np.triu_indices(paths.shape[1], k=1)
     gaps = paths[:, second] - paths[:, first]
-    sides = _last_side(np.sign(gaps))
+    signs = pd.DataFrame(np.sign(gaps)).replace(0, np.nan)
+    sides = signs.ffill().fillna(0).to_numpy()  # of paths that touch, the last side before
     layers, pairs = np.nonzero(sides[1:] * sides[:-1] < 0)
     before, after = gaps[layers, pairs], gaps[layers + 1, pairs]
     share = before / np.where(before == after, 1.0, before - after)
     left = paths[layers, first[pairs]]
     right = paths[layers + 1, first[pairs]]
     return np.stack([left + share * (right - left), layers + share], axis=1)
-
-
-def _last_side(signs: Array) -> Array:
-    """Replace each zero by the last sign before it, along the layers."""
-    filled = signs.copy()
-    for layer in range(1, len(filled)):
-        filled[layer] = np.where(filled[layer] == 0, filled[layer - 1], filled[layer])
-    return filled
 
 
 def smallest_gap(paths: Array) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from nflows_iresnet.datasets import ImageDataset
 from nflows_iresnet.experiments import interruption, published
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import UsageError, resolve_device
-from nflows_iresnet.experiments.environment import check_extra, describe_environment
+from nflows_iresnet.experiments.environment import check_extra
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
 from nflows_iresnet.experiments.record import Folder, flags
 from nflows_iresnet.experiments.table1 import (
@@ -29,7 +29,7 @@ from nflows_iresnet.experiments.table1.classifiers import Size, builders, execut
 from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
 
 
-def to_settings(parsed: argparse.Namespace) -> Settings:
+def to_settings(parsed: Any) -> Settings:
     """Turn parsed arguments into settings.
 
     Raises:
@@ -49,7 +49,7 @@ def to_settings(parsed: argparse.Namespace) -> Settings:
     return Settings(**{**chosen, "coeffs": coeffs, "device": device})
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: Any) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -130,7 +130,7 @@ class Session:
         self.record = record
 
 
-def open_session(parsed: argparse.Namespace) -> Session:
+def open_session(parsed: Any) -> Session:
     """Check everything that can be checked, then create the output folder.
 
     Raises:
@@ -171,10 +171,9 @@ def _load(settings: Settings, repeat: int) -> ImageDataset:
 def _fresh_record(settings: Settings, data: list[ImageDataset]) -> Record:
     first = data[0]
     tests = torch.cat([each.test for each in data]).flatten(start_dim=1)
-    return Record(
-        arguments=settings.as_json(),
-        environment=describe_environment(settings.device),
-        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+    return Record.begin(
+        settings.as_json(),
+        settings.device,
         data=DataSummary(
             name=first.name,
             source=first.source,

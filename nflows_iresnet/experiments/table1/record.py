@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
@@ -10,10 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nflows_iresnet.experiments.environment import check_environment
-from nflows_iresnet.experiments.record import finite, parse, rebuild
-
-FORMAT = "table1-1"
+from nflows_iresnet.experiments.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -21,8 +17,7 @@ class Inversion:
     """What became of images that were encoded and decoded.
 
     Args:
-        num_images: how many images.
-        num_failed: how many of them have a block where the solver gave up.
+        num_failed: how many images have a block where the solver gave up.
         residual_max: largest residual of a block's solution, in the 2-norm.
         error_max: largest error of a pixel, where a level has width 1; the best point that was
             found counts where the solver gave up.
@@ -124,23 +119,27 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(RunRecord):
     """The content of results.json.
 
     Args:
         arguments: the settings of the run.
-        environment: versions, device and machine.
         started: ISO date and time.
         published: by row and data set, published test errors in percent.
         outcomes: what is finished.
     """
 
-    arguments: dict[str, Any]
-    environment: dict[str, Any]
-    started: str
+    FORMAT = "table1-1"
+    DERIVED = ("table",)
+
     data: DataSummary
     published: dict[str, dict[str, str]]
     outcomes: tuple[Outcome, ...] = ()
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """The rows as plain data."""
+        return [asdict(row) for row in self.rows()]
 
     def rows(self) -> list[Row]:
         """Return the rows of the table, in the order in which they were finished."""
@@ -190,25 +189,6 @@ class Record:
     def adding(self, outcome: Outcome) -> Record:
         """Return the record with one more outcome."""
         return replace(self, outcomes=(*self.outcomes, outcome))
-
-    def as_json(self) -> str:
-        """Serialise, with the rows of the table; numbers that are not finite become null."""
-        rows = [asdict(row) for row in self.rows()]
-        plain = finite({"format": FORMAT, **asdict(self), "table": rows})
-        return json.dumps(plain, indent=1, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Record:
-        """Rebuild a record from `as_json`.
-
-        Raises:
-            ValueError: not a record of this format.
-        """
-        data = parse(text, FORMAT)
-        data.pop("table", None)
-        record: Record = rebuild(cls, data)
-        check_environment(record.environment)
-        return record
 
 
 def _error(outcomes: Sequence[Outcome], distinct: int) -> tuple[float | None, float | None]:
