@@ -112,7 +112,9 @@ class GraphedStep:
             raise ValueError(
                 f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}"
             )
-        self._step = _Step(flow, optimizer, loss or negative_log_likelihood, max_grad_norm)
+        self._step = EagerStep(
+            flow, optimizer, loss or negative_log_likelihood, max_grad_norm, keeps_gradients=True
+        )
         self._device = self._step.parameters()[0].device
         self._said: set[str] = set()
         self._captured: _CapturedStep | None = None
@@ -176,36 +178,49 @@ class GraphedStep:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What a step does, whoever runs it."""
+class EagerStep:
+    """What a step does, whoever runs it.
+
+    Args:
+        flow: the model.
+        optimizer: of its parameters, perhaps of others, too.
+        loss: callable of (flow, *batch) that returns a scalar.
+        max_grad_norm: what the norm of all gradients is clipped to, unless None.
+        keeps_gradients: whether gradients stay where they are, as a graph needs them; dropped ones
+            let the optimiser leave alone what a loss does not use.
+    """
 
     flow: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Loss
     max_grad_norm: float | None
+    keeps_gradients: bool = False
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        parameters = self.parameters()
-        self._zero_gradients(parameters)
-        with _without_autocast_cache(parameters[0].device):
-            loss = self.loss(self.flow, *arguments)
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Do a step and return its loss, shape ()."""
+        trained = self.parameters()
+        self._forget_gradients()
+        with _without_autocast_cache(trained[0].device):
+            loss = self.loss(self.flow, *batch)
             if loss.dim() > 0:
                 raise ValueError(
                     f"the loss must be a scalar, got shape {tuple(loss.shape)}; take its mean()"
                 )
             loss.backward()
             if self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+                nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
             self.optimizer.step()
         return loss.detach()
 
-    def _zero_gradients(self, trained: list[nn.Parameter]) -> None:
-        gradients = [each.grad for each in trained if each.grad is not None]
-        if gradients:
-            torch._foreach_zero_(gradients)
+    def _forget_gradients(self) -> None:
+        kept = []
         for parameter in self._every_parameter():
-            if not parameter.requires_grad:
+            if not (self.keeps_gradients and parameter.requires_grad):
                 parameter.grad = None  # the optimiser would go on with it
+            elif parameter.grad is not None:
+                kept.append(parameter.grad)
+        if kept:
+            torch._foreach_zero_(kept)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained."""
@@ -222,6 +237,7 @@ class _Step:
         return list({id(each): each for each in every}.values())
 
     def modules(self) -> Iterable[nn.Module]:
+        """Return the model's modules."""
         return self.flow.modules()
 
     def tensors(self) -> list[Tensor]:
@@ -363,7 +379,7 @@ class _CapturedStep:
         _CaptureError: if it cannot be captured, or a replay differs from an eager step.
     """
 
-    def __init__(self, step: _Step, arguments: tuple[Tensor, ...], recorder: _Recorder) -> None:
+    def __init__(self, step: EagerStep, arguments: tuple[Tensor, ...], recorder: _Recorder) -> None:
         self._step, self._recorder = step, recorder
         self._inputs = tuple(each.detach().clone() for each in arguments)
         self._plan = TermPlan(arguments[0].device)
@@ -505,7 +521,7 @@ class _CapturedStep:
             return self._step(*arguments)
 
 
-def _require_known_to_work(step: _Step) -> None:
+def _require_known_to_work(step: EagerStep) -> None:
     """Raise where a capture would fail in ways that cannot be taken back."""
     parallel = nn.parallel.DistributedDataParallel
     for name, module in step.flow.named_modules():
@@ -535,7 +551,7 @@ class _Setting:
     strategies: tuple[tuple[object, object], ...]
 
     @staticmethod
-    def of(step: _Step, blocks: Sequence[ResidualTransform]) -> _Setting:
+    def of(step: EagerStep, blocks: Sequence[ResidualTransform]) -> _Setting:
         kind = step.optimizer.param_groups[0]["params"][0].device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         names = sorted(step.optimizer.defaults.keys() - {"lr", "fused", "foreach", "capturable"})
@@ -694,7 +710,7 @@ class _OptimizerState:
 class _Places:
     """Where everything is that a graph reads and writes."""
 
-    def __init__(self, step: _Step) -> None:
+    def __init__(self, step: EagerStep) -> None:
         self._optimizer = step.optimizer
         self._groups = self._members()
         tables = [
@@ -757,7 +773,7 @@ def _titled(name: str, module: nn.Module) -> str:
     return f"{name} ({kind})" if name else kind
 
 
-def _described(error: BaseException, step: _Step) -> str:
+def _described(error: BaseException, step: EagerStep) -> str:
     """Say where a step could not go on, and why: its innermost module, or what else was running."""
     while error.__context__ is not None:
         error = error.__context__

@@ -8,23 +8,34 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
+import os
+import signal
 import sys
+import threading
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nflows_iresnet.graphs import Loss, negative_log_likelihood
+from nflows_iresnet.graphs import EagerStep, Loss, negative_log_likelihood
 from nflows_iresnet.validation import validated_size
+
+if distributed.is_available():
+    import torch.distributed.nn  # after init_process_group it would keep the group's threads alive
 
 STEPS_BETWEEN_LOOKS = 8
 """On a GPU, which is let run ahead: to look at a loss is to wait for it."""
@@ -35,6 +46,8 @@ CLIP_NORM = 10.0
 _EXACT_FEATURES = 64
 """Up to so many dimensions validation takes the exact log-determinant of residual blocks."""
 _ROWS_AT_ONCE = 1_024
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+_SECONDS_OF_ONE_PRESS = 0.5
 _VALIDATION_SEED = 10_000
 _NOISE_SEED = 2**32
 REMEDY = (
@@ -161,6 +174,8 @@ class TrainingPlan:
         tf32: whether steps, but no validation, may use TensorFloat-32 on a GPU.
         clock: what tells the seconds of training: `time.perf_counter`, or `time.process_time` for
             those of the CPU, which other processes do not lengthen.
+        validates_start: whether the state before the first step may be the best, which a flow that
+            was trained before needs.
     """
 
     learning_rate: float
@@ -172,6 +187,7 @@ class TrainingPlan:
     warmup: float = 0.0
     tf32: bool = False
     clock: Callable[[], float] = time.perf_counter
+    validates_start: bool = False
 
     def learning_rate_at(self, progress: float) -> float:
         """Return the learning rate, warmed up and annealed by a cosine."""
@@ -193,7 +209,7 @@ class CurvePoint:
     Args:
         step: optimiser steps so far.
         seconds: training time so far.
-        train: mean training loss since the last point, in nats.
+        train: mean training loss since the last point, in nats; NaN before the first step.
         validation: NLL of the validation rows, in nats; exact but for images under an estimator.
     """
 
@@ -253,6 +269,108 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# --- several processes ----------------------------------------------------------------------------
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of `torch.distributed` that train one flow together.
+
+    Args:
+        rank: which of them this is.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def present(cls) -> Processes:
+        """Return those that there are.
+
+        Raises:
+            ValueError: a launcher has started several, and they do not know of each other.
+        """
+        if distributed.is_available() and distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size())
+        count = os.environ.get("WORLD_SIZE", "1")
+        if count.strip() != "1":
+            raise ValueError(
+                f"this is one of WORLD_SIZE={count} processes, and each would train a flow of its "
+                "own: call torch.distributed.init_process_group() first, or unset WORLD_SIZE"
+            )
+        return cls()
+
+    def of_all(self, values: list[float]) -> list[list[float]]:
+        """Return the numbers of every process; each gives as many."""
+        if self.count == 1:
+            return [values]
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        given = torch.tensor(values, dtype=torch.float64, device=device)
+        found = [torch.empty_like(given) for _ in range(self.count)]
+        distributed.all_gather(found, given)
+        return [each.tolist() for each in found]
+
+    def objects_of_all(self, value: _Result) -> list[_Result]:
+        """Return the value of every process."""
+        found: list[Any] = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(found, value)
+        return found
+
+    def first(self, compute: Callable[[], _Result]) -> _Result:
+        """Return what the first process computes; the others fail if it does."""
+        if self.count == 1:
+            return compute()
+        told: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                told[0] = compute()
+            except Exception as raised:
+                error, told[1] = raised, f"{type(raised).__name__}: {raised}"
+        distributed.broadcast_object_list(told)
+        if error is not None:
+            raise error
+        if told[1] is not None:
+            raise RuntimeError(f"the first process failed: {told[1]}")
+        result: _Result = told[0]
+        return result
+
+    def agree_on_state(self, model: nn.Module, *, of_buffers: bool = False) -> None:
+        """Load the state of the first process's model into the others', or that of its buffers."""
+        if self.count == 1:
+            return
+        others = {name for name, _ in model.named_parameters()} if of_buffers else ()
+        state = {
+            name: value.cpu() if isinstance(value, Tensor) else value
+            for name, value in model.state_dict().items()
+            if name not in others
+        }
+        model.load_state_dict(self.first(lambda: state), strict=not of_buffers)
+
+
+ALONE = Processes()
+
+
+class _Loss(nn.Module):
+    """A loss as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, flow: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.flow, self._loss = flow, loss
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self._loss(self.flow, *batch)
+
+
+def _forward(module: nn.Module, *batch: Tensor) -> Tensor:
+    loss: Tensor = module(*batch)
+    return loss
+
+
 # --- batches --------------------------------------------------------------------------------------
 
 
@@ -268,6 +386,7 @@ class Batches(Iterator[Any]):
         batch_size: rows per batch; N if there are fewer rows.
         seed: equal seeds yield equal batches in equal order.
         prepare: turns rows and a generator into a batch, to add noise for example.
+        processes: that share out each batch; its size is then a multiple of their number.
     """
 
     def __init__(
@@ -276,14 +395,22 @@ class Batches(Iterator[Any]):
         batch_size: int,
         seed: int,
         prepare: Callable[[Tensor, Generator], Tensor] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self._single = isinstance(rows, Tensor)
         self._rows = (rows,) if isinstance(rows, Tensor) else rows
         self._prepare = prepare
         self._count, self._device = self._rows[0].shape[0], self._rows[0].device
-        self._size = min(batch_size, self._count)
+        self._size, self._processes = min(batch_size, self._count), processes
+        self._size -= self._size % processes.count
+        if self._size == 0:
+            raise ValueError(
+                f"{processes.count} processes cannot share a batch of "
+                f"{min(batch_size, self._count)} rows: each needs one"
+            )
         self._shuffles = Generator().manual_seed(seed)
-        self._noise = Generator(self._device).manual_seed(seed + _NOISE_SEED)
+        noise = seed + _NOISE_SEED + processes.rank
+        self._noise = Generator(self._device).manual_seed(noise)
         self._start_epoch()
 
     def __next__(self) -> Any:
@@ -292,6 +419,7 @@ class Batches(Iterator[Any]):
             self._start_epoch()
         chosen = self._order[self._position : self._position + self._size]
         self._position += self._size
+        chosen = chosen[self._processes.rank :: self._processes.count]
         batch, *rest = (each[chosen] for each in self._rows)
         batch = batch if self._prepare is None else self._prepare(batch, self._noise)
         return batch if self._single else (batch, *rest)
@@ -415,8 +543,7 @@ class Stepper:
         clip_norm: float | None,
         loss: Loss = negative_log_likelihood,
     ) -> None:
-        self._model, self._optimizer, self._clip_norm = model, optimizer, clip_norm
-        self._loss = loss
+        self._eager = EagerStep(model, optimizer, loss, clip_norm)
         self._step: Callable[..., Tensor] = self._eager
         self._steps = 0
         self._refused: str | None = None
@@ -439,29 +566,19 @@ class Stepper:
         reason: str | None = getattr(self._step, "reason", self._refused)
         return None if self.is_captured else reason
 
-    def _eager(self, *batch: Tensor) -> Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(self._model, *batch)
-        loss.backward()
-        if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
-        self._optimizer.step()
-        return loss
-
     def _graphed(self, *batch: Tensor) -> Callable[..., Tensor]:
         from nflows_iresnet.graphs import GraphedStep
 
-        context = {"context": batch[1]} if len(batch) > 1 else {}
-        options: dict[str, Any] = {"loss": self._loss, "max_grad_norm": self._clip_norm, **context}
+        step = self._eager
+        options: dict[str, Any] = {"loss": step.loss, "max_grad_norm": step.max_grad_norm}
+        if len(batch) > 1:
+            options["context"] = batch[1]
         try:
-            step: Callable[..., Tensor] = GraphedStep(
-                self._model, self._optimizer, batch[0], **options
-            )
+            return GraphedStep(step.flow, step.optimizer, batch[0], **options)
         except (ValueError, RuntimeError) as error:
             first, *_ = str(error).splitlines() or ["no message"]
             self._refused = f"{type(error).__name__}: {first}"
-            return self._eager
-        return step
+            return step
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -524,7 +641,12 @@ class _Progress:
 
     @property
     def due(self) -> bool:
-        return self.done >= 1.0 or int(self.done * self.plan.validations) > self.validated
+        return self.done >= 1.0 or self._intervals > self.validated
+
+    @property
+    def _intervals(self) -> int:
+        """How many intervals are over; 29 % of 100 are 29, not 28.999999999999996."""
+        return int(self.done * self.plan.validations + 1e-9)
 
     @property
     def stopped(self) -> str | None:
@@ -534,8 +656,15 @@ class _Progress:
         return "patience" if self._stale >= self.plan.patience else None
 
     @property
+    def trained(self) -> list[CurvePoint]:
+        """The validations after a step."""
+        return [point for point in self.curve if point.step > 0]
+
+    @property
     def _stale(self) -> int:
-        return 0 if self.best is None else len(self.curve) - 1 - self.curve.index(self.best)
+        values = [each.validation for each in self.trained]
+        finite = [value for value in values if math.isfinite(value)]
+        return len(values) - 1 - values.index(min(finite)) if finite else len(values)
 
     def add_steps(self, seconds: float, losses: list[float]) -> None:
         for loss in losses:
@@ -545,11 +674,11 @@ class _Progress:
         self.elapsed += seconds
 
     def add_validation(self, model: nn.Module, value: float) -> None:
-        train = sum(self.losses) / len(self.losses)
+        train = sum(self.losses) / len(self.losses) if self.losses else math.nan
         point = CurvePoint(len(self.seconds), self.elapsed, train, value)
         self.curve.append(point)
         self.losses.clear()
-        self.validated = int(self.done * self.plan.validations)
+        self.validated = self._intervals
         if math.isfinite(value) and (self.best is None or value < self.best.validation):
             self.best, self.best_state = point, copy.deepcopy(model.state_dict())
 
@@ -587,6 +716,10 @@ class Training:
         optimizer: of the model's parameters; Adam by default.
         loss: of (model, *batch), a scalar; by default the mean negative log-likelihood.
         after_step: called after each step of the optimiser.
+        processes: that train the model together, each with batches of its own.
+
+    Raises:
+        ValueError: the optimiser needs a closure, or nothing is to be trained.
     """
 
     def __init__(
@@ -599,13 +732,17 @@ class Training:
         optimizer: torch.optim.Optimizer | None = None,
         loss: Loss = negative_log_likelihood,
         after_step: Callable[[], None] = lambda: None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.model, self.stream, self.plan = model, stream, plan
+        self.model, self.stream, self.plan, self.processes = model, stream, plan, processes
         self.optimizer = optimizer or adam(model.parameters(), plan.learning_rate)
+        _require_no_closure(self.optimizer)
+        if processes.count > 1:
+            model, loss = DistributedDataParallel(_Loss(model, loss)), _forward
+        self.stepper = Stepper(model, self.optimizer, plan.clip_norm, loss)
         self.progress = _Progress(plan)
         decay = plan.average_decay
-        self.average = None if decay is None else WeightAverage(model.parameters(), decay)
-        self.stepper = Stepper(model, self.optimizer, plan.clip_norm, loss)
+        self.average = None if decay is None else WeightAverage(self.model.parameters(), decay)
         self._validate, self._after_step = validate, after_step
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._unseen: list[Tensor] = []
@@ -622,6 +759,8 @@ class Training:
         with _precision(self.plan):
             loss = self.stepper(*(batch if isinstance(batch, tuple) else (batch,)))
         self._unseen.append(loss)
+        if self.processes.count > 1 and self.progress.begun == 0:
+            self._require_every_gradient()
         self._after_step()
         if self.average is not None:
             self.average.update()
@@ -633,42 +772,82 @@ class Training:
         on_gpu = self._unseen[-1].is_cuda
         return not on_gpu or len(self._unseen) >= STEPS_BETWEEN_LOOKS or self.progress.due
 
-    def look(self) -> float:
-        """Take in the losses of the steps since the last look, and return the last."""
-        losses: list[float] = torch.stack(self._unseen).tolist()
+    def look(self, *wishes: bool) -> tuple[float, list[bool]]:
+        """Take in the losses of the steps since the last look; return the last, and the wishes.
+
+        Processes agree on them: on the mean of their losses, the time of the first, and whether
+        anyone has a wish.
+        """
+        mine: list[float] = torch.stack(self._unseen).tolist()
         self._unseen.clear()
-        self.progress.add_steps(self.plan.clock() - self._since, losses)
-        return losses[-1]
+        seconds, count = self.plan.clock() - self._since, len(wishes)
+        found = self.processes.of_all([seconds, *map(float, wishes), *mine])
+        _, *columns = zip(*found, strict=True)
+        losses = [sum(column) / len(column) for column in columns[count:]]
+        self.progress.add_steps(found[0][0], losses)
+        return losses[-1], [any(column) for column in columns[:count]]
+
+    def _require_every_gradient(self) -> None:
+        names = [
+            name
+            for name, each in self.model.named_parameters()
+            if each.requires_grad and each.grad is None
+        ]
+        if names:
+            raise ValueError(
+                f"the loss does not use {', '.join(names)}, whose gradients processes would wait "
+                "for: freeze them (requires_grad_(False)) to train over several processes"
+            )
 
     def validate(self) -> None:
-        """Validate the average of the weights, and keep it if it is the best."""
+        """Validate the average of the weights, in the first process; keep it if it is the best."""
         with nullcontext() if self.average is None else self.average.applied():
             self.model.train(False)
-            self.progress.add_validation(self.model, self._validate())
+            self.processes.agree_on_state(self.model, of_buffers=True)
+            self.progress.add_validation(self.model, self.processes.first(self._validate))
             self.model.train()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs."""
         stream: Any = self.stream
+        own = {"stream": stream.state_dict(), "random": random_state()}
+        first, *others = self.processes.objects_of_all(own)
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "stream": stream.state_dict(),
             "progress": self.progress.state_dict(),
-            "random": random_state(),
+            **first,
+            "others": others,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved training."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        for name in ("model", "optimizer", "stream", "progress"):
+        for name in ("model", "optimizer", "progress"):
             getattr(self, name).load_state_dict(state[name])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # a number on the device stays there; each step sets it
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        set_random_state(state["random"])
+        own, stream = [state, *state.get("others", [])][self.processes.rank], cast(Any, self.stream)
+        stream.load_state_dict(own["stream"])
+        set_random_state(own["random"])
+
+    def put_back_rates(self) -> None:
+        """Give the optimiser the learning rates that it had before the schedule."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            set_learning_rate(group, rate)
+
+
+def _require_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} needs a closure, with which it evaluates the loss of a "
+            "batch several times a step: give an optimiser that takes one gradient a step, such as "
+            "torch.optim.Adam"
+        )
 
 
 def run(
@@ -694,27 +873,33 @@ def run(
     """
     if keeper is not None:
         _take_up(training, keeper)
+    processes, progress = training.processes, training.progress
+    is_alone = processes.count == 1
     training.model.train()
     wish: Interruption = _Never() if interruption is None else interruption
     with wish:
-        while training.progress.stopped is None:
+        if training.plan.validates_start and not progress.curve and not progress.begun:
+            training.validate()
+        while progress.stopped is None:
             training.step()
-            if not (training.is_to_be_looked_at or wish.was_pressed):
+            if not (training.is_to_be_looked_at or (is_alone and wish.was_pressed)):
                 continue
-            loss = training.look()
-            on_step(training.progress.done, loss)
-            if training.progress.due:
+            saves = keeper is not None and processes.rank == 0 and keeper.due
+            loss, (is_pressed, saves) = training.look(wish.was_pressed, saves)
+            on_step(progress.done, loss)
+            if progress.due:
                 training.validate()
-            ends = wish.was_pressed or training.progress.stopped is not None
-            if keeper is not None and (keeper.due or ends):
-                keeper.save(training.state_dict())
+            is_pressed = is_pressed or (is_alone and wish.was_pressed)
+            ends = is_pressed or progress.stopped is not None
+            if keeper is not None and (saves or ends):
+                _keep(training, keeper)
             if ends:
                 break
     return close(training)
 
 
 def _take_up(training: Training, keeper: Keeper) -> None:
-    state = keeper.load()
+    state = training.processes.first(keeper.load)
     if state is None:
         return
     try:
@@ -723,21 +908,31 @@ def _take_up(training: Training, keeper: Keeper) -> None:
         raise keeper.damaged() from error
 
 
+def _keep(training: Training, keeper: Keeper) -> None:
+    state = training.state_dict()
+    training.processes.first(lambda: keeper.save(state))
+
+
 def close(training: Training) -> History:
     """Restore the best state and say what happened.
 
     Raises:
-        TrainingDivergedError: there is none.
+        KeyboardInterrupt: it was interrupted before there was one.
+        TrainingDivergedError: there is none after a step.
     """
     progress, stepper = training.progress, training.stepper
-    if progress.best is None or progress.best_state is None:
+    training.put_back_rates()
+    is_finite = any(math.isfinite(point.validation) for point in progress.trained)
+    if progress.stopped is not None and not is_finite:
         raise TrainingDivergedError(f"the validation NLL was never finite; {REMEDY}")
+    if progress.best is None or progress.best_state is None:
+        raise KeyboardInterrupt
     training.model.load_state_dict(progress.best_state)
     training.model.train(False)
     return History(
         steps=len(progress.seconds),
         seconds=progress.elapsed,
-        ms_per_step=1e3 * float(np.median(progress.seconds)),
+        ms_per_step=1e3 * float(np.median(progress.seconds or [0.0])),
         best_step=progress.best.step,
         best_validation=progress.best.validation,
         curve=tuple(progress.curve),
@@ -779,6 +974,7 @@ def fit(
     after_step: Callable[[], None] = lambda: None,
     on_step: Callable[[float, float], None] | None = None,
     progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> History:
     r"""Train a flow by maximum likelihood until it stops by itself, and leave it in its best state.
 
@@ -787,7 +983,8 @@ def fit(
     a cosine, r (1 + cos(pi t)) / 2, where t is the part of the steps or of the time that is done.
     What is validated and kept is a moving average of the weights: a_t = d a_{t-1} + (1 - d) w_t
     with d = min(`average_decay`, t / (t + 10)). The training ends with the steps or the time, or
-    earlier: after `patience` validations without a new best. The best state is restored.
+    earlier: after `patience` validations without a new best. The best state is restored, which may
+    be the one before the first step: a flow that was trained before does not come back worse.
 
     On CUDA a step is one graph where that can be (`graphs.GraphedStep`); `capture_reason` of the
     history says why not.
@@ -798,8 +995,26 @@ def fit(
     `loss` of your own, they are what the flow says in evaluation mode, with the same random numbers
     each time.
 
-    **Ctrl-C** ends the training and returns what was reached; before the first validation there is
-    nothing to return, and it is raised.
+    **Ctrl-C** ends the training after its step, a second one at once, and returns what was reached.
+    It is raised if that is nothing: if no validation was finite yet.
+
+    **Checkpoints.** With a `checkpoint`, all that the training needs is written to that file every
+    minute, after Ctrl-C and at the end, whole or not at all. The same call on the same rows then
+    goes on where it was, bit for bit on a CPU, and returns at once if it was at its end: delete the
+    file to train anew. A data loader that draws from torch's generators is run through anew up to
+    its place.
+
+    **Several processes**, under `torchrun --nproc-per-node=2 script.py` for example, train one flow
+    where the script has called `torch.distributed.init_process_group` ("nccl" on GPUs, one for each
+    process; "gloo" on CPUs) before. Every process gives the same arguments. They start from the
+    first one's flow, share out each batch of `batch_size` rows (rounded down to a multiple of their
+    number) and average their gradients (torch's DistributedDataParallel): steps are those of one
+    process on the whole batch, if the loss is a mean over rows. A data loader is each process's own
+    (`torch.utils.data.DistributedSampler`), and its batches count alike. Where a loss is random, as
+    under the roulette, each process draws numbers of its own (with `seed=None` those of its global
+    generators), and the average is as unbiased. The first process alone validates, writes the
+    checkpoint, tells the time and shows the progress; weights, history and the decision to stop are
+    the same in all.
 
     Args:
         flow: any flow of nflows or of this library, or any module with `log_prob(rows)` or
@@ -830,12 +1045,14 @@ def fit(
         after_step: called after each step, for models that ask for it.
         on_step: called after each step with the fraction done and the loss.
         progress: whether validations are shown on stderr; by default if that is a terminal.
+        checkpoint: a file to go on from, if it is there, and to write.
 
     Returns:
         The history: steps, seconds, the validations and the best of them, and why it stopped.
 
     Raises:
-        ValueError: an argument is out of range, there are no rows, or some are not finite.
+        ValueError: an argument is out of range, there are no rows, or some are not finite; the
+            checkpoint is damaged, or of another training.
         TrainingDivergedError: a loss, or every validation, was not finite; it names the step.
 
     References:
@@ -852,49 +1069,148 @@ def fit(
         (True, 'length')
     """
     _check_positive(
-        learning_rate=learning_rate,
-        max_seconds=max_seconds,
-        max_grad_norm=max_grad_norm,
-        patience=patience,
-        validations=validations,
+        learning_rate=learning_rate, max_seconds=max_seconds, max_grad_norm=max_grad_norm
     )
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a part of the training, in [0, 1), got {warmup}")
-    plan = TrainingPlan(
-        learning_rate,
-        _length(max_steps, max_seconds),
-        clip_norm=max_grad_norm,
-        validations=validations,
-        patience=patience,
-        average_decay=average_decay,
-        warmup=warmup,
-    )
-    like = _largest_parameter(flow)
-    given = _Given(train, like, "training")
+    processes, like = Processes.present(), _largest_parameter(flow)
+    given = _Given(train, like, "training", processes)
     with seeded(seed, like.device):
+        processes.agree_on_state(flow)
         if initialize and _waits_for_rows(flow):
             flow.initialize(*given.first(START_ROWS))
+        plan = TrainingPlan(
+            learning_rate,
+            _length(max_steps, max_seconds),
+            clip_norm=max_grad_norm,
+            validations=validated_size("validations", validations),
+            patience=validated_size("patience", patience),
+            average_decay=average_decay,
+            warmup=warmup,
+            validates_start=_has_started(flow),
+        )
+        size = validated_size("batch_size", batch_size)
         validate = validation if callable(validation) else _Validator(validation, like, loss)
         training = Training(
             flow,
-            given.stream(validated_size("batch_size", batch_size)),
+            given.stream(size),
             plan,
             lambda: _number(validate(flow)),
             optimizer=optimizer,
             loss=loss or negative_log_likelihood,
             after_step=after_step,
+            processes=processes,
         )
-        shown = sys.stderr.isatty() if progress is None else progress
-        return _until_interrupted(training, _Display(training.progress, on_step, shown=shown))
+        if seed is not None and processes.rank > 0:
+            seed_everything(int(torch.randint(2**31, ())) + processes.rank)
+        keeper = None
+        if checkpoint is not None:
+            settings = {"batch_size": size, "seed": seed, "training rows": given.described()}
+            keeper = _Checkpoint.of(training, Path(checkpoint), settings)
+        shown = processes.rank == 0 and (sys.stderr.isatty() if progress is None else progress)
+        display = _Display(training.progress, on_step, shown=shown)
+        try:
+            return run(training, display, keeper, _CtrlC())
+        except KeyboardInterrupt:
+            return close(training)
 
 
-def _until_interrupted(training: Training, on_step: Callable[[float, float], None]) -> History:
-    try:
-        return run(training, on_step)
-    except KeyboardInterrupt:
-        if training.progress.best is None:
-            raise
-        return replace(close(training), stopped="interrupted")
+class _CtrlC:
+    """Ctrl-C is noted, and raised the second time; in the main thread, and if it is Python's.
+
+    Launchers pass on to their processes what the terminal has told those already.
+    """
+
+    _first = math.inf
+
+    @property
+    def was_pressed(self) -> bool:
+        return self._first < math.inf
+
+    def __enter__(self) -> _CtrlC:
+        is_main = threading.current_thread() is threading.main_thread()
+        self._is_ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._is_ours:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, *_: object) -> None:
+        now = time.monotonic()
+        if now - self._first > _SECONDS_OF_ONE_PRESS:
+            raise KeyboardInterrupt
+        self._first = min(self._first, now)
+
+
+class _Checkpoint:
+    """The file of a training of `fit`: written whole or not at all, read without running code.
+
+    Raises:
+        ValueError: there can be no such file.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"checkpoint {str(path)!r} must be a file in a folder that exists")
+        self._path, self._settings, self._last = path, settings, time.monotonic()
+
+    @classmethod
+    def of(cls, training: Training, path: Path, settings: dict[str, Any]) -> _Checkpoint:
+        """Return the one of a training, which is what its arguments and its flow say."""
+        plan, optimizer = training.plan, training.optimizer
+        shapes = [(name, list(each.shape)) for name, each in training.model.named_parameters()]
+        about = {
+            **{name: vars(plan)[name] for name in vars(plan).keys() - {"clock", "validates_start"}},
+            **settings,
+            "optimizer": type(optimizer).__name__,
+            "flow": f"{type(training.model).__name__} {zlib.crc32(repr(shapes).encode()):08x}",
+            "processes": training.processes.count,
+        }
+        return cls(path, {name: repr(value) for name, value in about.items()})
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= SECONDS_BETWEEN_CHECKPOINTS
+
+    def save(self, state: dict[str, Any]) -> None:
+        part = self._path.with_name(f".{self._path.name}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save({"settings": self._settings, "state": state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self._path)
+        finally:
+            part.unlink(missing_ok=True)
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        if not self._path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(self._path) as archive:  # torch.load does not look at its sums
+                if archive.testzip() is not None:
+                    raise self.damaged()
+            found = torch.load(self._path, map_location="cpu", weights_only=True)
+            settings, state = dict(found["settings"]), dict(found["state"])
+        except Exception as error:  # a damaged file may raise anything
+            raise self.damaged() from error
+        for name, value in self._settings.items():
+            if settings.get(name) != value:
+                raise ValueError(
+                    f"checkpoint {str(self._path)!r} is of another training, whose {name} was "
+                    f"{settings.get(name)} and not {value}: delete it, or give another path"
+                )
+        return state
+
+    def damaged(self) -> ValueError:
+        return ValueError(
+            f"checkpoint {str(self._path)!r} is damaged, or no checkpoint of fit: delete it, or "
+            "give another path"
+        )
 
 
 def _length(max_steps: int | None, max_seconds: float | None) -> Length:
@@ -930,11 +1246,14 @@ def _number(value: Any) -> float:
         ) from None
 
 
-def _waits_for_rows(flow: Any) -> bool:
-    """Whether a flow can be started from rows, and a part of it has not been yet."""
+def _has_started(flow: Any) -> bool:
+    """Whether no part of a flow waits for its first rows."""
     states = [getattr(module, "initialized", None) for module in flow.modules()]
-    flags = [state for state in states if isinstance(state, Tensor)]
-    return hasattr(flow, "initialize") and not all(bool(flag) for flag in flags)
+    return all(bool(state) for state in states if isinstance(state, Tensor))
+
+
+def _waits_for_rows(flow: Any) -> bool:
+    return hasattr(flow, "initialize") and not _has_started(flow)
 
 
 @dataclass(frozen=True)
@@ -944,10 +1263,12 @@ class _Given:
     rows: Any
     like: Tensor
     what: str
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         if not self._is_loader:
             self._check(self._tensors())
+            self._check_processes()
         elif not isinstance(self.rows, Iterable):
             raise ValueError(
                 f"the {self.what} rows must be a tensor, a tuple of rows and context, or a data "
@@ -987,21 +1308,28 @@ class _Given:
                     f"{int(bad[0])}: drop or impute them"
                 )
 
+    def _check_processes(self) -> None:
+        counts = [int(count) for (count,) in self.processes.of_all([self._tensors()[0].shape[0]])]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"processes have {', '.join(map(str, counts))} {self.what} rows: give all rows to "
+                "each, which then takes its share, or a data loader of its own rows"
+            )
+
+    def described(self) -> str:
+        """Return what tells these rows from others."""
+        if self._is_loader:
+            return type(self.rows).__name__
+        sums = [zlib.crc32(_bytes(each)) for each in self._tensors()]
+        shapes = [tuple(each.shape) for each in self._tensors()]
+        return f"{shapes} with sums {' '.join(f'{each:08x}' for each in sums)}"
+
     def stream(self, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
         """Return batches for ever."""
         if self._is_loader:
-            return self._cycled()
-        seed = int(torch.randint(2**31, ()))
-        return Batches(self._tensors(), batch_size, seed)
-
-    def _cycled(self) -> Iterator[tuple[Tensor, ...]]:
-        while True:
-            count = 0
-            for batch in self.batches():
-                count += 1
-                yield batch
-            if not count:
-                raise ValueError(f"the {self.what} loader has no batch{_if_it_ran_out(self.rows)}")
+            return _Cycle(self)
+        seed = self.processes.first(lambda: int(torch.randint(2**31, ())))
+        return Batches(self._tensors(), batch_size, seed, processes=self.processes)
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """Return all rows once."""
@@ -1013,7 +1341,11 @@ class _Given:
             yield tuple(map(self._moved, batch if isinstance(batch, Sequence) else (batch,)))
 
     def first(self, count: int) -> tuple[Tensor, ...]:
-        """Return the first rows."""
+        """Return the first rows, of which each process has its share."""
+        rank, sharers = self.processes.rank, self.processes.count
+        if not self._is_loader and self._tensors()[0].shape[0] >= sharers:
+            return tuple(each[:count][rank::sharers] for each in self._tensors())
+        count = -(-count // sharers)
         parts: list[tuple[Tensor, ...]] = []
         for batch in self.batches():
             parts.append(batch)
@@ -1022,6 +1354,61 @@ class _Given:
         if not parts:
             raise ValueError(f"the {self.what} loader has no batch")
         return tuple(torch.cat(each)[:count] for each in zip(*parts, strict=True))
+
+
+class _Cycle(Iterator[tuple[Tensor, ...]]):
+    """A data loader again and again."""
+
+    def __init__(self, given: _Given) -> None:
+        self._given, self._epoch, self._position = given, -1, 0
+        self._batches: Iterator[tuple[Tensor, ...]] = iter(())
+
+    def __next__(self) -> tuple[Tensor, ...]:
+        batch = next(self._batches, None)
+        if batch is None:
+            self._start_epoch(self._epoch + 1)
+            batch = next(self._batches, None)
+        if batch is None:
+            ran_out = _if_it_ran_out(self._given.rows)
+            raise ValueError(f"the {self._given.what} loader has no batch{ran_out}")
+        self._position += 1
+        return batch
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch, self._position = epoch, 0
+        sampler: Any = getattr(self._given.rows, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        self._before, generator = random_state(), self._generator
+        self._before_own = None if generator is None else generator.get_state()
+        self._batches = self._given.batches()
+
+    @property
+    def _generator(self) -> Generator | None:
+        found = getattr(self._given.rows, "generator", None)
+        return found if isinstance(found, Generator) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, from which `load_state_dict` goes on."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "before": self._before,
+            "before_own": self._before_own,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Run through the epoch as far as it had come; the random state is then another."""
+        set_random_state(state["before"])
+        if self._generator is not None:
+            self._generator.set_state(state["before_own"])
+        self._start_epoch(state["epoch"])
+        for _ in range(state["position"]):
+            next(self)
+
+
+def _bytes(values: Tensor) -> Any:
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _if_it_ran_out(rows: object) -> str:
