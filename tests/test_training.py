@@ -434,7 +434,12 @@ def test_a_signal_ends_the_training_after_its_step() -> None:
 def test_a_second_signal_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_SECONDS_OF_ONE_PRESS", -1.0)
     seen: list[float] = []
-    quick(Line(), after_step=lambda: (press(), press()), on_step=lambda done, _: seen.append(done))
+
+    def press_twice() -> None:
+        press()
+        press()
+
+    quick(Line(), after_step=press_twice, on_step=lambda done, loss: seen.append(done))
     assert not seen
 
 
