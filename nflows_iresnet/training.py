@@ -48,6 +48,8 @@ _EXACT_FEATURES = 64
 _ROWS_AT_ONCE = 1_024
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 _SECONDS_OF_ONE_PRESS = 0.5
+_NOT_THE_PLAN = {"clock", "validates_start"}
+"""What a training that goes on may have otherwise."""
 _VALIDATION_SEED = 10_000
 _NOISE_SEED = 2**32
 REMEDY = (
@@ -113,6 +115,12 @@ def set_random_state(state: dict[str, Any]) -> None:
     numpy = state["numpy"]
     keys = numpy["state"]["key"].numpy().astype(np.uint32)
     np.random.set_state({**numpy, "state": {**numpy["state"], "key": keys}})
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # --- how long and how -----------------------------------------------------------------------------
@@ -1005,16 +1013,16 @@ def fit(
     its place.
 
     **Several processes**, under `torchrun --nproc-per-node=2 script.py` for example, train one flow
-    where the script has called `torch.distributed.init_process_group` ("nccl" on GPUs, one for each
-    process; "gloo" on CPUs) before. Every process gives the same arguments. They start from the
-    first one's flow, share out each batch of `batch_size` rows (rounded down to a multiple of their
-    number) and average their gradients (torch's DistributedDataParallel): steps are those of one
-    process on the whole batch, if the loss is a mean over rows. A data loader is each process's own
-    (`torch.utils.data.DistributedSampler`), and its batches count alike. Where a loss is random, as
-    under the roulette, each process draws numbers of its own (with `seed=None` those of its global
-    generators), and the average is as unbiased. The first process alone validates, writes the
-    checkpoint, tells the time and shows the progress; weights, history and the decision to stop are
-    the same in all.
+    where the script has called `torch.distributed.init_process_group` before ("gloo" on CPUs,
+    "nccl" on GPUs, one for each process, told by `torch.cuda.set_device`). Every process gives the
+    same arguments. They start from the first one's flow, share out each batch of `batch_size` rows
+    (rounded down to a multiple of their number) and average their gradients (torch's
+    DistributedDataParallel): steps are those of one process on the whole batch, if the loss is a
+    mean over rows. A data loader is each process's own (`torch.utils.data.DistributedSampler`), and
+    its batches count alike. Where a loss is random, as under the roulette, each process draws
+    numbers of its own (with `seed=None` those of its global generators), and the average is as
+    unbiased. The first process alone validates, writes the checkpoint, tells the time and shows the
+    progress; weights, history and the decision to stop are the same in all.
 
     Args:
         flow: any flow of nflows or of this library, or any module with `log_prob(rows)` or
@@ -1163,7 +1171,7 @@ class _Checkpoint:
         plan, optimizer = training.plan, training.optimizer
         shapes = [(name, list(each.shape)) for name, each in training.model.named_parameters()]
         about = {
-            **{name: vars(plan)[name] for name in vars(plan).keys() - {"clock", "validates_start"}},
+            **{name: vars(plan)[name] for name in sorted(vars(plan).keys() - _NOT_THE_PLAN)},
             **settings,
             "optimizer": type(optimizer).__name__,
             "flow": f"{type(training.model).__name__} {zlib.crc32(repr(shapes).encode()):08x}",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from nflows.flows import MaskedAutoregressiveFlow
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nflows_iresnet import ResidualFlow, logdet, transforms
+from nflows_iresnet import ResidualFlow, logdet, training, transforms
 from nflows_iresnet.nn import PowerIteration
 from nflows_iresnet.training import (
     Batches,
@@ -125,7 +128,7 @@ def test_what_starts_from_data_starts_from_the_training_rows_and_only_once() -> 
 
 
 def test_patience_ends_it_and_the_history_says_so() -> None:
-    values, model = iter([3.0, 1.0, *[2.0] * 90]), Line()
+    values, model = iter([9.0, 3.0, 1.0, *[2.0] * 90]), Line()
     weights: list[Tensor] = []
 
     def validate(flow: Any) -> float:
@@ -135,7 +138,54 @@ def test_patience_ends_it_and_the_history_says_so() -> None:
     history = quick(model, validation=validate, max_steps=90, validations=90, patience=4)
     assert (history.stopped, history.steps, history.best_step) == ("patience", 6, 2)
     assert history.best_validation == 1.0
-    assert torch.equal(model.weight, weights[1])
+    assert torch.equal(model.weight, weights[2])
+
+
+def test_a_flow_that_was_trained_before_does_not_come_back_worse() -> None:
+    flow = residual_flow()
+    quick(flow, max_steps=40)
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    history = quick(flow, learning_rate=1.0, max_grad_norm=None)
+    assert history.best_step == history.curve[0].step == 0
+    assert history.best_validation < min(point.validation for point in history.curve[1:])
+    assert math.isnan(history.curve[0].train)
+    for name, value in flow.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_patience_does_not_count_from_the_start() -> None:
+    """A trained flow is worse at first, when the learning rate is high again."""
+    values = iter([0.0, *range(90, 0, -1)])
+    history = quick(Line(), validation=lambda flow: next(values), validations=10, patience=2)
+    assert (history.stopped, history.steps, history.best_step) == ("length", 10, 0)
+
+
+def test_a_part_that_has_not_started_is_not_validated_before_its_first_batch() -> None:
+    history = quick(residual_flow(), initialize=False)
+    assert [point.step for point in history.curve] == [2, 4, 6, 8, 10]
+
+
+def test_patience_ends_a_training_whose_validations_are_not_finite() -> None:
+    steps: list[float] = []
+    values = iter([1.0, *[math.nan] * 90])
+    with pytest.raises(TrainingDivergedError, match="validation NLL was never finite"):
+        quick(
+            Line(),
+            validation=lambda flow: next(values),
+            on_step=lambda done, loss: steps.append(done),
+            max_steps=90,
+            validations=90,
+            patience=4,
+        )
+    assert len(steps) == 4
+
+
+@pytest.mark.parametrize("steps", [50, 100, 117])
+def test_as_many_validations_as_steps_are_one_after_each(steps: int) -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    options = {"max_steps": steps, "validations": steps, "patience": 1000}
+    history = quick(Line(), validation=lambda flow: 0.0, **options)
+    assert [point.step for point in history.curve] == list(range(steps + 1))
 
 
 def test_the_first_of_steps_and_seconds_ends_it() -> None:
@@ -210,6 +260,55 @@ def test_gradients_are_clipped(limit: float | None) -> None:
     assert moved[0] == pytest.approx(1e6 * math.sqrt(2) if limit is None else limit, rel=1e-4)
 
 
+def test_gradients_that_the_optimizer_does_not_take_do_not_pile_up_in_the_norm() -> None:
+    class Two(Line):
+        def __init__(self) -> None:
+            super().__init__(slope=0.5)
+            self.other = nn.Parameter(torch.zeros(1))
+
+        def log_prob(self, inputs: Tensor) -> Tensor:
+            return super().log_prob(inputs) + 0.5 * self.other
+
+    model, moved = Two(), [torch.zeros(2)]
+    optimizer = torch.optim.SGD([model.weight], lr=1.0)
+
+    def note() -> None:
+        moved.append(model.weight.detach().clone())
+
+    quick(model, optimizer=optimizer, max_grad_norm=1.0, after_step=note, warmup=0.0)
+    lengths = [float((b - a).norm()) for a, b in pairwise(moved)]
+    plan = TrainingPlan(math.sqrt(0.5), Steps(10))
+    assert lengths == pytest.approx([plan.learning_rate_at(k / 10) for k in range(10)], rel=1e-3)
+
+
+def test_an_optimizer_has_its_learning_rates_again_afterwards() -> None:
+    model = Line()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.25)
+    quick(model, optimizer=optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    model = Line()
+    with pytest.raises(ValueError, match=r"LBFGS needs a closure.*torch.optim.Adam"):
+        quick(model, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+def test_a_loss_that_is_no_scalar_is_named() -> None:
+    with pytest.raises(ValueError, match=r"the loss must be a scalar, got shape \(8,\)"):
+        quick(Line(), loss=lambda flow, rows: -flow.log_prob(rows), validation=lambda flow: 0.0)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"call torch.distributed.init_process_group"):
+        quick(Line())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert quick(Line()).steps == 10
+
+
 # --- the average of the weights -------------------------------------------------------------------
 
 
@@ -246,7 +345,7 @@ def test_averages_are_of_the_weights_after_each_step() -> None:
     average = weights[0]
     for k, weight in enumerate(weights[1:], start=1):
         average = torch.lerp(weight, average, min(0.9, k / (k + 10)))
-        torch.testing.assert_close(seen[k], average)
+        torch.testing.assert_close(seen[k + 1], average)
     assert torch.equal(model.weight, seen[-1])
 
 
@@ -287,12 +386,13 @@ def test_one_seed_reproduces_everything_and_nothing_global_is_touched() -> None:
 
 
 def test_the_history_is_its_json() -> None:
-    values = iter([2.0, math.nan, 1.0, math.inf, 3.0])
+    values = iter([4.0, 2.0, math.nan, 1.0, math.inf, 3.0])
     history = quick(Line(), validation=lambda flow: next(values))
     again = History.from_json(history.to_json())
     assert again.to_json() == history.to_json()
     assert (again.best_validation, again.best_step, again.stopped) == (1.0, 6, "length")
-    assert math.isnan(again.curve[1].validation)
+    assert math.isnan(again.curve[2].validation)
+    assert math.isnan(again.curve[0].train)
 
 
 def test_ctrl_c_returns_what_was_reached() -> None:
@@ -303,10 +403,44 @@ def test_ctrl_c_returns_what_was_reached() -> None:
 
         return on_step
 
-    history = quick(Line(), on_step=press(0.7))
+    falling = iter(range(90, 0, -1))
+    history = quick(Line(), on_step=press(0.7), validation=lambda flow: next(falling))
     assert (history.stopped, history.steps, history.best_step) == ("interrupted", 7, 6)
+    history = quick(Line(), on_step=press(0.1))
+    assert (history.stopped, history.steps, history.best_step) == ("interrupted", 1, 0)
     with pytest.raises(KeyboardInterrupt):
-        quick(Line(), on_step=press(0.1))
+        quick(Line(), on_step=press(0.1), validation=lambda flow: math.nan)
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_ends_the_training_after_its_step() -> None:
+    before, steps = signal.getsignal(signal.SIGINT), 0
+
+    def after_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            press()
+            press()  # launchers repeat what the terminal has said
+
+    history = quick(Line(), after_step=after_step)
+    assert (history.stopped, history.steps) == ("interrupted", 3)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_signal_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_SECONDS_OF_ONE_PRESS", -1.0)
+    seen: list[float] = []
+
+    def press_twice() -> None:
+        press()
+        press()
+
+    quick(Line(), after_step=press_twice, on_step=lambda done, loss: seen.append(done))
+    assert not seen
 
 
 def test_validations_are_shown_where_they_are_wanted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,7 +484,7 @@ WITH_NAN = torch.where(torch.arange(20)[:, None] == 3, math.nan, ROWS)
         (ROWS, {"max_steps": 0}, "max_steps must be at least 1"),
         (ROWS, {"max_seconds": -1.0}, "max_seconds must be a positive number"),
         (ROWS, {"learning_rate": math.nan}, "learning_rate must be a positive number"),
-        (ROWS, {"patience": 0}, "patience must be a positive number"),
+        (ROWS, {"patience": 0}, "patience must be at least 1"),
         (ROWS, {"warmup": 1.0}, "warmup must be a part of the training"),
         (ROWS, {"average_decay": 1.0}, "decay must be in"),
         (ROWS, {"batch_size": 0}, "batch_size must be at least 1"),

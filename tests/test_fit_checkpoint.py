@@ -1,0 +1,169 @@
+"""A training by `fit` that was interrupted goes on where it was, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from nflows_iresnet import ResidualFlow, logdet, training
+from nflows_iresnet.training import History, fit
+
+STEPS = 9
+ROWS = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
+DATASET = TensorDataset(ROWS)
+
+
+def shuffled() -> DataLoader[Any]:
+    return DataLoader(DATASET, 16, shuffle=True)
+
+
+def shuffled_by_its_own_generator() -> DataLoader[Any]:
+    return DataLoader(DATASET, 16, shuffle=True, generator=torch.Generator().manual_seed(7))
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "rows": lambda: ROWS,
+    "loader": shuffled,
+    "loader with a generator": shuffled_by_its_own_generator,
+    "list": lambda: list(ROWS.split(16)),
+}
+
+
+class StoppedError(Exception):
+    pass
+
+
+def crash() -> None:
+    raise StoppedError
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def trained(
+    path: Path | None,
+    train: Any = ROWS,
+    stop_after: int | None = None,
+    stop: Callable[[], None] = press,
+    **options: Any,
+) -> tuple[History, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    flow = ResidualFlow(2, 8, 2, estimator=logdet.RussianRoulette())
+    steps = 0
+
+    def count(done: float, loss: float) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == stop_after:
+            stop()
+
+    given: dict[str, Any] = {"max_steps": STEPS, "validations": 3, "batch_size": 16, **options}
+    history = fit(flow, train, ROWS[:20], on_step=count, checkpoint=path, **given)
+    return history, flow.state_dict()
+
+
+def assert_same(
+    found: tuple[History, dict[str, Tensor]], expected: tuple[History, dict[str, Tensor]]
+) -> None:
+    values, wanted = (
+        [(point.step, repr(point.train), point.validation) for point in history.curve]
+        for history, _ in (found, expected)
+    )
+    assert values == wanted
+    for name, value in found[1].items():
+        assert torch.equal(value, expected[1][name]), name
+
+
+@pytest.mark.parametrize("stop_after", [1, 5])
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_interrupted_training_goes_on(source: str, stop_after: int, tmp_path: Path) -> None:
+    path, straight = tmp_path / "fit.pt", trained(None, SOURCES[source]())
+    stopped, _ = trained(path, SOURCES[source](), stop_after)
+    assert (stopped.stopped, stopped.steps) == ("interrupted", stop_after)
+    found = trained(path, SOURCES[source]())
+    assert (found[0].stopped, found[0].steps) == ("length", STEPS)
+    assert_same(found, straight)
+
+
+def test_a_training_that_crashed_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    path = tmp_path / "fit.pt"
+    with pytest.raises(StoppedError):
+        trained(path, stop_after=5, stop=crash)
+    assert len(torch.load(path, weights_only=True)["state"]["progress"]["seconds"]) == 4
+    assert_same(trained(path), trained(None))
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "fit.pt"
+    finished = trained(path)
+    again = trained(path, stop_after=1, stop=crash)
+    assert again[0].to_json() == finished[0].to_json()
+    assert_same(again, finished)
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "fit.pt"
+    trained(path, stop_after=2)
+    before = path.read_bytes()
+
+    def disk_full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        trained(path, stop_after=2)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["fit.pt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"batch_size": 8}, "batch_size"),
+        ({"max_steps": 99}, "length"),
+        ({"seed": 1}, "seed"),
+        ({"average_decay": None}, "average_decay"),
+        ({"train": ROWS + 1}, "training rows"),
+        ({"train": list(ROWS.split(16))}, "training rows"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(
+    options: Any, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "fit.pt"
+    trained(path, stop_after=1)
+    with pytest.raises(ValueError, match=f"another training, whose {name} was .*: delete it, or"):
+        trained(path, **options)
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fit.pt"
+    trained(path, stop_after=1)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for damaged in (content[:1000], b"", b"weights", flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged, or no checkpoint of fit: delete it"):
+            trained(path)
+    torch.save(ResidualFlow(2, 8, 2).state_dict(), path)
+    with pytest.raises(ValueError, match="is damaged, or no checkpoint of fit"):
+        trained(path)
+
+
+def test_a_place_where_nothing_can_be_written_is_named_before_the_training(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none" / "fit.pt"):
+        with pytest.raises(ValueError, match="must be a file in a folder that exists"):
+            trained(path, stop_after=1, stop=crash)
