@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import datasets
-from nflows_iresnet.datasets import curves
+from nflows_iresnet.datasets import densities
 
 NAMES = list(datasets.TOYS)
 HALF_WIDTHS = {"moons": 5, "8-gaussians": 6, "checkerboard": 4, "pinwheel": 6, "two-spirals": 4}
@@ -107,14 +107,14 @@ def test_score_is_the_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("density", [datasets.Moons(), datasets.TwoSpirals()])
 def test_quadrature_has_converged(
-    density: curves.MirroredCurve, monkeypatch: pytest.MonkeyPatch
+    density: densities.MirroredCurve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near = torch.rand(500, 2, dtype=torch.float64) * 10 - 5
     values = density.log_prob(near)
-    monkeypatch.setattr(curves, "_NODES_PER_PANEL", 64)
-    curves._rule.cache_clear()
+    monkeypatch.setattr(densities, "_NODES_PER_PANEL", 64)
+    densities._rule.cache_clear()
     torch.testing.assert_close(values, density.log_prob(near), rtol=0, atol=1e-10)
-    curves._rule.cache_clear()
+    densities._rule.cache_clear()
 
 
 def test_circles_agree_with_a_sum_over_points_of_the_circle() -> None:

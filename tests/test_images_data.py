@@ -19,10 +19,8 @@ import torch
 
 from nflows_iresnet import datasets
 from nflows_iresnet.datasets import images as front
-from nflows_iresnet.datasets.files import SourceFile
-from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
-from nflows_iresnet.datasets.imagesets import FASHION_MNIST, MNIST
-from nflows_iresnet.datasets.pickles import read_pickle
+from nflows_iresnet.datasets.files import SourceFile, read_pickle
+from nflows_iresnet.datasets.images import FASHION_MNIST, MNIST, parse_cifar, parse_idx
 
 IDX = {"train-images-idx3-ubyte": 40, "t10k-images-idx3-ubyte": 12}
 Layout = Callable[[Path], None]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet import transforms
 from nflows_iresnet.datasets import images as front
-from nflows_iresnet.datasets.imagesets import MNIST
+from nflows_iresnet.datasets.images import MNIST
 from nflows_iresnet.experiments import arguments, evaluation
 from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main

@@ -24,11 +24,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nflows_iresnet.datasets.dataset import Dataset, licence_notes, split_sizes
-from nflows_iresnet.datasets.files import one_line, read_file
-from nflows_iresnet.datasets.pickles import read_frame
-from nflows_iresnet.datasets.sources import UCI, Folder
-from nflows_iresnet.datasets.tables import read_array, refuse_nonfinite
+from nflows_iresnet.datasets.files import one_line, read_file, read_frame
+from nflows_iresnet.datasets.tables import (
+    UCI,
+    Dataset,
+    Folder,
+    licence_notes,
+    read_array,
+    refuse_nonfinite,
+    split_sizes,
+)
 
 FloatArray = npt.NDArray[np.float64]
 Rows = npt.NDArray[Any]

