@@ -64,8 +64,8 @@ def unpublished(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of these tests are not the published ones, and the machine's own do not count."""
     monkeypatch.delenv("NFLOWS_IRESNET_DATA", raising=False)
     plain = replace(FASHION_MNIST, sha256={}, system_folders=())
-    monkeypatch.setitem(front._READERS, "fashion-mnist", plain.read)
-    monkeypatch.setitem(front._READERS, "mnist", replace(MNIST, sha256={}).read)
+    monkeypatch.setitem(front.IMAGE_SETS, "fashion-mnist", plain)
+    monkeypatch.setitem(front.IMAGE_SETS, "mnist", replace(MNIST, sha256={}))
 
 
 LAYOUTS: dict[str, tuple[str, Layout]] = {

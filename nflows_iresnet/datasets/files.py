@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import pickle
 import pickletools
 import re
@@ -27,16 +28,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Folder = str | os.PathLike[str]
+DATA_VARIABLE = "NFLOWS_IRESNET_DATA"
+NAMING_THE_FOLDER = f"with data_dir (--data-dir) or in the environment variable {DATA_VARIABLE}"
+"""How to say where the data are, for a message."""
+
 _LONG = 160
+
+
+def data_folder(data_dir: Folder | None) -> Path | None:
+    """Return the folder that was named, else that of the environment variable, if there is one."""
+    chosen = os.environ.get(DATA_VARIABLE) if data_dir is None else data_dir
+    return Path(chosen).expanduser() if chosen else None
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file that was read, and what was in it.
-
-    Args:
-        path: Where it is; for a member of an archive, the archive and the member.
-        content: The bytes, decompressed.
+    """What was in a file, decompressed, and where; a member of an archive has the names of both.
 
     Example:
         >>> SourceFile("empty", b"").sha256[:8]
@@ -52,14 +60,7 @@ class SourceFile:
         return hashlib.sha256(self.content).hexdigest()
 
     def check(self, sha256: str | None) -> None:
-        """Refuse a content that is not the published one.
-
-        Args:
-            sha256: The published hash, ``None`` where it is not known.
-
-        Raises:
-            ValueError: If the hashes differ.
-        """
+        """Refuse a content that has another hash than the published one, where that is known."""
         if sha256 is not None and self.sha256 != sha256:
             raise ValueError(
                 f"{self.path} is not the published file: its sha256 is {self.sha256}, expected"
@@ -68,13 +69,7 @@ class SourceFile:
 
 
 def one_line(text: object) -> str:
-    r"""Return text from a file, or an error about it, so that it can stand in a message.
-
-    Args:
-        text: Anything; what cannot be printed is escaped, and what is long is cut.
-
-    Returns:
-        One line.
+    r"""Return text from a file, or an error about it, escaped and cut so that it fits a message.
 
     Example:
         >>> one_line("a\nb")
@@ -88,24 +83,7 @@ def one_line(text: object) -> str:
 
 
 def read_file(path: Path) -> SourceFile:
-    """Read a file, decompressing ``.gz``.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        The file with its content.
-
-    Raises:
-        ValueError: If it cannot be read or is damaged.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "one.gz"
-        >>> _ = path.write_bytes(gzip.compress(b"1"))
-        >>> read_file(path).content
-        b'1'
-    """
+    """Read a file, decompressing ``.gz``; one that cannot be read or is damaged is a ValueError."""
     try:
         content = path.read_bytes()
         return SourceFile(str(path), gzip.decompress(content) if path.suffix == ".gz" else content)
@@ -116,26 +94,7 @@ def read_file(path: Path) -> SourceFile:
 
 
 def read_zipped(path: Path, name: str) -> SourceFile:
-    """Read a member of a ``.zip`` or ``.whl`` archive, without unpacking anything.
-
-    Args:
-        path: An existing archive.
-        name: Name of the member.
-
-    Returns:
-        The member.
-
-    Raises:
-        ValueError: If the member is missing or the archive is damaged.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "one.whl"
-        >>> with zipfile.ZipFile(path, "w") as archive:
-        ...     archive.writestr("folder/one.txt", b"1")
-        >>> read_zipped(path, "folder/one.txt").content
-        b'1'
-    """
+    """Read a member of a ``.zip`` or ``.whl`` archive, without unpacking anything."""
     try:
         with zipfile.ZipFile(path) as archive:
             return SourceFile(f"{path}:{name}", archive.read(name))
@@ -146,18 +105,7 @@ def read_zipped(path: Path, name: str) -> SourceFile:
 
 
 def read_members(path: Path, names: Sequence[str]) -> list[SourceFile]:
-    """Read members of a ``.tar.gz`` archive, without unpacking anything.
-
-    Args:
-        path: An existing archive.
-        names: Names of the members.
-
-    Returns:
-        The members, in the order of their names.
-
-    Raises:
-        ValueError: If a member is missing or the archive is damaged.
-    """
+    """Read members of a ``.tar.gz`` archive in this order, without unpacking anything."""
     try:
         with tarfile.open(path) as archive:
             return [SourceFile(f"{path}:{name}", _member(archive, name)) for name in names]
@@ -191,6 +139,7 @@ _MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
 _BYTE_ORDERS = ("<", ">", "|", "=")
 
 
+# pandas.read_pickle runs what a pickle says; this reads the same data frames and runs nothing.
 class Recorded:
     """What a pickle asked for: arguments and state of something that was never made.
 
@@ -243,11 +192,7 @@ class _Recorder(pickle.Unpickler):
 def read_pickle(file: SourceFile) -> Any:
     """Unpickle plain values, and write down what else is asked for, without running code.
 
-    Args:
-        file: The file; text of Python 2 becomes bytes.
-
-    Returns:
-        What was pickled, with `Recorded` in the place of arrays and tables.
+    Text of Python 2 becomes bytes, and `Recorded` stands in the place of arrays and tables.
 
     Raises:
         ValueError: If the pickle names anything but arrays and tables, or is damaged.
@@ -281,21 +226,10 @@ def _check_sizes(content: bytes) -> None:
 
 
 def to_array(value: object) -> npt.NDArray[Any]:
-    """Build an array of numbers from what a pickle says of it.
-
-    Args:
-        value: Part of what `read_pickle` returned.
-
-    Returns:
-        The array, which may be read-only.
+    """Build an array of numbers from what `read_pickle` wrote down; it may be read-only.
 
     Raises:
         ValueError: If it is no array of numbers, or its parts contradict each other.
-
-    Example:
-        >>> file = SourceFile("doctest", pickle.dumps(np.arange(3)))
-        >>> to_array(read_pickle(file))
-        array([0, 1, 2])
     """
     data, dtype, shape, order = _array_parts(value)
     code = _text(_field(dtype, "dtype").args[0])
@@ -310,21 +244,12 @@ def to_array(value: object) -> npt.NDArray[Any]:
 
 
 def read_frame(file: SourceFile) -> tuple[tuple[str, ...], FloatArray]:
-    """Read a pandas data frame of numbers from its pickle; pandas is not needed.
+    """Read column names and numbers [rows, columns] from a pickled data frame, without pandas.
 
-    Args:
-        file: Written by `DataFrame.to_pickle`, pandas 0.15 to 3, any protocol from 2.
-
-    Returns:
-        The names of the columns, and the numbers [rows, columns].
+    The file is from `DataFrame.to_pickle` of pandas 0.15 to 3, of any protocol from 2.
 
     Raises:
         ValueError: If it is anything else; the message says how to convert it.
-
-    Example:
-        >>> read_frame(SourceFile("numbers.pkl", pickle.dumps([1, 2])))
-        Traceback (most recent call last):
-        ValueError: numbers.pkl does not hold a pandas data frame of numbers (...); ...
     """
     found = read_pickle(file)
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.datasets.files import (
+    NAMING_THE_FOLDER,
+    Folder,
     Recorded,
     SourceFile,
+    data_folder,
     one_line,
     read_file,
     read_members,
     read_pickle,
     to_array,
 )
-from nflows_iresnet.datasets.tables import Folder, read_digit_pixels, split_sizes
+from nflows_iresnet.datasets.tables import Nats, read_digit_pixels, split_sizes
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -33,15 +36,10 @@ _IDX_UNSIGNED_BYTE = 8
 def parse_idx(file: SourceFile, dimensions: int) -> Bytes:
     r"""Parse the IDX format: two zero bytes, a type, the number of dimensions, sizes, values.
 
+    Images have three ``dimensions``, labels one.
+
     References:
         "The MNIST database of handwritten digits" (LeCun et al., 1998).
-
-    Args:
-        file: The file.
-        dimensions: How many dimensions it must have: three for images, one for labels.
-
-    Returns:
-        The values, uint8.
 
     Raises:
         ValueError: If the file is not in this format or has another length than it says.
@@ -66,17 +64,10 @@ def parse_idx(file: SourceFile, dimensions: int) -> Bytes:
 
 
 def parse_cifar(file: SourceFile, labels_key: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """Parse a batch of CIFAR's python version.
+    """Parse a batch of CIFAR's python version: images [rows, 3, 32, 32] and labels [rows].
 
     References:
         "Learning multiple layers of features from tiny images" (Krizhevsky, 2009).
-
-    Args:
-        file: The file.
-        labels_key: ``labels`` for CIFAR-10, ``fine_labels`` for CIFAR-100.
-
-    Returns:
-        Images [rows, 3, 32, 32] and labels [rows].
 
     Raises:
         ValueError: If the file is not such a batch.
@@ -109,19 +100,11 @@ def _array(value: object) -> npt.NDArray[Any]:
     return np.asarray(value, dtype=np.int64)
 
 
-DATA_VARIABLE = "NFLOWS_IRESNET_DATA"
-
-
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """All images of a set, the published test images last.
+    """All images [N, C, H, W] uint8 and labels [N] of a set, the published test images last.
 
-    Args:
-        images: [N, C, H, W], uint8.
-        labels: [N], int64.
-        levels: How many values a pixel can take.
-        num_test: How many of the last images are the published test split, zero if there is none.
-        source: The files with their hashes.
+    ``num_test`` is how many of them those are, zero if the set has no published test split.
     """
 
     images: Tensor = field(repr=False)
@@ -136,32 +119,35 @@ class LabelledImages:
         return len(self.images) - self.num_test
 
 
-@dataclass(frozen=True)
-class IdxSet:
-    """A set in four IDX files, as MNIST and those that copied its format.
-
-    Args:
-        name: The data set.
-        folders: Subfolders of the data folder in which the files may be.
-        system_folders: Where an operating system's package puts them.
-        remedy: Where to get them.
-        sha256: Published hashes of the decompressed files, by name.
-    """
+@dataclass(frozen=True, kw_only=True)
+class ImageSet(ABC):
+    """A set of images: its name, what `available_images` says of it, and how it is read."""
 
     name: str
+    description: str
+
+    @abstractmethod
+    def read(self, data_dir: Folder | None = None) -> LabelledImages:
+        """Read all images; files that are absent, damaged or not the published are ValueErrors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdxSet(ImageSet):
+    """A set in four IDX files, as MNIST and those that copied its format.
+
+    ``folders`` are subfolders of the data folder, ``system_folders`` those of an operating system's
+    package, and ``sha256`` the published hashes of the decompressed files.
+    """
+
     folders: tuple[str, ...]
     remedy: str
     system_folders: tuple[str, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict, repr=False)
 
     def read(self, data_dir: Folder | None = None) -> LabelledImages:
-        """Read the four files.
-
-        Raises:
-            ValueError: If they are absent, damaged or not the published ones.
-        """
-        roots = _roots(data_dir)
-        folders = [root / folder for root in roots for folder in ("", *self.folders)]
+        """Read the four files."""
+        root = data_folder(data_dir)
+        folders = [root / folder for folder in ("", *self.folders)] if root else []
         if data_dir is None:
             folders += map(Path, self.system_folders)
         paths = _find_together(self.name, folders, _IDX_FILES, self.remedy)
@@ -181,30 +167,17 @@ _IDX_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class CifarSet:
-    """CIFAR's python version: a folder of pickles, or the archive of it.
+@dataclass(frozen=True, kw_only=True)
+class CifarSet(ImageSet):
+    """CIFAR's python version: a folder of pickles, the test images last, or the archive of it."""
 
-    Args:
-        name: The data set.
-        folder: The folder that the archive unpacks to.
-        archive: The archive.
-        batches: The files, the test images last.
-        labels_key: Where the pickles keep the labels.
-    """
-
-    name: str
     folder: str
     archive: str
     batches: tuple[str, ...]
     labels_key: str
 
     def read(self, data_dir: Folder | None = None) -> LabelledImages:
-        """Read the files of the folder or the archive.
-
-        Raises:
-            ValueError: If they are absent or damaged.
-        """
+        """Read the files of the folder or the archive."""
         files = self._files(data_dir)
         parts = [parse_cifar(file, self.labels_key) for file in files]
         images, labels = zip(*parts, strict=True)
@@ -215,17 +188,39 @@ class CifarSet:
         )
 
     def _files(self, data_dir: Folder | None) -> list[SourceFile]:
-        roots = _roots(data_dir)
-        archives = [root / self.archive for root in roots if (root / self.archive).is_file()]
-        folders = [root / folder for root in roots for folder in (self.folder, "")]
-        if archives and not any((folder / self.batches[0]).is_file() for folder in folders):
-            return read_members(archives[0], [f"{self.folder}/{name}" for name in self.batches])
+        root = data_folder(data_dir)
+        folders = [root / self.folder, root] if root else []
+        unpacked = any((folder / self.batches[0]).is_file() for folder in folders)
+        if root and not unpacked and (root / self.archive).is_file():
+            members = [f"{self.folder}/{name}" for name in self.batches]
+            return read_members(root / self.archive, members)
         remedy = f"get {self.archive}, the 'python version', which torchvision downloads too"
         return [read_file(p) for p in _find_together(self.name, folders, self.batches, remedy)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedDigits(ImageSet):
+    """Scikit-learn's handwritten digits, which come with it: no folder is looked at."""
+
+    def read(self, data_dir: Folder | None = None) -> LabelledImages:
+        """Read the images; without scikit-learn that is an ImportError."""
+        pixels, labels = read_digit_pixels()
+        return LabelledImages(
+            images=torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8),
+            labels=torch.from_numpy(labels.astype(np.int64)),
+            levels=17,
+            num_test=0,
+            source="sklearn.datasets.load_digits",
+        )
+
+
+DIGITS = EmbeddedDigits(
+    name="digits",
+    description="1797 images 1x8x8 of 17 levels: handwritten digits (needs scikit-learn)",
+)
 MNIST = IdxSet(
     name="mnist",
+    description="70000 images 1x28x28: handwritten digits (needs a data folder)",
     folders=("MNIST/raw", "mnist", "mnist/MNIST/raw"),
     remedy="get the four IDX files of the data set, compressed or not; torchvision downloads them",
     sha256=dict(
@@ -243,6 +238,7 @@ MNIST = IdxSet(
 )
 FASHION_MNIST = IdxSet(
     name="fashion-mnist",
+    description="70000 images 1x28x28: clothes (Debian package dataset-fashion-mnist)",
     folders=("FashionMNIST/raw", "fashion-mnist", "fashion-mnist/FashionMNIST/raw"),
     system_folders=("/usr/share/datasets/fashion-mnist",),
     remedy="install the Debian package dataset-fashion-mnist, or let torchvision download them",
@@ -261,6 +257,7 @@ FASHION_MNIST = IdxSet(
 )
 CIFAR10 = CifarSet(
     name="cifar10",
+    description="60000 images 3x32x32 of ten kinds (needs a data folder)",
     folder="cifar-10-batches-py",
     archive="cifar-10-python.tar.gz",
     batches=(*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"),
@@ -268,36 +265,16 @@ CIFAR10 = CifarSet(
 )
 CIFAR100 = CifarSet(
     name="cifar100",
+    description="60000 images 3x32x32 of a hundred kinds (needs a data folder)",
     folder="cifar-100-python",
     archive="cifar-100-python.tar.gz",
     batches=("train", "test"),
     labels_key="fine_labels",
 )
 
-
-def read_digit_images(data_dir: Folder | None = None) -> LabelledImages:
-    """Scikit-learn's 1797 handwritten digits; they are embedded, so `data_dir` is not looked at.
-
-    Raises:
-        ImportError: If scikit-learn is missing.
-
-    Example:
-        >>> read_digit_images().images.shape
-        torch.Size([1797, 1, 8, 8])
-    """
-    pixels, labels = read_digit_pixels()
-    return LabelledImages(
-        images=torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8),
-        labels=torch.from_numpy(labels.astype(np.int64)),
-        levels=17,
-        num_test=0,
-        source="sklearn.datasets.load_digits",
-    )
-
-
-def _roots(data_dir: Folder | None) -> list[Path]:
-    chosen = os.environ.get(DATA_VARIABLE) if data_dir is None else data_dir
-    return [Path(chosen).expanduser()] if chosen else []
+IMAGE_SETS: dict[str, ImageSet] = {
+    each.name: each for each in (DIGITS, MNIST, FASHION_MNIST, CIFAR10, CIFAR100)
+}
 
 
 def _find_together(
@@ -310,8 +287,8 @@ def _find_together(
             return [path for path in found if path is not None]
     looked = " or ".join(map(str, folders)) or "any folder, for none was named"
     raise ValueError(
-        f"{name}: no {', '.join(files)} in {looked}; {remedy}, then name their folder with"
-        f" data_dir (--data-dir) or in the environment variable {DATA_VARIABLE}"
+        f"{name}: no {', '.join(files)} in {looked}; {remedy}, then name their folder"
+        f" {NAMING_THE_FOLDER}"
     )
 
 
@@ -343,17 +320,6 @@ def _joined(
         num_test=len(images[1]),
         source="; ".join(f"{file.path} sha256 {file.sha256}" for file in files),
     )
-
-
-Nats = TypeVar("Nats", float, Tensor)
-
-_DESCRIPTIONS = {
-    "digits": "1797 images 1x8x8 of 17 levels: handwritten digits (needs scikit-learn)",
-    "mnist": "70000 images 1x28x28: handwritten digits (needs a data folder)",
-    "fashion-mnist": "70000 images 1x28x28: clothes (Debian package dataset-fashion-mnist)",
-    "cifar10": "60000 images 3x32x32 of ten kinds (needs a data folder)",
-    "cifar100": "60000 images 3x32x32 of a hundred kinds (needs a data folder)",
-}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -419,37 +385,18 @@ class ImageDataset:
         return int(torch.cat([self.train_labels, self.test_labels]).max()) + 1
 
     def to_bits_per_dim(self, nats: Nats) -> Nats:
-        """Negative log-likelihood of a dequantised image in bits per dimension.
-
-        Args:
-            nats: In the units of the data, where a level has width 1: a number or a tensor.
-
-        Returns:
-            ``nats / (features log 2)``.
-        """
+        """Nats of a dequantised image, where a level has width 1, in bits per dimension."""
         return nats / (self.features * torch.tensor(2.0).log().item())
 
 
 def available_images() -> dict[str, str]:
-    """Every known set of images with a one-line description.
-
-    Returns:
-        Descriptions by name, for `load_images`.
+    """Every known set of images by name, for `load_images`, with a one-line description.
 
     Example:
         >>> sorted(available_images())
         ['cifar10', 'cifar100', 'digits', 'fashion-mnist', 'mnist']
     """
-    return dict(_DESCRIPTIONS)
-
-
-_READERS: dict[str, Callable[[Folder | None], LabelledImages]] = {
-    "digits": read_digit_images,
-    "mnist": MNIST.read,
-    "fashion-mnist": FASHION_MNIST.read,
-    "cifar10": CIFAR10.read,
-    "cifar100": CIFAR100.read,
-}
+    return {each.name: each.description for each in IMAGE_SETS.values()}
 
 
 def load_images(
@@ -489,9 +436,9 @@ def load_images(
         Traceback (most recent call last):
         ValueError: mnist: no train-images-idx3-ubyte, ... in /nowhere...
     """
-    if name not in _READERS:
-        raise ValueError(f"unknown set of images {name!r}: choose from {', '.join(_READERS)}")
-    found = _READERS[name](data_dir)
+    if name not in IMAGE_SETS:
+        raise ValueError(f"unknown set of images {name!r}: choose from {', '.join(IMAGE_SETS)}")
+    found = IMAGE_SETS[name].read(data_dir)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(found.num_splittable, generator=generator)
     sizes = split_sizes(len(order), name)

@@ -24,11 +24,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nflows_iresnet.datasets.files import one_line, read_file, read_frame
+from nflows_iresnet.datasets.files import (
+    NAMING_THE_FOLDER,
+    Folder,
+    data_folder,
+    one_line,
+    read_file,
+    read_frame,
+)
 from nflows_iresnet.datasets.tables import (
     UCI,
     Dataset,
-    Folder,
     licence_notes,
     read_array,
     refuse_nonfinite,
@@ -49,14 +55,7 @@ _MOST_REPEATS = 5
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Training, validation and test rows in source units, and the units of the model.
-
-    Args:
-        parts: The three splits [rows, features].
-        columns: One name per feature.
-        location: What is subtracted [features].
-        scale: By what is then divided [features].
-    """
+    """The three splits in source units; the model's are (rows - location) / scale."""
 
     parts: tuple[Rows, Rows, Rows]
     columns: tuple[str, ...]
@@ -68,33 +67,37 @@ class Splits:
 class StandardTable:
     """One of the five tables.
 
-    Args:
-        name: The data set.
-        files: The files that are needed; each may have other names, the best first.
-        read: Reads the files that were found.
-        shape: Published rows of the three splits, and features.
-        origin: Where the rows come from.
-        licence: On what terms they may be used.
+    Each of its ``files`` may have other names, the best first; ``shape`` is the published rows of
+    the three splits, and features.
 
     Example:
-        >>> STANDARD["power"].shape
-        (1659917, 184435, 204928, 6)
+        >>> STANDARD["power"].description
+        '2049280 x 6: electricity of a household (archive of MAF in --data-dir)'
     """
 
     name: str
     files: tuple[tuple[str, ...], ...]
     read: Callable[[Sequence[Path]], Splits] = field(repr=False)
     shape: tuple[int, int, int, int]
+    about: str
     origin: str
     licence: str
+    needs: str = ""
+
+    @property
+    def description(self) -> str:
+        """One line for a list."""
+        rows, features = sum(self.shape[:3]), self.shape[3]
+        return f"{rows} x {features}: {self.about} (archive of MAF in --data-dir{self.needs})"
 
     def load(
-        self, data_dir: Folder | None = None, *, seed: int = 0, num_samples: int | None = None
+        self, data_dir: Folder | None = None, seed: int = 0, num_samples: int | None = None
     ) -> Dataset:
         """Read the files and make the splits.
 
         Args:
-            data_dir: Folder into which the archive was unpacked, or its folder ``data``.
+            data_dir: Folder into which the archive was unpacked, or its folder ``data``; ``None``
+                takes the environment variable ``NFLOWS_IRESNET_DATA``.
             seed: Recorded, without effect: noise, order and splits are the published ones.
             num_samples: Keep this many rows, 80/10/10, from the front of each split.
 
@@ -104,11 +107,6 @@ class StandardTable:
         Raises:
             ValueError: If the files are absent or not as expected.
             ImportError: If ``bsds300`` is asked for without h5py.
-
-        Example:
-            >>> STANDARD["gas"].load("/nowhere")
-            Traceback (most recent call last):
-            ValueError: gas: no gas/ethylene_CO.pickle in /nowhere or /nowhere/data; ...
         """
         paths = self._find(data_dir)
         splits = self.read(paths)
@@ -139,12 +137,12 @@ class StandardTable:
         return f"{self.origin}; {published}", COMPARABLE if shape == self.shape else other
 
     def _find(self, data_dir: Folder | None) -> list[Path]:
-        if data_dir is None:
+        root = data_folder(data_dir)
+        if root is None:
             raise ValueError(
                 f"{self.name} needs files that no package carries: get {_ARCHIVE}, unpack it, and"
-                " name its folder by --data-dir (data_dir)"
+                f" name its folder {NAMING_THE_FOLDER}"
             )
-        root = Path(data_dir).expanduser()
         return [self._find_one(names, [root, root / "data"]) for names in self.files]
 
     def _find_one(self, names: Sequence[str], roots: Sequence[Path]) -> Path:
@@ -153,7 +151,7 @@ class StandardTable:
                 return path
         raise ValueError(
             f"{self.name}: no {names[-1]} in {' or '.join(map(str, roots))}; get {_ARCHIVE} and"
-            " name the folder that it unpacks to"
+            f" name the folder that it unpacks to {NAMING_THE_FOLDER}"
         )
 
 
@@ -168,12 +166,6 @@ def read_power(paths: Sequence[Path]) -> Splits:
     References:
         "Individual household electric power consumption", UCI Machine Learning Repository
         (Hebrail and Berard, 2006).
-
-    Args:
-        paths: ``power/data.npy``.
-
-    Returns:
-        The splits.
 
     Raises:
         ValueError: If the file does not hold eight columns of finite numbers.
@@ -198,13 +190,6 @@ def read_gas(paths: Sequence[Path]) -> Splits:
     References:
         "Gas sensor array under dynamic gas mixtures", UCI Machine Learning Repository (Fonollosa
         et al., 2015).
-
-    Args:
-        paths: ``gas/ethylene_CO.pickle``, a data frame that is read without running its code, or
-            the same as ``.csv``.
-
-    Returns:
-        The splits.
 
     Raises:
         ValueError: If the file does not hold such a data frame of finite numbers.
@@ -237,12 +222,6 @@ def read_hepmass(paths: Sequence[Path]) -> Splits:
 
     References:
         "Parameterized neural networks for high-energy physics" (Baldi et al., 2016).
-
-    Args:
-        paths: ``hepmass/1000_train.csv`` and ``hepmass/1000_test.csv``.
-
-    Returns:
-        The splits.
 
     Raises:
         ValueError: If a file does not hold a table of finite numbers, or the test file has fewer
@@ -282,12 +261,6 @@ def read_miniboone(paths: Sequence[Path]) -> Splits:
         "Boosted decision trees as an alternative to artificial neural networks for particle
         identification" (Roe et al., 2005).
 
-    Args:
-        paths: ``miniboone/data.npy``.
-
-    Returns:
-        The splits.
-
     Raises:
         ValueError: If the file does not hold 43 columns of finite numbers.
     """
@@ -302,12 +275,6 @@ def read_bsds300(paths: Sequence[Path]) -> Splits:
 
     References:
         "A database of human segmented natural images" (Martin et al., 2001).
-
-    Args:
-        paths: ``BSDS300/BSDS300.hdf5``.
-
-    Returns:
-        The splits.
 
     Raises:
         ValueError: If the file does not hold three tables of 63 columns.
@@ -325,6 +292,7 @@ STANDARD: dict[str, StandardTable] = {
             files=(("power/data.npy",),),
             read=read_power,
             shape=(1_659_917, 184_435, 204_928, 6),
+            about="electricity of a household",
             origin="electricity of one household per minute, with noise",
             licence=UCI,
         ),
@@ -333,6 +301,7 @@ STANDARD: dict[str, StandardTable] = {
             files=(("gas/ethylene_CO.csv", "gas/ethylene_CO.pickle"),),
             read=read_gas,
             shape=(852_174, 94_685, 105_206, 8),
+            about="readings of gas sensors",
             origin="gas sensors that correlate by less than 0.98",
             licence=UCI,
         ),
@@ -341,6 +310,7 @@ STANDARD: dict[str, StandardTable] = {
             files=(("hepmass/1000_train.csv",), ("hepmass/1000_test.csv",)),
             read=read_hepmass,
             shape=(315_123, 35_013, 174_987, 21),
+            about="simulated collisions",
             origin="simulated collisions of class 1, continuous columns",
             licence=UCI,
         ),
@@ -349,6 +319,7 @@ STANDARD: dict[str, StandardTable] = {
             files=(("miniboone/data.npy",),),
             read=read_miniboone,
             shape=(29_556, 3_284, 3_648, 43),
+            about="neutrino events",
             origin="neutrino events of MiniBooNE, continuous columns",
             licence=UCI,
         ),
@@ -357,8 +328,10 @@ STANDARD: dict[str, StandardTable] = {
             files=(("bsds300/bsds300.hdf5", "BSDS300/BSDS300.hdf5"),),
             read=read_bsds300,
             shape=(1_000_000, 50_000, 250_000, 63),
+            about="patches of photographs",
             origin="8 x 8 patches of natural photographs",
             licence="non-commercial research and education (Berkeley)",
+            needs=", h5py",
         ),
     )
 }

