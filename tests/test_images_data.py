@@ -63,9 +63,9 @@ CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python
 def unpublished(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of these tests are not the published ones, and the machine's own do not count."""
     monkeypatch.delenv("NFLOWS_IRESNET_DATA", raising=False)
-    plain = replace(FASHION_MNIST, sha256={}, system_folders=())
+    plain = replace(FASHION_MNIST, sha256=(), system_folders=())
     monkeypatch.setitem(front.IMAGE_SETS, "fashion-mnist", plain)
-    monkeypatch.setitem(front.IMAGE_SETS, "mnist", replace(MNIST, sha256={}))
+    monkeypatch.setitem(front.IMAGE_SETS, "mnist", replace(MNIST, sha256=()))
 
 
 LAYOUTS: dict[str, tuple[str, Layout]] = {

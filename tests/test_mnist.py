@@ -73,7 +73,7 @@ def strokes(rows: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of four IDX files, which are taken although they are not the published ones."""
-    monkeypatch.setitem(front.IMAGE_SETS, "mnist", replace(MNIST, sha256={}))
+    monkeypatch.setitem(front.IMAGE_SETS, "mnist", replace(MNIST, sha256=()))
     found = tmp_path / "data"
     found.mkdir()
     for name, rows in ROWS.items():

@@ -56,20 +56,16 @@ class Density(ABC):
     def _log_density(self, points: Tensor) -> Tensor: ...
 
     def sample(self, num_samples: int, generator: Generator | None = None) -> Tensor:
-        """Draw independent samples.
+        """Draw independent samples [num_samples, features] in torch's default dtype.
 
         Args:
             num_samples: How many.
             generator: Torch's generator; ``None`` takes the one that ``torch.manual_seed`` seeds.
 
-        Returns:
-            Samples [num_samples, features] in torch's default dtype.
-
         Raises:
             ValueError: If ``num_samples`` is negative.
 
         Example:
-            >>> from nflows_iresnet.datasets import Circles
             >>> Circles().sample(5).shape
             torch.Size([5, 2])
         """
@@ -78,19 +74,14 @@ class Density(ABC):
         return self._draw(num_samples, generator).to(torch.get_default_dtype())
 
     def log_prob(self, inputs: Tensor) -> Tensor:
-        """Natural logarithm of the density, computed in float64.
+        """Natural logarithm of the density at points [N, features], computed in float64.
 
-        Args:
-            inputs: Points [N, features] of a floating-point dtype.
-
-        Returns:
-            Nats [N] in the dtype of ``inputs``; minus infinity outside the support.
+        The nats [N] are in the dtype of ``inputs``, and minus infinity outside the support.
 
         Raises:
             ValueError: If ``inputs`` has another shape or is not floating-point.
 
         Example:
-            >>> from nflows_iresnet.datasets import Checkerboard
             >>> Checkerboard().log_prob(torch.tensor([[1.0, 1.0], [1.0, 3.0]]))
             tensor([-3.4657,    -inf])
         """
@@ -121,7 +112,6 @@ class Density(ABC):
             ValueError: If ``num_samples`` is below two.
 
         Example:
-            >>> from nflows_iresnet.datasets import Circles
             >>> value, standard_error = Circles().entropy(1000)
             >>> abs(value - 3.27) < 5 * standard_error < 0.2
             True

@@ -19,8 +19,8 @@ import pickletools
 import re
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+FloatArray = npt.NDArray[np.float64]
 Folder = str | os.PathLike[str]
 DATA_VARIABLE = "NFLOWS_IRESNET_DATA"
 NAMING_THE_FOLDER = f"with data_dir (--data-dir) or in the environment variable {DATA_VARIABLE}"
@@ -59,9 +60,9 @@ class SourceFile:
         """Hash of the content, decompressed."""
         return hashlib.sha256(self.content).hexdigest()
 
-    def check(self, sha256: str | None) -> None:
-        """Refuse a content that has another hash than the published one, where that is known."""
-        if sha256 is not None and self.sha256 != sha256:
+    def check(self, sha256: str) -> None:
+        """Refuse a content that has another hash than the published one."""
+        if self.sha256 != sha256:
             raise ValueError(
                 f"{self.path} is not the published file: its sha256 is {self.sha256}, expected"
                 f" {sha256}; get the file again"
@@ -82,37 +83,32 @@ def one_line(text: object) -> str:
     return shown if len(shown) <= _LONG else shown[:_LONG] + "..."
 
 
+@contextmanager
+def refusing(problem: str, remedy: str = "get it again") -> Iterator[None]:
+    """Turn whatever goes wrong with a file into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{problem} ({one_line(error)}); {remedy}") from error
+
+
 def read_file(path: Path) -> SourceFile:
     """Read a file, decompressing ``.gz``; one that cannot be read or is damaged is a ValueError."""
-    try:
+    with refusing(f"{path} cannot be read or is damaged"):
         content = path.read_bytes()
         return SourceFile(str(path), gzip.decompress(content) if path.suffix == ".gz" else content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{path} cannot be read or is damaged ({one_line(error)}); get it again"
-        ) from error
 
 
 def read_zipped(path: Path, name: str) -> SourceFile:
     """Read a member of a ``.zip`` or ``.whl`` archive, without unpacking anything."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return SourceFile(f"{path}:{name}", archive.read(name))
-    except Exception as error:
-        raise ValueError(
-            f"{path} is damaged or lacks {name} ({one_line(error)}); get it again"
-        ) from error
+    with refusing(f"{path} is damaged or lacks {name}"), zipfile.ZipFile(path) as archive:
+        return SourceFile(f"{path}:{name}", archive.read(name))
 
 
 def read_members(path: Path, names: Sequence[str]) -> list[SourceFile]:
     """Read members of a ``.tar.gz`` archive in this order, without unpacking anything."""
-    try:
-        with tarfile.open(path) as archive:
-            return [SourceFile(f"{path}:{name}", _member(archive, name)) for name in names]
-    except Exception as error:
-        raise ValueError(
-            f"{path} is damaged or incomplete ({one_line(error)}); get it again"
-        ) from error
+    with refusing(f"{path} is damaged or incomplete"), tarfile.open(path) as archive:
+        return [SourceFile(f"{path}:{name}", _member(archive, name)) for name in names]
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -121,8 +117,6 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
         raise KeyError(f"{name} is not a file")
     return file.read()
 
-
-FloatArray = npt.NDArray[np.float64]
 
 _KNOWN = {
     "numpy": {"_reconstruct", "_frombuffer", "ndarray", "dtype"},
@@ -204,18 +198,15 @@ def read_pickle(file: SourceFile) -> Any:
         Traceback (most recent call last):
         ValueError: harmful refers to builtins.print, ...
     """
-    try:
+    with refusing(f"{file.path} is not a readable pickle"):
         _check_sizes(file.content)
-        return _Recorder(io.BytesIO(file.content), encoding="bytes").load()
-    except _ForbiddenError as error:
-        raise ValueError(
-            f"{file.path} refers to {one_line(error)}, which no data set needs: it was not read"
-            " further"
-        ) from None
-    except Exception as error:
-        raise ValueError(
-            f"{file.path} is not a readable pickle ({one_line(error)}); get it again"
-        ) from error
+        try:
+            return _Recorder(io.BytesIO(file.content), encoding="bytes").load()
+        except _ForbiddenError as error:
+            forbidden = one_line(error)
+    raise ValueError(
+        f"{file.path} refers to {forbidden}, which no data set needs: it was not read further"
+    )
 
 
 def _check_sizes(content: bytes) -> None:
@@ -252,14 +243,12 @@ def read_frame(file: SourceFile) -> tuple[tuple[str, ...], FloatArray]:
         ValueError: If it is anything else; the message says how to convert it.
     """
     found = read_pickle(file)
-    try:
+    remedy = (
+        "if you trust it, convert it where pandas can read it: pandas.read_pickle(path)"
+        ".to_csv('same name.csv', index=False), and put that beside it"
+    )
+    with refusing(f"{file.path} does not hold a pandas data frame of numbers", remedy):
         return _frame(found)
-    except Exception as error:
-        raise ValueError(
-            f"{file.path} does not hold a pandas data frame of numbers ({one_line(error)}); if"
-            " you trust it, convert it where pandas can read it: pandas.read_pickle(path)"
-            ".to_csv('same name.csv', index=False), and put that beside it"
-        ) from error
 
 
 def _frame(found: object) -> tuple[tuple[str, ...], FloatArray]:

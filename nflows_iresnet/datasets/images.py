@@ -31,6 +31,12 @@ from nflows_iresnet.datasets.tables import Nats, read_digit_pixels, split_sizes
 Bytes = npt.NDArray[np.uint8]
 
 _IDX_UNSIGNED_BYTE = 8
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def parse_idx(file: SourceFile, dimensions: int) -> Bytes:
@@ -136,13 +142,13 @@ class IdxSet(ImageSet):
     """A set in four IDX files, as MNIST and those that copied its format.
 
     ``folders`` are subfolders of the data folder, ``system_folders`` those of an operating system's
-    package, and ``sha256`` the published hashes of the decompressed files.
+    package, and ``sha256`` the published hashes of the four, decompressed, where they are known.
     """
 
     folders: tuple[str, ...]
     remedy: str
     system_folders: tuple[str, ...] = ()
-    sha256: dict[str, str] = field(default_factory=dict, repr=False)
+    sha256: tuple[str, ...] = field(default=(), repr=False)
 
     def read(self, data_dir: Folder | None = None) -> LabelledImages:
         """Read the four files."""
@@ -152,19 +158,11 @@ class IdxSet(ImageSet):
             folders += map(Path, self.system_folders)
         paths = _find_together(self.name, folders, _IDX_FILES, self.remedy)
         files = [read_file(path) for path in paths]
-        for name, file in zip(_IDX_FILES, files, strict=True):
-            file.check(self.sha256.get(name))
+        for file, published in zip(files, self.sha256, strict=bool(self.sha256)):
+            file.check(published)
         images = [parse_idx(files[index], 3) for index in (0, 2)]
         labels = [parse_idx(files[index], 1) for index in (1, 3)]
         return _joined(images, labels, files)
-
-
-_IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,17 +221,11 @@ MNIST = IdxSet(
     description="70000 images 1x28x28: handwritten digits (needs a data folder)",
     folders=("MNIST/raw", "mnist", "mnist/MNIST/raw"),
     remedy="get the four IDX files of the data set, compressed or not; torchvision downloads them",
-    sha256=dict(
-        zip(
-            _IDX_FILES,
-            (
-                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-            ),
-            strict=True,
-        )
+    sha256=(
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     ),
 )
 FASHION_MNIST = IdxSet(
@@ -242,17 +234,11 @@ FASHION_MNIST = IdxSet(
     folders=("FashionMNIST/raw", "fashion-mnist", "fashion-mnist/FashionMNIST/raw"),
     system_folders=("/usr/share/datasets/fashion-mnist",),
     remedy="install the Debian package dataset-fashion-mnist, or let torchvision download them",
-    sha256=dict(
-        zip(
-            _IDX_FILES,
-            (
-                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-            ),
-            strict=True,
-        )
+    sha256=(
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
 )
 CIFAR10 = CifarSet(
@@ -336,12 +322,8 @@ class ImageDataset:
 
     Args:
         name: What it was loaded as.
-        train: Training images [N, C, H, W], uint8.
-        validation: Validation images [N, C, H, W], uint8.
-        test: Test images [N, C, H, W], uint8.
-        train_labels: Classes of the training images [N], int64.
-        validation_labels: Classes of the validation images [N], int64.
-        test_labels: Classes of the test images [N], int64.
+        train, validation, test: Images of the splits [N, C, H, W], uint8.
+        train_labels, validation_labels, test_labels: Their classes [N], int64.
         levels: How many values a pixel can take.
         source: The files with their sha256, decompressed.
         seed: Seed of the permutation that made the splits.

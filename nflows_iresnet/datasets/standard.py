@@ -26,11 +26,13 @@ from torch import Tensor
 
 from nflows_iresnet.datasets.files import (
     NAMING_THE_FOLDER,
+    FloatArray,
     Folder,
     data_folder,
     one_line,
     read_file,
     read_frame,
+    refusing,
 )
 from nflows_iresnet.datasets.tables import (
     UCI,
@@ -41,7 +43,6 @@ from nflows_iresnet.datasets.tables import (
     split_sizes,
 )
 
-FloatArray = npt.NDArray[np.float64]
 Rows = npt.NDArray[Any]
 
 COMPARABLE = "test NLL compares with what papers report"
@@ -93,16 +94,13 @@ class StandardTable:
     def load(
         self, data_dir: Folder | None = None, seed: int = 0, num_samples: int | None = None
     ) -> Dataset:
-        """Read the files and make the splits.
+        """Read the files and make the splits, in the published units.
 
         Args:
             data_dir: Folder into which the archive was unpacked, or its folder ``data``; ``None``
                 takes the environment variable ``NFLOWS_IRESNET_DATA``.
             seed: Recorded, without effect: noise, order and splits are the published ones.
             num_samples: Keep this many rows, 80/10/10, from the front of each split.
-
-        Returns:
-            The data set in the published units.
 
         Raises:
             ValueError: If the files are absent or not as expected.
@@ -166,9 +164,6 @@ def read_power(paths: Sequence[Path]) -> Splits:
     References:
         "Individual household electric power consumption", UCI Machine Learning Repository
         (Hebrail and Berard, 2006).
-
-    Raises:
-        ValueError: If the file does not hold eight columns of finite numbers.
     """
     names = ("active power", "voltage", "kitchen", "laundry", "heating", "time")
     rows = _array(paths[0], 8)
@@ -190,9 +185,6 @@ def read_gas(paths: Sequence[Path]) -> Splits:
     References:
         "Gas sensor array under dynamic gas mixtures", UCI Machine Learning Repository (Fonollosa
         et al., 2015).
-
-    Raises:
-        ValueError: If the file does not hold such a data frame of finite numbers.
     """
     path = paths[0]
     names, rows = read_frame(read_file(path)) if path.suffix != ".csv" else _read_csv(path)
@@ -222,10 +214,6 @@ def read_hepmass(paths: Sequence[Path]) -> Splits:
 
     References:
         "Parameterized neural networks for high-energy physics" (Baldi et al., 2016).
-
-    Raises:
-        ValueError: If a file does not hold a table of finite numbers, or the test file has fewer
-            columns.
     """
     names, train = _read_csv(paths[0])
     other, test = _read_csv(paths[1], len(names))
@@ -260,9 +248,6 @@ def read_miniboone(paths: Sequence[Path]) -> Splits:
     References:
         "Boosted decision trees as an alternative to artificial neural networks for particle
         identification" (Roe et al., 2005).
-
-    Raises:
-        ValueError: If the file does not hold 43 columns of finite numbers.
     """
     rows = _array(paths[0], 43)
     return _by_both(paths[0], _tenths(paths[0], rows), _numbered(43))
@@ -275,10 +260,6 @@ def read_bsds300(paths: Sequence[Path]) -> Splits:
 
     References:
         "A database of human segmented natural images" (Martin et al., 2001).
-
-    Raises:
-        ValueError: If the file does not hold three tables of 63 columns.
-        ImportError: If h5py is missing.
     """
     train, validation, test = (_hdf5(paths[0], key, 63) for key in ("train", "validation", "test"))
     return Splits((train, validation, test), _numbered(63), np.zeros(63), np.ones(63))
@@ -411,17 +392,13 @@ def _refuse_constant(path: Path, columns: Sequence[str], rows: FloatArray) -> No
 
 def _read_csv(path: Path, width: int | None = None) -> tuple[tuple[str, ...], FloatArray]:
     """Read a large table with a header; of `width` columns, if the header names more than that."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+    problem = f"{path} is not a table of numbers below one line of names"
+    with refusing(problem, "give the file of the archive"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with path.open(encoding="utf-8-sig", newline="") as file:
             header = tuple(one_line(name) for name in next(csv.reader([file.readline()]), []))
             used = range(len(header) if width is None else width)
             rows = np.loadtxt(file, delimiter=",", usecols=used, comments=None, ndmin=2)
-    except (ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{path} is not a table of numbers below one line of names ({one_line(error)}); give"
-            " the file of the archive"
-        ) from error
     if not header or not len(rows):
         raise ValueError(f"{path} holds no row below one line of names: give the archive's")
     return header, rows
@@ -432,14 +409,9 @@ def _hdf5(path: Path, key: str, width: int) -> Rows:
         h5py = importlib.import_module("h5py")
     except ImportError as error:
         raise ImportError("bsds300 is an HDF5 file, which needs h5py: pip install h5py") from error
-    try:
-        with h5py.File(path, "r") as file:
-            rows = np.asarray(file[key])
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not an HDF5 file with a table {key!r} ({one_line(error)}); give that of the"
-            " archive"
-        ) from error
+    problem = f"{path} is not an HDF5 file with a table {key!r}"
+    with refusing(problem, "give that of the archive"), h5py.File(path, "r") as file:
+        rows = np.asarray(file[key])
     if rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1] != width or not len(rows):
         raise ValueError(
             f"{path}, {key}: {rows.dtype} of shape {rows.shape}, expected floating-point numbers of"

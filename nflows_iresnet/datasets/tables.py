@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from nflows_iresnet.datasets.densities import Density
 from nflows_iresnet.datasets.files import (
     NAMING_THE_FOLDER,
+    FloatArray,
     Folder,
     SourceFile,
     data_folder,
@@ -25,15 +26,18 @@ from nflows_iresnet.datasets.files import (
     read_file,
     read_frame,
     read_zipped,
+    refusing,
 )
 
-FloatArray = npt.NDArray[np.float64]
 Place = Path | str
 """Where something is, for a message."""
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data")
 SUFFIXES = (".npy", *TEXT_SUFFIXES)
 
+Nats = TypeVar("Nats", float, Tensor)
+
+MIN_ROWS = 10
 _LARGEST = 1e100
 _FEW_VALUES = 0.05
 _REMEDY_OF_A_CELL = "keep numeric columns, with a decimal point"
@@ -114,10 +118,8 @@ def read_text(file: SourceFile, comment: str | None = None) -> list[TextRow]:
     if not kept:
         raise ValueError(f"{path} is empty: give a file with at least ten rows of numbers")
     separator = _separator(kept[0][1])
-    try:
+    with refusing(f"{path} is not a table of numbers", "give every cell less text"):
         return [TextRow(number, _cells(line, separator)) for number, line in kept]
-    except csv.Error as error:
-        raise ValueError(f"{path} is not a table of numbers ({one_line(error)})") from error
 
 
 def to_numbers(path: Place, rows: list[TextRow]) -> tuple[tuple[str, ...], FloatArray]:
@@ -197,13 +199,8 @@ def read_array(path: Path) -> FloatArray:
     Raises:
         ValueError: If the file holds anything else.
     """
-    try:
+    with refusing(f"{path} is empty, damaged or of object dtype", "save a plain numeric array"):
         array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:
-        raise ValueError(
-            f"{path} is empty, damaged or of object dtype ({one_line(error)}); save a plain numeric"
-            " array"
-        ) from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path} has dtype {array.dtype}: save an array of real numbers")
     if array.ndim != 2 or 0 in array.shape:
@@ -262,11 +259,6 @@ def _repeat_notes(values: FloatArray) -> tuple[str, ...]:
     return (f"{count} rows repeat an earlier row: splits may share them",) if count else ()
 
 
-Nats = TypeVar("Nats", float, Tensor)
-
-MIN_ROWS = 10
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset:
     r"""Three disjoint splits of a data set in model units, and how to leave those units.
@@ -279,9 +271,7 @@ class Dataset:
 
     Args:
         name: What it was loaded as.
-        train: Training rows [num_train, features], float32.
-        validation: Validation rows [num_validation, features], float32.
-        test: Test rows [num_test, features], float32.
+        train, validation, test: Rows of the splits [number, features], float32.
         density: The exact density of the rows, where there is one.
         source: Where the rows come from.
         seed: Seed of the samples or of the permutation that made the splits.
