@@ -428,8 +428,12 @@ def load_images(
         sizes = [len(order) - sizes[1], sizes[1], 0]
     train, validation, rest = order.split(sizes)
     test = torch.cat([rest, torch.arange(len(order), len(order) + found.num_test)])
-    train = train[: _checked_num_train(name, num_train, len(train))]
-    parts = {"train": train, "validation": validation, "test": test}
+    if num_train is not None and not 1 <= num_train <= len(train):
+        raise ValueError(
+            f"num_train={num_train}: {name} can give 1 to {len(train)} training images; leave it"
+            " out to take them all"
+        )
+    parts = {"train": train[:num_train], "validation": validation, "test": test}
     return ImageDataset(
         name=name,
         **{part: found.images[rows] for part, rows in parts.items()},
@@ -439,17 +443,6 @@ def load_images(
         seed=seed,
         split=_describe(found, [len(rows) for rows in parts.values()], seed),
     )
-
-
-def _checked_num_train(name: str, num_train: int | None, available: int) -> int:
-    if num_train is None:
-        return available
-    if not 1 <= num_train <= available:
-        raise ValueError(
-            f"num_train={num_train}: {name} can give 1 to {available} training images; leave it"
-            " out to take them all"
-        )
-    return num_train
 
 
 def _describe(found: LabelledImages, sizes: list[int], seed: int) -> str:

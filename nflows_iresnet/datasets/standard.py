@@ -38,7 +38,9 @@ from nflows_iresnet.datasets.tables import (
     UCI,
     Dataset,
     licence_notes,
+    numbered,
     read_array,
+    refuse_constant,
     refuse_nonfinite,
     split_sizes,
 )
@@ -250,7 +252,7 @@ def read_miniboone(paths: Sequence[Path]) -> Splits:
         identification" (Roe et al., 2005).
     """
     rows = _array(paths[0], 43)
-    return _by_both(paths[0], _tenths(paths[0], rows), _numbered(43))
+    return _by_both(paths[0], _tenths(paths[0], rows), numbered(43))
 
 
 def read_bsds300(paths: Sequence[Path]) -> Splits:
@@ -262,7 +264,7 @@ def read_bsds300(paths: Sequence[Path]) -> Splits:
         "A database of human segmented natural images" (Martin et al., 2001).
     """
     train, validation, test = (_hdf5(paths[0], key, 63) for key in ("train", "validation", "test"))
-    return Splits((train, validation, test), _numbered(63), np.zeros(63), np.ones(63))
+    return Splits((train, validation, test), numbered(63), np.zeros(63), np.ones(63))
 
 
 STANDARD: dict[str, StandardTable] = {
@@ -340,12 +342,8 @@ def _array(path: Path, width: int) -> FloatArray:
         raise ValueError(
             f"{path} has {rows.shape[1]} columns, expected {width}: give the file of the archive"
         )
-    refuse_nonfinite(path, _numbered(width), rows)
+    refuse_nonfinite(path, numbered(width), rows)
     return rows
-
-
-def _numbered(width: int) -> tuple[str, ...]:
-    return tuple(map(str, range(width)))
 
 
 def _without_tenth(path: Path, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -382,12 +380,7 @@ def _reoccurs(column: FloatArray) -> bool:
 
 
 def _refuse_constant(path: Path, columns: Sequence[str], rows: FloatArray) -> None:
-    constant = [n for n, column in zip(columns, rows.T, strict=True) if np.ptp(column) == 0]
-    if constant:
-        raise ValueError(
-            f"{path}: constant, so without a density: column {', '.join(constant)}; give the file"
-            " of the archive"
-        )
+    refuse_constant(path, columns, rows, where="", remedy="give the file of the archive")
 
 
 def _read_csv(path: Path, width: int | None = None) -> tuple[tuple[str, ...], FloatArray]:

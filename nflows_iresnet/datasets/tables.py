@@ -88,7 +88,7 @@ def read_table(path: Path) -> Table:
     """
     if path.suffix.lower() == ".npy":
         values = read_array(path)
-        columns = tuple(str(index) for index in range(values.shape[1]))
+        columns = numbered(values.shape[1])
         refuse_nonfinite(path, columns, values)
     elif path.suffix.lower() in TEXT_SUFFIXES:
         rows = read_text(read_file(path))
@@ -178,6 +178,18 @@ def refuse_nonfinite(
         )
 
 
+def refuse_constant(
+    place: Place, columns: Sequence[str], rows: FloatArray, where: str, remedy: str
+) -> None:
+    """Refuse columns of one value, which have no density."""
+    constant = [n for n, column in zip(columns, rows.T, strict=True) if np.ptp(column) == 0]
+    if constant:
+        names = ", ".join(constant)
+        raise ValueError(
+            f"{place}: constant{where}, so without a density: column {names}; {remedy}"
+        )
+
+
 def quantised_notes(columns: tuple[str, ...], values: FloatArray) -> tuple[str, ...]:
     """Name the columns with few distinct values, where a density has no upper bound.
 
@@ -211,6 +223,11 @@ def read_array(path: Path) -> FloatArray:
     return np.array(array, dtype=np.float64)
 
 
+def numbered(width: int) -> tuple[str, ...]:
+    """Names of columns that have none: 0, 1, ..."""
+    return tuple(map(str, range(width)))
+
+
 def _separator(line: str) -> str | None:
     return next((separator for separator in ";,\t" if separator in line), None)
 
@@ -239,7 +256,7 @@ def _is_number(cell: str) -> bool:
 def _split_header(rows: list[TextRow]) -> tuple[tuple[str, ...], list[TextRow]]:
     first = rows[0].cells
     if any(_is_number(cell) for cell in first):
-        return tuple(str(index) for index in range(len(first))), rows
+        return numbered(len(first)), rows
     return tuple(map(one_line, first)), rows[1:]
 
 
@@ -381,7 +398,8 @@ def from_table(table: Table, generator: Generator, num_samples: int | None = Non
     """
     rows = _shuffled(table, generator, num_samples)
     parts = rows.split(split_sizes(len(rows), table.name))
-    _refuse_constant(table, parts[0])
+    where = " in the training split"
+    refuse_constant(table.name, table.columns, parts[0].numpy(), where, "remove it")
     location, scale = parts[0].mean(dim=0), parts[0].std(dim=0, correction=0)
     train, validation, test = (((part - location) / scale).float() for part in parts)
     return Dataset(
@@ -432,16 +450,6 @@ def _shuffled(table: Table, generator: Generator, num_samples: int | None) -> Te
         )
     order = torch.randperm(available, generator=generator)[:num_samples]
     return torch.from_numpy(table.values)[order]
-
-
-def _refuse_constant(table: Table, train: Tensor) -> None:
-    is_constant = (train == train[0]).all(dim=0).tolist()
-    names = [name for name, constant in zip(table.columns, is_constant, strict=True) if constant]
-    if names:
-        raise ValueError(
-            f"{table.name}: constant in the training split, so without a density: column"
-            f" {', '.join(names)}; remove it"
-        )
 
 
 UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
