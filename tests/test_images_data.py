@@ -19,10 +19,8 @@ import torch
 
 from nflows_iresnet import datasets
 from nflows_iresnet.datasets import images as front
-from nflows_iresnet.datasets.files import SourceFile
-from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
-from nflows_iresnet.datasets.imagesets import FASHION_MNIST, MNIST
-from nflows_iresnet.datasets.pickles import read_pickle
+from nflows_iresnet.datasets.files import SourceFile, read_pickle
+from nflows_iresnet.datasets.images import FASHION_MNIST, MNIST, parse_cifar, parse_idx
 
 IDX = {"train-images-idx3-ubyte": 40, "t10k-images-idx3-ubyte": 12}
 Layout = Callable[[Path], None]
@@ -65,9 +63,9 @@ CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python
 def unpublished(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of these tests are not the published ones, and the machine's own do not count."""
     monkeypatch.delenv("NFLOWS_IRESNET_DATA", raising=False)
-    plain = replace(FASHION_MNIST, sha256={}, system_folders=())
-    monkeypatch.setitem(front._READERS, "fashion-mnist", plain.read)
-    monkeypatch.setitem(front._READERS, "mnist", replace(MNIST, sha256={}).read)
+    plain = replace(FASHION_MNIST, sha256=(), system_folders=())
+    monkeypatch.setitem(front.IMAGE_SETS, "fashion-mnist", plain)
+    monkeypatch.setitem(front.IMAGE_SETS, "mnist", replace(MNIST, sha256=()))
 
 
 LAYOUTS: dict[str, tuple[str, Layout]] = {

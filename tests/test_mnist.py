@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet import transforms
 from nflows_iresnet.datasets import images as front
-from nflows_iresnet.datasets.imagesets import MNIST
+from nflows_iresnet.datasets.images import MNIST
 from nflows_iresnet.experiments import arguments, evaluation
 from nflows_iresnet.experiments.adapters import TruncatedModel
 from nflows_iresnet.experiments.checkpoints import Keeper
@@ -72,7 +72,7 @@ def strokes(rows: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of four IDX files, which are taken although they are not the published ones."""
-    monkeypatch.setitem(front._READERS, "mnist", replace(MNIST, sha256={}).read)
+    monkeypatch.setitem(front.IMAGE_SETS, "mnist", replace(MNIST, sha256=()))
     found = tmp_path / "data"
     found.mkdir()
     for name, rows in ROWS.items():

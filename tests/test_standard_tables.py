@@ -19,9 +19,15 @@ import numpy.typing as npt
 import pytest
 
 from nflows_iresnet import datasets
-from nflows_iresnet.datasets.files import SourceFile, read_file, read_members
-from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
-from nflows_iresnet.datasets.pickles import read_frame, read_pickle, to_array
+from nflows_iresnet.datasets.files import (
+    SourceFile,
+    read_file,
+    read_frame,
+    read_members,
+    read_pickle,
+    to_array,
+)
+from nflows_iresnet.datasets.images import parse_cifar, parse_idx
 from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD, Splits, read_hepmass, read_power
 from nflows_iresnet.experiments import published
 
@@ -196,9 +202,9 @@ def test_an_array_that_lies_about_its_objects_reads_no_memory(tmp_path: Path) ->
     path.write_bytes(pickle.dumps({b"data": images, b"labels": Lying()}, protocol=2))
     script = (
         "import sys; from pathlib import Path\n"
-        "from nflows_iresnet.datasets import imagefiles\n"
-        "file = imagefiles.SourceFile(sys.argv[1], Path(sys.argv[1]).read_bytes())\n"
-        "try: imagefiles.parse_cifar(file, 'labels')\n"
+        "from nflows_iresnet.datasets import images\n"
+        "file = images.SourceFile(sys.argv[1], Path(sys.argv[1]).read_bytes())\n"
+        "try: images.parse_cifar(file, 'labels')\n"
         "except ValueError as error: print('refused:', error)"
     )
     done = subprocess.run(

@@ -287,7 +287,7 @@ def test_batches_follow_their_seed_and_go_on_with_their_noise() -> None:
 
 
 def test_an_arm_of_the_pinwheel_is_longer_than_it_is_wide() -> None:
-    arm = datasets.toys.Pinwheel(1, radial_noise=0.6, tangential_noise=0.2, rate=1e-9)
+    arm = datasets.densities.Pinwheel(1, radial_noise=0.6, tangential_noise=0.2, rate=1e-9)
     samples = arm.sample(4000, torch.Generator().manual_seed(0)).double()
     deviations = samples.std(0) / torch.tensor([0.6, 0.2], dtype=torch.float64)
     assert bool(((deviations > 0.8) & (deviations < 1.25)).all())

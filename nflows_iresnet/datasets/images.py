@@ -1,34 +1,311 @@
-"""Sets of labelled images as the integers that they are, split and ready for dequantisation."""
+"""Sets of labelled images as the integers that they are, from the files that people have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nflows_iresnet.datasets.dataset import split_sizes
-from nflows_iresnet.datasets.imagesets import (
-    CIFAR10,
-    CIFAR100,
-    FASHION_MNIST,
-    MNIST,
-    LabelledImages,
-    read_digit_images,
+from nflows_iresnet.datasets.files import (
+    NAMING_THE_FOLDER,
+    Folder,
+    Recorded,
+    SourceFile,
+    data_folder,
+    one_line,
+    read_file,
+    read_members,
+    read_pickle,
+    to_array,
 )
-from nflows_iresnet.datasets.sources import Folder
+from nflows_iresnet.datasets.tables import Nats, read_digit_pixels, split_sizes
 
-Nats = TypeVar("Nats", float, Tensor)
+Bytes = npt.NDArray[np.uint8]
 
-_DESCRIPTIONS = {
-    "digits": "1797 images 1x8x8 of 17 levels: handwritten digits (needs scikit-learn)",
-    "mnist": "70000 images 1x28x28: handwritten digits (needs a data folder)",
-    "fashion-mnist": "70000 images 1x28x28: clothes (Debian package dataset-fashion-mnist)",
-    "cifar10": "60000 images 3x32x32 of ten kinds (needs a data folder)",
-    "cifar100": "60000 images 3x32x32 of a hundred kinds (needs a data folder)",
+_IDX_UNSIGNED_BYTE = 8
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def parse_idx(file: SourceFile, dimensions: int) -> Bytes:
+    r"""Parse the IDX format: two zero bytes, a type, the number of dimensions, sizes, values.
+
+    Images have three ``dimensions``, labels one.
+
+    References:
+        "The MNIST database of handwritten digits" (LeCun et al., 1998).
+
+    Raises:
+        ValueError: If the file is not in this format or has another length than it says.
+
+    Example:
+        >>> parse_idx(SourceFile("labels", bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9])), 1)
+        array([7, 9], dtype=uint8)
+    """
+    start, content = 4 + 4 * dimensions, file.content
+    if content[:4] != bytes([0, 0, _IDX_UNSIGNED_BYTE, dimensions]) or len(content) < start:
+        raise ValueError(
+            f"{file.path} is not an IDX file of unsigned bytes in {dimensions} dimensions: it"
+            f" begins with {content[:4].hex()}; get the ubyte file of the data set"
+        )
+    shape = tuple(np.frombuffer(content, ">u4", count=dimensions, offset=4).tolist())
+    if len(content) - start != math.prod(shape):
+        raise ValueError(
+            f"{file.path} holds {len(content) - start} values and announces {math.prod(shape)};"
+            " it was cut short, get it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def parse_cifar(file: SourceFile, labels_key: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
+    """Parse a batch of CIFAR's python version: images [rows, 3, 32, 32] and labels [rows].
+
+    References:
+        "Learning multiple layers of features from tiny images" (Krizhevsky, 2009).
+
+    Raises:
+        ValueError: If the file is not such a batch.
+    """
+    batch = read_pickle(file)
+    wanted = (b"data", labels_key.encode())
+    if not isinstance(batch, dict) or not all(key in batch for key in wanted):
+        raise ValueError(
+            f"{file.path} is not a CIFAR batch: it must hold a dictionary with 'data' and"
+            f" {labels_key!r}; get the 'python version' of the data set"
+        )
+    try:
+        data, labels = (_array(batch[key]) for key in wanted)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{file.path} is not a CIFAR batch: {one_line(error)}; get it again"
+        ) from error
+    well_formed = data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
+    if not well_formed or labels.shape != data.shape[:1]:
+        raise ValueError(
+            f"{file.path} is not a CIFAR batch: 'data' must be uint8 of shape (rows, 3072) with as"
+            f" many labels, found {data.shape} and {labels.shape}"
+        )
+    return data.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+
+
+def _array(value: object) -> npt.NDArray[Any]:
+    if isinstance(value, Recorded):
+        return to_array(value)
+    return np.asarray(value, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """All images [N, C, H, W] uint8 and labels [N] of a set, the published test images last.
+
+    ``num_test`` is how many of them those are, zero if the set has no published test split.
+    """
+
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    levels: int
+    num_test: int
+    source: str
+
+    @property
+    def num_splittable(self) -> int:
+        """How many images are not published as test images."""
+        return len(self.images) - self.num_test
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet(ABC):
+    """A set of images: its name, what `available_images` says of it, and how it is read."""
+
+    name: str
+    description: str
+
+    @abstractmethod
+    def read(self, data_dir: Folder | None = None) -> LabelledImages:
+        """Read all images; files that are absent, damaged or not the published are ValueErrors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdxSet(ImageSet):
+    """A set in four IDX files, as MNIST and those that copied its format.
+
+    ``folders`` are subfolders of the data folder, ``system_folders`` those of an operating system's
+    package, and ``sha256`` the published hashes of the four, decompressed, where they are known.
+    """
+
+    folders: tuple[str, ...]
+    remedy: str
+    system_folders: tuple[str, ...] = ()
+    sha256: tuple[str, ...] = field(default=(), repr=False)
+
+    def read(self, data_dir: Folder | None = None) -> LabelledImages:
+        """Read the four files."""
+        root = data_folder(data_dir)
+        folders = [root / folder for folder in ("", *self.folders)] if root else []
+        if data_dir is None:
+            folders += map(Path, self.system_folders)
+        paths = _find_together(self.name, folders, _IDX_FILES, self.remedy)
+        files = [read_file(path) for path in paths]
+        for file, published in zip(files, self.sha256, strict=bool(self.sha256)):
+            file.check(published)
+        images = [parse_idx(files[index], 3) for index in (0, 2)]
+        labels = [parse_idx(files[index], 1) for index in (1, 3)]
+        return _joined(images, labels, files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CifarSet(ImageSet):
+    """CIFAR's python version: a folder of pickles, the test images last, or the archive of it."""
+
+    folder: str
+    archive: str
+    batches: tuple[str, ...]
+    labels_key: str
+
+    def read(self, data_dir: Folder | None = None) -> LabelledImages:
+        """Read the files of the folder or the archive."""
+        files = self._files(data_dir)
+        parts = [parse_cifar(file, self.labels_key) for file in files]
+        images, labels = zip(*parts, strict=True)
+        return _joined(
+            [np.concatenate(images[:-1]), images[-1]],
+            [np.concatenate(labels[:-1]), labels[-1]],
+            files,
+        )
+
+    def _files(self, data_dir: Folder | None) -> list[SourceFile]:
+        root = data_folder(data_dir)
+        folders = [root / self.folder, root] if root else []
+        unpacked = any((folder / self.batches[0]).is_file() for folder in folders)
+        if root and not unpacked and (root / self.archive).is_file():
+            members = [f"{self.folder}/{name}" for name in self.batches]
+            return read_members(root / self.archive, members)
+        remedy = f"get {self.archive}, the 'python version', which torchvision downloads too"
+        return [read_file(p) for p in _find_together(self.name, folders, self.batches, remedy)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedDigits(ImageSet):
+    """Scikit-learn's handwritten digits, which come with it: no folder is looked at."""
+
+    def read(self, data_dir: Folder | None = None) -> LabelledImages:
+        """Read the images; without scikit-learn that is an ImportError."""
+        pixels, labels = read_digit_pixels()
+        return LabelledImages(
+            images=torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8),
+            labels=torch.from_numpy(labels.astype(np.int64)),
+            levels=17,
+            num_test=0,
+            source="sklearn.datasets.load_digits",
+        )
+
+
+DIGITS = EmbeddedDigits(
+    name="digits",
+    description="1797 images 1x8x8 of 17 levels: handwritten digits (needs scikit-learn)",
+)
+MNIST = IdxSet(
+    name="mnist",
+    description="70000 images 1x28x28: handwritten digits (needs a data folder)",
+    folders=("MNIST/raw", "mnist", "mnist/MNIST/raw"),
+    remedy="get the four IDX files of the data set, compressed or not; torchvision downloads them",
+    sha256=(
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+)
+FASHION_MNIST = IdxSet(
+    name="fashion-mnist",
+    description="70000 images 1x28x28: clothes (Debian package dataset-fashion-mnist)",
+    folders=("FashionMNIST/raw", "fashion-mnist", "fashion-mnist/FashionMNIST/raw"),
+    system_folders=("/usr/share/datasets/fashion-mnist",),
+    remedy="install the Debian package dataset-fashion-mnist, or let torchvision download them",
+    sha256=(
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+)
+CIFAR10 = CifarSet(
+    name="cifar10",
+    description="60000 images 3x32x32 of ten kinds (needs a data folder)",
+    folder="cifar-10-batches-py",
+    archive="cifar-10-python.tar.gz",
+    batches=(*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"),
+    labels_key="labels",
+)
+CIFAR100 = CifarSet(
+    name="cifar100",
+    description="60000 images 3x32x32 of a hundred kinds (needs a data folder)",
+    folder="cifar-100-python",
+    archive="cifar-100-python.tar.gz",
+    batches=("train", "test"),
+    labels_key="fine_labels",
+)
+
+IMAGE_SETS: dict[str, ImageSet] = {
+    each.name: each for each in (DIGITS, MNIST, FASHION_MNIST, CIFAR10, CIFAR100)
 }
+
+
+def _find_together(
+    name: str, folders: Sequence[Path], files: Sequence[str], remedy: str
+) -> list[Path]:
+    """Return all files, from the first folder that holds every one of them."""
+    for folder in folders:
+        found = [_existing(folder, file) for file in files]
+        if all(found):
+            return [path for path in found if path is not None]
+    looked = " or ".join(map(str, folders)) or "any folder, for none was named"
+    raise ValueError(
+        f"{name}: no {', '.join(files)} in {looked}; {remedy}, then name their folder"
+        f" {NAMING_THE_FOLDER}"
+    )
+
+
+def _existing(folder: Path, name: str) -> Path | None:
+    dotted = name.replace("-idx", ".idx")
+    names = (name, f"{name}.gz", dotted, f"{dotted}.gz")
+    return next((folder / each for each in names if (folder / each).is_file()), None)
+
+
+def _joined(
+    images: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]],
+    labels: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.int64 | np.uint8]]],
+    files: Sequence[SourceFile],
+) -> LabelledImages:
+    """Join training and test images, and add the channel where there is none."""
+    for part, classes, file in zip(images, labels, (files[0], files[-1]), strict=True):
+        if len(part) != len(classes) or not len(part):
+            raise ValueError(f"{file.path}: {len(part)} images and {len(classes)} labels")
+    if images[0].shape[1:] != images[1].shape[1:]:
+        raise ValueError(
+            f"{files[-1].path}: test images of shape {images[1].shape[1:]}, training images of"
+            f" {images[0].shape[1:]}; they are not of one data set"
+        )
+    joined = torch.from_numpy(np.concatenate(images))
+    return LabelledImages(
+        images=joined if joined.dim() == 4 else joined[:, None],
+        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        levels=256,
+        num_test=len(images[1]),
+        source="; ".join(f"{file.path} sha256 {file.sha256}" for file in files),
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,12 +322,8 @@ class ImageDataset:
 
     Args:
         name: What it was loaded as.
-        train: Training images [N, C, H, W], uint8.
-        validation: Validation images [N, C, H, W], uint8.
-        test: Test images [N, C, H, W], uint8.
-        train_labels: Classes of the training images [N], int64.
-        validation_labels: Classes of the validation images [N], int64.
-        test_labels: Classes of the test images [N], int64.
+        train, validation, test: Images of the splits [N, C, H, W], uint8.
+        train_labels, validation_labels, test_labels: Their classes [N], int64.
         levels: How many values a pixel can take.
         source: The files with their sha256, decompressed.
         seed: Seed of the permutation that made the splits.
@@ -94,37 +367,18 @@ class ImageDataset:
         return int(torch.cat([self.train_labels, self.test_labels]).max()) + 1
 
     def to_bits_per_dim(self, nats: Nats) -> Nats:
-        """Negative log-likelihood of a dequantised image in bits per dimension.
-
-        Args:
-            nats: In the units of the data, where a level has width 1: a number or a tensor.
-
-        Returns:
-            ``nats / (features log 2)``.
-        """
+        """Nats of a dequantised image, where a level has width 1, in bits per dimension."""
         return nats / (self.features * torch.tensor(2.0).log().item())
 
 
 def available_images() -> dict[str, str]:
-    """Every known set of images with a one-line description.
-
-    Returns:
-        Descriptions by name, for `load_images`.
+    """Every known set of images by name, for `load_images`, with a one-line description.
 
     Example:
         >>> sorted(available_images())
         ['cifar10', 'cifar100', 'digits', 'fashion-mnist', 'mnist']
     """
-    return dict(_DESCRIPTIONS)
-
-
-_READERS: dict[str, Callable[[Folder | None], LabelledImages]] = {
-    "digits": read_digit_images,
-    "mnist": MNIST.read,
-    "fashion-mnist": FASHION_MNIST.read,
-    "cifar10": CIFAR10.read,
-    "cifar100": CIFAR100.read,
-}
+    return {each.name: each.description for each in IMAGE_SETS.values()}
 
 
 def load_images(
@@ -164,9 +418,9 @@ def load_images(
         Traceback (most recent call last):
         ValueError: mnist: no train-images-idx3-ubyte, ... in /nowhere...
     """
-    if name not in _READERS:
-        raise ValueError(f"unknown set of images {name!r}: choose from {', '.join(_READERS)}")
-    found = _READERS[name](data_dir)
+    if name not in IMAGE_SETS:
+        raise ValueError(f"unknown set of images {name!r}: choose from {', '.join(IMAGE_SETS)}")
+    found = IMAGE_SETS[name].read(data_dir)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(found.num_splittable, generator=generator)
     sizes = split_sizes(len(order), name)
@@ -174,8 +428,12 @@ def load_images(
         sizes = [len(order) - sizes[1], sizes[1], 0]
     train, validation, rest = order.split(sizes)
     test = torch.cat([rest, torch.arange(len(order), len(order) + found.num_test)])
-    train = train[: _checked_num_train(name, num_train, len(train))]
-    parts = {"train": train, "validation": validation, "test": test}
+    if num_train is not None and not 1 <= num_train <= len(train):
+        raise ValueError(
+            f"num_train={num_train}: {name} can give 1 to {len(train)} training images; leave it"
+            " out to take them all"
+        )
+    parts = {"train": train[:num_train], "validation": validation, "test": test}
     return ImageDataset(
         name=name,
         **{part: found.images[rows] for part, rows in parts.items()},
@@ -185,17 +443,6 @@ def load_images(
         seed=seed,
         split=_describe(found, [len(rows) for rows in parts.values()], seed),
     )
-
-
-def _checked_num_train(name: str, num_train: int | None, available: int) -> int:
-    if num_train is None:
-        return available
-    if not 1 <= num_train <= available:
-        raise ValueError(
-            f"num_train={num_train}: {name} can give 1 to {available} training images; leave it"
-            " out to take them all"
-        )
-    return num_train
 
 
 def _describe(found: LabelledImages, sizes: list[int], seed: int) -> str:

@@ -24,13 +24,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nflows_iresnet.datasets.dataset import Dataset, licence_notes, split_sizes
-from nflows_iresnet.datasets.files import one_line, read_file
-from nflows_iresnet.datasets.pickles import read_frame
-from nflows_iresnet.datasets.sources import UCI, Folder
-from nflows_iresnet.datasets.tables import read_array, refuse_nonfinite
+from nflows_iresnet.datasets.files import (
+    NAMING_THE_FOLDER,
+    FloatArray,
+    Folder,
+    data_folder,
+    one_line,
+    read_file,
+    read_frame,
+    refusing,
+)
+from nflows_iresnet.datasets.tables import (
+    UCI,
+    Dataset,
+    licence_notes,
+    numbered,
+    read_array,
+    refuse_constant,
+    refuse_nonfinite,
+    split_sizes,
+)
 
-FloatArray = npt.NDArray[np.float64]
 Rows = npt.NDArray[Any]
 
 COMPARABLE = "test NLL compares with what papers report"
@@ -44,14 +58,7 @@ _MOST_REPEATS = 5
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Training, validation and test rows in source units, and the units of the model.
-
-    Args:
-        parts: The three splits [rows, features].
-        columns: One name per feature.
-        location: What is subtracted [features].
-        scale: By what is then divided [features].
-    """
+    """The three splits in source units; the model's are (rows - location) / scale."""
 
     parts: tuple[Rows, Rows, Rows]
     columns: tuple[str, ...]
@@ -63,47 +70,43 @@ class Splits:
 class StandardTable:
     """One of the five tables.
 
-    Args:
-        name: The data set.
-        files: The files that are needed; each may have other names, the best first.
-        read: Reads the files that were found.
-        shape: Published rows of the three splits, and features.
-        origin: Where the rows come from.
-        licence: On what terms they may be used.
+    Each of its ``files`` may have other names, the best first; ``shape`` is the published rows of
+    the three splits, and features.
 
     Example:
-        >>> STANDARD["power"].shape
-        (1659917, 184435, 204928, 6)
+        >>> STANDARD["power"].description
+        '2049280 x 6: electricity of a household (archive of MAF in --data-dir)'
     """
 
     name: str
     files: tuple[tuple[str, ...], ...]
     read: Callable[[Sequence[Path]], Splits] = field(repr=False)
     shape: tuple[int, int, int, int]
+    about: str
     origin: str
     licence: str
+    needs: str = ""
+
+    @property
+    def description(self) -> str:
+        """One line for a list."""
+        rows, features = sum(self.shape[:3]), self.shape[3]
+        return f"{rows} x {features}: {self.about} (archive of MAF in --data-dir{self.needs})"
 
     def load(
-        self, data_dir: Folder | None = None, *, seed: int = 0, num_samples: int | None = None
+        self, data_dir: Folder | None = None, seed: int = 0, num_samples: int | None = None
     ) -> Dataset:
-        """Read the files and make the splits.
+        """Read the files and make the splits, in the published units.
 
         Args:
-            data_dir: Folder into which the archive was unpacked, or its folder ``data``.
+            data_dir: Folder into which the archive was unpacked, or its folder ``data``; ``None``
+                takes the environment variable ``NFLOWS_IRESNET_DATA``.
             seed: Recorded, without effect: noise, order and splits are the published ones.
             num_samples: Keep this many rows, 80/10/10, from the front of each split.
-
-        Returns:
-            The data set in the published units.
 
         Raises:
             ValueError: If the files are absent or not as expected.
             ImportError: If ``bsds300`` is asked for without h5py.
-
-        Example:
-            >>> STANDARD["gas"].load("/nowhere")
-            Traceback (most recent call last):
-            ValueError: gas: no gas/ethylene_CO.pickle in /nowhere or /nowhere/data; ...
         """
         paths = self._find(data_dir)
         splits = self.read(paths)
@@ -134,12 +137,12 @@ class StandardTable:
         return f"{self.origin}; {published}", COMPARABLE if shape == self.shape else other
 
     def _find(self, data_dir: Folder | None) -> list[Path]:
-        if data_dir is None:
+        root = data_folder(data_dir)
+        if root is None:
             raise ValueError(
                 f"{self.name} needs files that no package carries: get {_ARCHIVE}, unpack it, and"
-                " name its folder by --data-dir (data_dir)"
+                f" name its folder {NAMING_THE_FOLDER}"
             )
-        root = Path(data_dir).expanduser()
         return [self._find_one(names, [root, root / "data"]) for names in self.files]
 
     def _find_one(self, names: Sequence[str], roots: Sequence[Path]) -> Path:
@@ -148,7 +151,7 @@ class StandardTable:
                 return path
         raise ValueError(
             f"{self.name}: no {names[-1]} in {' or '.join(map(str, roots))}; get {_ARCHIVE} and"
-            " name the folder that it unpacks to"
+            f" name the folder that it unpacks to {NAMING_THE_FOLDER}"
         )
 
 
@@ -163,15 +166,6 @@ def read_power(paths: Sequence[Path]) -> Splits:
     References:
         "Individual household electric power consumption", UCI Machine Learning Repository
         (Hebrail and Berard, 2006).
-
-    Args:
-        paths: ``power/data.npy``.
-
-    Returns:
-        The splits.
-
-    Raises:
-        ValueError: If the file does not hold eight columns of finite numbers.
     """
     names = ("active power", "voltage", "kitchen", "laundry", "heating", "time")
     rows = _array(paths[0], 8)
@@ -193,16 +187,6 @@ def read_gas(paths: Sequence[Path]) -> Splits:
     References:
         "Gas sensor array under dynamic gas mixtures", UCI Machine Learning Repository (Fonollosa
         et al., 2015).
-
-    Args:
-        paths: ``gas/ethylene_CO.pickle``, a data frame that is read without running its code, or
-            the same as ``.csv``.
-
-    Returns:
-        The splits.
-
-    Raises:
-        ValueError: If the file does not hold such a data frame of finite numbers.
     """
     path = paths[0]
     names, rows = read_frame(read_file(path)) if path.suffix != ".csv" else _read_csv(path)
@@ -232,16 +216,6 @@ def read_hepmass(paths: Sequence[Path]) -> Splits:
 
     References:
         "Parameterized neural networks for high-energy physics" (Baldi et al., 2016).
-
-    Args:
-        paths: ``hepmass/1000_train.csv`` and ``hepmass/1000_test.csv``.
-
-    Returns:
-        The splits.
-
-    Raises:
-        ValueError: If a file does not hold a table of finite numbers, or the test file has fewer
-            columns.
     """
     names, train = _read_csv(paths[0])
     other, test = _read_csv(paths[1], len(names))
@@ -276,18 +250,9 @@ def read_miniboone(paths: Sequence[Path]) -> Splits:
     References:
         "Boosted decision trees as an alternative to artificial neural networks for particle
         identification" (Roe et al., 2005).
-
-    Args:
-        paths: ``miniboone/data.npy``.
-
-    Returns:
-        The splits.
-
-    Raises:
-        ValueError: If the file does not hold 43 columns of finite numbers.
     """
     rows = _array(paths[0], 43)
-    return _by_both(paths[0], _tenths(paths[0], rows), _numbered(43))
+    return _by_both(paths[0], _tenths(paths[0], rows), numbered(43))
 
 
 def read_bsds300(paths: Sequence[Path]) -> Splits:
@@ -297,19 +262,9 @@ def read_bsds300(paths: Sequence[Path]) -> Splits:
 
     References:
         "A database of human segmented natural images" (Martin et al., 2001).
-
-    Args:
-        paths: ``BSDS300/BSDS300.hdf5``.
-
-    Returns:
-        The splits.
-
-    Raises:
-        ValueError: If the file does not hold three tables of 63 columns.
-        ImportError: If h5py is missing.
     """
     train, validation, test = (_hdf5(paths[0], key, 63) for key in ("train", "validation", "test"))
-    return Splits((train, validation, test), _numbered(63), np.zeros(63), np.ones(63))
+    return Splits((train, validation, test), numbered(63), np.zeros(63), np.ones(63))
 
 
 STANDARD: dict[str, StandardTable] = {
@@ -320,6 +275,7 @@ STANDARD: dict[str, StandardTable] = {
             files=(("power/data.npy",),),
             read=read_power,
             shape=(1_659_917, 184_435, 204_928, 6),
+            about="electricity of a household",
             origin="electricity of one household per minute, with noise",
             licence=UCI,
         ),
@@ -328,6 +284,7 @@ STANDARD: dict[str, StandardTable] = {
             files=(("gas/ethylene_CO.csv", "gas/ethylene_CO.pickle"),),
             read=read_gas,
             shape=(852_174, 94_685, 105_206, 8),
+            about="readings of gas sensors",
             origin="gas sensors that correlate by less than 0.98",
             licence=UCI,
         ),
@@ -336,6 +293,7 @@ STANDARD: dict[str, StandardTable] = {
             files=(("hepmass/1000_train.csv",), ("hepmass/1000_test.csv",)),
             read=read_hepmass,
             shape=(315_123, 35_013, 174_987, 21),
+            about="simulated collisions",
             origin="simulated collisions of class 1, continuous columns",
             licence=UCI,
         ),
@@ -344,6 +302,7 @@ STANDARD: dict[str, StandardTable] = {
             files=(("miniboone/data.npy",),),
             read=read_miniboone,
             shape=(29_556, 3_284, 3_648, 43),
+            about="neutrino events",
             origin="neutrino events of MiniBooNE, continuous columns",
             licence=UCI,
         ),
@@ -352,8 +311,10 @@ STANDARD: dict[str, StandardTable] = {
             files=(("bsds300/bsds300.hdf5", "BSDS300/BSDS300.hdf5"),),
             read=read_bsds300,
             shape=(1_000_000, 50_000, 250_000, 63),
+            about="patches of photographs",
             origin="8 x 8 patches of natural photographs",
             licence="non-commercial research and education (Berkeley)",
+            needs=", h5py",
         ),
     )
 }
@@ -381,12 +342,8 @@ def _array(path: Path, width: int) -> FloatArray:
         raise ValueError(
             f"{path} has {rows.shape[1]} columns, expected {width}: give the file of the archive"
         )
-    refuse_nonfinite(path, _numbered(width), rows)
+    refuse_nonfinite(path, numbered(width), rows)
     return rows
-
-
-def _numbered(width: int) -> tuple[str, ...]:
-    return tuple(map(str, range(width)))
 
 
 def _without_tenth(path: Path, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -423,27 +380,18 @@ def _reoccurs(column: FloatArray) -> bool:
 
 
 def _refuse_constant(path: Path, columns: Sequence[str], rows: FloatArray) -> None:
-    constant = [n for n, column in zip(columns, rows.T, strict=True) if np.ptp(column) == 0]
-    if constant:
-        raise ValueError(
-            f"{path}: constant, so without a density: column {', '.join(constant)}; give the file"
-            " of the archive"
-        )
+    refuse_constant(path, columns, rows, where="", remedy="give the file of the archive")
 
 
 def _read_csv(path: Path, width: int | None = None) -> tuple[tuple[str, ...], FloatArray]:
     """Read a large table with a header; of `width` columns, if the header names more than that."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+    problem = f"{path} is not a table of numbers below one line of names"
+    with refusing(problem, "give the file of the archive"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with path.open(encoding="utf-8-sig", newline="") as file:
             header = tuple(one_line(name) for name in next(csv.reader([file.readline()]), []))
             used = range(len(header) if width is None else width)
             rows = np.loadtxt(file, delimiter=",", usecols=used, comments=None, ndmin=2)
-    except (ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{path} is not a table of numbers below one line of names ({one_line(error)}); give"
-            " the file of the archive"
-        ) from error
     if not header or not len(rows):
         raise ValueError(f"{path} holds no row below one line of names: give the archive's")
     return header, rows
@@ -454,14 +402,9 @@ def _hdf5(path: Path, key: str, width: int) -> Rows:
         h5py = importlib.import_module("h5py")
     except ImportError as error:
         raise ImportError("bsds300 is an HDF5 file, which needs h5py: pip install h5py") from error
-    try:
-        with h5py.File(path, "r") as file:
-            rows = np.asarray(file[key])
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not an HDF5 file with a table {key!r} ({one_line(error)}); give that of the"
-            " archive"
-        ) from error
+    problem = f"{path} is not an HDF5 file with a table {key!r}"
+    with refusing(problem, "give that of the archive"), h5py.File(path, "r") as file:
+        rows = np.asarray(file[key])
     if rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1] != width or not len(rows):
         raise ValueError(
             f"{path}, {key}: {rows.dtype} of shape {rows.shape}, expected floating-point numbers of"
