@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from nflows_iresnet.experiments import interruption, race, runner
-from nflows_iresnet.experiments.arguments import to_config
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
@@ -25,6 +23,7 @@ from nflows_iresnet.experiments.files import WriteError, describe_os_error, writ
 from nflows_iresnet.experiments.imagemodels import IMAGE_MODELS
 from nflows_iresnet.experiments.jobs import Here, Order, SideBySide, Workplace
 from nflows_iresnet.experiments.models import MODELS, ModelSpec
+from nflows_iresnet.experiments.options import CompareOptions, to_config
 from nflows_iresnet.experiments.presets import Preset
 from nflows_iresnet.experiments.results import DatasetSummary, Folder, Record, Result, Trial, flags
 from nflows_iresnet.training import History
@@ -80,7 +79,7 @@ class Session:
         return next(item for item in self.record.datasets if item.name == name)
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: CompareOptions) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -137,7 +136,7 @@ def _value_errors_are_the_users() -> Iterator[None]:
         raise UsageError(describe_os_error(error)) from error
 
 
-def open_session(parsed: argparse.Namespace) -> Session:
+def open_session(parsed: CompareOptions) -> Session:
     """Check everything that can be checked, then create the output folder.
 
     Raises:

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 DEFAULT_STEPS = 400
 RACE_RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which each model of a race gets the one that validates best."""
@@ -162,6 +160,10 @@ def resolve_device(name: str) -> str:
     Raises:
         ValueError: "cuda" was asked for and torch sees no GPU.
     """
+    if name == "cpu":
+        return name
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

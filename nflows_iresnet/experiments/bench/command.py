@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
@@ -20,6 +19,7 @@ from nflows_iresnet.experiments.bench.record import BenchRecord
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
+from nflows_iresnet.experiments.options import BenchOptions
 
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.bench.progress import CaseProgress
@@ -43,7 +43,7 @@ class Session:
         write_atomically(self.folder / RESULTS, self.record.as_json().encode())
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: BenchOptions) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -69,7 +69,7 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def open_session(parsed: argparse.Namespace) -> Session:
+def open_session(parsed: BenchOptions) -> Session:
     """Check everything that can be checked, then create the output folder.
 
     Raises:
@@ -93,9 +93,7 @@ def open_session(parsed: argparse.Namespace) -> Session:
     return session
 
 
-def _fresh_record(
-    parsed: argparse.Namespace, settings: Settings, items: dict[str, Item]
-) -> BenchRecord:
+def _fresh_record(parsed: BenchOptions, settings: Settings, items: dict[str, Item]) -> BenchRecord:
     arguments: dict[str, Any] = {
         "device": settings.device.type,
         "threads": settings.threads,
@@ -159,7 +157,7 @@ def _close(session: Session) -> None:
     print(path if session.quiet else f"\nresults: {path}")
 
 
-def to_settings(parsed: argparse.Namespace) -> Settings:
+def to_settings(parsed: BenchOptions) -> Settings:
     """Turn parsed arguments into settings.
 
     Raises:

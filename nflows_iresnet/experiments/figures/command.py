@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,13 +17,14 @@ from nflows_iresnet.experiments.environment import check_extra, describe_environ
 from nflows_iresnet.experiments.figures.catalogue import chosen_figures
 from nflows_iresnet.experiments.figures.drawing import Drawing, Figure, Settings
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
+from nflows_iresnet.experiments.options import FiguresOptions
 from nflows_iresnet.experiments.plain import finite
 from nflows_iresnet.training import TrainingDivergedError
 
 RESULTS = "figures.json"
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: FiguresOptions) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import fields
 from datetime import datetime
@@ -17,6 +16,7 @@ from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
+from nflows_iresnet.experiments.options import Table1Options
 from nflows_iresnet.experiments.results import Folder, flags
 from nflows_iresnet.experiments.table1.models import Contestant, contestants
 from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
@@ -24,7 +24,7 @@ from nflows_iresnet.experiments.table1.settings import DEFAULT_COEFFS, QUICK, TU
 from nflows_iresnet.experiments.table1.work import execute
 
 
-def to_settings(parsed: argparse.Namespace) -> Settings:
+def to_settings(parsed: Table1Options) -> Settings:
     """Turn parsed arguments into settings.
 
     Raises:
@@ -44,7 +44,7 @@ def to_settings(parsed: argparse.Namespace) -> Settings:
     return Settings(**{**chosen, "coeffs": coeffs, "device": device})
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: Table1Options) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -72,7 +72,7 @@ def run(parsed: argparse.Namespace) -> int:
 class _Session:
     """A table under way."""
 
-    def __init__(self, parsed: argparse.Namespace) -> None:
+    def __init__(self, parsed: Table1Options) -> None:
         check_extra()
         if parsed.resume and parsed.out is None:
             raise ValueError("--resume needs the --out folder of the run to go on with")

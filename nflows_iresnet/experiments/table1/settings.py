@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,3 +92,12 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
     }
 }
 """By data set and kind of device: seven rows in five minutes on a GPU, in two and more on a CPU."""
+
+
+def described_rows(coeffs: Iterable[float]) -> dict[str, str]:
+    """Return the rows of the table with one line about each."""
+    return {
+        "resnet": "an ordinary ResNet with strided blocks",
+        "vanilla": "y = x + g(x) with ordinary convolutions",
+        **{f"c={coeff:g}": f"certified Lip(g) <= {coeff:g}" for coeff in coeffs},
+    }
