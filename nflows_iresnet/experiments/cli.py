@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     with EndsTheProcess():
         from nflows_iresnet.experiments import options
+        from nflows_iresnet.experiments.config import UsageError
         from nflows_iresnet.experiments.files import describe_os_error
     try:
         with EndsTheProcess():
@@ -58,7 +59,7 @@ def _run(argv: Sequence[str]) -> int:
         status: int = command.run(parsed)
         sys.stdout.flush()
         return status
-    except options.UsageError as error:
+    except UsageError as error:
         return _refuse(str(error), status=2)
     except OSError as error:
         return _refuse(describe_os_error(error), status=1)

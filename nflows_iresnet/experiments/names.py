@@ -36,8 +36,10 @@ def described(registry: str) -> dict[str, str]:
         }
     file = Path(nflows_iresnet.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if getattr(target, "id", None) == name and isinstance(node.value, ast.Dict):
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if isinstance(target, ast.Name) and target.id == name and isinstance(node.value, ast.Dict):
             pairs = zip(node.value.keys, node.value.values, strict=True)
             return {ast.literal_eval(key): _first_text(value) for key, value in pairs if key}
     raise LookupError(f"{file} has no dictionary {name} that is written out")

@@ -674,13 +674,15 @@ def _read(name: str, words: Sequence[str]) -> Options:
     parser = _Parser(f"{PROGRAM} {name}", command.about, command.options.closing())
     _declare(parser, command)
     parsed, rest = parser.parse_known_args(words)
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(parsed).items()}
+    given: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in vars(parsed).items()
+    }
     front = given.pop("WORDS", ())
     for word in (*rest, *front):
         if word[:1] in _TYPED_DASHES or (word in rest and word.startswith("-") and word != "--"):
             parser.refuse_option(word)
     found = (*front, *(word for word in rest if word != "--"))
-    return replace(command.options, **given, **_words(parser, command, found))
+    return replace(command.options, **{**given, **_words(parser, command, found)})
 
 
 def _words(parser: _Parser, command: Command, found: tuple[str, ...]) -> dict[str, Any]:
