@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nflows_iresnet import datasets
+from nflows_iresnet.datasets.sources import CASP
 from nflows_iresnet.experiments import names, options
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import UsageError
@@ -185,3 +186,20 @@ def test_the_same_option_has_one_name_and_one_kind_everywhere() -> None:
 def test_a_name_of_another_registry_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="did you mean 'realnvp'"):
         parse(["compare", "digits", "--images", "--models", "realnvp-scalde"])
+
+
+@pytest.mark.parametrize("name", ["casp", "gas"])
+def test_tables_too_are_looked_for_in_the_folder_that_the_environment_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NFLOWS_IRESNET_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{name}: no .* in {tmp_path}"):
+        datasets.load(name)
+
+
+def test_a_folder_that_is_named_wins_over_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NFLOWS_IRESNET_DATA", "/nowhere")
+    (tmp_path / "CASP.csv").write_text("a,b")
+    assert CASP.find(tmp_path).path == str(tmp_path / "CASP.csv")

@@ -136,7 +136,8 @@ def load(
     Args:
         name_or_path: A key of `available`, or a ``.npy`` or delimited text file.
         data_dir: Folder that holds the files of ``casp``, ``magic`` or ``galaxies``, or the wheels
-            of the packages that carry them; ``None`` looks in the installed packages. For
+            of the packages that carry them; ``None`` looks in the folder that the environment
+            variable ``NFLOWS_IRESNET_DATA`` names, then in the installed packages. For
             ``power``, ``gas``, ``hepmass``, ``miniboone`` and ``bsds300``, the folder into which
             the archive of masked autoregressive flows was unpacked (module `standard`).
         seed: Seed of torch's generator; the five tables of the archive have splits of their own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,7 @@ from torch import Tensor
 
 from nflows_iresnet.datasets.files import SourceFile, read_file, read_members
 from nflows_iresnet.datasets.imagefiles import parse_cifar, parse_idx
-from nflows_iresnet.datasets.sources import Folder, read_digit_pixels
-
-DATA_VARIABLE = "NFLOWS_IRESNET_DATA"
+from nflows_iresnet.datasets.sources import DATA_VARIABLE, Folder, data_folder, read_digit_pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +199,7 @@ def read_digit_images(data_dir: Folder | None = None) -> LabelledImages:
 
 
 def _roots(data_dir: Folder | None) -> list[Path]:
-    chosen = os.environ.get(DATA_VARIABLE) if data_dir is None else data_dir
+    chosen = data_folder(data_dir)
     return [Path(chosen).expanduser()] if chosen else []
 
 

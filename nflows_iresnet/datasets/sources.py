@@ -26,6 +26,8 @@ from nflows_iresnet.datasets.tables import (
 FloatArray = npt.NDArray[np.float64]
 Folder = str | os.PathLike[str]
 
+DATA_VARIABLE = "NFLOWS_IRESNET_DATA"
+"""The environment variable of the folder where data sets are looked for unless told otherwise."""
 UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
 _DIGIT_LEVELS = 17
 _MAGIC_COLUMNS = (
@@ -40,6 +42,11 @@ _MAGIC_COLUMNS = (
     "fAlpha",
     "fDist",
 )
+
+
+def data_folder(data_dir: Folder | None) -> Folder | None:
+    """Return the folder that was named, or else the one that the environment names, if any."""
+    return data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE) or None
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ class PackagedFile:
 
         Args:
             data_dir: Look here, and in a subfolder with the data set's name, and nowhere else, for
-                the file or for the package's wheel; ``None`` looks in the installed package.
+                the file or for the package's wheel; ``None`` looks in the folder that
+                ``$NFLOWS_IRESNET_DATA`` names, and then in the installed package.
 
         Returns:
             The file.
@@ -82,7 +90,9 @@ class PackagedFile:
             Traceback (most recent call last):
             ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
         """
-        folders = self._package_folders() if data_dir is None else self._user_folders(data_dir)
+        named = data_folder(data_dir)
+        folders = [] if named is None else self._user_folders(named)
+        folders += self._package_folders() if data_dir is None else []
         for path in (folder / name for folder in folders for name in self.filenames):
             if path.is_file():
                 return read_file(path)

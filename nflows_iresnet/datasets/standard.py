@@ -27,7 +27,7 @@ from torch import Tensor
 from nflows_iresnet.datasets.dataset import Dataset, licence_notes, split_sizes
 from nflows_iresnet.datasets.files import one_line, read_file
 from nflows_iresnet.datasets.pickles import read_frame
-from nflows_iresnet.datasets.sources import UCI, Folder
+from nflows_iresnet.datasets.sources import DATA_VARIABLE, UCI, Folder, data_folder
 from nflows_iresnet.datasets.tables import read_array, refuse_nonfinite
 
 FloatArray = npt.NDArray[np.float64]
@@ -89,7 +89,8 @@ class StandardTable:
         """Read the files and make the splits.
 
         Args:
-            data_dir: Folder into which the archive was unpacked, or its folder ``data``.
+            data_dir: Folder into which the archive was unpacked, or its folder ``data``;
+                ``None`` takes the environment variable ``NFLOWS_IRESNET_DATA``.
             seed: Recorded, without effect: noise, order and splits are the published ones.
             num_samples: Keep this many rows, 80/10/10, from the front of each split.
 
@@ -134,12 +135,14 @@ class StandardTable:
         return f"{self.origin}; {published}", COMPARABLE if shape == self.shape else other
 
     def _find(self, data_dir: Folder | None) -> list[Path]:
-        if data_dir is None:
+        named = data_folder(data_dir)
+        if named is None:
             raise ValueError(
                 f"{self.name} needs files that no package carries: get {_ARCHIVE}, unpack it, and"
-                " name its folder by --data-dir (data_dir)"
+                " name its folder by --data-dir (data_dir) or in the environment variable"
+                f" {DATA_VARIABLE}"
             )
-        root = Path(data_dir).expanduser()
+        root = Path(named).expanduser()
         return [self._find_one(names, [root, root / "data"]) for names in self.files]
 
     def _find_one(self, names: Sequence[str], roots: Sequence[Path]) -> Path:
