@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_stops_before_anything_is_trained(
         (["mnist"], "'mnist' is a set of images: add --images"),
         (["moons", "--amp"], "add --images"),
         (["moons", "--num-train", "9"], "add --images"),
-        (["moons", "--images"], "unknown set of images 'moons': choose from digits"),
+        (["moons", "--images"], "'moons' is not a set of images: leave out --images"),
         (["mnist", "--images", "--data-dir", "/nowhere"], "no train-images-idx3-ubyte"),
         (["digits", "--images", "--num-train", "9999"], "1 to 1439 training images"),
         (["digits", "--images", "--num-scales", "4"], "cannot have 4 scales"),

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from nflows_iresnet import transforms
 from nflows_iresnet.datasets import images as front
 from nflows_iresnet.datasets.images import MNIST
-from nflows_iresnet.experiments import arguments, evaluation
+from nflows_iresnet.experiments import evaluation
 from nflows_iresnet.experiments.adapters import TruncatedModel
 from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
+from nflows_iresnet.experiments.options import parse, to_config
 from nflows_iresnet.experiments.presets import COMPARE
 from nflows_iresnet.experiments.progress import LiveProgress
-from nflows_iresnet.experiments.subcommands import build_parser
 from nflows_iresnet.experiments.table1 import TUNED, classifiers
 from nflows_iresnet.experiments.table1 import command as table1
 from nflows_iresnet.flows.image import ImageResidualFlow
@@ -148,7 +148,7 @@ def test_a_run_of_minutes_goes_on_where_it_was(
 
 
 def chosen(*words: str) -> RunConfig:
-    return arguments.to_config(build_parser().parse_args(["compare", *words]))
+    return to_config(parse(["compare", *words]))
 
 
 @pytest.fixture
@@ -611,7 +611,7 @@ def test_training_images_are_shifted_by_whole_pixels_and_nothing_else() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_table_of_mnist_suits_the_device(device: str) -> None:
     def settings(*words: str) -> dict[str, Any]:
-        parsed = build_parser().parse_args(["table1", *words, "--device", device])
+        parsed = parse(["table1", *words, "--device", device])
         return table1.to_settings(parsed).as_json()
 
     tuned, found = TUNED["mnist"][device], settings("mnist")

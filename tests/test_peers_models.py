@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nflows_iresnet.experiments import adapters, runs
 from nflows_iresnet.experiments.adapters import DensityModel, StartedModel
-from nflows_iresnet.experiments.arguments import to_config
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.models import (
@@ -25,7 +24,7 @@ from nflows_iresnet.experiments.models import (
     match_parameters,
     with_same_start,
 )
-from nflows_iresnet.experiments.subcommands import build_parser
+from nflows_iresnet.experiments.options import parse, to_config
 from nflows_iresnet.graphs import GraphedStep
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from nflows_iresnet.transforms import (
@@ -229,7 +228,7 @@ def test_a_training_step_is_captured_with_the_start(recorder: EmulatedRecorder, 
 
 
 def config_of(*words: str) -> RunConfig:
-    return to_config(build_parser().parse_args(["compare", "moons", *words]))
+    return to_config(parse(["compare", "moons", *words]))
 
 
 def test_same_start_adds_a_row_for_each_model_that_has_no_such_start() -> None:

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from nflows_iresnet.experiments import runs, tables
 from nflows_iresnet.experiments.adapters import DensityModel
-from nflows_iresnet.experiments.arguments import duration, to_config
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RACE_RATES, RunConfig
 from nflows_iresnet.experiments.data import RowTask, Task
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.models import Architecture
+from nflows_iresnet.experiments.options import duration, parse, to_config
 from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result, Trial
 from nflows_iresnet.experiments.report import command_line
-from nflows_iresnet.experiments.subcommands import build_parser
 from nflows_iresnet.training import CurvePoint, History
 
 pytest.importorskip("matplotlib")
@@ -44,7 +43,7 @@ def table(tmp_path: Path) -> str:
 
 
 def config_of(*words: str) -> RunConfig:
-    return to_config(build_parser().parse_args(["compare", *words]))
+    return to_config(parse(["compare", *words]))
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -28,14 +28,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         data that cannot work, 130 after Ctrl-C.
     """
     try:
-        with EndsTheProcess():
-            from nflows_iresnet.experiments import subcommands
-        status = subcommands.run(argv)
+        status = _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print(BEFORE_TRAINING, file=sys.stderr)
         status = STATUS
+    except SystemExit:
+        status = 0
+        if argv is not None:
+            raise
     if argv is None:
         _settle(status)
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
+    with EndsTheProcess():
+        from nflows_iresnet.experiments import options
+        from nflows_iresnet.experiments.config import UsageError
+        from nflows_iresnet.experiments.files import describe_os_error
+    try:
+        with EndsTheProcess():
+            parsed = options.parse(argv)
+            catalogue = parsed.catalogue() if parsed.list else None
+            if catalogue is not None:
+                print(catalogue)
+                return 0
+            from importlib import import_module
+
+            command = import_module(options.COMMANDS[argv[0]].module)
+        status: int = command.run(parsed)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        return _refuse(str(error), status=2)
+    except OSError as error:
+        return _refuse(describe_os_error(error), status=1)
+
+
+def _refuse(message: str, status: int) -> int:
+    print(f"nflows-iresnet: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nflows_iresnet.experiments import interruption, parallel, runs
-from nflows_iresnet.experiments.arguments import to_config
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
+from nflows_iresnet.experiments.options import CompareOptions, to_config
 from nflows_iresnet.experiments.presets import Preset
 from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result, Trial, flags
 from nflows_iresnet.experiments.runs import Job, Outcome, Run
@@ -78,7 +77,7 @@ class Session:
         return f"go on with: {self.folder.resume(command_line(self.record))}"
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: CompareOptions) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -133,7 +132,7 @@ def _value_errors_are_the_users() -> Iterator[None]:
 # --- before anything is trained -------------------------------------------------------------------
 
 
-def open_session(parsed: argparse.Namespace) -> Session:
+def open_session(parsed: CompareOptions) -> Session:
     """Check everything that can be checked, then create the output folder.
 
     Raises:
@@ -168,7 +167,7 @@ def open_session(parsed: argparse.Namespace) -> Session:
     return session
 
 
-def _check_places(parsed: argparse.Namespace, config: RunConfig) -> None:
+def _check_places(parsed: CompareOptions, config: RunConfig) -> None:
     if parsed.jobs > 1 and parsed.dask is not None:
         raise ValueError(
             f"--jobs {parsed.jobs} is for this machine and --dask {parsed.dask} for others, which "

@@ -137,7 +137,9 @@ def resolve_device(name: str) -> str:
     Raises:
         ValueError: "cuda" was asked for and torch sees no GPU.
     """
-    import torch  # not before it is needed: --help is not to wait for it
+    if name == "cpu":
+        return name
+    import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The subcommands that train densities: one machinery, two sets of defaults."""
+"""The commands that train densities: one machinery, two sets of defaults."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.config import DEFAULT_STEPS
-from nflows_iresnet.experiments.models import DEFAULT_IMAGE_MODELS, DEFAULT_MODELS
+
+Published = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a subcommand does unless it is told otherwise.
+    """What a command does unless it is told otherwise.
 
     Args:
         command: its name.
@@ -25,7 +25,7 @@ class Preset:
         image_models: for images.
         options: defaults that differ from those of `RunConfig`.
         finds_images: whether names of image sets imply --images.
-        published: by model and data set, numbers to show beside those measured.
+        shows_published: whether the numbers of the papers stand beside those measured.
         tuned: by the name of a set of images and the kind of the device, the defaults where that
             set is all that is compared.
     """
@@ -39,7 +39,7 @@ class Preset:
     image_models: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     finds_images: bool = False
-    published: dict[str, dict[str, str]] = field(default_factory=dict)
+    shows_published: bool = False
     tuned: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def tuned_to(self, names: Sequence[str], device: str) -> dict[str, Any]:
@@ -52,14 +52,18 @@ class Preset:
         steps: int = self.options.get("steps", DEFAULT_STEPS)
         return steps
 
-    def published_beside(self, *, images: bool) -> dict[str, dict[str, str]]:
+    def published_beside(self, *, images: bool) -> Published:
         """Return the published numbers of the models that are those of the papers.
 
         For rows that is the residual flow without splines and linear layers; for images there are
         none.
         """
+        if not self.shows_published:
+            return {}
+        from nflows_iresnet.experiments.published import BITS_PER_DIM
+
         other = "residual-flow-plain" if images else "residual-flow"
-        return {model: row for model, row in self.published.items() if model != other}
+        return {model: row for model, row in BITS_PER_DIM.items() if model != other}
 
 
 _MNIST = {
@@ -106,8 +110,8 @@ examples:
 """,
     datasets=("moons", "8-gaussians", "checkerboard"),
     image_datasets=("digits",),
-    models=DEFAULT_MODELS,
-    image_models=DEFAULT_IMAGE_MODELS,
+    models=("residual-flow", "i-resnet", "realnvp", "maf", "glow"),
+    image_models=("residual-flow", "glow", "realnvp"),
     tuned={"mnist": MNIST},
 )
 
@@ -144,7 +148,7 @@ times larger, days of training. Compare the order of the models, not the numbers
     ),
     options={"steps": 1000, "learning_rate": 2e-3},
     finds_images=True,
-    published=published.BITS_PER_DIM,
+    shows_published=True,
 )
 
 QUICK: dict[str, Any] = {"steps": 20, "num_layers": 2}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -27,6 +26,7 @@ from nflows_iresnet.experiments.bench.measure import (
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
+from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.experiments.record import finite
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _derived(result: CaseResult, measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: BenchOptions) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -143,7 +143,7 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def open_benchmark(parsed: argparse.Namespace) -> Benchmark:
+def open_benchmark(parsed: BenchOptions) -> Benchmark:
     """Check everything that can be checked, then create the output folder.
 
     Raises:
@@ -198,7 +198,7 @@ def _measure(benchmark: Benchmark, name: str, case: Case, progress: CaseProgress
         benchmark.save()
 
 
-def to_settings(parsed: argparse.Namespace) -> Settings:
+def to_settings(parsed: BenchOptions) -> Settings:
     """Turn parsed arguments into settings.
 
     Raises:

@@ -20,6 +20,7 @@ from nflows_iresnet.experiments.config import UsageError, resolve_device, sugges
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.figures import DESCRIPTIONS, Drawing, Settings, Stage
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
+from nflows_iresnet.experiments.options import FiguresOptions
 from nflows_iresnet.experiments.record import finite
 from nflows_iresnet.training import TrainingDivergedError
 
@@ -36,7 +37,7 @@ class Figure(Protocol):
         """Train, measure and draw; `with stage(label):` is around each model."""
 
 
-def run(parsed: Any) -> int:
+def run(parsed: FiguresOptions) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -75,7 +76,7 @@ def chosen_names(only: Sequence[str] | None) -> list[str]:
     return [name for name in DESCRIPTIONS if not only or name in only]
 
 
-def to_settings(parsed: Any) -> Settings:
+def to_settings(parsed: FiguresOptions) -> Settings:
     """Turn parsed arguments into settings.
 
     Raises:

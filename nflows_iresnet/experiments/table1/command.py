@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
+from nflows_iresnet.experiments.options import Table1Options
 from nflows_iresnet.experiments.record import Folder, flags
 from nflows_iresnet.experiments.table1 import (
     DEFAULT_COEFFS,
@@ -29,7 +29,7 @@ from nflows_iresnet.experiments.table1.classifiers import Size, builders, execut
 from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
 
 
-def to_settings(parsed: Any) -> Settings:
+def to_settings(parsed: Table1Options) -> Settings:
     """Turn parsed arguments into settings.
 
     Raises:
@@ -49,7 +49,7 @@ def to_settings(parsed: Any) -> Settings:
     return Settings(**{**chosen, "coeffs": coeffs, "device": device})
 
 
-def run(parsed: Any) -> int:
+def run(parsed: Table1Options) -> int:
     """Run the subcommand and return the exit status.
 
     Raises:
@@ -130,7 +130,7 @@ class Session:
         self.record = record
 
 
-def open_session(parsed: Any) -> Session:
+def open_session(parsed: Table1Options) -> Session:
     """Check everything that can be checked, then create the output folder.
 
     Raises:
