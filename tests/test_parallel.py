@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,15 @@ def test_an_order_whose_data_are_not_there_says_so(table: str, tmp_path: Path) -
     parallel._load.cache_clear()
     with pytest.raises(UsageError, match=r"table · nice: its process cannot load the data: .*csv"):
         order.do(Wish(False), None)
+
+
+def test_a_process_that_was_killed_is_one_line_that_names_a_job(table: str, tmp_path: Path) -> None:
+    message = "while table · nice was under way: give fewer --jobs"
+    with (
+        pytest.raises(ChildProcessError, match=message),
+        parallel._death_described({0: order_of(table, tmp_path)}),
+    ):
+        raise BrokenProcessPool
 
 
 def test_checkpoints_of_a_cluster_are_kept_where_the_folder_is_seen(tmp_path: Path) -> None:
