@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import nflows_iresnet
 from nflows_iresnet.experiments import environment, models, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
-from nflows_iresnet.experiments.record import Folder, Result
+from nflows_iresnet.experiments.record import Folder
 from nflows_iresnet.experiments.runs import Run
 
 pytest.importorskip("matplotlib")
@@ -157,11 +158,11 @@ def test_interrupt_keeps_and_resume_goes_on(
     executed: list[str] = []
     execute = runs.execute
 
-    def interrupted(run: Run, *rest: object) -> tuple[Result, dict[str, np.ndarray]]:
+    def interrupted(run: Run, *rest: Any) -> runs.Outcome:
         executed.append(run.model)
         if len(executed) == 2:
             raise KeyboardInterrupt
-        return execute(run, *rest)  # type: ignore[arg-type]
+        return execute(run, *rest)
 
     monkeypatch.setattr(runs, "execute", interrupted)
     assert main([*arguments, str(folder.path)]) == 130

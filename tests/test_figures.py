@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from nflows_iresnet.experiments.figures.dynamics import (
     find_crossings,
     smallest_gap,
 )
+from nflows_iresnet.experiments.options import FiguresOptions
 from nflows_iresnet.training import TrainingDivergedError, check_finite
 
 PNG = b"\x89PNG"
@@ -174,10 +174,16 @@ def test_a_training_that_diverges_leaves_the_other_figures(
     assert "Paths through" in (tmp_path / "report.html").read_text()
 
 
-def options(out: Path, **more: object) -> SimpleNamespace:
+def options(out: Path, **more: Any) -> FiguresOptions:
     """Return what the command line hands to the command."""
-    chosen = {"only": ["dynamics"], "steps": 2, "seed": 0, "quick": True, "quiet": True}
-    return SimpleNamespace(**chosen | {"out": str(out)} | more)
+    chosen: dict[str, Any] = {
+        "only": ("dynamics",),
+        "steps": 2,
+        "seed": 0,
+        "quick": True,
+        "quiet": True,
+    }
+    return FiguresOptions(**chosen | {"out": str(out)} | more)
 
 
 def test_threads_and_device_are_heard_and_stand_in_the_command_that_repeats_it(

@@ -107,7 +107,7 @@ def outcomes(folder: Path) -> list[Any]:
 def read_whole(folder: Path) -> None:
     """Read every file in a folder that has its name."""
     for path in folder.rglob("*"):
-        if path.name.startswith(".") or path.is_dir():
+        if path.name.startswith(".") or path.is_dir() or "tensorboard" in path.parts:
             continue
         content = path.read_bytes()
         if path.suffix == ".json":
@@ -118,6 +118,9 @@ def read_whole(folder: Path) -> None:
             dict(np.load(path, allow_pickle=False))
         elif path.suffix == ".png":
             assert content.endswith(b"IEND\xaeB`\x82")
+        elif path.suffix == ".csv":
+            assert content.startswith(b"dataset,")
+            assert content.endswith(b"\n")
         else:
             assert content.rstrip().endswith(b"</html>")
 

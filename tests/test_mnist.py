@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
-from nflows_iresnet.experiments.options import parse, to_config
+from nflows_iresnet.experiments.options import CompareOptions, Table1Options, parse, to_config
 from nflows_iresnet.experiments.presets import COMPARE
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.table1 import TUNED, classifiers
@@ -148,7 +148,7 @@ def test_a_run_of_minutes_goes_on_where_it_was(
 
 
 def chosen(*words: str) -> RunConfig:
-    return to_config(parse(["compare", *words]))
+    return to_config(cast(CompareOptions, parse(["compare", *words])))
 
 
 @pytest.fixture
@@ -611,7 +611,7 @@ def test_training_images_are_shifted_by_whole_pixels_and_nothing_else() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_table_of_mnist_suits_the_device(device: str) -> None:
     def settings(*words: str) -> dict[str, Any]:
-        parsed = parse(["table1", *words, "--device", device])
+        parsed = cast(Table1Options, parse(["table1", *words, "--device", device]))
         return table1.to_settings(parsed).as_json()
 
     tuned, found = TUNED["mnist"][device], settings("mnist")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from nflows_iresnet.experiments.models import (
     match_parameters,
     with_same_start,
 )
-from nflows_iresnet.experiments.options import parse, to_config
+from nflows_iresnet.experiments.options import CompareOptions, parse, to_config
 from nflows_iresnet.graphs import GraphedStep
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from nflows_iresnet.transforms import (
@@ -228,7 +228,7 @@ def test_a_training_step_is_captured_with_the_start(recorder: EmulatedRecorder, 
 
 
 def config_of(*words: str) -> RunConfig:
-    return to_config(parse(["compare", "moons", *words]))
+    return to_config(cast(CompareOptions, parse(["compare", "moons", *words])))
 
 
 def test_same_start_adds_a_row_for_each_model_that_has_no_such_start() -> None:

@@ -22,7 +22,7 @@ from nflows_iresnet.experiments.config import RACE_RATES, RunConfig
 from nflows_iresnet.experiments.data import RowTask, Task
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.models import Architecture
-from nflows_iresnet.experiments.options import duration, parse, to_config
+from nflows_iresnet.experiments.options import CompareOptions, duration, parse, to_config
 from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result, Trial
 from nflows_iresnet.experiments.report import command_line
 from nflows_iresnet.training import CurvePoint, History
@@ -43,7 +43,7 @@ def table(tmp_path: Path) -> str:
 
 
 def config_of(*words: str) -> RunConfig:
-    return to_config(parse(["compare", *words]))
+    return to_config(cast(CompareOptions, parse(["compare", *words])))
 
 
 def results(folder: Path) -> dict[str, Any]:

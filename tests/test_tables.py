@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import RowTask
+from nflows_iresnet.experiments.options import Table1Options
 from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.record import Record as DensityRecord
@@ -181,7 +181,7 @@ def test_another_run_is_not_resumed(
 
 
 def test_table1_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.run(SimpleNamespace(list=True)) == 0
+    assert command.run(Table1Options(list=True)) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines if line.startswith("  ")]
     assert names == [*datasets.available_images(), *classifiers.builders(DEFAULT_COEFFS)]
