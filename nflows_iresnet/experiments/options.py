@@ -353,7 +353,8 @@ class CompareOptions(Training):
         known = names.models(images=self.are_images)
         starts = () if self.are_images else [f"{name}{_SAME_START}" for name in known]
         for name in self.models or ():
-            if name not in known and name in names.data_sets():
+            is_like_none = name not in known and not suggest(name, known).startswith("did")
+            if is_like_none and name in names.data_sets():
                 raise UsageError(f"unknown model {name!r}: data sets stand before the options")
             names.check("model", [name], [*known, *starts])
         to_config(replace(self, device="cpu", same_start=self.same_start and self.are_images))
@@ -469,8 +470,8 @@ class Table1Options(Training):
     def check(self) -> None:
         """Find the mistakes that can be found at once."""
         super().check()
-        names.check("set of images", [self.dataset], names.sets_of_images())
         Settings(coeffs=self.coeffs or DEFAULT_COEFFS)
+        names.check("set of images", [self.dataset], names.sets_of_images())
 
 
 # --- bench and figures ----------------------------------------------------------------------------
