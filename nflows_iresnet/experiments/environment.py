@@ -12,7 +12,7 @@ from typing import Any
 from nflows_iresnet import __version__
 
 _PACKAGES = ("torch", "nflows", "normflows", "numpy", "scikit-learn", "matplotlib", "rich", "zuko")
-_EXTRA = ("jinja2", "joblib", "matplotlib", "pandas", "rich", "scipy", "tyro")
+_EXTRA = ("jinja2", "joblib", "matplotlib", "pandas", "rich", "scipy")
 
 
 def check_extra() -> None:
