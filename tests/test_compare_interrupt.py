@@ -33,7 +33,7 @@ class Interrupting:
 
 sys.meta_path.insert(0, Interrupting())
 from nflows_iresnet.experiments.cli import main
-sys.exit(main(["compare", "--list"]))
+sys.exit(main(["compare", "moons", "--steps", "1"]))
 """
 SCRIPT = """
 import re, sys

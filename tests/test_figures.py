@@ -208,7 +208,7 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_written(tmp_path:
 
 
 def test_the_figures_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.run(options(tmp_path / "out", list=True)) == 0
+    assert main(["figures", "--list", "--out", str(tmp_path / "out")]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed[1:]] == list(DESCRIPTIONS)
     assert not (tmp_path / "out").exists()

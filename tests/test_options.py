@@ -36,7 +36,7 @@ print(status, *sorted({"torch", "numpy", "nflows"} & set(sys.modules)), file=sys
         *([[name, "--help"], 0] for name in options.COMMANDS),
         (["--help"], 0),
         (["--version"], 0),
-        (["figures", "--list"], 0),
+        *([[name, "--list"], 0] for name in ("bench", "figures")),
         ([], 2),
         (["comprae"], 2),
         *([[name, "--quik"], 2] for name in options.COMMANDS),

@@ -18,11 +18,10 @@ from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import RowTask
-from nflows_iresnet.experiments.options import Table1Options
 from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.record import Record as DensityRecord
-from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, classifiers, command
+from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, classifiers
 from nflows_iresnet.experiments.table1.record import Inversion, Record
 from nflows_iresnet.experiments.tables import columns_for as density_columns
 from nflows_iresnet.experiments.tables import rows_of
@@ -181,7 +180,7 @@ def test_another_run_is_not_resumed(
 
 
 def test_table1_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.run(Table1Options(list=True)) == 0
+    assert main(["table1", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines if line.startswith("  ")]
     assert names == [*datasets.available_images(), *classifiers.builders(DEFAULT_COEFFS)]

@@ -49,9 +49,8 @@ def _run(argv: Sequence[str]) -> int:
     try:
         with EndsTheProcess():
             parsed = options.parse(argv)
-            catalogue = parsed.catalogue() if parsed.list else None
-            if catalogue is not None:
-                print(catalogue)
+            if parsed.list:
+                print(parsed.catalogue())
                 return 0
             from importlib import import_module
 

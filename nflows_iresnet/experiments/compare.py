@@ -19,7 +19,6 @@ from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
-from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
 from nflows_iresnet.experiments.options import CompareOptions, to_config
 from nflows_iresnet.experiments.presets import Preset
 from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result, Trial, flags
@@ -83,9 +82,6 @@ def run(parsed: CompareOptions) -> int:
     Raises:
         UsageError: arguments or data cannot work; nothing was written.
     """
-    if parsed.list:
-        print(catalogue())
-        return 0
     with _value_errors_are_the_users():
         session = open_session(parsed)
     torch.set_num_threads(session.config.threads)
@@ -101,22 +97,6 @@ def run(parsed: CompareOptions) -> int:
     except (WriteError, ChildProcessError, ConnectionError) as error:
         raise type(error)(f"{error}; {session.kept}; {session.resume}") from error
     return 0
-
-
-def catalogue() -> str:
-    """List data sets and models with one line each."""
-    from nflows_iresnet import datasets
-
-    sections = {
-        "datasets:": datasets.available(),
-        "images (with --images):": datasets.available_images(),
-        "models:": {name: spec.description for name, spec in MODELS.items()},
-        "models with --images:": {name: spec.description for name, spec in IMAGE_MODELS.items()},
-    }
-    return "\n\n".join(
-        "\n".join([title, *(f"  {name:27}{text}" for name, text in described.items())])
-        for title, described in sections.items()
-    )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 from nflows_iresnet import __version__
 from nflows_iresnet.experiments import names
+from nflows_iresnet.experiments.bench.items import describe_items
 from nflows_iresnet.experiments.config import (
     IMAGE_DEFAULTS,
     RACE_RATES,
@@ -150,9 +151,9 @@ class Options:
         """Return what the help says at its end."""
         raise NotImplementedError
 
-    def catalogue(self) -> str | None:
-        """Return what `--list` prints, or None where `run` knows."""
-        return None
+    def catalogue(self) -> str:
+        """Return what `--list` prints."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Find the mistakes that can be found at once.
@@ -344,6 +345,16 @@ class CompareOptions(Training):
         rows, images = (listed(names.models(images=images)) for images in (False, True))
         models = f"models:\n{rows}\n\nmodels with --images:\n{images}\n"
         return "\n".join([models, self.preset.examples, _CLOSING])
+
+    def catalogue(self) -> str:
+        """Return what `--list` prints."""
+        sections = {
+            "datasets:": names.data_sets(),
+            "images (with --images):": names.sets_of_images(),
+            "models:": names.models(images=False),
+            "models with --images:": names.models(images=True),
+        }
+        return "\n\n".join(f"{title}\n{listed(known)}" for title, known in sections.items())
 
     def check(self) -> None:
         """Find the mistakes that can be found at once."""
@@ -539,6 +550,10 @@ class BenchOptions(OnDevice):
         """Return what the help says at its end."""
         items = listed(names.items(), 19)
         return f"items, of which --list says what they measure:\n{items}\n\n{_BENCH_CLOSING}"
+
+    def catalogue(self) -> str:
+        """Return what `--list` prints."""
+        return describe_items()
 
     def check(self) -> None:
         """Find the mistakes that can be found at once."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nflows_iresnet.experiments.bench.items import BASELINE, Item, chosen_items, describe_items
+from nflows_iresnet.experiments.bench.items import BASELINE, Item, chosen_items
 from nflows_iresnet.experiments.bench.measure import (
     Case,
     CaseResult,
@@ -123,9 +123,6 @@ def run(parsed: BenchOptions) -> int:
     Raises:
         UsageError: arguments cannot work; nothing was written.
     """
-    if parsed.list:
-        print(describe_items())
-        return 0
     try:
         benchmark = open_benchmark(parsed)
     except ValueError as error:

@@ -43,9 +43,6 @@ def run(parsed: FiguresOptions) -> int:
     Raises:
         UsageError: arguments cannot work; nothing was written.
     """
-    if getattr(parsed, "list", False):
-        print("\n".join(["figures:", *(f"  {n:12}{text}" for n, text in DESCRIPTIONS.items())]))
-        return 0
     try:
         names = chosen_names(parsed.only)
         settings = to_settings(parsed)

@@ -23,7 +23,6 @@ from nflows_iresnet.experiments.table1 import (
     QUICK,
     TUNED,
     Settings,
-    described_rows,
 )
 from nflows_iresnet.experiments.table1.classifiers import Size, builders, execute
 from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
@@ -55,9 +54,6 @@ def run(parsed: Table1Options) -> int:
     Raises:
         UsageError: arguments or data cannot work; nothing was written.
     """
-    if getattr(parsed, "list", False):
-        print(listing())
-        return 0
     try:
         session = open_session(parsed)
     except (ValueError, ImportError) as error:
@@ -75,15 +71,6 @@ def run(parsed: Table1Options) -> int:
     except WriteError as error:
         raise WriteError(f"{error}; {session.kept}; go on with: {session.resume}") from error
     return 0
-
-
-def listing() -> str:
-    """List sets of images and rows with one line each."""
-    sections = {"images:": datasets.available_images(), "rows:": described_rows(DEFAULT_COEFFS)}
-    return "\n\n".join(
-        "\n".join([title, *(f"  {name:15}{text}" for name, text in lines.items())])
-        for title, lines in sections.items()
-    )
 
 
 @dataclass
