@@ -297,27 +297,10 @@ ITEMS: dict[str, Item] = {
 }
 
 
-def find_item(name: str) -> Item:
-    """Look an item up by name.
-
-    Raises:
-        ValueError: there is no such item; the message names the nearest one.
-    """
-    if name not in ITEMS:
-        from nflows_iresnet.experiments.config import suggest
-
-        raise ValueError(f"unknown item {name!r}: {suggest(name, ITEMS)}")
-    return ITEMS[name]
-
-
 def chosen_items(names: Iterable[str] | None, optional: Iterable[str] = ()) -> dict[str, Item]:
-    """Return the named items; without names all that are not optional, and the optional named.
-
-    Raises:
-        ValueError: there is no item of a name.
-    """
+    """Return the named items; without names all that are not optional, and the optional named."""
     if names is not None:
-        return {name: find_item(name) for name in [*dict.fromkeys(names), *optional]}
+        return {name: ITEMS[name] for name in [*dict.fromkeys(names), *optional]}
     wanted = set(optional)
     return {name: item for name, item in ITEMS.items() if not item.is_optional or name in wanted}
 
