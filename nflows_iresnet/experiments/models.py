@@ -442,7 +442,6 @@ MODELS: dict[str, ModelSpec] = {
         "NAF of zuko, which inverts within 10 units of 0", _zuko("NAF", _small_naf)
     ),
 }
-DEFAULT_MODELS = ("residual-flow", "i-resnet", "realnvp", "maf", "glow")
 
 
 # --- models for images ----------------------------------------------------------------------------
@@ -630,4 +629,3 @@ IMAGE_MODELS: dict[str, ModelSpec] = {
     "ffjord": ModelSpec("images: ffjord on flattened logits", _flattened_ffjord, is_coarse=True),
     "glow-normflows": ModelSpec("images: GlowBlock of normflows", _multiscale(_normflows_step)),
 }
-DEFAULT_IMAGE_MODELS = ("residual-flow", "glow", "realnvp")
