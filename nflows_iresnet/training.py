@@ -2,7 +2,7 @@
 
     history = fit(flow, train_rows, validation_rows)
 
-`fit` is for users; commands give the same loop, `run`, their batches, checkpoints and exams.
+`fit` is for users; commands give the same loop, `run`, their batches, checkpoints and validations.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class History:
 
     def to_json(self) -> str:
         """Return the history as JSON; a number that is not finite becomes null."""
-        return json.dumps(_plain(asdict(self)), allow_nan=False)
+        return json.dumps(finite(asdict(self)), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> History:
@@ -269,11 +269,12 @@ class History:
         return cls(**{**values, "curve": tuple(CurvePoint(**point) for point in points)})
 
 
-def _plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain data with null for every number that is not finite."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import describe
+from nflows_iresnet.training import synchronize
 
 T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -222,12 +223,6 @@ def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     result = work()
     synchronize(device)
     return result, time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work, so that a clock may be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from nflows_iresnet.experiments.config import slug
 from nflows_iresnet.experiments.environment import check_environment, describe_environment
 from nflows_iresnet.experiments.evaluation import Array, Metrics
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
-from nflows_iresnet.training import History
+from nflows_iresnet.training import History, finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,17 +49,6 @@ def parse(text: str, version: int | str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.pop("format", None) != version:
         raise ValueError(f"it holds no results of this command (format {version})")
     return data
-
-
-def finite(value: object) -> object:
-    """Return plain data with null for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def rebuild(kind: Any, data: Any, name: str = "the content") -> Any:

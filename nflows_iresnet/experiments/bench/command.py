@@ -27,7 +27,7 @@ from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.experiments.options import BenchOptions
-from nflows_iresnet.experiments.record import finite
+from nflows_iresnet.training import finite
 
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.progress import CaseProgress

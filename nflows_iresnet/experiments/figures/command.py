@@ -21,8 +21,7 @@ from nflows_iresnet.experiments.environment import check_extra, describe_environ
 from nflows_iresnet.experiments.figures import DESCRIPTIONS, Drawing, Settings, Stage
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.experiments.options import FiguresOptions
-from nflows_iresnet.experiments.record import finite
-from nflows_iresnet.training import TrainingDivergedError
+from nflows_iresnet.training import TrainingDivergedError, finite
 
 RESULTS = "figures.json"
 
