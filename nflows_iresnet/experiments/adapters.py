@@ -43,7 +43,7 @@ def as_density_model(flow: nn.Module) -> DensityModel:
         return flow
     libraries = {kind.__module__.partition(".")[0] for kind in type(flow).__mro__}
     if "nflows" in libraries:
-        return ResidualModel(flow) if _residual_blocks(flow) else NflowsModel(flow)
+        return ResidualModel(flow) if residual_blocks(flow) else NflowsModel(flow)
     if "normflows" in libraries:
         return NormflowsResidualModel(flow)
     if "zuko" in libraries:
@@ -151,11 +151,12 @@ class ResidualModel(NflowsModel):
 
     def lipschitz(self) -> LipschitzBound:
         """Return the largest certified bound."""
-        bounds = [block.lipschitz_bound() for block in _residual_blocks(self.flow)]
+        bounds = [block.lipschitz_bound() for block in residual_blocks(self.flow)]
         return LipschitzBound(max(bounds), certified=True)
 
 
-def _residual_blocks(flow: nn.Module) -> list[transforms.ResidualTransform]:
+def residual_blocks(flow: nn.Module) -> list[transforms.ResidualTransform]:
+    """Return the residual blocks of a flow, in order."""
     return [each for each in flow.modules() if isinstance(each, transforms.ResidualTransform)]
 
 

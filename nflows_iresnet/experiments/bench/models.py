@@ -21,6 +21,7 @@ from nflows_iresnet import datasets, logdet
 from nflows_iresnet.experiments.adapters import (
     NormflowsResidualModel,
     ResidualModel,
+    residual_blocks,
     value_and_jacobian,
 )
 from nflows_iresnet.experiments.bench.items import BASELINE, FLOOR, OURS, STEP_MODELS, StepModel
@@ -97,11 +98,6 @@ def ours(estimator: str | None, size: Size) -> ResidualModel:
     if size.bare:
         flow = Flow(residual_blocks(flow)[0], StandardNormal([size.features]))
     return ResidualModel(flow)
-
-
-def residual_blocks(flow: nn.Module) -> list[ResidualTransform]:
-    """Return the residual blocks of a flow, in order."""
-    return [block for block in flow.modules() if isinstance(block, ResidualTransform)]
 
 
 def default_block() -> ResidualTransform:
