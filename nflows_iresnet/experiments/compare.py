@@ -17,7 +17,7 @@ import torch
 from nflows_iresnet.experiments import interruption, parallel, runs
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError
-from nflows_iresnet.experiments.environment import check_extra, describe_environment
+from nflows_iresnet.experiments.environment import check_extra
 from nflows_iresnet.experiments.files import WriteError, describe_os_error, write_atomically
 from nflows_iresnet.experiments.options import CompareOptions, to_config
 from nflows_iresnet.experiments.presets import Preset
@@ -119,8 +119,6 @@ def open_session(parsed: CompareOptions) -> Session:
         ValueError: something cannot work; the message names it and nothing was written.
     """
     check_extra()
-    if parsed.resume and parsed.out is None:
-        raise ValueError("--resume needs the --out folder of the run to go on with")
     config = to_config(parsed)
     _check_places(parsed, config)
     prepared = runs.prepare(config)
@@ -162,10 +160,9 @@ def _check_places(parsed: CompareOptions, config: RunConfig) -> None:
 
 def _fresh_record(config: RunConfig, prepared: list[Run], preset: Preset) -> Record:
     tasks = {run.task.name: run.task for run in prepared}
-    return Record(
-        arguments=config.as_arguments(),
-        environment=describe_environment(config.device),
-        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+    return Record.begin(
+        config.as_arguments(),
+        config.device,
         datasets=tuple(task.summarise() for task in tasks.values()),
         command=preset.command,
         published=preset.published_beside(images=config.images),

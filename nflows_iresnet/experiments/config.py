@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-DEFAULT_STEPS = 400
 RACE_RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which each model of a race gets the one that validates best."""
 TRAINING_PRECISIONS = ("float32", "tf32")
@@ -58,7 +57,7 @@ class RunConfig:
 
     datasets: tuple[str, ...]
     models: tuple[str, ...]
-    steps: int | None = DEFAULT_STEPS
+    steps: int | None = 400
     budget: float | None = None
     race: float | None = None
     device: str = "cpu"

@@ -397,7 +397,6 @@ def to_config(options: CompareOptions) -> RunConfig:
     defaults = {**DEFAULTS, **preset.options, **(IMAGE_DEFAULTS if images else {})}
     defaults["datasets"] = preset.image_datasets if images else preset.datasets
     defaults["models"] = preset.image_models if images else preset.models
-    defaults["steps"] = preset.steps
     device = resolve_device(options.device)
     if images:
         defaults |= preset.tuned_to(options.datasets or defaults["datasets"], device)

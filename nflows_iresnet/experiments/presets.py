@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nflows_iresnet.experiments.config import DEFAULT_STEPS
-
 Published = dict[str, dict[str, str]]
 
 
@@ -45,12 +43,6 @@ class Preset:
     def tuned_to(self, names: Sequence[str], device: str) -> dict[str, Any]:
         """Return the defaults for these sets of images on a device."""
         return self.tuned.get(names[0], {}).get(device, {}) if len(set(names)) == 1 else {}
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps per model."""
-        steps: int = self.options.get("steps", DEFAULT_STEPS)
-        return steps
 
     def published_beside(self, *, images: bool) -> Published:
         """Return the published numbers of the models that are those of the papers.

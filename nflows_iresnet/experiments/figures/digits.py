@@ -70,11 +70,11 @@ def draw(settings: Settings, stage: Stage) -> Drawing:
     with stage("digits · residual-flow"):
         seed_everything(settings.seed)
         model = find_model(run.model, run.size.models).build(run.size).to(settings.device)
-        log = runs.train_run(model, run, config, lambda done, loss: None)
+        log = runs.train_run(model, run, config)
     model.eval()
-    exam, summary = run.task.evaluation_data(config), run.task.summarise()
-    pictures = look(model, exam)
-    measured = _measure(model, exam, pictures, summary)
+    data, summary = run.task.evaluation_data(config), run.task.summarise()
+    pictures = look(model, data)
+    measured = _measure(model, data, pictures, summary)
     chosen = {"configuration": config.as_arguments(), "steps_taken": log.steps}
     return Drawing(
         "Images of digits",
@@ -85,11 +85,11 @@ def draw(settings: Settings, stage: Stage) -> Drawing:
 
 
 @torch.no_grad()
-def look(model: DensityModel, exam: EvaluationData) -> Pictures:
+def look(model: DensityModel, data: EvaluationData) -> Pictures:
     """Draw samples, take images to the noise and back, and go from one image to another."""
-    shown = exam.test[:NUM_SHOWN]
+    shown = data.test[:NUM_SHOWN]
     noise = model.encode(shown)
-    ends = model.encode(exam.test[NUM_SHOWN : NUM_SHOWN + 2 * NUM_PAIRS])
+    ends = model.encode(data.test[NUM_SHOWN : NUM_SHOWN + 2 * NUM_PAIRS])
     between = interpolate(ends[:NUM_PAIRS], ends[NUM_PAIRS:], NUM_SHOWN)
     arrays = (
         model.sample(NUM_SAMPLES),
@@ -117,13 +117,13 @@ def interpolate(first: Tensor, second: Tensor, count: int) -> Tensor:
 
 
 def _measure(
-    model: DensityModel, exam: EvaluationData, pictures: Pictures, summary: DatasetSummary
+    model: DensityModel, data: EvaluationData, pictures: Pictures, summary: DatasetSummary
 ) -> dict[str, Any]:
-    nll = -float(estimated_log_prob(model, exam.test).double().mean())
+    nll = -float(estimated_log_prob(model, data.test).double().mean())
     changed = np.floor(pictures.decoded) != np.floor(pictures.shown)
     return {
         "bits_per_dim": summary.bits_per_dim(nll),
-        "test_images": len(exam.test),
+        "test_images": len(data.test),
         "largest_error": float(np.abs(pictures.decoded - pictures.shown).max()),
         "pixels_changed": int(changed.sum()),
         "pixels": int(changed.size),

@@ -124,8 +124,6 @@ def open_session(parsed: Table1Options) -> Session:
         ValueError: something cannot work; the message names it and nothing was written.
     """
     check_extra()
-    if parsed.resume and parsed.out is None:
-        raise ValueError("--resume needs the --out folder of the run to go on with")
     settings = to_settings(parsed)
     data = [_load(settings, repeat) for repeat in range(settings.repeats)]
     folder = Folder(Path(parsed.out or f"results/table1-{datetime.now():%Y%m%d-%H%M%S}"))
