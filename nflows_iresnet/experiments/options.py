@@ -488,8 +488,8 @@ class Table1Options(Training):
 
 _BENCH_CLOSING = """\
 how times are taken:
-  All contestants of a case run in one process, with a fixed number of threads, in rounds: each
-  round times every contestant once, starting with another one. Tables show the median, the
+  All models of a case run in one process, with a fixed number of threads, in rounds: each
+  round times every model once, starting with another one. Tables show the median, the
   quartiles q1 and q3, and the ratio to normflows: that of each round, its median and quartiles.
   "cpu ratio" is that of processor time. With one thread it is the one to trust, and the one that
   targets are held against: other programs that take the processor away lengthen the wall time of
