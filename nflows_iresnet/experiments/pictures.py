@@ -155,7 +155,7 @@ def _title(row: Row) -> str:
 def _plane(
     record: Record, folder: Folder, dataset: DatasetSummary, data: dict[str, Array]
 ) -> Figure:
-    frame = Window.from_array(data["window"])
+    window = Window.from_array(data["window"])
     nats = dataset.optimum
     about = "\ndata" if nats is None else f", true density\n{nats:.3f} nats"
     truth = _Panel(dataset.name + about, {"samples": data["train"], **data}, DATA)
@@ -165,8 +165,8 @@ def _plane(
     brightest = find_brightest([panel.arrays for panel in columns])
     for panel, (above, below) in zip(columns, axes.T, strict=True):
         panel.put_title(above)
-        draw_density(above, frame, panel.arrays, brightest)
-        draw_scatter(below, frame, panel.arrays.get("samples"), panel.color)
+        draw_density(above, window, panel.arrays, brightest)
+        draw_scatter(below, window, panel.arrays.get("samples"), panel.color)
     axes[0, 0].set_ylabel("density", color=INK)
     axes[1, 0].set_ylabel("samples", color=INK)
     return figure
@@ -182,10 +182,10 @@ def find_brightest(columns: list[dict[str, Array]]) -> float:
     return float(np.median(tops)) if tops else 1.0
 
 
-def draw_density(axes: Axes, frame: Window, arrays: dict[str, Array], brightest: float) -> None:
+def draw_density(axes: Axes, window: Window, arrays: dict[str, Array], brightest: float) -> None:
     """Show exp(grid_log_prob) in a window, or else a histogram of the training rows."""
-    _look_at(axes, frame)
-    left, right, bottom, top = frame.extent
+    _look_at(axes, window)
+    left, right, bottom, top = window.extent
     if "grid_log_prob" in arrays:
         side = math.isqrt(len(arrays["grid_log_prob"]))
         density = np.exp(arrays["grid_log_prob"]).reshape(side, side)
@@ -197,14 +197,14 @@ def draw_density(axes: Axes, frame: Window, arrays: dict[str, Array], brightest:
         _say(axes, "no density")
         return
     axes.imshow(
-        density, origin="lower", extent=frame.extent, cmap="magma", vmin=0.0, vmax=brightest,
+        density, origin="lower", extent=window.extent, cmap="magma", vmin=0.0, vmax=brightest,
         interpolation="bilinear",
     )  # fmt: skip
 
 
-def draw_scatter(axes: Axes, frame: Window, samples: Array | None, color: str) -> None:
+def draw_scatter(axes: Axes, window: Window, samples: Array | None, color: str) -> None:
     """Show samples (N, 2) in a window."""
-    _look_at(axes, frame)
+    _look_at(axes, window)
     if samples is None:
         _say(axes, "no samples")
         return
@@ -212,8 +212,8 @@ def draw_scatter(axes: Axes, frame: Window, samples: Array | None, color: str) -
     axes.scatter(x, y, s=2.0, alpha=0.35, linewidths=0, color=color, rasterized=True)
 
 
-def _look_at(axes: Axes, frame: Window) -> None:
-    left, right, bottom, top = frame.extent
+def _look_at(axes: Axes, window: Window) -> None:
+    left, right, bottom, top = window.extent
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
 
 
@@ -263,12 +263,12 @@ def _components(axes: Axes, data: dict[str, Array], samples: Array | None) -> No
     cloud = (train - centre) @ directions
     low, high = np.quantile(cloud, (0.002, 0.998), axis=0)
     x, y = (low + high) / 2
-    frame = Window(float(x), float(y), 0.6 * float((high - low).max()))
+    window = Window(float(x), float(y), 0.6 * float((high - low).max()))
     if samples is not None:
-        draw_scatter(axes, frame, cloud, DATA)
+        draw_scatter(axes, window, cloud, DATA)
     if samples is not train:
         projected = None if samples is None else (samples - centre) @ directions
-        draw_scatter(axes, frame, projected, MODEL)
+        draw_scatter(axes, window, projected, MODEL)
     axes.set_xlabel("principal components", color=INK)
 
 

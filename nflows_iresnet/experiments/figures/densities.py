@@ -109,14 +109,14 @@ def _figure(
         grid = figure.subplots(len(summaries), columns, squeeze=False)
         for row, (name, summary) in zip(grid, summaries.items(), strict=True):
             data = arrays[name]["data"]
-            frame = Window.from_array(data["window"])
+            window = Window.from_array(data["window"])
             brightest = find_brightest([data])
-            draw_scatter(row[0], frame, data["train"], DATA)
+            draw_scatter(row[0], window, data["train"], DATA)
             row[0].set_title(f"{name}\ndata", color=INK)
-            draw_density(row[1], frame, data, brightest)
+            draw_density(row[1], window, data, brightest)
             row[1].set_title(f"true density\n{_nats(summary.optimum)}", color=INK)
             for axes, (model, title) in zip(row[2:], TITLES.items(), strict=True):
-                draw_density(axes, frame, arrays[name][model], brightest)
+                draw_density(axes, window, arrays[name][model], brightest)
                 nll = results[name, model, 0].metrics.test_nll
                 axes.set_title(f"{title}\n{_nats(nll)}", color=INK)
         return figure
