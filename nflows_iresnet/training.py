@@ -12,9 +12,7 @@ import inspect
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import zipfile
 import zlib
@@ -22,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -32,6 +31,7 @@ from torch.nn.parameter import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nflows_iresnet.graphs import EagerStep, Loss, negative_log_likelihood
+from nflows_iresnet.interruption import Handled
 from nflows_iresnet.validation import validated_size
 
 if distributed.is_available():
@@ -448,7 +448,7 @@ class Batches(Iterator[Any]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a stream over the same rows was."""
+        """Go on where batches of the same rows were."""
         self._shuffles.set_state(state["shuffle"])
         self._start_epoch()
         self._position = state["position"]
@@ -1124,8 +1124,8 @@ def fit(
             return close(training)
 
 
-class _CtrlC:
-    """Ctrl-C is noted, and raised the second time; in the main thread, and if it is Python's.
+class _CtrlC(Handled):
+    """Ctrl-C is noted, and raised the second time.
 
     Launchers pass on to their processes what the terminal has told those already.
     """
@@ -1136,18 +1136,7 @@ class _CtrlC:
     def was_pressed(self) -> bool:
         return self._first < math.inf
 
-    def __enter__(self) -> _CtrlC:
-        is_main = threading.current_thread() is threading.main_thread()
-        self._is_ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self._is_ours:
-            signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _note(self, *_: object) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if now - self._first > _SECONDS_OF_ONE_PRESS:
             raise KeyboardInterrupt

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "datasets": BASE | {"sklearn"},
     "testing": BASE | {"linearization"},
     "validation": BASE,
+    "interruption": set(),
     "precision": BASE | {"linearization", "tensor_float"},
     "conditioning": BASE,
     "settings": BASE,
@@ -42,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "classifiers": FOUNDATIONS | {"nflows", "logdet", "solvers", "nn", "transforms"},
     "graphs": FOUNDATIONS
     | {"nflows", "logdet", "solvers", "nn", "transforms", "flows", "classifiers", "interop"},
-    "training": FOUNDATIONS | {"logdet", "transforms", "graphs"},
+    "training": FOUNDATIONS | {"logdet", "transforms", "graphs", "interruption"},
     "interop": FOUNDATIONS
     | {"nflows", "normflows", "transforms", "flows", "nn", "logdet", "solvers", "sbi"},
 }

@@ -83,7 +83,7 @@ def test_what_is_imported_before_ctrl_c_is_taken_over_is_next_to_nothing() -> No
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     ours = {"nflows_iresnet", *(f"nflows_iresnet.experiments{name}" for name in (".cli", ""))}
-    allowed = {"__future__", "signal", "nflows_iresnet.experiments.interruption", *ours}
+    allowed = {"__future__", "signal", "nflows_iresnet.interruption", *ours}
     assert set(done.stdout.split()) <= allowed
 
 

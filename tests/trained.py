@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nflows_iresnet.experiments.interruption import Postponed
+from nflows_iresnet.interruption import Postponed
 from nflows_iresnet.training import Batches, History, Keeper, Training, TrainingPlan, run
 
 

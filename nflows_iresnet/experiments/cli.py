@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from nflows_iresnet.experiments.interruption import BEFORE_TRAINING, STATUS, EndsTheProcess
+from nflows_iresnet.interruption import BEFORE_TRAINING, STATUS, EndsTheProcess
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

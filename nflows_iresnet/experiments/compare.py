@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nflows_iresnet.experiments import interruption, parallel, runs
+from nflows_iresnet import interruption
+from nflows_iresnet.experiments import parallel, runs
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError
 from nflows_iresnet.experiments.environment import check_extra
@@ -215,9 +216,9 @@ def _do(session: Session, jobs: list[Job], progress: LiveProgress) -> None:
             take_in(index, job.do(progress.step, session.keeper(job)))
     elif jobs:
         names = list(dict.fromkeys(run.task.name for run in session.runs))
-        sources = dict(zip(names, session.config.datasets, strict=True))
+        wanted = dict(zip(names, session.config.datasets, strict=True))
         orders = [
-            parallel.Order.of(job, sources[job.run.task.name], session.keeper(job)) for job in jobs
+            parallel.Order.of(job, wanted[job.run.task.name], session.keeper(job)) for job in jobs
         ]
         if session.cluster is None:
             parallel.side_by_side(orders, session.jobs, progress, take_in)

@@ -28,8 +28,8 @@ from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError, describe
 from nflows_iresnet.experiments.data import Task
 from nflows_iresnet.experiments.environment import describe_environment
-from nflows_iresnet.experiments.interruption import Ignored, Postponed
 from nflows_iresnet.experiments.runs import Job, OnStep, Outcome, load_task
+from nflows_iresnet.interruption import Ignored, Postponed
 from nflows_iresnet.training import Interruption
 
 if TYPE_CHECKING:

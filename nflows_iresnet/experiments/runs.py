@@ -15,7 +15,6 @@ from nflows_iresnet.experiments.config import RunConfig, describe, slug
 from nflows_iresnet.experiments.data import ImageTask, RowTask, Task
 from nflows_iresnet.experiments.evaluation import Array, Evaluation, Metrics, evaluate
 from nflows_iresnet.experiments.files import WriteError
-from nflows_iresnet.experiments.interruption import Postponed
 from nflows_iresnet.experiments.models import (
     IMAGE_MODELS,
     MODELS,
@@ -25,6 +24,7 @@ from nflows_iresnet.experiments.models import (
     match_parameters,
 )
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result, Trial
+from nflows_iresnet.interruption import Postponed
 from nflows_iresnet.training import (
     History,
     Interruption,

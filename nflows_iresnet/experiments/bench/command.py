@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nflows_iresnet import interruption
 from nflows_iresnet.experiments.bench.items import BASELINE, Item, chosen_items
 from nflows_iresnet.experiments.bench.measure import (
     Case,
@@ -134,7 +135,7 @@ def run(parsed: BenchOptions) -> int:
             _work(benchmark)
     except KeyboardInterrupt:
         print(f"interrupted: what is measured is kept in {benchmark.folder}", file=sys.stderr)
-        return 130
+        return interruption.STATUS
     except WriteError as error:
         raise WriteError(f"{error}; what is measured is kept in {benchmark.folder}") from error
     return 0

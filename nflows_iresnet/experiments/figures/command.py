@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nflows_iresnet.experiments import interruption
+from nflows_iresnet import interruption
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra, describe_environment
 from nflows_iresnet.experiments.figures import DESCRIPTIONS, Drawing, Settings, Stage

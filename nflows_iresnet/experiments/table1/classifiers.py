@@ -16,10 +16,10 @@ from nflows_iresnet.datasets import ImageDataset
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.files import WriteError
-from nflows_iresnet.experiments.interruption import Postponed
 from nflows_iresnet.experiments.models import count_parameters
 from nflows_iresnet.experiments.table1 import Settings
 from nflows_iresnet.experiments.table1.record import Inversion, Outcome
+from nflows_iresnet.interruption import Postponed
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged, Solution
 from nflows_iresnet.training import (
     Batches,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from nflows_iresnet import datasets
+from nflows_iresnet import datasets, interruption
 from nflows_iresnet.datasets import ImageDataset
-from nflows_iresnet.experiments import interruption, published
+from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra
