@@ -15,7 +15,6 @@ TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
 PROGRAMS = [
     pytest.param(program, id=f"{page.stem}-{index}")
     for page in PAGES
-    if page.name not in ("guarantees.md", "measurements.md")
     for index, program in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 
@@ -56,6 +55,14 @@ def test_files_and_headings_that_a_page_links_to_exist(text: Path) -> None:
         target = text.parent / file if file else text
         assert target.exists(), f"{text.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{text.name} links to {link}"
+
+
+@pytest.mark.parametrize("name", nflows_iresnet.__all__)
+def test_what_is_public_is_on_a_page_of_the_api(name: str) -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    room = getattr(getattr(nflows_iresnet, name), "__module__", "").split(".")[:2]
+    documented = set(re.findall(r":: ([\w.]+)\n", pages))
+    assert f"nflows_iresnet.{name}" in documented or ".".join(room) in documented
 
 
 def test_the_readme_can_be_read_in_five_minutes() -> None:
