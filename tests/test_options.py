@@ -153,6 +153,8 @@ def test_the_help_says_what_holds_by_default(name: str, capsys: pytest.CaptureFi
         "figures": ["(default: all)", "dynamics paths of points"],
     }
     assert all(each in text for each in [*defaults[name], "--seed N reproduces", "(default: 0)"])
+    assert "auto is cuda where there is a GPU (default: auto)" in text
+    assert "contestant" not in text
 
 
 def test_the_same_option_has_one_name_and_one_kind_everywhere() -> None:

@@ -333,7 +333,8 @@ class CompareOptions(Training):
 
     def default_of(self, name: str) -> object:
         """Return what the help says of an option that was not given."""
-        rows = {**vars(self), **DEFAULTS, **self.preset.options}[name]
+        own = {key: value for key, value in vars(self).items() if value is not None}
+        rows = {**DEFAULTS, **self.preset.options, **own}.get(name)
         images = IMAGE_DEFAULTS.get(name, rows)
         if name in ("datasets", "models"):
             rows, images = getattr(self.preset, name), getattr(self.preset, f"image_{name}")
@@ -455,7 +456,9 @@ class Table1Options(Training):
 
     def default_of(self, name: str) -> object:
         """Return what the help says of an option that was not given."""
-        default = {**vars(self), **vars(Settings())}[name]
+        default = getattr(self, name)
+        if default is None:
+            default = getattr(Settings(), name, None)
         return f"{default}; mnist: a time" if name == "steps" else default
 
     def closing(self) -> str:
@@ -478,8 +481,8 @@ class Table1Options(Training):
 
 _BENCH_CLOSING = """\
 how times are taken:
-  All contestants of a case run in one process, with a fixed number of threads, in rounds: each
-  round times every contestant once, starting with another one. Tables show the median, the
+  All models of a case run in one process, with a fixed number of threads, in rounds: each round
+  times every model once, starting with another one. Tables show the median, the
   quartiles q1 and q3, and the ratio to normflows: that of each round, its median and quartiles.
   "cpu ratio" is that of processor time. With one thread it is the one to trust, and the one that
   targets are held against: other programs that take the processor away lengthen the wall time of
