@@ -361,6 +361,8 @@ class CompareOptions(Training):
         to_config(replace(self, device="cpu", same_start=self.same_start and self.are_images))
 
     def _check_dataset(self, name: str) -> None:
+        if not name.strip():
+            raise UsageError(f"{name!r} is not the name of a data set: see --list")
         rows, images = names.data_sets(), names.sets_of_images()
         if name in (images if self.are_images else rows):
             return
