@@ -17,6 +17,7 @@ import nflows_iresnet
 from nflows_iresnet.experiments import environment, models, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.options import COMMANDS
 from nflows_iresnet.experiments.record import Folder
 from nflows_iresnet.experiments.runs import Run
 
@@ -221,6 +222,16 @@ def test_module_is_the_command(table: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'0' is not a positive integer" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_module_takes_every_command(name: str) -> None:
+    command = [sys.executable, "-m", "nflows_iresnet.experiments", name, "--quik"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"(see nflows-iresnet {name} --help)" in done.stderr or "did you mean" in done.stderr
+    command[-1] = "--help"
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(f"usage: nflows-iresnet {name} ")
 
 
 @pytest.mark.slow

@@ -182,6 +182,14 @@ def test_weights_of_another_function_are_refused(finished: Finished, tmp_path: P
         load_run(place.path, model="residual-flow")
 
 
+def test_weights_of_another_model_are_refused(finished: Finished, tmp_path: Path) -> None:
+    place = copied(finished.rows, tmp_path)
+    other = place.weights(("table", "residual-flow", 0)).read_bytes()
+    place.weights(("table", "realnvp", 0)).write_bytes(other)
+    with pytest.raises(ValueError, match=r"are those of 'residual-flow', not of 'realnvp'"):
+        load_run(place.path, model="realnvp")
+
+
 def test_missing_units_are_named(finished: Finished, tmp_path: Path) -> None:
     place = copied(finished.rows, tmp_path)
     (place.path / "runs" / "table.npz").unlink()

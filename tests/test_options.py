@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -87,6 +88,7 @@ def test_names_are_those_of_the_registries() -> None:
         ("compare --device cdua", "'cdua' is none of auto, cpu, cuda"),
         ("compare --dask scheduler", "is not an address, such as tcp://scheduler:8786"),
         ("compare --out=", "'' is not a name"),
+        ("compare ''", "'' is not the name of a data set: see --list"),
         ("compare moons --images", "'moons' is not a set of images: leave out --images"),
         ("compare mnist --images --same-start", "--same-start is for rows"),
         ("compare \u4f60\u597d", "unknown data set '\u4f60\u597d'"),
@@ -102,7 +104,7 @@ def test_names_are_those_of_the_registries() -> None:
 def test_a_mistake_is_one_line_with_the_remedy(
     line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(line.split()) == 2
+    assert main(shlex.split(line)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
@@ -153,6 +155,8 @@ def test_the_help_says_what_holds_by_default(name: str, capsys: pytest.CaptureFi
         "figures": ["(default: all)", "dynamics paths of points"],
     }
     assert all(each in text for each in [*defaults[name], "--seed N reproduces", "(default: 0)"])
+    assert "auto is cuda where there is a GPU (default: auto)" in text
+    assert "contestant" not in text
 
 
 def test_the_same_option_has_one_name_and_one_kind_everywhere() -> None:

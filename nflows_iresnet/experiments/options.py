@@ -334,7 +334,8 @@ class CompareOptions(Training):
 
     def default_of(self, name: str) -> object:
         """Return what the help says of an option that was not given."""
-        rows = {**vars(self), **DEFAULTS, **self.preset.options}[name]
+        own = {key: value for key, value in vars(self).items() if value is not None}
+        rows = {**DEFAULTS, **self.preset.options, **own}.get(name)
         images = IMAGE_DEFAULTS.get(name, rows)
         if name in ("datasets", "models"):
             rows, images = getattr(self.preset, name), getattr(self.preset, f"image_{name}")
@@ -371,6 +372,8 @@ class CompareOptions(Training):
         to_config(replace(self, device="cpu", same_start=self.same_start and self.are_images))
 
     def _check_dataset(self, name: str) -> None:
+        if not name.strip():
+            raise UsageError(f"{name!r} is not the name of a data set: see --list")
         rows, images = names.data_sets(), names.sets_of_images()
         if name in (images if self.are_images else rows):
             return
@@ -465,7 +468,9 @@ class Table1Options(Training):
 
     def default_of(self, name: str) -> object:
         """Return what the help says of an option that was not given."""
-        default = {**vars(self), **vars(Settings())}[name]
+        default = getattr(self, name)
+        if default is None:
+            default = getattr(Settings(), name, None)
         return f"{default}; mnist: a time" if name == "steps" else default
 
     def closing(self) -> str:

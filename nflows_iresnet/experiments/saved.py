@@ -49,14 +49,23 @@ def pack(model: DensityModel, name: str, size: Architecture) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(path: Path) -> DensityModel:
+def unpack(path: Path, name: str | None = None) -> DensityModel:
     """Build the model of a file that `pack` made, on the CPU and in eval mode.
+
+    Args:
+        path: the file.
+        name: of the model that it is to hold; any by default.
 
     Raises:
         ValueError: the file is missing or damaged, or of another version of a library.
         ImportError: the library of the model is not installed.
     """
     content = _read(path)
+    if name not in (None, content.get("model")):
+        raise ValueError(
+            f"the weights {str(path)!r} are those of {content.get('model')!r}, not of {name!r}: "
+            "train the run again by the same command with another --out"
+        )
     try:
         size = _SIZES[content["kind"]](**content["size"])
         with torch.random.fork_rng(devices=[]):
@@ -134,7 +143,7 @@ def load_run(
     """
     place = Folder(Path(folder))
     key = _chosen(place, dataset, model, repeat)
-    flow = _own_flow(unpack(place.weights(key)))
+    flow = _own_flow(unpack(place.weights(key), name=key[1]))
     units = place.load_arrays(key[:1])
     if not units:
         raise ValueError(
