@@ -34,6 +34,7 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 napoleon_use_ivar = True
@@ -47,6 +48,7 @@ html_theme_options = {"navigation_with_keys": True}
 html_math_renderer = "mathml"
 
 
+FUNCTION = re.compile(r"<m[io]([^>]*)>(log|exp|sin|cos|det|max|min|sup|inf|diag)</m[io]>")
 SPECIAL = re.compile(r"^ *\* |\\.|`[^`]*`|\*\*|[*|]")
 
 
@@ -58,14 +60,30 @@ def setup(app: Sphinx) -> None:
 
 def write_inline(writer: HTML5Translator, node: nodes.math) -> None:
     """Write a formula within a line."""
-    writer.body.append(convert(node.astext()))
+    writer.body.append(spaced(convert(node.astext())))
     raise nodes.SkipNode
 
 
 def write_block(writer: HTML5Translator, node: nodes.math_block) -> None:
     """Write a formula of its own lines."""
-    writer.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    formula = spaced(convert(node.astext(), display="block"))
+    writer.body.append(f'<div class="formula">{formula}</div>')
     raise nodes.SkipNode
+
+
+def spaced(formula: str) -> str:
+    """Set thin spaces about names of functions as TeX does: `log p(x)` and `log(1 - L)`."""
+    return FUNCTION.sub(with_spaces, formula)
+
+
+def with_spaces(found: re.Match[str]) -> str:
+    """Return the name of a function with a space where a letter or a number is its neighbour."""
+    options, name = found.groups()
+    before = found.string[: found.start()].rpartition("<")[2]
+    after = found.string[found.end() :]
+    left = 0.167 if before.startswith("/m") and before != "/mo>" else 0
+    right = 0 if after.startswith(("</", "<mo>", "<mo ")) else 0.167
+    return f'<mo{options} form="prefix" lspace="{left}em" rspace="{right}em">{name}</mo>'
 
 
 def escape(

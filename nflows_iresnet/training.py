@@ -1057,7 +1057,7 @@ def fit(
         checkpoint: a file to go on from, if it is there, and to write.
 
     Returns:
-        The history: steps, seconds, the validations and the best of them, and why it stopped.
+        Steps, seconds, the validations and the best of them, and why it stopped.
 
     Raises:
         ValueError: an argument is out of range, there are no rows, or some are not finite; the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,25 @@ def test_what_is_public_is_on_a_page_of_the_api(name: str) -> None:
     room = getattr(getattr(nflows_iresnet, name), "__module__", "").split(".")[:2]
     documented = set(re.findall(r":: ([\w.]+)\n", pages))
     assert f"nflows_iresnet.{name}" in documented or ".".join(room) in documented
+
+
+@pytest.mark.parametrize(
+    ("formula", "left", "right"),
+    [
+        (r"\log p(x)", 0, 0.167),
+        (r"\log (1 - L)", 0, 0),
+        (r"2 \log \tilde p", 0.167, 0.167),
+        (r"\log_2 b", 0, 0.167),
+    ],
+)
+def test_names_of_functions_in_formulas_keep_their_distance(
+    formula: str, left: float, right: float
+) -> None:
+    pytest.importorskip("sphinx")
+    pytest.importorskip("latex2mathml")
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    written = conf["spaced"](conf["convert"](formula))
+    assert f'lspace="{left}em" rspace="{right}em">log</mo>' in written
 
 
 def test_the_readme_can_be_read_in_five_minutes() -> None:
