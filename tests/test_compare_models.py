@@ -66,7 +66,8 @@ def test_a_model_is_added_in_one_place(
 def test_a_data_set_is_added_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
-    monkeypatch.setitem(datasets.TOYS, "mine", datasets.Moons())
+    entry = datasets._toy("mine", "half circles", datasets.Moons())
+    monkeypatch.setitem(datasets._ENTRIES, "mine", entry)
     wanted = ["compare", "mine", "--models", "nice", *TINY, "--quiet"]
     assert main([*wanted, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "mine.png").exists()
