@@ -143,7 +143,7 @@ def load_run(
     """
     place = Folder(Path(folder))
     key = _chosen(place, dataset, model, repeat)
-    flow = _own_flow(unpack(place.weights(key), name=key[1]))
+    flow = _own_flow(unpack(place.weights(key), name=str(key[1])))
     units = place.load_arrays(key[:1])
     if not units:
         raise ValueError(
