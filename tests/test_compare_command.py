@@ -73,6 +73,8 @@ def test_help_version_and_list(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "moons", "--models", "zzz"], "choose from"),
         (["compare", "moons", "--resume"], "--resume needs the --out folder"),
         (["compare", "moons", "--hidden-features", "1", "--models", "maf"], "cannot match"),
+        (["compare", "--hidden-features", f"{10**22}"], "not a positive integer below 2147483648"),
+        (["compare", "moons", "--hidden-features", f"{10**8}"], "give fewer --hidden-features"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

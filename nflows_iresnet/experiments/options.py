@@ -40,7 +40,8 @@ Number = TypeVar("Number", int, float)
 
 def positive_int(text: str) -> int:
     """Parse 1, 2, 3, ..."""
-    return _parse(text, int, lambda value: value > 0, "a positive integer, such as 100")
+    wanted = "a positive integer below 2147483648, such as 100"
+    return _parse(text, int, lambda value: 0 < value < 2**31, wanted)
 
 
 def natural_int(text: str) -> int:

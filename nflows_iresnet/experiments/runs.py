@@ -180,6 +180,11 @@ def _size(model: str, reference: Architecture) -> Architecture:
         return match_parameters(model, reference)
     except ImportError:
         return reference  # the row of the table says what is not installed
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise ValueError(
+            f"model {model!r} cannot be built ({describe(error)}): give fewer --hidden-features "
+            f"(now {reference.hidden_features}) or --num-layers (now {reference.num_layers})"
+        ) from error
 
 
 def _check_distinct(names: list[str]) -> None:
