@@ -173,6 +173,9 @@ def _centred(levels: int) -> Transform:
 class InvertibleClassifier(ResidualClassifier):
     r"""A classifier whose features are invertible by certificate: Lip(g) <= coeff in every block.
 
+    References:
+        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
+
     Args:
         shape: (C, H, W), H and W multiples of 2^num_scales.
         num_classes: number of logits.
@@ -185,9 +188,6 @@ class InvertibleClassifier(ResidualClassifier):
         activation: of the branches; `nn.ELU()` by default.
         norm: the norm that kernels are divided by; `nn.FourierNorm()` by default, which certifies.
         solver: strategy for the inverse; `solvers.Anderson()` by default.
-
-    References:
-        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
 
     Example:
         >>> import torch

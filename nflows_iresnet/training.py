@@ -1025,6 +1025,11 @@ def fit(
     unbiased. The first process alone validates, writes the checkpoint, tells the time and shows the
     progress; weights, history and the decision to stop are the same in all.
 
+    References:
+        Kingma, Ba. Adam: a method for stochastic optimization, 2015.
+        Loshchilov, Hutter. SGDR: stochastic gradient descent with warm restarts, 2017.
+        Polyak, Juditsky. Acceleration of stochastic approximation by averaging, 1992.
+
     Args:
         flow: any flow of nflows or of this library, or any module with `log_prob(rows)` or
             `log_prob(rows, context)` in nats; with a `loss`, any module. Trained in place.
@@ -1063,11 +1068,6 @@ def fit(
         ValueError: an argument is out of range, there are no rows, or some are not finite; the
             checkpoint is damaged, or of another training.
         TrainingDivergedError: a loss, or every validation, was not finite; it names the step.
-
-    References:
-        Kingma, Ba. Adam: a method for stochastic optimization, 2015.
-        Loshchilov, Hutter. SGDR: stochastic gradient descent with warm restarts, 2017.
-        Polyak, Juditsky. Acceleration of stochastic approximation by averaging, 1992.
 
     Example:
         >>> from nflows_iresnet import ResidualFlow

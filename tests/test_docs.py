@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -18,6 +19,9 @@ PROGRAMS = [
     for page in PAGES
     for index, program in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
+
+
+ORDER = ["References", "Args", "Attributes", "Returns", "Raises", "Example"]
 
 
 def anchors(page: Path) -> set[str]:
@@ -87,3 +91,15 @@ def test_names_of_functions_in_formulas_keep_their_distance(
 
 def test_the_readme_can_be_read_in_five_minutes() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+@pytest.mark.parametrize(
+    "source", sorted((ROOT / "nflows_iresnet").rglob("*.py")), ids=lambda source: source.name
+)
+def test_docstrings_have_one_order(source: Path) -> None:
+    """What it is, maths and cost come first, then where it is from, then how to use it."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node) or ""
+            found = re.findall(rf"^({'|'.join(ORDER)}):$", text, flags=re.MULTILINE)
+            assert found == sorted(found, key=ORDER.index), getattr(node, "name", source.name)

@@ -67,6 +67,10 @@ class HybridFlow(Flow):
     evaluations. `GraphedStep` captures it with each of the ready-made partners, but not with the
     spline couplings and spline autoregressive transforms of nflows, which select by boolean masks.
 
+    References:
+        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+
     Args:
         features: number of dimensions of the data; at least 2 for couplings.
         hidden_features: width of the hidden layers of each network.
@@ -90,10 +94,6 @@ class HybridFlow(Flow):
     Raises:
         ValueError: if a size is not positive, features cannot be split by the partner, or another
             argument is none of its kind.
-
-    References:
-        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
-        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
 
     Example:
         >>> from functools import partial
@@ -300,6 +300,9 @@ def spline_coupling(
 ) -> Transform:
     """Make a coupling by rational-quadratic splines, as in neural spline flows.
 
+    References:
+        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
+
     Args:
         index: which features it transforms alternates with it.
         features: number of features, at least 2.
@@ -311,9 +314,6 @@ def spline_coupling(
 
     Raises:
         ValueError: if there is one feature.
-
-    References:
-        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
     """
     return SplineCoupling(
         *(features, hidden_features, num_blocks, context_features),
@@ -332,11 +332,11 @@ def affine_coupling(
 ) -> Transform:
     """Make an affine coupling of nflows, as in Real NVP; for the arguments see `spline_coupling`.
 
-    Raises:
-        ValueError: if there is one feature.
-
     References:
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP, 2017.
+
+    Raises:
+        ValueError: if there is one feature.
     """
     return AffineCouplingTransform(
         _alternating_mask(features, index % 2),

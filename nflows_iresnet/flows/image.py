@@ -57,6 +57,10 @@ class ImageResidualFlow(Flow):
     bits/dim bound the model that is sampled. `sample_and_log_prob` returns the density at the
     values that it returns; where they were moved, it is not the density that drew them.
 
+    References:
+        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+
     Args:
         shape: (C, H, W), H and W multiples of 2^num_scales.
         hidden_channels: channels of the hidden layers of each g.
@@ -82,10 +86,6 @@ class ImageResidualFlow(Flow):
             `log_prob`, if images have another shape or are whole numbers by their type.
         OutsideRangeError: from `log_prob`, if pixels are NaN or outside [0, levels], on a CPU; on a
             GPU, which is not waited for, NaN stays, and so does what the logit makes NaN.
-
-    References:
-        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
-        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
 
     Example:
         >>> import torch

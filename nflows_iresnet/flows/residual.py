@@ -86,6 +86,10 @@ class ResidualFlow(Flow):
     Takes the four sizes of nflows' `SimpleRealNVP` and `MaskedAutoregressiveFlow` in their order,
     so that one line swaps the model, and all else by keyword.
 
+    References:
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
+
     Args:
         features: number of dimensions of the data.
         hidden_features: width of the hidden layers of each g.
@@ -112,10 +116,6 @@ class ResidualFlow(Flow):
 
     Raises:
         ValueError: if a size is not positive or another argument is none of its kind.
-
-    References:
-        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
-        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
 
     Example:
         >>> import torch
@@ -216,6 +216,9 @@ class InvertibleResNet(ResidualFlow):
     for the inverse. Two things are stricter than in the paper: the norm is exact, not estimated by
     power iteration, so that the certificate holds, and `coeff` bounds each whole g, not each layer.
 
+    References:
+        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
+
     Args:
         features: number of dimensions of the data.
         hidden_features: width of the hidden layers of each g.
@@ -232,9 +235,6 @@ class InvertibleResNet(ResidualFlow):
         solver: strategy for the inverse; `solvers.FixedPointIteration()` by default.
         activation: a unit-wise activation of `nflows_iresnet.nn`; `ELU()` by default.
         recompute: trade time for memory, see `transforms.CompositeTransform`.
-
-    References:
-        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
 
     Example:
         >>> flow = InvertibleResNet(features=2, hidden_features=32, num_layers=2, coeff=0.9)

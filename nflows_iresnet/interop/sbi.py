@@ -36,6 +36,11 @@ class ResidualFlowBuilder:
     two rows, which would start it badly). The estimator is sbi's own `NFlowsFlow`, so that
     `train`, `build_posterior`, `sample`, `sample_batched` and `log_prob` work as with 'maf'.
 
+    References:
+        Papamakarios, Murray. Fast epsilon-free inference of simulation models with Bayesian
+        conditional density estimation, 2016. Tejero-Cantero et al. sbi: A toolkit for
+        simulation-based inference, 2020.
+
     Args:
         hidden_features: width of the hidden layers of each residual block.
         num_layers: number of residual blocks.
@@ -54,11 +59,6 @@ class ResidualFlowBuilder:
     Raises:
         ValueError: if `z_score_theta` or `z_score_x` is none of the three, or `embedding_net`,
             `estimator` or `solver` is none of its kind.
-
-    References:
-        Papamakarios, Murray. Fast epsilon-free inference of simulation models with Bayesian
-        conditional density estimation, 2016. Tejero-Cantero et al. sbi: A toolkit for
-        simulation-based inference, 2020.
 
     Example:
         >>> from nflows_iresnet.interop.sbi import ResidualFlowBuilder

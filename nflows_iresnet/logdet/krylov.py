@@ -56,6 +56,10 @@ class Krylov(RussianRoulette):
     products of rows; for networks without structure one more where a gradient is recorded. Memory
     O(1) in the number of terms. Nothing is asked of the device, and no system is solved.
 
+    References:
+        Saad. Iterative methods for sparse linear systems, 2003, section 5.3 (minimal residuals).
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+
     Args:
         num_exact_terms: n, the number of terms that are always computed, at least 2: the last of
             them is fitted.
@@ -69,10 +73,6 @@ class Krylov(RussianRoulette):
 
     Raises:
         ValueError: when called with a network that guarantees no bound, and `lipschitz` is None.
-
-    References:
-        Saad. Iterative methods for sparse linear systems, 2003, section 5.3 (minimal residuals).
-        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
 
     Example:
         >>> import torch

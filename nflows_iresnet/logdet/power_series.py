@@ -265,14 +265,14 @@ class PowerSeries(SeriesEstimator):
     Cost: `num_terms` products with J per probe; for networks without structure one more where a
     gradient is recorded. Memory O(1) in the number of terms.
 
+    References:
+        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
+
     Args:
         num_terms: N, the number of terms kept.
         num_probes: independent probes, averaged.
         probe: the law of the probe vectors.
         exact_trace: use the exact trace as control variate; by default where it is cheap.
-
-    References:
-        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
 
     Example:
         >>> PowerSeries(num_terms=10).bias_bound(lipschitz=0.5, features=2) < 2e-4

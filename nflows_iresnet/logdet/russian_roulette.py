@@ -75,11 +75,11 @@ class LipschitzTruncation:
 class GeometricTruncation:
     """P(N >= k) = q^{k - n} for k > n; Residual Flows use q = 1/2.
 
-    Args:
-        continuation: q, the probability of one more term.
-
     References:
         Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+
+    Args:
+        continuation: q, the probability of one more term.
     """
 
     continuation: float = 0.5
@@ -105,6 +105,11 @@ class RussianRoulette(SeriesEstimator):
     more where a gradient is recorded. Memory O(1) in the number of terms. The truncation is drawn
     from torch's generator, or before the step, where a `logdet.TermPlan` applies.
 
+    References:
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+        Beatson, Adams. Efficient optimization of loops and limits with randomized telescoping
+        sums, 2019 (how the law should follow the size of the terms).
+
     Args:
         num_exact_terms: n, the number of terms that are always kept, at least 1.
         truncation: the law of N. The default is matched to the Lipschitz bound, so that the
@@ -117,11 +122,6 @@ class RussianRoulette(SeriesEstimator):
 
     Raises:
         ValueError: when called with a network that guarantees no bound, and `lipschitz` is None.
-
-    References:
-        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
-        Beatson, Adams. Efficient optimization of loops and limits with randomized telescoping
-        sums, 2019 (how the law should follow the size of the terms).
 
     Example:
         >>> round(RussianRoulette().expected_terms(lipschitz=0.97), 1)

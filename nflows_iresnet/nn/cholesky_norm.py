@@ -74,15 +74,15 @@ class CholeskyNorm(MatrixNorm):
     for n = 512 and 1.4 % for n = 1024 in float32. Proof:
     docs/guarantees.md#rounding-of-the-cholesky-norm.
 
-    Args:
-        num_steps: k.
-        slack: by how much t is raised, relatively.
-
     References:
         Rump. Verification of positive definiteness, 2006.
         Higham. Accuracy and stability of numerical algorithms, 2002, theorem 10.3.
         Kuczynski, Wozniakowski. Estimating the largest eigenvalue by the power and Lanczos
         algorithms with a random start, 1992.
+
+    Args:
+        num_steps: k.
+        slack: by how much t is raised, relatively.
 
     Example:
         >>> import torch

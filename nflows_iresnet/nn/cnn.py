@@ -49,6 +49,10 @@ class LipschitzCNN(LayeredNet):
     With two hidden layers and a 1 x 1 kernel in the middle (the default kernels) the trace of the
     Jacobian is exact and cheap, see `ConvLinearization`.
 
+    References:
+        Behrmann et al. Invertible residual networks, 2019 (convolutions of 3, 1 and 3 in a block).
+        See `LipschitzMLP` and `conv_norms`.
+
     Args:
         channels: number of input and output channels.
         hidden_channels: channels of each hidden layer.
@@ -67,10 +71,6 @@ class LipschitzCNN(LayeredNet):
     Raises:
         ValueError: if a size is not positive, a kernel is even, their number is not that of the
             layers, or `coeff` is not in (0, 1).
-
-    References:
-        Behrmann et al. Invertible residual networks, 2019 (convolutions of 3, 1 and 3 in a block).
-        See `LipschitzMLP` and `conv_norms`.
 
     Example:
         >>> import torch

@@ -112,15 +112,15 @@ class FourierNorm(ConvNorm):
     setting shortens. At most 78 operations for a whole stack of weights. Measured:
     docs/measurements.md#norms-of-convolutions.
 
-    Args:
-        oversampling: 4, 8, 16 or 32. By default 32 where one side has at most 8 channels, 16 up
-            to 64 channels, 8 beyond.
-
     References:
         Sedghi, Gupta, Long. The singular values of convolutional layers, 2019 (circular).
         Delattre, Barthelemy, Araujo, Allauzen. Efficient bound of Lipschitz constant for
         convolutional layers by Gram iteration, 2023 (squarings; the gradient here is exact).
         Ehlich, Zeller. Schwankung von Polynomen zwischen Gitterpunkten, 1964 (between points).
+
+    Args:
+        oversampling: 4, 8, 16 or 32. By default 32 where one side has at most 8 channels, 16 up
+            to 64 channels, 8 beyond.
 
     Example:
         >>> kernel = torch.full((1, 1, 3, 3), 1 / 9)
@@ -358,6 +358,10 @@ class ConvPowerIteration(ConvNorm):
 
     Cost: two convolutions of one image per step.
 
+    References:
+        Gouk, Frank, Pfahringer, Cree. Regularisation of neural networks by enforcing Lipschitz
+        continuity, 2021. Behrmann et al. Invertible residual networks, 2019.
+
     Args:
         image_size: (H, W) of the images.
         padding_mode: 'zeros' or 'circular', that of the layer.
@@ -366,10 +370,6 @@ class ConvPowerIteration(ConvNorm):
 
     Raises:
         ValueError: if a size, a number of steps or the padding mode makes no sense.
-
-    References:
-        Gouk, Frank, Pfahringer, Cree. Regularisation of neural networks by enforcing Lipschitz
-        continuity, 2021. Behrmann et al. Invertible residual networks, 2019.
     """
 
     image_size: tuple[int, int]

@@ -49,6 +49,9 @@ class LipschitzDenseNet(LipschitzNet):
     Units are balanced by learned scales t, t a(z / t), and a context shifts every layer and
     stretches every hidden unit, as in `LipschitzMLP`: neither changes a bound of a slope.
 
+    References:
+        Perugachi-Diaz, Tomczak, Bhulai. Invertible DenseNets with concatenated LipSwish, 2021.
+
     Args:
         features: number of inputs and outputs.
         hidden_features: what each hidden layer adds, before an activation widens it.
@@ -64,9 +67,6 @@ class LipschitzDenseNet(LipschitzNet):
 
     Raises:
         ValueError: if a size is not positive or `coeff` is not in (0, 1).
-
-    References:
-        Perugachi-Diaz, Tomczak, Bhulai. Invertible DenseNets with concatenated LipSwish, 2021.
 
     Example:
         >>> import torch

@@ -51,6 +51,11 @@ class LipschitzMLP(LayeredNet):
     Stateless (unless `norm` is a `PowerIteration`): no buffer to update, the same function in
     training and evaluation, before and after loading a state_dict.
 
+    References:
+        Behrmann et al. Invertible residual networks, 2019 (normalising each layer).
+        Fazlyab et al. Efficient and accurate estimation of Lipschitz constants, 2019 (diagonal
+        multipliers, here learned).
+
     Args:
         features: number of inputs and outputs.
         hidden_features: width of each hidden layer.
@@ -66,11 +71,6 @@ class LipschitzMLP(LayeredNet):
 
     Raises:
         ValueError: if a size is not positive or `coeff` is not in (0, 1).
-
-    References:
-        Behrmann et al. Invertible residual networks, 2019 (normalising each layer).
-        Fazlyab et al. Efficient and accurate estimation of Lipschitz constants, 2019 (diagonal
-        multipliers, here learned).
 
     Example:
         >>> import torch

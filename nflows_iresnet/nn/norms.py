@@ -300,13 +300,13 @@ class PowerIteration(MatrixNorm):
 
     Cost: two matrix-vector products per step.
 
-    Args:
-        num_steps: iterations per training step.
-        num_initial_steps: iterations when the buffers are made.
-
     References:
         Miyato, Kataoka, Koyama, Yoshida. Spectral normalization for generative adversarial
         networks, 2018. Behrmann et al. Invertible residual networks, 2019.
+
+    Args:
+        num_steps: iterations per training step.
+        num_initial_steps: iterations when the buffers are made.
     """
 
     num_steps: int = 1
@@ -378,12 +378,12 @@ class SchattenNorm(MatrixNorm):
     n = 512 in float32. It needs e (4 + sqrt(n)) <= 1, true for n < 10^6 in float64 and for all n
     that float32 is used for. Proof: docs/guarantees.md#rounding-of-the-schatten-norm.
 
-    Args:
-        num_squarings: s.
-
     References:
         Delattre, Barthelemy, Araujo, Allauzen. Efficient bound of Lipschitz constant for
         convolutional layers by Gram iteration, 2023 (the iteration; the gradient here is exact).
+
+    Args:
+        num_squarings: s.
     """
 
     num_squarings: int = 7

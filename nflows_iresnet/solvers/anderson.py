@@ -196,14 +196,14 @@ class Anderson(Solver):
 
     Cost: one evaluation of f per step, and a least-squares problem of size `history` per row.
 
+    References:
+        Anderson. Iterative procedures for nonlinear integral equations, 1965.
+        Walker, Ni. Anderson acceleration for fixed-point iterations, 2011.
+
     Args:
         history: how many differences are combined, at most the number of dimensions. Linear maps
             of L = 0.97 in 6 dimensions (float64): 920 plain steps, 880 with 1, 615 with 2, 33 with
             5; trained 2-D blocks: 70, 24 and, with 2, 10.
-
-    References:
-        Anderson. Iterative procedures for nonlinear integral equations, 1965.
-        Walker, Ni. Anderson acceleration for fixed-point iterations, 2011.
 
     Example:
         >>> import torch

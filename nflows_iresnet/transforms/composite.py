@@ -40,6 +40,9 @@ class CompositeTransform(_NflowsCompositeTransform):
     A transform takes part that has a `net`, an `estimator`, and an attribute `takes_function` that
     is true: its `forward` and `inverse` then get g as `function=`.
 
+    References:
+        Chen, Xu, Zhang, Guestrin. Training deep nets with sublinear memory cost, 2016.
+
     Args:
         transforms: the transforms, from data to noise.
         recompute: keep only the inputs of each residual block for the backward pass, and evaluate
@@ -47,9 +50,6 @@ class CompositeTransform(_NflowsCompositeTransform):
             for activations is that of one block, whatever the depth, for 34 to 59 % more time.
             Same gradients. It concerns the blocks that are bound together, not what is nested in
             other transforms or overrides methods.
-
-    References:
-        Chen, Xu, Zhang, Guestrin. Training deep nets with sublinear memory cost, 2016.
 
     Example:
         >>> from nflows_iresnet.nn import LipschitzMLP

@@ -159,14 +159,14 @@ class LogitTransform(SettingsInState, Transform):
     digits. nflows' `Logit` clamps its inputs, where it has no inverse, and keeps its temperature
     outside its buffers, on the CPU.
 
+    References:
+        Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP, 2017.
+
     Args:
         levels: how many values a pixel took before its noise.
         alpha: distance that keeps the logit finite, in (0, 0.5). A small one, such as 1e-6, spreads
             the noise of a pixel at either end over the width that a normal density has; with 0.05
             it stays within 0.07, and the flow has to stretch it fiftyfold.
-
-    References:
-        Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP, 2017.
 
     Example:
         >>> logit = LogitTransform(levels=256)
@@ -379,12 +379,12 @@ class InjectivePadding(Transform):
     Injective, not bijective: an isometry onto its range, with log-determinant 0. A model with this
     transform classifies and inverts, but has no density on all of the padded space.
 
+    References:
+        Jacobsen, Smeulders, Oyallon. i-RevNet: Deep invertible networks, 2018.
+
     Args:
         channels: how many channels of zeros are appended.
         tolerance: the largest value in those channels that `inverse` takes for zero.
-
-    References:
-        Jacobsen, Smeulders, Oyallon. i-RevNet: Deep invertible networks, 2018.
 
     Example:
         >>> padding = InjectivePadding(2)

@@ -85,6 +85,11 @@ class LinearTransform(Transform):
     computes in the precision of its weights, inside autocast too. `CompositeTransform` computes
     the W of all its linear maps together.
 
+    References:
+        Kingma, Dhariwal. Glow: Generative flow with invertible 1x1 convolutions, 2018.
+        Oliva et al. Transformation autoregressive networks, 2018.
+        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
+
     Args:
         features: number F of features (B, F), or of channels (B, F, H, W).
         initialization: "identity", or "whitening" of the first batch in training mode.
@@ -92,11 +97,6 @@ class LinearTransform(Transform):
 
     Raises:
         ValueError: if `features` is not positive, or `initialization` is unknown.
-
-    References:
-        Kingma, Dhariwal. Glow: Generative flow with invertible 1x1 convolutions, 2018.
-        Oliva et al. Transformation autoregressive networks, 2018.
-        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
 
     Example:
         >>> linear = LinearTransform(2, initialization="whitening")

@@ -46,14 +46,14 @@ class MonotoneTransform(ResidualTransform):
     `Exact`) to 2.9 times (with the roulette) as long as that of a `ResidualTransform` with the same
     g, in a trained flow 3.5 times. On a GPU the solver waits for the device.
 
+    References:
+        Ahn, Kim, Chung, Lee, Yun. Invertible monotone operators for normalizing flows, 2022.
+        Ryu, Boyd. A primer on monotone operator methods, 2016 (the Cayley operator).
+
     Args:
         net: g, as for `ResidualTransform`.
         estimator: the strategy for the log-determinant; `logdet.Auto()` by default.
         solver: the strategy for both directions; `solvers.Anderson()` by default.
-
-    References:
-        Ahn, Kim, Chung, Lee, Yun. Invertible monotone operators for normalizing flows, 2022.
-        Ryu, Boyd. A primer on monotone operator methods, 2016 (the Cayley operator).
 
     Example:
         >>> from nflows_iresnet.nn import LipschitzMLP

@@ -48,15 +48,15 @@ class ActNorm(_NflowsActNorm):
       (three `all_reduce`, in which every process takes part, and all of them raise if one has to).
     * Once started, a forward pass neither waits for the device nor breaks a compiled graph.
 
+    References:
+        Kingma, Dhariwal. Glow: Generative flow with invertible 1x1 convolutions, 2018.
+
     Args:
         features: number of features (B, F), or of channels (B, C, H, W).
 
     Raises:
         ValueError: if `features` is not positive; in use, if inputs have another shape or precision
             than scale and shift, or the first batch is not finite.
-
-    References:
-        Kingma, Dhariwal. Glow: Generative flow with invertible 1x1 convolutions, 2018.
 
     Example:
         >>> norm = ActNorm(2)

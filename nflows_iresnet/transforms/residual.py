@@ -60,16 +60,16 @@ class ResidualTransform(Transform):
     Cost: forward is one evaluation of g plus the estimator's; inverse is the solver's number of
     evaluations, plus one forward.
 
+    References:
+        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
+        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
+        Bai, Kolter, Koltun. Deep equilibrium models, 2019 (implicit differentiation).
+
     Args:
         net: g, a module of (inputs) or (inputs, context) that maps (B, *) to (B, *) row by row,
             with Lip(g) < 1 in inputs. Networks of `nflows_iresnet.nn` guarantee that.
         estimator: the strategy for the log-determinant; `logdet.Auto()` by default.
         solver: the strategy for the inverse; `solvers.Anderson()` by default.
-
-    References:
-        Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen. Invertible residual networks, 2019.
-        Chen, Behrmann, Duvenaud, Jacobsen. Residual flows for invertible generative modeling, 2019.
-        Bai, Kolter, Koltun. Deep equilibrium models, 2019 (implicit differentiation).
 
     Example:
         >>> import torch

@@ -86,6 +86,10 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
     log-determinant are exact but for the rounding of what goes in and comes out; the inverse
     amplifies that of y by 1 / S_j', which `lipschitz_constants` bounds.
 
+    References:
+        Gregory, Delbourgo. Piecewise rational quadratic interpolation to monotonic data, 1982.
+        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
+
     Args:
         features: number of features of x.
         num_bins: K.
@@ -97,10 +101,6 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
             `initialization` is unknown; in use, if inputs have another shape or precision than the
             parameters, or the first batch is not finite; from `load_state_dict` a RuntimeError, if
             the state is that of another `bound`.
-
-    References:
-        Gregory, Delbourgo. Piecewise rational quadratic interpolation to monotonic data, 1982.
-        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
 
     Example:
         >>> inputs = torch.randn(5, 3)

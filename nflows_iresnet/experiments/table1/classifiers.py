@@ -73,12 +73,12 @@ class Size:
 class ResNet(nn.Module):
     """Stem, then per scale one strided and `num_blocks - 1` plain blocks, mean, linear map.
 
+    References:
+        He, Zhang, Ren, Sun. Deep residual learning for image recognition, 2016.
+
     Args:
         size: what it has in common with the others; `num_scales` halvings, each doubles the width.
         width: channels of the stem.
-
-    References:
-        He, Zhang, Ren, Sun. Deep residual learning for image recognition, 2016.
     """
 
     def __init__(self, size: Size, width: int) -> None:
