@@ -50,7 +50,7 @@ def _run(argv: Sequence[str]) -> int:
         with EndsTheProcess():
             parsed = options.parse(argv)
             if parsed.list:
-                print(parsed.catalogue())
+                print(parsed.catalogue(), flush=True)
                 return 0
             from importlib import import_module
 
