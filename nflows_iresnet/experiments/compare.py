@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nflows_iresnet import interruption
-from nflows_iresnet.experiments import parallel, runs
+from nflows_iresnet.experiments import checkpoints, parallel, runs
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import RunConfig, UsageError
 from nflows_iresnet.experiments.environment import check_extra
@@ -132,17 +132,14 @@ def open_session(parsed: CompareOptions) -> Session:
         folder.refuse_results(Record.from_json)
     seconds = 60.0 * parsed.checkpoint_minutes
     session = Session(config, prepared, folder, record, parsed.quiet, seconds, parsed.jobs)
-    keepers = session.keepers(session.pending)
-    if parsed.resume:
-        for keeper in keepers:
-            keeper.load()
-    if parsed.dask is not None:
-        session.cluster = parallel.connect(parsed.dask)
-    folder.create()
-    folder.save_record(record)
-    if not parsed.resume:
-        for keeper in keepers:
-            keeper.discard()
+
+    def write() -> None:
+        if parsed.dask is not None:
+            session.cluster = parallel.connect(parsed.dask)
+        folder.create()
+        folder.save_record(record)
+
+    checkpoints.begin(session.keepers(session.pending), write, resume=parsed.resume)
     return session
 
 

@@ -11,7 +11,7 @@ import torch
 
 from nflows_iresnet import datasets, interruption
 from nflows_iresnet.datasets import ImageDataset
-from nflows_iresnet.experiments import published
+from nflows_iresnet.experiments import checkpoints, published
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.environment import check_extra
@@ -135,15 +135,13 @@ def open_session(parsed: Table1Options) -> Session:
     for build in builders(settings.coeffs).values():
         build(Size.of(data[0], settings))  # an impossible size is said before anything is trained
     session = Session(settings, data, folder, record, parsed.quiet)
+
+    def write() -> None:
+        folder.create()
+        session.save(record)
+
     keepers = [session.keeper(key) for key in session.pending]
-    if parsed.resume:
-        for keeper in keepers:
-            keeper.load()
-    folder.create()
-    session.save(record)
-    if not parsed.resume:
-        for keeper in keepers:
-            keeper.discard()
+    checkpoints.begin(keepers, write, resume=parsed.resume)
     return session
 
 
