@@ -184,6 +184,8 @@ class TrainingPlan:
             those of the CPU, which other processes do not lengthen.
         validates_start: whether the state before the first step may be the best, which a flow that
             was trained before needs.
+        cooldown: when patience ends, how much longer, as a part of what is done, the training goes
+            on from its best state while the learning rate falls to zero; 0 ends it at once.
     """
 
     learning_rate: float
@@ -196,6 +198,7 @@ class TrainingPlan:
     tf32: bool = False
     clock: Callable[[], float] = time.perf_counter
     validates_start: bool = False
+    cooldown: float = 0.0
 
     def learning_rate_at(self, progress: float) -> float:
         """Return the learning rate, warmed up and annealed by a cosine."""
@@ -204,7 +207,11 @@ class TrainingPlan:
     def factor_at(self, progress: float) -> float:
         """Return the learning rate as a fraction of the initial one."""
         rising = 1.0 if progress >= self.warmup else max(0.1, progress / self.warmup)
-        return 0.5 * rising * (1.0 + math.cos(math.pi * progress))
+        return rising * _annealed(progress)
+
+
+def _annealed(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 # --- what happened --------------------------------------------------------------------------------
@@ -240,8 +247,8 @@ class History:
         curve: the validations, in order.
         is_captured: whether a step was one CUDA graph.
         capture_reason: why it was not, None where it was, and on a CPU.
-        stopped: "length" at the end of the schedule, "patience" without a new best for so long,
-            "interrupted" by Ctrl-C.
+        stopped: "length" at the end of the schedule, "patience" without a new best for so long (and
+            after the cooldown, if there is one), "interrupted" by Ctrl-C.
     """
 
     steps: int
@@ -506,6 +513,11 @@ class WeightAverage:
         """Return everything that `load_state_dict` needs."""
         return self._averaged.state_dict()
 
+    def restart(self) -> None:
+        """Forget all parameters that were taken in."""
+        self._averaged.n_averaged.zero_()
+        self._count = 0
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved average."""
         self._averaged.load_state_dict(state)
@@ -643,14 +655,34 @@ class _Progress:
     best_state: dict[str, Any] | None = None
     best: CurvePoint | None = None
     validated: int = 0
+    cools_from: float | None = None
+    """The part that was done when patience ended and a cooldown began."""
 
     @property
     def done(self) -> float:
         return self.plan.length.progress(self.begun, self.elapsed)
 
     @property
+    def rate_factor(self) -> float:
+        """The learning rate of the next step as a fraction of the initial one."""
+        start = self.cools_from
+        if start is None:
+            return self.plan.factor_at(self.done)
+        return self.plan.factor_at(start) * _annealed((self.done - start) / (self._end - start))
+
+    @property
+    def _end(self) -> float:
+        """The part of the schedule after which the training ends."""
+        start = self.cools_from
+        return 1.0 if start is None else min(start * (1.0 + self.plan.cooldown), 1.0)
+
+    @property
+    def _is_cool(self) -> bool:
+        return self.cools_from is not None and self.done >= self._end - 1e-9
+
+    @property
     def due(self) -> bool:
-        return self.done >= 1.0 or self._intervals > self.validated
+        return self.done >= 1.0 or self._is_cool or self._intervals > self.validated
 
     @property
     def _intervals(self) -> int:
@@ -662,7 +694,14 @@ class _Progress:
         """Why the training is at its end, None if it is not."""
         if self.done >= 1.0:
             return "length"
-        return "patience" if self._stale >= self.plan.patience else None
+        is_stale = self.cools_from is None and self._stale >= self.plan.patience
+        return "patience" if is_stale or self._is_cool else None
+
+    @property
+    def is_to_cool_down(self) -> bool:
+        """Whether patience has ended where a cooldown can follow."""
+        can_follow = self.plan.cooldown > 0 and self.cools_from is None and self.done > 0
+        return can_follow and self.best is not None and self.stopped == "patience"
 
     @property
     def trained(self) -> list[CurvePoint]:
@@ -700,6 +739,7 @@ class _Progress:
             "best": None if self.best is None else self.curve.index(self.best),
             "best_state": self.best_state,
             "validated": self.validated,
+            "cools_from": self.cools_from,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -709,6 +749,7 @@ class _Progress:
         self.curve = [CurvePoint(**point) for point in state["curve"]]
         self.best = None if state["best"] is None else self.curve[state["best"]]
         self.best_state, self.validated = state["best_state"], state["validated"]
+        self.cools_from = state.get("cools_from")
         self.begun = len(self.seconds)
 
 
@@ -761,7 +802,7 @@ class Training:
         """Take a step; on a GPU it may still be computed."""
         if not self._unseen:
             self._since = self.plan.clock()
-        factor = self.plan.factor_at(self.progress.done)
+        factor = self.progress.rate_factor
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             set_learning_rate(group, rate * factor)
         batch = next(self.stream)
@@ -809,12 +850,24 @@ class Training:
             )
 
     def validate(self) -> None:
-        """Validate the average of the weights, in the first process; keep it if it is the best."""
+        """Validate the average of the weights, in the first process; keep it if it is the best.
+
+        Where patience ends and the plan has a cooldown, that begins.
+        """
         with nullcontext() if self.average is None else self.average.applied():
             self.model.train(False)
             self.processes.agree_on_state(self.model, of_buffers=True)
             self.progress.add_validation(self.model, self.processes.first(self._validate))
             self.model.train()
+        if self.progress.is_to_cool_down:
+            self._cool_down()
+
+    def _cool_down(self) -> None:
+        """Go back to the best state, from which the rest of the training anneals the rate."""
+        self.progress.cools_from = self.progress.done
+        self.model.load_state_dict(self.progress.best_state)
+        if self.average is not None:
+            self.average.restart()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs."""
@@ -978,6 +1031,7 @@ def fit(
     average_decay: float | None = 0.999,
     validations: int = 50,
     patience: int = 10,
+    cooldown: float = 0.0,
     initialize: bool = True,
     seed: int | None = 0,
     after_step: Callable[[], None] = lambda: None,
@@ -994,6 +1048,16 @@ def fit(
     with d = min(`average_decay`, t / (t + 10)). The training ends with the steps or the time, or
     earlier: after `patience` validations without a new best. The best state is restored, which may
     be the one before the first step: a flow that was trained before does not come back worse.
+
+    **Cooldown.** When patience ends the rate has not fallen to its end, and the best state is that
+    of a high rate, worse than an annealed one. With a `cooldown` c the training then goes back to
+    its best state and goes on from there for a tail: c times as long as it was until then, in steps
+    where `max_steps` is the length and in seconds where `max_seconds` is, and never beyond that
+    length. In the tail the rate falls by a cosine from what it was when patience ended to zero; the
+    optimiser goes on with its moments, the batches with the next one, and the average starts anew.
+    Validations come as before, and one at the end of the tail; patience does not count any more. So
+    2,500 steps until patience ends and c = 0.2 are 3,000 steps in all. What the tail finds is kept
+    if it is better. It is for small data, which a high rate learns by heart before it falls.
 
     On CUDA a step is one graph where that can be (`graphs.GraphedStep`); `capture_reason` of the
     history says why not.
@@ -1051,6 +1115,8 @@ def fit(
         average_decay: in [0, 1); None validates and keeps the weights themselves.
         validations: how often the flow is validated, at equal intervals of the schedule.
         patience: validations without a new best after which training stops.
+        cooldown: how long the training then anneals its rate from the best state, as a part of what
+            is done, 0.2 for example; 0 stops at once.
         initialize: whether a flow with parts that start from data (`flow.initialize`), one of which
             has not started, is started from the first 5,000 rows of `train`.
         seed: of all that is random in the training, so that the same call on the same weights gives
@@ -1082,6 +1148,8 @@ def fit(
     )
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a part of the training, in [0, 1), got {warmup}")
+    if not 0 <= cooldown < math.inf:
+        raise ValueError(f"cooldown must be a part of the training, 0 or more, got {cooldown}")
     processes, like = Processes.present(), _largest_parameter(flow)
     given = _Given(train, like, "training", processes)
     with seeded(seed, like.device):
@@ -1097,6 +1165,7 @@ def fit(
             average_decay=average_decay,
             warmup=warmup,
             validates_start=_has_started(flow),
+            cooldown=cooldown,
         )
         size = validated_size("batch_size", batch_size)
         validate = validation if callable(validation) else _Validator(validation, like, loss)

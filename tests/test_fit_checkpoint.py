@@ -67,7 +67,8 @@ def trained(
             stop()
 
     given: dict[str, Any] = {"max_steps": STEPS, "validations": 3, "batch_size": 16, **options}
-    history = fit(flow, train, ROWS[:20], on_step=count, checkpoint=path, **given)
+    validation = given.pop("validation", ROWS[:20])
+    history = fit(flow, train, validation, on_step=count, checkpoint=path, **given)
     return history, flow.state_dict()
 
 
@@ -105,6 +106,22 @@ def test_a_training_that_crashed_goes_on_from_its_last_checkpoint(
     assert_same(trained(path), trained(None))
 
 
+@pytest.mark.parametrize("stop_after", [4, 6])
+def test_a_training_that_was_interrupted_in_its_cooldown_goes_on(
+    stop_after: int, tmp_path: Path
+) -> None:
+    """Patience ends at step 4, and the cooldown at step 8."""
+    path, values = tmp_path / "fit.pt", [9.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.5, 0.4]
+    options: dict[str, Any] = {"validations": STEPS, "patience": 3, "cooldown": 1.0}
+    first, second = iter(values), iter(values)
+    straight = trained(None, validation=lambda flow: next(first), **options)
+    assert (straight[0].stopped, straight[0].steps, straight[0].best_step) == ("patience", 8, 8)
+    options["validation"] = lambda flow: next(second)
+    stopped, _ = trained(path, stop_after=stop_after, **options)
+    assert (stopped.stopped, stopped.steps, stopped.best_step) == ("interrupted", stop_after, 1)
+    assert_same(trained(path, **options), straight)
+
+
 def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
     path = tmp_path / "fit.pt"
     finished = trained(path)
@@ -135,6 +152,7 @@ def test_a_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
         ({"max_steps": 99}, "length"),
         ({"seed": 1}, "seed"),
         ({"average_decay": None}, "average_decay"),
+        ({"cooldown": 0.2}, "cooldown"),
         ({"train": ROWS + 1}, "training rows"),
         ({"train": list(ROWS.split(16))}, "training rows"),
     ],
