@@ -38,6 +38,18 @@ def negative_log_likelihood(flow: Any, batch: Tensor, context: Tensor | None = N
     return -log_prob.mean()
 
 
+def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those parameters that are trained.
+
+    Raises:
+        ValueError: there are none.
+    """
+    trained = [each for each in parameters if each.requires_grad]
+    if not trained:
+        raise ValueError("nothing is to be trained: no parameter requires a gradient")
+    return trained
+
+
 class GraphedStep:
     """One step of training: as one CUDA graph where that is possible, as it is elsewhere.
 
@@ -223,10 +235,7 @@ class EagerStep:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained."""
-        trained = [each for each in self._every_parameter() if each.requires_grad]
-        if not trained:
-            raise ValueError("nothing is to be trained: no parameter requires a gradient")
-        return trained
+        return trainable(self._every_parameter())
 
     def _every_parameter(self) -> list[nn.Parameter]:
         """Return the model's parameters and the optimiser's, each once."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ STATUS = 130
 """What shells report of a command that Ctrl-C ended."""
 BEFORE_TRAINING = "nflows-iresnet: interrupted before anything was trained"
 _POSTPONED = "finishing this step, then saving a checkpoint"
+SECONDS_OF_ONE_PRESS = 0.5
+"""Launchers pass on to their processes what the terminal has told those already."""
 
 
 class Handled:
@@ -82,6 +85,24 @@ class Postponed(Handled):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _say(f"\ninterrupted: {self._what_follows} (Ctrl-C again stops at once)\n")
         self._tell()
+
+
+class Noted(Handled):
+    """Ctrl-C in the block is noted, and the second one is raised at once."""
+
+    _first: float | None = None
+
+    @property
+    def was_pressed(self) -> bool:
+        """Whether it was."""
+        return self._first is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif now - self._first > SECONDS_OF_ONE_PRESS:
+            raise KeyboardInterrupt
 
 
 class Ignored:

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "classifiers": FOUNDATIONS | {"nflows", "logdet", "solvers", "nn", "transforms"},
     "graphs": FOUNDATIONS
     | {"nflows", "logdet", "solvers", "nn", "transforms", "flows", "classifiers", "interop"},
-    "training": FOUNDATIONS | {"logdet", "transforms", "graphs", "interruption"},
+    "files": set(),
+    "training": FOUNDATIONS | {"logdet", "transforms", "graphs", "interruption", "files"},
     "interop": FOUNDATIONS
     | {"nflows", "normflows", "transforms", "flows", "nn", "logdet", "solvers", "sbi"},
 }

@@ -16,7 +16,7 @@ from nflows.flows import MaskedAutoregressiveFlow
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nflows_iresnet import ResidualFlow, logdet, training, transforms
+from nflows_iresnet import ResidualFlow, interruption, logdet, transforms
 from nflows_iresnet.nn import PowerIteration
 from nflows_iresnet.training import (
     Batches,
@@ -531,7 +531,7 @@ def test_a_signal_ends_the_training_after_its_step() -> None:
 
 
 def test_a_second_signal_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_SECONDS_OF_ONE_PRESS", -1.0)
+    monkeypatch.setattr(interruption, "SECONDS_OF_ONE_PRESS", -1.0)
     seen: list[float] = []
 
     def press_twice() -> None:

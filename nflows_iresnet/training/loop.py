@@ -1,0 +1,453 @@
+"""The loop: steps of the optimiser, the average of the weights, validations, checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import Parameter
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nflows_iresnet import precision
+from nflows_iresnet.graphs import EagerStep, Loss, negative_log_likelihood, trainable
+from nflows_iresnet.training.processes import ALONE, Processes, random_state, set_random_state
+from nflows_iresnet.training.progress import (
+    REMEDY,
+    History,
+    Progress,
+    TrainingDivergedError,
+    TrainingPlan,
+)
+
+STEPS_BETWEEN_LOOKS = 8
+"""On a GPU, which is let run ahead: to look at a loss is to wait for it."""
+
+
+class WeightAverage(AveragedModel):
+    r"""a_t = d_t a_{t-1} + (1 - d_t) w_t with d_t = min(decay, t / (t + 10)), a_0 = w_0.
+
+    The decay grows from zero, so that the random start is soon forgotten. Parameters alone are
+    averaged: buffers, certificates and whatever else a model holds stay its own, and are right
+    because the averages are put into the model itself while they are needed.
+
+    References:
+        Polyak, Juditsky. Acceleration of stochastic approximation by averaging, 1992.
+
+    Args:
+        parameters: what is averaged.
+        decay: the final d, in [0, 1).
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        trained = nn.ParameterList(parameters)
+        super().__init__(trained, multi_avg_fn=get_ema_multi_avg_fn(0.0))
+        self._decay, self._trained = decay, [trained]  # in a list: no part of the state
+
+    def update(self) -> None:
+        """Take in the present parameters."""
+        count = int(self.n_averaged)
+        decay = min(self._decay, count / (count + 10))
+        self.multi_avg_fn = get_ema_multi_avg_fn(decay)
+        self.update_parameters(self._trained[0])
+
+    def restart(self) -> None:
+        """Forget all parameters that were taken in."""
+        self.n_averaged.zero_()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the model for the duration of a block."""
+        trained = [parameter.detach().clone() for parameter in self._trained[0]]
+        self._put(self.module.parameters())
+        try:
+            yield
+        finally:
+            self._put(trained)
+
+    @torch.no_grad()
+    def _put(self, values: Iterable[Tensor]) -> None:
+        for parameter, value in zip(self._trained[0], values, strict=True):
+            parameter.copy_(value)
+
+
+def adam(parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.Adam:
+    """Return Adam; on a GPU one that a graph can hold, with the learning rate in a tensor."""
+    trained = trainable(parameters)
+    device = trained[0].device
+    if device.type != "cuda":
+        return torch.optim.Adam(trained, lr=learning_rate)
+    rate = torch.tensor(learning_rate, device=device)
+    return torch.optim.Adam(trained, lr=rate, capturable=True, foreach=True)
+
+
+def set_learning_rate(group: dict[str, Any], learning_rate: float) -> None:
+    """Set the learning rate of a group; a tensor keeps its place, which a graph reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(learning_rate)
+    else:
+        group["lr"] = learning_rate
+
+
+class Stepper:
+    """Optimiser steps of one model: on a GPU from the second on one graph, where that can be.
+
+    The first step shows ActNorm its first batch and fills the state of the optimiser, neither of
+    which a graph can hold.
+
+    Args:
+        model: in training mode.
+        optimizer: of its parameters.
+        clip_norm: largest norm of the gradient, None for no clipping.
+        loss: of (model, *batch), a scalar.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float | None,
+        loss: Loss = negative_log_likelihood,
+    ) -> None:
+        self._eager = EagerStep(model, optimizer, loss, clip_norm)
+        self._step: Callable[..., Tensor] = self._eager
+        self._steps = 0
+        self._refused: str | None = None
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Take a step and return its loss, which the device may still be computing."""
+        self._steps += 1
+        if batch[0].is_cuda and self._steps == 2:
+            self._step = self._graphed(*batch)
+        return self._step(*batch)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a step is one graph."""
+        return bool(getattr(self._step, "is_captured", False))
+
+    @property
+    def capture_reason(self) -> str | None:
+        """Why it is not, None where it is, and on a CPU."""
+        reason: str | None = getattr(self._step, "reason", self._refused)
+        return None if self.is_captured else reason
+
+    def _graphed(self, *batch: Tensor) -> Callable[..., Tensor]:
+        from nflows_iresnet.graphs import GraphedStep
+
+        step = self._eager
+        options: dict[str, Any] = {"loss": step.loss, "max_grad_norm": step.max_grad_norm}
+        if len(batch) > 1:
+            options["context"] = batch[1]
+        try:
+            return GraphedStep(step.flow, step.optimizer, batch[0], **options)
+        except (ValueError, RuntimeError) as error:
+            first, *_ = str(error).splitlines() or ["no message"]
+            self._refused = f"{type(error).__name__}: {first}"
+            return step
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+class Keeper(Protocol):
+    """Keeps the last checkpoint of a training."""
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for another one."""
+
+    def save(self, state: dict[str, Any], /) -> None:
+        """Replace the checkpoint."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the checkpoint, None if there is none."""
+
+    def damaged(self) -> Exception:
+        """Return the error that says that the checkpoint is damaged."""
+
+
+class Interruption(AbstractContextManager[object], Protocol):
+    """Says whether somebody wants the training to stop at the end of its step."""
+
+    @property
+    def was_pressed(self) -> bool:
+        """Whether it is to stop."""
+
+
+class _Never(nullcontext[None]):
+    """Nobody wants it to stop."""
+
+    was_pressed = False
+
+
+class Training:
+    """A training under way: everything that a checkpoint holds.
+
+    Args:
+        model: trained in place.
+        stream: batches for ever, each a tensor or a tuple; with `state_dict` if there are
+            checkpoints.
+        plan: how to train.
+        validate: returns the NLL of the validation rows in nats; it must leave the global
+            generators as they were.
+        optimizer: of the model's parameters; Adam by default.
+        loss: of (model, *batch), a scalar; by default the mean negative log-likelihood.
+        after_step: called after each step of the optimiser.
+        processes: that train the model together, each with batches of its own.
+
+    Raises:
+        ValueError: the optimiser needs a closure, or nothing is to be trained.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stream: Iterator[Any],
+        plan: TrainingPlan,
+        validate: Callable[[], float],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss: Loss = negative_log_likelihood,
+        after_step: Callable[[], None] = lambda: None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.model, self.stream, self.plan, self.processes = model, stream, plan, processes
+        self.optimizer = optimizer or adam(model.parameters(), plan.learning_rate)
+        _require_no_closure(self.optimizer)
+        if processes.count > 1:
+            model, loss = DistributedDataParallel(_Loss(model, loss)), _forward
+        self.stepper = Stepper(model, self.optimizer, plan.clip_norm, loss)
+        self.progress = Progress(plan)
+        decay = plan.average_decay
+        self.average = None if decay is None else WeightAverage(self.model.parameters(), decay)
+        self._validate, self._after_step = validate, after_step
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._unseen: list[Tensor] = []
+        self._since = 0.0
+
+    def step(self) -> None:
+        """Take a step; on a GPU it may still be computed."""
+        if not self._unseen:
+            self._since = self.plan.clock()
+        self.scale_rates(self.progress.rate_factor)
+        batch = next(self.stream)
+        with precision.allow_tf32_in_training() if self.plan.tf32 else nullcontext():
+            loss = self.stepper(*(batch if isinstance(batch, tuple) else (batch,)))
+        self._unseen.append(loss)
+        if self.processes.count > 1 and self.progress.begun == 0:
+            self._require_every_gradient()
+        self._after_step()
+        if self.average is not None:
+            self.average.update()
+        self.progress.begun += 1
+
+    @property
+    def is_to_be_looked_at(self) -> bool:
+        """Whether the host has to know the losses now, or waits for nothing by asking."""
+        on_gpu = self._unseen[-1].is_cuda
+        return not on_gpu or len(self._unseen) >= STEPS_BETWEEN_LOOKS or self.progress.due
+
+    def look(self, *wishes: bool) -> tuple[float, list[bool]]:
+        """Take in the losses of the steps since the last look; return the last, and the wishes.
+
+        Processes agree on them: on the mean of their losses, the time of the first, and whether
+        anyone has a wish.
+        """
+        mine: list[float] = torch.stack(self._unseen).tolist()
+        self._unseen.clear()
+        seconds = self.plan.clock() - self._since
+        every = self.processes.of_all((seconds, wishes, mine))
+        losses = [sum(each) / len(each) for each in zip(*(one[2] for one in every), strict=True)]
+        self.progress.add_steps(every[0][0], losses)
+        return losses[-1], [any(each) for each in zip(*(one[1] for one in every), strict=True)]
+
+    def _require_every_gradient(self) -> None:
+        names = [
+            name
+            for name, each in self.model.named_parameters()
+            if each.requires_grad and each.grad is None
+        ]
+        if names:
+            raise ValueError(
+                f"the loss does not use {', '.join(names)}, whose gradients processes would wait "
+                "for: freeze them (requires_grad_(False)) to train over several processes"
+            )
+
+    def validate(self) -> None:
+        """Validate the average of the weights, in the first process; keep it if it is the best.
+
+        Where patience ends and the plan has a cooldown, that begins.
+        """
+        with nullcontext() if self.average is None else self.average.applied():
+            self.model.train(False)
+            self.processes.agree_on_state(self.model, of_buffers=True)
+            self.progress.add_validation(self.model, self.processes.first(self._validate))
+            self.model.train()
+        if self.progress.is_to_cool_down:
+            self._cool_down()
+
+    def _cool_down(self) -> None:
+        """Go back to the best state, from which the rest of the training anneals the rate."""
+        self.progress.cools_from = self.progress.done
+        self.model.load_state_dict(self.progress.best_state)
+        if self.average is not None:
+            self.average.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that `load_state_dict` needs."""
+        stream: Any = self.stream
+        own = {"stream": stream.state_dict(), "random": random_state()}
+        first, *others = self.processes.of_all(own)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "progress": self.progress.state_dict(),
+            **first,
+            "others": others,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved training."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for name in ("model", "optimizer", "progress"):
+            getattr(self, name).load_state_dict(state[name])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # a number on the device stays there; each step sets it
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        own, stream = [state, *state.get("others", [])][self.processes.rank], cast(Any, self.stream)
+        stream.load_state_dict(own["stream"])
+        set_random_state(own["random"])
+
+    def scale_rates(self, factor: float) -> None:
+        """Give the optimiser a part of the learning rates that it had before the schedule."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            set_learning_rate(group, rate * factor)
+
+
+def _require_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} needs a closure, with which it evaluates the loss of a "
+            "batch several times a step: give an optimiser that takes one gradient a step, such as "
+            "torch.optim.Adam"
+        )
+
+
+def run(
+    training: Training,
+    on_step: Callable[[float, float], None] = lambda done, loss: None,
+    keeper: Keeper | None = None,
+    interruption: Interruption | None = None,
+) -> History:
+    """Train to the end and restore the best state.
+
+    Args:
+        training: what is trained, and how.
+        on_step: called after each step with the fraction done and the loss in nats.
+        keeper: keeps checkpoints, and holds the one to go on from, if there is one: the training
+            then goes on exactly as if it had not been interrupted (bit for bit on a CPU).
+        interruption: says at the end of each step whether to stop, after a checkpoint.
+
+    Returns:
+        The history; after an interruption that raises nothing, what was reached.
+
+    Raises:
+        TrainingDivergedError: a loss, or every validation, was not finite.
+    """
+    if keeper is not None:
+        _take_up(training, keeper)
+    processes, progress = training.processes, training.progress
+    is_alone = processes.count == 1
+    training.model.train()
+    wish = interruption or _Never()
+    with wish:
+        if training.plan.validates_start and not progress.curve and not progress.begun:
+            training.validate()
+        while progress.stopped is None:
+            training.step()
+            if not (training.is_to_be_looked_at or (is_alone and wish.was_pressed)):
+                continue
+            saves = keeper is not None and processes.rank == 0 and keeper.due
+            loss, (is_pressed, saves) = training.look(wish.was_pressed, saves)
+            on_step(progress.done, loss)
+            if progress.due:
+                training.validate()
+            is_pressed = is_pressed or (is_alone and wish.was_pressed)
+            ends = is_pressed or progress.stopped is not None
+            if keeper is not None and (saves or ends):
+                _keep(training, keeper)
+            if ends:
+                break
+    return close(training)
+
+
+def _take_up(training: Training, keeper: Keeper) -> None:
+    state = training.processes.first(keeper.load)
+    if state is None:
+        return
+    try:
+        training.load_state_dict(state)
+    except Exception as error:  # what is missing or misshapen may raise anything
+        raise keeper.damaged() from error
+
+
+def _keep(training: Training, keeper: Keeper) -> None:
+    state = training.state_dict()
+    training.processes.first(lambda: keeper.save(state))
+
+
+def close(training: Training) -> History:
+    """Restore the best state and say what happened.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted before there was one.
+        TrainingDivergedError: there is none after a step.
+    """
+    progress, stepper = training.progress, training.stepper
+    training.scale_rates(1.0)
+    is_finite = any(math.isfinite(point.validation) for point in progress.trained)
+    if progress.stopped is not None and not is_finite:
+        raise TrainingDivergedError(f"the validation NLL was never finite; {REMEDY}")
+    if progress.best is None or progress.best_state is None:
+        raise KeyboardInterrupt
+    training.model.load_state_dict(progress.best_state)
+    training.model.train(False)
+    return History(
+        steps=len(progress.seconds),
+        seconds=progress.elapsed,
+        ms_per_step=1e3 * float(np.median(progress.seconds or [0.0])),
+        best_step=progress.best.step,
+        best_validation=progress.best.validation,
+        curve=tuple(progress.curve),
+        is_captured=stepper.is_captured,
+        capture_reason=stepper.capture_reason,
+        stopped=progress.stopped or "interrupted",
+    )
+
+
+class _Loss(nn.Module):
+    """A loss as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, flow: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.flow, self._loss = flow, loss
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self._loss(self.flow, *batch)
+
+
+def _forward(module: nn.Module, *batch: Tensor) -> Tensor:
+    loss: Tensor = module(*batch)
+    return loss

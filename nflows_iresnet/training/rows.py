@@ -1,0 +1,309 @@
+"""Rows as users give them: batches for ever, and the mean loss of all."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from nflows_iresnet import logdet, transforms
+from nflows_iresnet.graphs import Loss
+from nflows_iresnet.training.processes import (
+    ALONE,
+    Processes,
+    random_state,
+    seeded,
+    set_random_state,
+)
+
+_EXACT_FEATURES = 64
+"""Up to so many dimensions validation takes the exact log-determinant of residual blocks."""
+_ROWS_AT_ONCE = 1_024
+_VALIDATION_SEED = 10_000
+_NOISE_SEED = 2**32
+
+Batch = Tensor | tuple[Tensor, ...]
+"""Rows (B, *), or rows and their context (B, C)."""
+Rows = Tensor | tuple[Tensor, ...] | Iterable[Batch | list[Tensor]]
+
+
+class Batches(Iterator[Any]):
+    """Batches for ever, one seeded shuffle per epoch; a remainder of rows is left out.
+
+    Everything random comes from two generators of its own, so equal seeds yield equal batches
+    whatever a model draws in between. Noise is drawn where the rows are: on a GPU it is other
+    noise, and no batch waits for the device.
+
+    Args:
+        rows: (N, *), or a tuple of such tensors, whose rows belong together.
+        batch_size: rows per batch; N if there are fewer rows.
+        seed: equal seeds yield equal batches in equal order.
+        prepare: turns rows and a generator into a batch, to add noise for example.
+        processes: that share out each batch; its size is then a multiple of their number.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor | tuple[Tensor, ...],
+        batch_size: int,
+        seed: int,
+        prepare: Callable[[Tensor, Generator], Tensor] | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._single = isinstance(rows, Tensor)
+        self._rows = (rows,) if isinstance(rows, Tensor) else rows
+        self._prepare = prepare
+        self._count, self._device = self._rows[0].shape[0], self._rows[0].device
+        self._size, self._processes = min(batch_size, self._count), processes
+        self._size -= self._size % processes.count
+        if self._size == 0:
+            raise ValueError(
+                f"{processes.count} processes cannot share a batch of "
+                f"{min(batch_size, self._count)} rows: each needs one"
+            )
+        self._shuffles = Generator().manual_seed(seed)
+        noise = seed + _NOISE_SEED + processes.rank
+        self._noise = Generator(self._device).manual_seed(noise)
+        self._start_epoch()
+
+    def __next__(self) -> Any:
+        """Return the next batch: a tensor for a tensor, a tuple for a tuple."""
+        if self._position + self._size > self._count:
+            self._start_epoch()
+        chosen = self._order[self._position : self._position + self._size]
+        self._position += self._size
+        chosen = chosen[self._processes.rank :: self._processes.count]
+        batch, *rest = (each[chosen] for each in self._rows)
+        batch = batch if self._prepare is None else self._prepare(batch, self._noise)
+        return batch if self._single else (batch, *rest)
+
+    def _start_epoch(self) -> None:
+        self._before_shuffle = self._shuffles.get_state()
+        order = torch.randperm(self._count, generator=self._shuffles)
+        self._order = order.to(self._device)
+        self._position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, from which `load_state_dict` goes on."""
+        return {
+            "shuffle": self._before_shuffle,
+            "position": self._position,
+            "noise": self._noise.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where batches of the same rows were."""
+        self._shuffles.set_state(state["shuffle"])
+        self._start_epoch()
+        self._position = state["position"]
+        self._noise.set_state(state["noise"])
+
+
+class GivenRows:
+    """Rows as users give them: tensors, or a data loader.
+
+    Args:
+        rows: a tensor, a tuple of rows and context, or a data loader of either.
+        like: what tells the device and the precision.
+        what: these rows are, in words.
+        processes: that share them out.
+
+    Raises:
+        ValueError: they are nothing of that, none, not finite, or not as many in each process.
+    """
+
+    def __init__(self, rows: Any, like: Tensor, what: str, processes: Processes = ALONE) -> None:
+        self.what, self.processes = what, processes
+        self._like, self.loader = like, rows
+        self._tensors: tuple[Tensor, ...] = ()
+        if isinstance(rows, Tensor | tuple):
+            given = rows if isinstance(rows, tuple) else (rows,)
+            self._tensors = tuple(self._moved(each) for each in given if each is not None)
+            self._check()
+        elif not isinstance(rows, Iterable):
+            raise ValueError(
+                f"the {what} rows must be a tensor, a tuple of rows and context, or a data "
+                f"loader, got {type(rows).__name__}"
+            )
+
+    def _moved(self, values: Any) -> Tensor:
+        if not isinstance(values, Tensor):
+            raise ValueError(
+                f"the {self.what} rows must be tensors, got {type(values).__name__}: convert by "
+                "torch.as_tensor"
+            )
+        dtype = self._like.dtype if values.is_floating_point() else values.dtype
+        return values.to(self._like.device, dtype)
+
+    def _check(self) -> None:
+        tensors = self._tensors
+        if not tensors or tensors[0].dim() == 0 or tensors[0].shape[0] == 0:
+            raise ValueError(f"there are no {self.what} rows")
+        for each in tensors:
+            if each.dim() == 0 or each.shape[0] != tensors[0].shape[0]:
+                raise ValueError(
+                    f"there must be one context for each of the {tensors[0].shape[0]} "
+                    f"{self.what} rows, got shape {tuple(each.shape)}"
+                )
+            _require_finite(each, f"{self.what} rows")
+        counts = self.processes.of_all(tensors[0].shape[0])
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"processes have {', '.join(map(str, counts))} {self.what} rows: give all rows to "
+                "each, which then takes its share, or a data loader of its own rows"
+            )
+
+    def __repr__(self) -> str:
+        """Say what tells these rows from others."""
+        if not self._tensors:
+            return type(self.loader).__name__
+        sums = [zlib.crc32(_bytes(each)) for each in self._tensors]
+        shapes = [tuple(each.shape) for each in self._tensors]
+        return f"{shapes} with sums {' '.join(f'{each:08x}' for each in sums)}"
+
+    def stream(self, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+        """Return batches for ever."""
+        if not self._tensors:
+            return _Cycle(self)
+        seed = self.processes.first(lambda: int(torch.randint(2**31, ())))
+        return Batches(self._tensors, batch_size, seed, processes=self.processes)
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """Return all rows once."""
+        if self._tensors:
+            yield from zip(*(each.split(_ROWS_AT_ONCE) for each in self._tensors), strict=True)
+            return
+        for batch in self.loader:
+            yield tuple(map(self._moved, batch if isinstance(batch, Sequence) else (batch,)))
+
+    def first(self, count: int) -> tuple[Tensor, ...]:
+        """Return the first rows, of which each process has its share."""
+        rank, sharers = self.processes.rank, self.processes.count
+        if self._tensors and self._tensors[0].shape[0] >= sharers:
+            return tuple(each[:count][rank::sharers] for each in self._tensors)
+        count = -(-count // sharers)
+        parts: list[tuple[Tensor, ...]] = []
+        for batch in self.batches():
+            parts.append(batch)
+            if sum(part[0].shape[0] for part in parts) >= count:
+                break
+        if not parts:
+            raise ValueError(f"the {self.what} loader has no batch")
+        return tuple(torch.cat(each)[:count] for each in zip(*parts, strict=True))
+
+
+class _Cycle(Iterator[tuple[Tensor, ...]]):
+    """A data loader again and again."""
+
+    def __init__(self, given: GivenRows) -> None:
+        self._given, self._epoch, self._position = given, -1, 0
+        self._batches: Iterator[tuple[Tensor, ...]] = iter(())
+
+    def __next__(self) -> tuple[Tensor, ...]:
+        batch = next(self._batches, None)
+        if batch is None:
+            self._start_epoch(self._epoch + 1)
+            batch = next(self._batches, None)
+        if batch is None:
+            ran_out = _if_it_ran_out(self._given.loader)
+            raise ValueError(f"the {self._given.what} loader has no batch{ran_out}")
+        self._position += 1
+        return batch
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch, self._position = epoch, 0
+        sampler: Any = getattr(self._given.loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        self._before, generator = random_state(), self._generator
+        self._before_own = None if generator is None else generator.get_state()
+        self._batches = self._given.batches()
+
+    @property
+    def _generator(self) -> Generator | None:
+        found = getattr(self._given.loader, "generator", None)
+        return found if isinstance(found, Generator) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, from which `load_state_dict` goes on."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "before": self._before,
+            "before_own": self._before_own,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Run through the epoch as far as it had come; the random state is then another."""
+        set_random_state(state["before"])
+        if self._generator is not None:
+            self._generator.set_state(state["before_own"])
+        self._start_epoch(state["epoch"])
+        for _ in range(state["position"]):
+            next(self)
+
+
+def _bytes(values: Tensor) -> Any:
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _if_it_ran_out(rows: object) -> str:
+    if not isinstance(rows, Iterator):
+        return ""
+    return (
+        f": a {type(rows).__name__} runs out after one pass; give a data loader, or a list of "
+        "the batches"
+    )
+
+
+def _require_finite(values: Tensor, what: str, first: int = 0) -> None:
+    """Check values (N, *) or (N,); `first` is the number of their first row."""
+    bad = (~values.isfinite())[:, None].flatten(start_dim=1).any(dim=1).nonzero().flatten()
+    if bad.numel():
+        raise ValueError(
+            f"{bad.numel()} of {values.shape[0]} {what} are not finite, first row "
+            f"{first + int(bad[0])}: drop or impute them"
+        )
+
+
+class Validator:
+    """The mean loss of all validation rows, with the same random numbers each time."""
+
+    def __init__(self, rows: Rows, like: Tensor, loss: Loss | None) -> None:
+        if isinstance(rows, Iterator):
+            raise ValueError(f"validation has no rows the second time{_if_it_ran_out(rows)}")
+        self._given = GivenRows(rows, like, "validation")
+        self._loss, self._device = loss, like.device
+
+    @torch.no_grad()
+    def __call__(self, flow: Any) -> float:
+        """Return it, in nats."""
+        total, count = 0.0, 0
+        with seeded(_VALIDATION_SEED, self._device):
+            for batch in self._given.batches():
+                rows, value = batch[0].shape[0], self._value(flow, batch)
+                if not math.isfinite(value):
+                    for each in batch:
+                        _require_finite(each, "validation rows of a batch", first=count)
+                total, count = total + rows * value, count + rows
+        if not count:
+            raise ValueError("the validation loader has no batch")
+        return total / count
+
+    def _value(self, flow: Any, batch: tuple[Tensor, ...]) -> float:
+        if self._loss is not None:
+            return float(self._loss(flow, *batch))
+        exact = batch[0].shape[1:].numel() <= _EXACT_FEATURES
+        with _exactly(flow) if exact else nullcontext():
+            return -float(flow.log_prob(*batch).double().mean())
+
+
+def _exactly(flow: nn.Module) -> AbstractContextManager[object]:
+    if not any(isinstance(each, transforms.ResidualTransform) for each in flow.modules()):
+        return nullcontext()
+    return transforms.using(flow, estimator=logdet.Exact())
