@@ -244,10 +244,6 @@ class EagerStep:
             every += group["params"]
         return list({id(each): each for each in every}.values())
 
-    def modules(self) -> Iterable[nn.Module]:
-        """Return the model's modules."""
-        return self.flow.modules()
-
     def tensors(self) -> list[Tensor]:
         """Return everything that a step may change: weights, buffers, the optimiser's state."""
         every: list[Tensor] = [*self._every_parameter(), *self.flow.buffers()]
@@ -394,7 +390,7 @@ class _CapturedStep:
         self._replays: dict[int, Body] = {}
         self._lengths_met: set[int] = set()
         self._rates = _LearningRates(step.optimizer, arguments[0].device)
-        self._blocks = [each for each in step.modules() if isinstance(each, ResidualTransform)]
+        self._blocks = [each for each in step.flow.modules() if isinstance(each, ResidualTransform)]
         self._setting = _Setting.of(step, self._blocks)
         _require_known_to_work(step)
         random_state = _RandomState(recorder.generator)
@@ -723,7 +719,7 @@ class _Places:
         self._groups = self._members()
         tables = [
             table
-            for module in step.modules()
+            for module in step.flow.modules()
             for table in (module._parameters, module._buffers, module._modules)
         ]
         self._tables = [(table, dict(table)) for table in tables if table]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from nflows_iresnet import ResidualFlow, logdet
-from nflows_iresnet.training import History, fit, fitting
+from nflows_iresnet import ResidualFlow, logdet, training
+from nflows_iresnet.training import History, fit
 
 STEPS = 9
 ROWS = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
@@ -98,7 +98,7 @@ def test_an_interrupted_training_goes_on(source: str, stop_after: int, tmp_path:
 def test_a_training_that_crashed_goes_on_from_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     path = tmp_path / "fit.pt"
     with pytest.raises(StoppedError):
         trained(path, stop_after=5, stop=crash)

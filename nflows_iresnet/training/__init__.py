@@ -5,7 +5,24 @@
 `fit` is for users; commands give the same loop, `run`, their batches, checkpoints and validations.
 """
 
-from nflows_iresnet.training.fitting import fit
+from __future__ import annotations
+
+import io
+import math
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nflows_iresnet.files import read_intact, write_atomically
+from nflows_iresnet.graphs import Loss, negative_log_likelihood, trainable
+from nflows_iresnet.interruption import Noted
 from nflows_iresnet.training.loop import (
     Interruption,
     Keeper,
@@ -26,10 +43,12 @@ from nflows_iresnet.training.processes import (
     synchronize,
 )
 from nflows_iresnet.training.progress import (
+    CLIP_NORM,
     CurvePoint,
     FirstOf,
     History,
     Length,
+    Progress,
     Seconds,
     Steps,
     TrainingDivergedError,
@@ -37,7 +56,8 @@ from nflows_iresnet.training.progress import (
     check_finite,
     finite,
 )
-from nflows_iresnet.training.rows import Batches
+from nflows_iresnet.training.rows import Batches, GivenRows, Rows, Validator
+from nflows_iresnet.validation import validated_size
 
 __all__ = [
     "Batches",
@@ -46,8 +66,6 @@ __all__ = [
     "History",
     "Interruption",
     "Keeper",
-    "Length",
-    "Processes",
     "Seconds",
     "Stepper",
     "Steps",
@@ -57,14 +75,310 @@ __all__ = [
     "WeightAverage",
     "adam",
     "check_finite",
-    "close",
     "finite",
     "fit",
     "random_state",
     "run",
     "seed_everything",
-    "seeded",
     "set_learning_rate",
     "set_random_state",
     "synchronize",
 ]
+
+START_ROWS = 5_000
+"""Rows that a flow is started from."""
+MAX_STEPS = 5_000
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+_NOT_THE_PLAN = {"clock", "validates_start"}
+"""What a training that goes on may have otherwise."""
+
+
+def fit(
+    flow: Any,
+    train: Rows,
+    validation: Rows | Callable[[Any], float],
+    *,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    learning_rate: float = 3e-3,
+    batch_size: int = 256,
+    max_steps: int | None = None,
+    max_seconds: float | None = None,
+    max_grad_norm: float | None = CLIP_NORM,
+    warmup: float = 0.02,
+    average_decay: float | None = 0.999,
+    validations: int = 50,
+    patience: int = 10,
+    cooldown: float = 0.0,
+    initialize: bool = True,
+    seed: int | None = 0,
+    after_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[float, float], None] | None = None,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> History:
+    r"""Train a flow by maximum likelihood until it stops by itself, and leave it in its best state.
+
+    A step minimises the mean of -log p over a batch, clips the gradient and lets the optimiser
+    step. The learning rate rises over the first `warmup` of the training from a tenth, and falls by
+    a cosine, r (1 + cos(pi t)) / 2, where t is the part of the steps or of the time that is done.
+    What is validated and kept is a moving average of the weights: a_t = d a_{t-1} + (1 - d) w_t
+    with d = min(`average_decay`, t / (t + 10)). The training ends with the steps or the time, or
+    earlier: after `patience` validations without a new best. The best state is restored, which may
+    be the one before the first step: a flow that was trained before does not come back worse.
+
+    **Cooldown.** When patience ends the rate has not fallen to its end, and the best state is that
+    of a high rate, worse than an annealed one. With a `cooldown` c the training then goes back to
+    its best state and goes on from there for a tail: c times as long as it was until then, in steps
+    where `max_steps` is the length and in seconds where `max_seconds` is, and never beyond that
+    length. In the tail the rate falls by a cosine from what it was when patience ended to zero; the
+    optimiser goes on with its moments, the batches with the next one, and the average starts anew.
+    Validations come as before, and one at the end of the tail; patience does not count any more. So
+    2,500 steps until patience ends and c = 0.2 are 3,000 steps in all. What the tail finds is kept
+    if it is better. It is for small data, which a high rate learns by heart before it falls.
+
+    On CUDA a step is one graph where that can be (`graphs.GraphedStep`); `capture_reason` of the
+    history says why not.
+
+    **Cost.** Beside the steps: a copy of the weights for the average and one for the best state,
+    and the validations, whose time does not count. Up to 64 dimensions they take the exact
+    log-determinants of residual blocks, d products for each row and block; beyond that, and for a
+    `loss` of your own, they are what the flow says in evaluation mode, with the same random numbers
+    each time.
+
+    **Ctrl-C** ends the training after its step, a second one at once, and returns what was reached.
+    It is raised if that is nothing: if no validation was finite yet.
+
+    **Checkpoints.** With a `checkpoint`, all that the training needs is written to that file every
+    minute, after Ctrl-C and at the end, whole or not at all. The same call on the same rows then
+    goes on where it was, bit for bit on a CPU, and returns at once if it was at its end: delete the
+    file to train anew. A data loader that draws from torch's generators is run through anew up to
+    its place.
+
+    **Several processes**, under `torchrun --nproc-per-node=2 script.py` for example, train one flow
+    where the script has called `torch.distributed.init_process_group` before ("gloo" on CPUs,
+    "nccl" on GPUs, one for each process, told by `torch.cuda.set_device`). Every process gives the
+    same arguments. They start from the first one's flow, share out each batch of `batch_size` rows
+    (rounded down to a multiple of their number) and average their gradients (torch's
+    DistributedDataParallel): steps are those of one process on the whole batch, if the loss is a
+    mean over rows. A data loader is each process's own (`torch.utils.data.DistributedSampler`), and
+    its batches count alike. Where a loss is random, as under the roulette, each process draws
+    numbers of its own (with `seed=None` those of its global generators), and the average is as
+    unbiased. The first process alone validates, writes the checkpoint, tells the time and shows the
+    progress; weights, history and the decision to stop are the same in all.
+
+    References:
+        Kingma, Ba. Adam: a method for stochastic optimization, 2015.
+        Loshchilov, Hutter. SGDR: stochastic gradient descent with warm restarts, 2017.
+        Polyak, Juditsky. Acceleration of stochastic approximation by averaging, 1992.
+
+    Args:
+        flow: any flow of nflows or of this library, or any module with `log_prob(rows)` or
+            `log_prob(rows, context)` in nats; with a `loss`, any module. Trained in place.
+        train: rows (N, *), or rows and their context ((N, *), (N, C)), shuffled afresh in each
+            epoch; or a data loader of such batches, which is run through again and again. They are
+            moved to the device of the flow, and numbers that are not whole to its precision.
+        validation: the same, never trained on; or a callable of the flow that returns the number
+            to be minimised.
+        loss: callable of (flow, rows) or (flow, rows, context) that returns a scalar to be
+            minimised: `lambda flow, rows: flow.forward_kld(rows)` for a flow of normflows.
+        optimizer: of the flow's parameters; its own learning rates are then what the schedule
+            scales. By default Adam (capturable on CUDA) with `learning_rate`.
+        learning_rate: the largest one.
+        batch_size: rows of a step, where `train` is no data loader.
+        max_steps: length of the schedule in steps; 5,000 unless there is `max_seconds`.
+        max_seconds: its length in seconds of training.
+        max_grad_norm: what the norm of the gradient is clipped to; None leaves it as it is.
+        warmup: part of the training in which the learning rate rises.
+        average_decay: in [0, 1); None validates and keeps the weights themselves.
+        validations: how often the flow is validated, at equal intervals of the schedule.
+        patience: validations without a new best after which training stops.
+        cooldown: how long the training then anneals its rate from the best state, as a part of what
+            is done, 0.2 for example; 0 stops at once.
+        initialize: whether a flow with parts that start from data (`flow.initialize`), one of which
+            has not started, is started from the first 5,000 rows of `train`.
+        seed: of all that is random in the training, so that the same call on the same weights gives
+            the same result (bit for bit on a CPU); the global generators of torch and numpy are
+            left as they were. None draws from them.
+        after_step: called after each step, for models that ask for it.
+        on_step: called after each step with the fraction done and the loss.
+        progress: whether validations are shown on stderr; by default if that is a terminal.
+        checkpoint: a file to go on from, if it is there, and to write.
+
+    Returns:
+        Steps, seconds, the validations and the best of them, and why it stopped.
+
+    Raises:
+        ValueError: an argument is out of range, there are no rows, or some are not finite; the
+            checkpoint is damaged, or of another training.
+        TrainingDivergedError: a loss, or every validation, was not finite; it names the step.
+
+    Example:
+        >>> from nflows_iresnet import ResidualFlow
+        >>> rows = torch.randn(600, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
+        >>> flow = ResidualFlow(features=2, hidden_features=16, num_layers=2)
+        >>> history = fit(flow, rows[:500], rows[500:], max_steps=40, validations=5)
+        >>> history.best_step in [point.step for point in history.curve], history.stopped
+        (True, 'length')
+    """
+    _check_positive(
+        learning_rate=learning_rate, max_seconds=max_seconds, max_grad_norm=max_grad_norm
+    )
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must be a part of the training, in [0, 1), got {warmup}")
+    if not 0 <= cooldown < math.inf:
+        raise ValueError(f"cooldown must be a part of the training, 0 or more, got {cooldown}")
+    processes, like = Processes.present(), _largest_parameter(flow)
+    given = GivenRows(train, like, "training", processes)
+    with seeded(seed, like.device):
+        processes.agree_on_state(flow)
+        if initialize and hasattr(flow, "initialize") and not _has_started(flow):
+            flow.initialize(*given.first(START_ROWS))
+        plan = TrainingPlan(
+            learning_rate,
+            _length(max_steps, max_seconds),
+            clip_norm=max_grad_norm,
+            validations=validated_size("validations", validations),
+            patience=validated_size("patience", patience),
+            average_decay=average_decay,
+            warmup=warmup,
+            validates_start=_has_started(flow),
+            cooldown=cooldown,
+        )
+        size = validated_size("batch_size", batch_size)
+        validate = validation if callable(validation) else Validator(validation, like, loss)
+        training = Training(
+            flow,
+            given.stream(size),
+            plan,
+            lambda: _number(validate(flow)),
+            optimizer=optimizer,
+            loss=loss or negative_log_likelihood,
+            after_step=after_step,
+            processes=processes,
+        )
+        if seed is not None and processes.rank > 0:
+            seed_everything(int(torch.randint(2**31, ())) + processes.rank)
+        keeper = None
+        if checkpoint is not None:
+            settings = {"batch_size": size, "seed": seed, "training rows": given}
+            keeper = _Checkpoint(Path(checkpoint), training, settings)
+        shown = processes.rank == 0 and (sys.stderr.isatty() if progress is None else progress)
+        display = _Display(training.progress, on_step, shown=shown)
+        try:
+            return run(training, display, keeper, Noted())
+        except KeyboardInterrupt:
+            return close(training)
+
+
+class _Checkpoint:
+    """The file of a training of `fit`: written whole or not at all, read without running code.
+
+    Raises:
+        ValueError: there can be no such file.
+    """
+
+    def __init__(self, path: Path, training: Training, settings: dict[str, Any]) -> None:
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"checkpoint {str(path)!r} must be a file in a folder that exists")
+        plan, model = vars(training.plan), training.model
+        shapes = [(name, list(each.shape)) for name, each in model.named_parameters()]
+        about = {
+            **{name: plan[name] for name in sorted(plan.keys() - _NOT_THE_PLAN)},
+            **settings,
+            "optimizer": type(training.optimizer).__name__,
+            "flow": f"{type(model).__name__} {zlib.crc32(repr(shapes).encode()):08x}",
+            "processes": training.processes.count,
+        }
+        self._settings = {name: repr(value) for name, value in about.items()}
+        self._path, self._last = path, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= SECONDS_BETWEEN_CHECKPOINTS
+
+    def save(self, state: dict[str, Any]) -> None:
+        content = io.BytesIO()
+        torch.save({"settings": self._settings, "state": state}, content)
+        write_atomically(self._path, content.getvalue())
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        if not self._path.exists():
+            return None
+        try:
+            found = torch.load(read_intact(self._path), map_location="cpu", weights_only=True)
+            settings, state = dict(found["settings"]), dict(found["state"])
+        except Exception as error:  # a damaged file may raise anything
+            raise self.damaged() from error
+        for name, value in self._settings.items():
+            if settings.get(name) != value:
+                raise ValueError(
+                    f"checkpoint {str(self._path)!r} is of another training, whose {name} was "
+                    f"{settings.get(name)} and not {value}: delete it, or give another path"
+                )
+        return state
+
+    def damaged(self) -> ValueError:
+        return ValueError(
+            f"checkpoint {str(self._path)!r} is damaged, or no checkpoint of fit: delete it, or "
+            "give another path"
+        )
+
+
+def _length(max_steps: int | None, max_seconds: float | None) -> Length:
+    lengths: list[Length] = [] if max_seconds is None else [Seconds(max_seconds)]
+    if max_steps is not None or not lengths:
+        given = MAX_STEPS if max_steps is None else max_steps
+        lengths.append(Steps(validated_size("max_steps", given)))
+    return FirstOf(tuple(lengths))
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def _largest_parameter(flow: Any) -> Tensor:
+    """Return what tells the precision of a flow: one small number in it may have another."""
+    return max(trainable(flow.parameters()), key=Tensor.numel)
+
+
+def _number(value: Any) -> float:
+    """Return what a validation returned, a number or a tensor of one."""
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"validation must return one number, to be minimised, got {given}"
+        ) from None
+
+
+def _has_started(flow: Any) -> bool:
+    """Whether no part of a flow waits for its first rows."""
+    states = [getattr(module, "initialized", None) for module in flow.modules()]
+    return all(bool(state) for state in states if isinstance(state, Tensor))
+
+
+class _Display:
+    """Shows validations in one line on stderr, and passes the steps on."""
+
+    def __init__(
+        self, progress: Progress, on_step: Callable[[float, float], None] | None, *, shown: bool
+    ) -> None:
+        self._progress, self._on_step, self._shown = progress, on_step, shown
+
+    def __call__(self, done: float, loss: float) -> None:
+        if self._on_step is not None:
+            self._on_step(done, loss)
+        best = self._progress.best if self._shown and self._progress.due else None
+        if best is not None:
+            print(
+                f"\r{done:4.0%}  step {self._progress.begun}  loss {loss:.3f}  best validation "
+                f"{best.validation:.3f} at step {best.step} ",
+                end="\n" if done >= 1 else "",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -224,7 +225,7 @@ class Training:
         self.optimizer = optimizer or adam(model.parameters(), plan.learning_rate)
         _require_no_closure(self.optimizer)
         if processes.count > 1:
-            model, loss = DistributedDataParallel(_Loss(model, loss)), _forward
+            model, loss = DistributedDataParallel(_Loss(model, loss)), nn.Module.__call__
         self.stepper = Stepper(model, self.optimizer, plan.clip_norm, loss)
         self.progress = Progress(plan)
         decay = plan.average_decay
@@ -387,7 +388,8 @@ def run(
             is_pressed = is_pressed or (is_alone and wish.was_pressed)
             ends = is_pressed or progress.stopped is not None
             if keeper is not None and (saves or ends):
-                _keep(training, keeper)
+                state = training.state_dict()
+                processes.first(partial(keeper.save, state))
             if ends:
                 break
     return close(training)
@@ -395,17 +397,11 @@ def run(
 
 def _take_up(training: Training, keeper: Keeper) -> None:
     state = training.processes.first(keeper.load)
-    if state is None:
-        return
     try:
-        training.load_state_dict(state)
+        if state is not None:
+            training.load_state_dict(state)
     except Exception as error:  # what is missing or misshapen may raise anything
         raise keeper.damaged() from error
-
-
-def _keep(training: Training, keeper: Keeper) -> None:
-    state = training.state_dict()
-    training.processes.first(lambda: keeper.save(state))
 
 
 def close(training: Training) -> History:
@@ -446,8 +442,3 @@ class _Loss(nn.Module):
 
     def forward(self, *batch: Tensor) -> Tensor:
         return self._loss(self.flow, *batch)
-
-
-def _forward(module: nn.Module, *batch: Tensor) -> Tensor:
-    loss: Tensor = module(*batch)
-    return loss
