@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.nn  # before there is a process group, as nflows_iresnet/training.py does
+import torch.distributed.nn  # before there is a process group, as training/processes.py does
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel

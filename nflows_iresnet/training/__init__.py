@@ -127,15 +127,13 @@ def fit(
     earlier: after `patience` validations without a new best. The best state is restored, which may
     be the one before the first step: a flow that was trained before does not come back worse.
 
-    **Cooldown.** When patience ends the rate has not fallen to its end, and the best state is that
-    of a high rate, worse than an annealed one. With a `cooldown` c the training then goes back to
-    its best state and goes on from there for a tail: c times as long as it was until then, in steps
-    where `max_steps` is the length and in seconds where `max_seconds` is, and never beyond that
-    length. In the tail the rate falls by a cosine from what it was when patience ended to zero; the
-    optimiser goes on with its moments, the batches with the next one, and the average starts anew.
-    Validations come as before, and one at the end of the tail; patience does not count any more. So
-    2,500 steps until patience ends and c = 0.2 are 3,000 steps in all. What the tail finds is kept
-    if it is better. It is for small data, which a high rate learns by heart before it falls.
+    **Cooldown.** Where patience ends, the rate has yet to fall. With a `cooldown` c the training
+    then goes back to its best state, and on for c times as long as it has lasted (in steps or in
+    seconds, as its length is counted, and never beyond that), in which the rate falls by a cosine
+    to zero: patience that ends at step 2,500 and c = 0.2 make 3,000 steps. The optimiser keeps its
+    moments, the average starts anew, and patience counts no more; validations come as before, and
+    one at the end, and the best state of all is kept. What it gains is the noise of a high rate,
+    which the average of the weights is there against, too: it is for trainings without one.
 
     On CUDA a step is one graph where that can be (`graphs.GraphedStep`); `capture_reason` of the
     history says why not.

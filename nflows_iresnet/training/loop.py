@@ -128,7 +128,7 @@ class Stepper:
         self._steps += 1
         if batch[0].is_cuda and self._steps == 2:
             self._step = self._graphed(*batch)
-        return self._step(*batch)
+        return self._step(*batch).detach().clone()  # a compiled loss may be overwritten
 
     @property
     def is_captured(self) -> bool:

@@ -162,7 +162,8 @@ class GivenRows:
         """Say what tells these rows from others."""
         if not self._tensors:
             return type(self.loader).__name__
-        sums = [zlib.crc32(_bytes(each)) for each in self._tensors]
+        on_host = [each.detach().cpu().contiguous().reshape(-1) for each in self._tensors]
+        sums = [zlib.crc32(each.view(torch.uint8).numpy().data) for each in on_host]
         shapes = [tuple(each.shape) for each in self._tensors]
         return f"{shapes} with sums {' '.join(f'{each:08x}' for each in sums)}"
 
@@ -220,8 +221,8 @@ class _Cycle(Iterator[tuple[Tensor, ...]]):
         sampler: Any = getattr(self._given.loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        self._before, generator = random_state(), self._generator
-        self._before_own = None if generator is None else generator.get_state()
+        own = None if self._generator is None else self._generator.get_state()
+        self._start = {"epoch": epoch, "before": random_state(), "before_own": own}
         self._batches = self._given.batches()
 
     @property
@@ -231,12 +232,7 @@ class _Cycle(Iterator[tuple[Tensor, ...]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, from which `load_state_dict` goes on."""
-        return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "before": self._before,
-            "before_own": self._before_own,
-        }
+        return {**self._start, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Run through the epoch as far as it had come; the random state is then another."""
@@ -246,10 +242,6 @@ class _Cycle(Iterator[tuple[Tensor, ...]]):
         self._start_epoch(state["epoch"])
         for _ in range(state["position"]):
             next(self)
-
-
-def _bytes(values: Tensor) -> Any:
-    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _if_it_ran_out(rows: object) -> str:
