@@ -132,8 +132,8 @@ def fit(
     seconds, as its length is counted, and never beyond that), in which the rate falls by a cosine
     to zero: patience that ends at step 2,500 and c = 0.2 make 3,000 steps. The optimiser keeps its
     moments, the average starts anew, and patience counts no more; validations come as before, and
-    one at the end, and the best state of all is kept. What it gains is the noise of a high rate,
-    which the average of the weights is there against, too: it is for trainings without one.
+    one at the end, and the best state of all is kept. What it can gain is the noise of a high
+    rate, which the average of the weights takes away, too: try it where there is none.
 
     On CUDA a step is one graph where that can be (`graphs.GraphedStep`); `capture_reason` of the
     history says why not.
