@@ -130,12 +130,6 @@ def patience(rank: int, folder: str) -> dict[str, Any]:
     return {**found, "calls": len(calls)}
 
 
-def cooldown(rank: int, folder: str) -> dict[str, Any]:
-    values = iter([9.0, 1.0, *[2.0] * 4, 0.5])
-    options: dict[str, Any] = {"max_steps": 40, "validations": 40, "patience": 3, "cooldown": 0.5}
-    return trained(flow_of(), validation=lambda flow: next(values), batch_size=16, **options)
-
-
 def loss_that_breaks_in_one_process(rank: int, folder: str) -> dict[str, Any]:
     steps: list[int] = []
 
@@ -186,7 +180,6 @@ SCENARIOS = (
     too_few_rows,
     seconds,
     patience,
-    cooldown,
     loss_that_breaks_in_one_process,
     validation_that_fails,
     unused_parameter,
@@ -242,7 +235,7 @@ def test_a_training_is_that_of_one_process(both: Both) -> None:
 
 
 SAME = ["whole", "from_other_weights", "roulette", "buffers", "loaders_of_uneven_length"]
-MORE = ["seconds", "patience", "cooldown", "resumed"]
+MORE = ["seconds", "patience", "resumed"]
 
 
 @pytest.mark.parametrize("scenario", [*SAME, *MORE])
@@ -274,14 +267,6 @@ def test_one_validation_ends_the_training_of_all(both: Both) -> None:
     history = History.from_json(first["history"])
     assert (history.stopped, history.steps, history.best_step) == ("patience", 4, 1)
     assert (first["calls"], second["calls"]) == (5, 0)
-
-
-def test_a_cooldown_is_that_of_one_process(both: Both) -> None:
-    expected = cooldown(0, "")
-    for found in both("cooldown"):
-        history = History.from_json(found["history"])
-        assert (history.stopped, history.steps, history.best_step) == ("patience", 6, 6)
-        assert_near(found["state"], expected["state"])
 
 
 @pytest.mark.parametrize(

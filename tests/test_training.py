@@ -247,105 +247,6 @@ def test_the_schedule_scales_every_rate_by_the_part_that_is_done() -> None:
     assert [second for _, second in optimizer.rates] == pytest.approx([4 * r for r in expected])
 
 
-def patient_until(step: int, best: int, options: dict[str, Any]) -> Callable[[Any], float]:
-    """Return a validation whose best is at one step, so that patience ends at another."""
-    options.update(patience=step - best, validations=options["max_steps"])
-    values = iter([99.0, *range(8 + best, 8, -1), *[20.0] * 90])
-    return lambda flow: next(values)
-
-
-def test_a_cooldown_goes_back_to_the_best_state_and_anneals_the_rate_to_its_end() -> None:
-    model, weights = Line(), []
-    optimizer = Noting(model.parameters(), lr=0.5)
-    options: dict[str, Any] = {"max_steps": 40, "warmup": 0.0, "average_decay": None}
-    validation = patient_until(10, 6, options)
-
-    def note() -> None:
-        weights.append(model.weight.detach().clone())
-
-    options.update(optimizer=optimizer, after_step=note)
-    history = quick(model, validation=validation, cooldown=0.4, **options)
-    assert (history.stopped, history.steps) == ("patience", 14)
-    assert [point.step for point in history.curve] == list(range(15)), "as before"
-    plan = TrainingPlan(0.5, Steps(40))
-    rates = [plan.learning_rate_at(k / 40) for k in range(10)]
-    then = plan.learning_rate_at(10 / 40)
-    tail = [then * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
-    assert [rate for (rate,) in optimizer.rates] == pytest.approx([*rates, *tail])
-    moved = float((weights[10] - weights[5]).norm())
-    assert moved == pytest.approx(then * math.sqrt(2)), "one step from the best state"
-
-
-def test_what_a_cooldown_finds_is_kept_if_it_is_better() -> None:
-    falling = [9.0, 3.0, 1.0, *[2.0] * 4, 1.5]
-    for last, best in ((0.5, 8), (1.5, 2)):
-        model, weights = Line(), []
-        values = iter([*falling, last])
-
-        def validate(flow: Any) -> float:
-            weights.append(flow.weight.detach().clone())  # noqa: B023
-            return next(values)  # noqa: B023
-
-        options = {"max_steps": 90, "validations": 90, "patience": 4, "cooldown": 1 / 3}
-        history = quick(model, validation=validate, **options)
-        assert (history.stopped, history.steps, history.best_step) == ("patience", 8, best)
-        assert torch.equal(model.weight, weights[best])
-
-
-def test_the_average_of_a_cooldown_is_of_its_own_weights() -> None:
-    model, weights, seen = Line(), [], []
-    options: dict[str, Any] = {"max_steps": 40}
-    values = patient_until(10, 6, options)
-
-    def validation(flow: Any) -> float:
-        seen.append(flow.weight.detach().clone())
-        return values(flow)
-
-    def note() -> None:
-        weights.append(model.weight.detach().clone())
-
-    quick(model, validation=validation, after_step=note, cooldown=0.2, **options)
-    assert len(seen) == 13
-    torch.testing.assert_close(seen[11], weights[10])
-    torch.testing.assert_close(seen[12], torch.lerp(weights[11], weights[10], 1 / 11))
-
-
-def test_a_cooldown_ends_with_the_length_and_begins_once() -> None:
-    options: dict[str, Any] = {"max_steps": 12}
-    history = quick(Line(), validation=patient_until(10, 6, options), cooldown=0.5, **options)
-    assert (history.stopped, history.steps) == ("length", 12)
-
-
-def test_a_cooldown_is_counted_in_seconds_where_they_are_the_length() -> None:
-    clock, rates = Clock(), []
-    values = iter([5.0, 1.0, *[2.0] * 90])
-
-    def step() -> None:
-        clock.now += 2.0
-        rates.append(optimizer.param_groups[0]["lr"])
-
-    def validate() -> float:
-        clock.now += 1000.0
-        return next(values)
-
-    plan = TrainingPlan(1.0, Seconds(100.0), None, 50, patience=8, clock=clock, cooldown=0.2)
-    model = Line()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stream = Batches(rows_of(20), 4, 0)
-    options: Any = {"optimizer": optimizer, "after_step": step}
-    history = run(Training(model, stream, plan, validate, **options))
-    assert (history.stopped, history.steps, history.seconds) == ("patience", 12, 24.0)
-    then = plan.learning_rate_at(0.2)
-    assert rates[-2:] == pytest.approx([then, then / 2])
-
-
-def test_a_cooldown_validates_at_its_end_between_two_validations() -> None:
-    values = iter([9.0, 1.0, 2.0, 2.0])
-    options = {"max_steps": 100, "validations": 10, "patience": 1, "cooldown": 0.25}
-    history = quick(Line(), validation=lambda flow: next(values), **options)
-    assert [point.step for point in history.curve] == [0, 10, 20, 25]
-
-
 @pytest.mark.parametrize("limit", [1e-3, None])
 def test_gradients_are_clipped(limit: float | None) -> None:
     model = Line(slope=1e6)
@@ -585,7 +486,6 @@ WITH_NAN = torch.where(torch.arange(20)[:, None] == 3, math.nan, ROWS)
         (ROWS, {"learning_rate": math.nan}, "learning_rate must be a positive number"),
         (ROWS, {"patience": 0}, "patience must be at least 1"),
         (ROWS, {"warmup": 1.0}, "warmup must be a part of the training"),
-        (ROWS, {"cooldown": -0.1}, "cooldown must be a part of the training, 0 or more"),
         (ROWS, {"average_decay": 1.0}, "decay must be in"),
         (ROWS, {"batch_size": 0}, "batch_size must be at least 1"),
         (ROWS, {"max_grad_norm": 0.0}, "max_grad_norm must be a positive number"),

@@ -109,7 +109,6 @@ def fit(
     average_decay: float | None = 0.999,
     validations: int = 50,
     patience: int = 10,
-    cooldown: float = 0.0,
     initialize: bool = True,
     seed: int | None = 0,
     after_step: Callable[[], None] = lambda: None,
@@ -126,14 +125,6 @@ def fit(
     with d = min(`average_decay`, t / (t + 10)). The training ends with the steps or the time, or
     earlier: after `patience` validations without a new best. The best state is restored, which may
     be the one before the first step: a flow that was trained before does not come back worse.
-
-    **Cooldown.** Where patience ends, the rate has yet to fall. With a `cooldown` c the training
-    then goes back to its best state, and on for c times as long as it has lasted (in steps or in
-    seconds, as its length is counted, and never beyond that), in which the rate falls by a cosine
-    to zero: patience that ends at step 2,500 and c = 0.2 make 3,000 steps. The optimiser keeps its
-    moments, the average starts anew, and patience counts no more; validations come as before, and
-    one at the end, and the best state of all is kept. What it can gain is the noise of a high
-    rate, which the average of the weights takes away, too: try it where there is none.
 
     On CUDA a step is one graph where that can be (`graphs.GraphedStep`); `capture_reason` of the
     history says why not.
@@ -191,8 +182,6 @@ def fit(
         average_decay: in [0, 1); None validates and keeps the weights themselves.
         validations: how often the flow is validated, at equal intervals of the schedule.
         patience: validations without a new best after which training stops.
-        cooldown: how long the training then anneals its rate from the best state, as a part of what
-            is done, 0.2 for example; 0 stops at once.
         initialize: whether a flow with parts that start from data (`flow.initialize`), one of which
             has not started, is started from the first 5,000 rows of `train`.
         seed: of all that is random in the training, so that the same call on the same weights gives
@@ -224,8 +213,6 @@ def fit(
     )
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a part of the training, in [0, 1), got {warmup}")
-    if not 0 <= cooldown < math.inf:
-        raise ValueError(f"cooldown must be a part of the training, 0 or more, got {cooldown}")
     processes, like = Processes.present(), _largest_parameter(flow)
     given = GivenRows(train, like, "training", processes)
     with seeded(seed, like.device):
@@ -241,7 +228,6 @@ def fit(
             average_decay=average_decay,
             warmup=warmup,
             validates_start=_has_started(flow),
-            cooldown=cooldown,
         )
         size = validated_size("batch_size", batch_size)
         validate = validation if callable(validation) else Validator(validation, like, loss)
@@ -259,7 +245,7 @@ def fit(
             seed_everything(int(torch.randint(2**31, ())) + processes.rank)
         keeper = None
         if checkpoint is not None:
-            settings = {"batch_size": size, "seed": seed, "training rows": given}
+            settings = {"batch_size": size, "seed": seed, "training rows": str(given)}
             keeper = _Checkpoint(Path(checkpoint), training, settings)
         shown = processes.rank == 0 and (sys.stderr.isatty() if progress is None else progress)
         display = _Display(training.progress, on_step, shown=shown)

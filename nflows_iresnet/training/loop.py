@@ -60,10 +60,6 @@ class WeightAverage(AveragedModel):
         self.multi_avg_fn = get_ema_multi_avg_fn(decay)
         self.update_parameters(self._trained[0])
 
-    def restart(self) -> None:
-        """Forget all parameters that were taken in."""
-        self.n_averaged.zero_()
-
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the average into the model for the duration of a block."""
@@ -239,7 +235,7 @@ class Training:
         """Take a step; on a GPU it may still be computed."""
         if not self._unseen:
             self._since = self.plan.clock()
-        self.scale_rates(self.progress.rate_factor)
+        self.scale_rates(self.plan.factor_at(self.progress.done))
         batch = next(self.stream)
         with precision.allow_tf32_in_training() if self.plan.tf32 else nullcontext():
             loss = self.stepper(*(batch if isinstance(batch, tuple) else (batch,)))
@@ -284,24 +280,12 @@ class Training:
             )
 
     def validate(self) -> None:
-        """Validate the average of the weights, in the first process; keep it if it is the best.
-
-        Where patience ends and the plan has a cooldown, that begins.
-        """
+        """Validate the average of the weights, in the first process; keep it if it is the best."""
         with nullcontext() if self.average is None else self.average.applied():
             self.model.train(False)
             self.processes.agree_on_state(self.model, of_buffers=True)
             self.progress.add_validation(self.model, self.processes.first(self._validate))
             self.model.train()
-        if self.progress.is_to_cool_down:
-            self._cool_down()
-
-    def _cool_down(self) -> None:
-        """Go back to the best state, from which the rest of the training anneals the rate."""
-        self.progress.cools_from = self.progress.done
-        self.model.load_state_dict(self.progress.best_state)
-        if self.average is not None:
-            self.average.restart()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs."""

@@ -90,8 +90,6 @@ class TrainingPlan:
             those of the CPU, which other processes do not lengthen.
         validates_start: whether the state before the first step may be the best, which a flow that
             was trained before needs.
-        cooldown: when patience ends, how much longer, as a part of what is done, the training goes
-            on from its best state while the learning rate falls to zero; 0 ends it at once.
     """
 
     learning_rate: float
@@ -104,7 +102,6 @@ class TrainingPlan:
     tf32: bool = False
     clock: Callable[[], float] = time.perf_counter
     validates_start: bool = False
-    cooldown: float = 0.0
 
     def learning_rate_at(self, progress: float) -> float:
         """Return the learning rate, warmed up and annealed by a cosine."""
@@ -113,11 +110,7 @@ class TrainingPlan:
     def factor_at(self, progress: float) -> float:
         """Return the learning rate as a fraction of the initial one."""
         rising = 1.0 if progress >= self.warmup else max(0.1, progress / self.warmup)
-        return rising * _annealed(progress)
-
-
-def _annealed(progress: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 0.5 * rising * (1.0 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
@@ -150,8 +143,8 @@ class History:
         curve: the validations, in order.
         is_captured: whether a step was one CUDA graph.
         capture_reason: why it was not, None where it was, and on a CPU.
-        stopped: "length" at the end of the schedule, "patience" without a new best for so long (and
-            after the cooldown, if there is one), "interrupted" by Ctrl-C.
+        stopped: "length" at the end of the schedule, "patience" without a new best for so long,
+            "interrupted" by Ctrl-C.
     """
 
     steps: int
@@ -188,6 +181,9 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_KEPT = ("seconds", "elapsed", "losses", "best_state")
+
+
 @dataclass
 class Progress:
     """The running state of one training."""
@@ -199,8 +195,6 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
     best_state: dict[str, Any] | None = None
-    cools_from: float | None = None
-    """The part that was done when patience ended and a cooldown began."""
 
     @property
     def done(self) -> float:
@@ -208,31 +202,11 @@ class Progress:
         return self.plan.length.progress(self.begun, self.elapsed)
 
     @property
-    def rate_factor(self) -> float:
-        """The learning rate of the next step as a fraction of the initial one."""
-        start = self.cools_from
-        if start is None:
-            return self.plan.factor_at(self.done)
-        return self.plan.factor_at(start) * _annealed((self.done - start) / (self._end - start))
-
-    @property
-    def _end(self) -> float:
-        """The part of the schedule after which the training ends."""
-        start = self.cools_from
-        return 1.0 if start is None else min(start * (1.0 + self.plan.cooldown), 1.0)
-
-    @property
-    def _is_cool(self) -> bool:
-        return self.cools_from is not None and self.done >= self._end - 1e-9
-
-    @property
     def due(self) -> bool:
         """Whether it is time for a validation."""
         last = self.curve[-1] if self.curve else None
         before = 0.0 if last is None else self.plan.length.progress(last.step, last.seconds)
-        return (
-            self.done >= 1.0 or self._is_cool or self._interval(self.done) > self._interval(before)
-        )
+        return self.done >= 1.0 or self._interval(self.done) > self._interval(before)
 
     def _interval(self, done: float) -> int:
         """Return how many intervals are over; 29 % of 100 are 29, not 28.999999999999996."""
@@ -243,14 +217,7 @@ class Progress:
         """Why the training is at its end, None if it is not."""
         if self.done >= 1.0:
             return "length"
-        is_stale = self.cools_from is None and self._stale >= self.plan.patience
-        return "patience" if is_stale or self._is_cool else None
-
-    @property
-    def is_to_cool_down(self) -> bool:
-        """Whether patience has ended where a cooldown can follow."""
-        can_follow = self.plan.cooldown > 0 and self.cools_from is None and self.done > 0
-        return can_follow and self.best is not None and self.stopped == "patience"
+        return "patience" if self._stale >= self.plan.patience else None
 
     @property
     def trained(self) -> list[CurvePoint]:
@@ -287,14 +254,15 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs."""
-        state = {name: value for name, value in vars(self).items() if name != "plan"}
+        state = {name: getattr(self, name) for name in _KEPT}
         return {**state, "curve": [asdict(point) for point in self.curve]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        for name in vars(self).keys() - {"plan", "curve"}:
+        for name in _KEPT:
             setattr(self, name, state[name])
         self.curve = [CurvePoint(**point) for point in state["curve"]]
+        self.begun = len(self.seconds)
 
 
 def _best_of(points: Iterable[CurvePoint]) -> CurvePoint | None:

@@ -158,7 +158,7 @@ class GivenRows:
                 "each, which then takes its share, or a data loader of its own rows"
             )
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         """Say what tells these rows from others."""
         if not self._tensors:
             return type(self.loader).__name__
