@@ -1,29 +1,156 @@
-"""Likelihood over training time: exact test NLL against seconds of training alone."""
+"""What time buys: how far estimates scatter at the cost of a call, and likelihood over training."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from nflows_iresnet import datasets
-from nflows_iresnet.experiments.adapters import DensityModel
-from nflows_iresnet.experiments.bench.items import BASELINE, NLL, OURS, REACH, STEP_MODELS, STEPS
-from nflows_iresnet.experiments.bench.measure import Case, Measurement, Settings
-from nflows_iresnet.experiments.bench.models import ConstantRate, Size
+from nflows_iresnet import datasets, logdet
+from nflows_iresnet.experiments.bench.inverses import (
+    ConstantRate,
+    FrozenNet,
+    default_block,
+    trained_branch,
+)
+from nflows_iresnet.experiments.bench.items import (
+    BASELINE,
+    GRADIENT_MSE,
+    NLL,
+    OURS,
+    REACH,
+    STEPS,
+    VALUE_BASELINE,
+    VALUE_BIAS,
+    VALUE_STD,
+)
+from nflows_iresnet.experiments.bench.measure import Case, Measurement, Run, Settings
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.data import training_batches
 from nflows_iresnet.experiments.evaluation import exact_nll
+from nflows_iresnet.experiments.models import MODELS, Architecture
 from nflows_iresnet.training import Training, TrainingPlan, seed_everything
 
-Rows = tuple[Tensor, Tensor]
-"""Validation rows, which choose, and test rows, which are reported."""
+# --- estimates ------------------------------------------------------------------------------------
+
+_EVALUATION = "normflows-eval"
+Estimate = Callable[[nn.Module, Tensor], Tensor]
+
+
+def _our_estimate(estimator: logdet.LogDetEstimator) -> Estimate:
+    return lambda net, inputs: estimator(net, inputs)[1]
+
+
+def _normflows_estimate(*, neumann: bool, training: bool = True) -> Estimate:
+    """Return normflows' estimate: its default in training, or one of the value itself."""
+    from normflows.flows.residual import iResBlock
+
+    def estimate(net: nn.Module, inputs: Tensor) -> Tensor:
+        block = iResBlock(net, neumann_grad=neumann, grad_in_forward=neumann).to(inputs.device)
+        block.train(training)
+        return -block(inputs.clone(), 0)[1].flatten()
+
+    return estimate
+
+
+def estimates() -> dict[str, Estimate]:
+    """Return the estimates that are compared."""
+    return {
+        OURS: _our_estimate(default_block().estimator),
+        "ours-exact": _our_estimate(logdet.Exact()),
+        "ours-series": _our_estimate(logdet.PowerSeries()),
+        "ours-roulette": _our_estimate(logdet.RussianRoulette()),
+        BASELINE: _normflows_estimate(neumann=True),
+        VALUE_BASELINE: _normflows_estimate(neumann=False),
+        _EVALUATION: _normflows_estimate(neumann=False, training=False),
+    }
+
+
+class Draw(NamedTuple):
+    """One estimate: log|det|, (B,), and the gradient of its mean in all weights, flat, if any."""
+
+    values: Tensor
+    gradient: Tensor | None
+
+
+def draw(estimate: Estimate, net: nn.Module, inputs: Tensor) -> Draw:
+    """Estimate once, with the gradient where the estimate has one."""
+    values = estimate(net, inputs)
+    if not values.requires_grad:
+        return Draw(values, None)
+    parameters = list(net.parameters())
+    gradients = torch.autograd.grad(
+        values.mean(), parameters, allow_unused=True, materialize_grads=True
+    )
+    return Draw(values.detach(), torch.cat([gradient.flatten() for gradient in gradients]))
+
+
+def scatter(draws: list[Draw], truth: Draw) -> dict[str, float]:
+    """Return the numbers of some draws beside the truth.
+
+    The standard deviation is that of one row's value over the draws, root mean square over rows;
+    the bias that of the mean over rows and draws. The mean square error of the gradient is
+    relative to the square of the true gradient.
+    """
+    values = torch.stack([each.values for each in draws]).double()
+    numbers = {
+        VALUE_STD.key: float(values.var(dim=0).mean().sqrt()),
+        VALUE_BIAS.key: float(values.mean() - truth.values.double().mean()),
+    }
+    errors = _squared_errors(draws, truth)
+    return {**numbers, GRADIENT_MSE.key: sum(errors) / len(errors)} if errors else numbers
+
+
+def _squared_errors(draws: list[Draw], truth: Draw) -> list[float]:
+    assert truth.gradient is not None
+    expected = truth.gradient.double()
+    gradients = [each.gradient.double() for each in draws if each.gradient is not None]
+    return [float((each - expected).square().sum() / expected.square().sum()) for each in gradients]
+
+
+def of_estimates(settings: Settings) -> list[Case]:
+    """Return the case of the trained branch on 64 dimensions."""
+    return [Case.timed(lambda settings: _runs(settings, batch=128), d=64, h=128, B=128)]
+
+
+def _runs(settings: Settings, batch: int) -> list[Run]:
+    branch, rows = trained_branch(64, settings)
+    net, inputs = FrozenNet(branch), rows[:batch]
+    truth = draw(_our_estimate(logdet.Exact()), net, inputs)
+    return [
+        _run(name, estimate, net, inputs, truth, settings) for name, estimate in estimates().items()
+    ]
+
+
+def _run(
+    name: str, estimate: Estimate, net: nn.Module, inputs: Tensor, truth: Draw, settings: Settings
+) -> Run:
+    raw: dict[str, tuple[float, ...]] = {}
+
+    def numbers() -> dict[str, float]:
+        seed_everything(settings.seed)
+        count = 40 if settings.quick else 200
+        draws = [draw(estimate, net, inputs) for _ in range(count)]
+        raw["gradient_squared_error"] = tuple(_squared_errors(draws, truth))
+        raw["mean_value"] = tuple(float(each.values.mean()) for each in draws)
+        return scatter(draws, truth)
+
+    note = "value only" if name == _EVALUATION else None
+    return Run(name, lambda: draw(estimate, net, inputs), numbers, raw, note)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+MODELS_OF_QUALITY = {OURS: "residual-flow", BASELINE: "normflows-residual"}
+"""By their names in the comparisons."""
 HIDDEN = {"checkerboard": 64, "two-spirals": 64, "digits": 128}
-BLOCKS = 6
+"""Width of the hidden layers for each data set."""
 BATCH = 256
 TEST_ROWS = 2000
 VALIDATION_ROWS = 1000
@@ -57,12 +184,20 @@ class Curve:
         """Return the training time of the first point that validates as well, or None."""
         return next((each.seconds for each in self.points if each.validation <= validation), None)
 
-    def go_on(self, training: Training, seconds: float, rows: Rows) -> None:
-        """Train until so much time is used up in all and add a point, or the failure."""
+    def go_on(self, training: Training, seconds: float, *rows: Tensor) -> None:
+        """Train until so much time is used up in all and add a point, or the failure.
+
+        Args:
+            training: what is gone on with.
+            seconds: of training in all.
+            rows: validation rows, which choose, and test rows, which are reported.
+        """
         if self.failure is None:
             try:
                 _train_until(training, seconds)
-                self.points.append(_examine(training, rows))
+                training.model.eval()
+                validation, test = (exact_nll(training.model, each) for each in rows)
+                self.points.append(Point(training.progress.elapsed, validation, test))
             except Exception as error:
                 self.failure = describe(error)
 
@@ -75,19 +210,10 @@ def _train_until(training: Training, seconds: float) -> None:
             training.look()
 
 
-def _examine(training: Training, rows: Rows) -> Point:
-    training.model.eval()
-    validation, test = (exact_nll(training.model, each) for each in rows)
-    return Point(training.progress.elapsed, validation, test)
-
-
-def _training(
-    name: str, dataset: datasets.Dataset, size: Size, seed: int, settings: Settings
-) -> Training:
+def _training(name: str, dataset: datasets.Dataset, seed: int, settings: Settings) -> Training:
     seed_everything(seed)
-    model = STEP_MODELS[name].build(size)
-    assert isinstance(model, DensityModel)
-    model.to(settings.device)
+    size = Architecture(dataset.features, HIDDEN[dataset.name], 6, 2)
+    model = MODELS[MODELS_OF_QUALITY[name]].build(size).to(settings.device)
     clock = time.process_time if settings.trusts_cpu_time else time.perf_counter
     plan = TrainingPlan(settings.learning_rate, ConstantRate(), clip_norm=None, clock=clock)
     batches = training_batches(dataset, BATCH, seed, settings.device)
@@ -104,12 +230,11 @@ def train_side_by_side(name: str, seed: int, settings: Settings) -> tuple[Measur
     dataset = datasets.load(name, seed=seed)
     test = dataset.test[:TEST_ROWS].to(settings.device)
     validation = dataset.validation[:VALIDATION_ROWS].to(settings.device)
-    size = Size(dataset.features, HIDDEN[name], BLOCKS, bare=False, has_start=True)
-    trainings = {each: _training(each, dataset, size, seed, settings) for each in (OURS, BASELINE)}
+    trainings = {each: _training(each, dataset, seed, settings) for each in MODELS_OF_QUALITY}
     curves = {each: Curve() for each in trainings}
     for seconds in checkpoints(settings.seconds or (10.0 if settings.quick else 80.0)):
         for each, curve in curves.items():
-            curve.go_on(trainings[each], seconds, (validation, test))
+            curve.go_on(trainings[each], seconds, validation, test)
     goal = curves[BASELINE].best.validation
     return tuple(
         _measurement(each, curve, trainings[each].progress.begun, goal)
@@ -120,7 +245,7 @@ def train_side_by_side(name: str, seed: int, settings: Settings) -> tuple[Measur
 def _measurement(name: str, curve: Curve, steps: int, goal: float) -> Measurement:
     reached = curve.seconds_to(goal)
     numbers = {NLL.key: curve.best.test, STEPS.key: float(steps)}
-    seconds, validation, nll = ([point[axis] for point in curve.points] for axis in range(3))
+    seconds, validation, nll = (tuple(point[axis] for point in curve.points) for axis in range(3))
     return Measurement(
         name,
         numbers=numbers if reached is None else {**numbers, REACH.key: reached},
@@ -137,7 +262,7 @@ def _note(curve: Curve, reached: float | None) -> str | None:
     return "normflows' best not reached" if reached is None else None
 
 
-def cases(settings: Settings) -> list[Case]:
+def over_training_time(settings: Settings) -> list[Case]:
     """Return a case for each data set and seed."""
     seeds = range(settings.seed, settings.seed + (1 if settings.quick else 3))
     return [
