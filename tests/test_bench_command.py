@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nflows_iresnet.experiments.bench import inverses, quality, steps
+from nflows_iresnet.experiments.bench.inverses import FrozenNet, SlowestMap, default_block
 from nflows_iresnet.experiments.bench.items import (
     BASELINE,
     FLOOR,
@@ -27,7 +28,6 @@ from nflows_iresnet.experiments.bench.items import (
     chosen_items,
 )
 from nflows_iresnet.experiments.bench.measure import Case, Settings
-from nflows_iresnet.experiments.bench.inverses import FrozenNet, SlowestMap, default_block
 from nflows_iresnet.experiments.bench.steps import (
     IMAGE_MODELS,
     TRIO,
