@@ -425,9 +425,9 @@ _COUNTED: dict[str, Callable[[Architecture], Trainable]] = {
 
 def _counted(size: Architecture, batch: int) -> Case:
     def prepare(settings: Settings) -> list[Run]:
-        draw = partial(torch.randn, batch, size.features)
+        rows = torch.randn(batch, size.features)
         return [
-            step_run(name, partial(build, size), draw, settings, _operations)
+            step_run(name, partial(build, size), lambda: rows, settings, _operations)
             for name, build in _COUNTED.items()
         ]
 
@@ -442,11 +442,9 @@ def _counted_on_images(pixels: int, hidden: int, blocks: int, batch: int) -> Cas
     def build() -> DensityModel:
         return ResidualModel(ImageResidualFlow(shape, hidden, blocks, num_scales=1))
 
-    def draw() -> Tensor:
-        return 256 * torch.rand(batch, *shape)
-
     def prepare(settings: Settings) -> list[Run]:
-        return [step_run(OURS, build, draw, settings, _operations)]
+        images = 256 * torch.rand(batch, *shape)
+        return [step_run(OURS, build, lambda: images, settings, _operations)]
 
     return Case.timed(prepare, c=1, pixels=pixels, h=hidden, B=batch, blocks=blocks)
 
