@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from nflows_iresnet.experiments.bench.items import BASELINE, ITEMS, OURS, Column, Item, our_speed
 from nflows_iresnet.experiments.bench.measure import (
@@ -19,7 +18,6 @@ from nflows_iresnet.experiments.bench.measure import (
     Measurement,
     Rounds,
     Run,
-    Settings,
     Timing,
     Work,
     check_targets,
@@ -28,12 +26,14 @@ from nflows_iresnet.experiments.bench.measure import (
     spread,
     time_in_rounds,
     time_once,
+    trusts_cpu_time,
 )
+from nflows_iresnet.experiments.options import BenchOptions
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-TINY = Settings(quick=True, repeats=2)
+TINY = BenchOptions(device="cpu", quick=True, repeats=2)
 
 
 class ScriptedTimer:
@@ -124,7 +124,7 @@ def sizes(x: list[float], y: list[float]) -> list[CaseResult]:
     ]
 
 
-GROWING = Item("grows", lambda settings: [], variable="n", fitted="size")
+GROWING = Item("grows", lambda options: [], variable="n", fitted="size")
 
 
 def test_planted_power_law_is_recovered() -> None:
@@ -148,11 +148,11 @@ def test_no_power_law_of_what_has_none(x: list[float], y: list[float]) -> None:
 
 
 def scripted_result(**seconds: list[float]) -> CaseResult:
-    def prepare(settings: Settings) -> list[Run]:
+    def prepare(options: BenchOptions) -> list[Run]:
         return [Run(name, partial(str, name)) for name in seconds]
 
     rounds = len(next(iter(seconds.values())))
-    measured = measure_runs(prepare, Settings(repeats=rounds), ScriptedTimer(seconds))
+    measured = measure_runs(prepare, BenchOptions(repeats=rounds), ScriptedTimer(seconds))
     return CaseResult("step-dimension", "case", {"d": 2.0}, measured, on_cpu_time=True)
 
 
@@ -172,7 +172,7 @@ def test_numbers_that_fail_keep_the_times() -> None:
     def numbers() -> dict[str, float]:
         raise MemoryError("too large")
 
-    (measured,) = Case.timed(lambda settings: [Run(OURS, list, numbers)]).measure(TINY)
+    (measured,) = Case.timed(lambda options: [Run(OURS, list, numbers)]).measure(TINY)
     assert len(measured.seconds) == 2
     assert measured.numbers == {}
     assert "too large" in str(measured.note)
@@ -190,9 +190,9 @@ def test_targets_follow_the_clock_of_the_settings() -> None:
     measured = (Measurement(OURS, (1.0,), (1.0,)), Measurement(BASELINE, (10.0,), (2.0,)))
     for on_cpu_time, expected in ((True, 2.0), (False, 10.0)):
         assert our_speed(CaseResult("i", "c", {}, measured, on_cpu_time)) == expected
-    assert Settings().trusts_cpu_time
-    assert not Settings(threads=2).trusts_cpu_time
-    assert not Settings(device=torch.device("cuda")).trusts_cpu_time
+    assert trusts_cpu_time(BenchOptions(device="cpu"))
+    assert not trusts_cpu_time(BenchOptions(device="cpu", threads=2))
+    assert not trusts_cpu_time(BenchOptions(device="cuda"))
 
 
 def test_a_column_at_cost_multiplies_by_the_time() -> None:

@@ -27,7 +27,7 @@ from nflows_iresnet.experiments.bench.items import (
     StepModel,
     chosen_items,
 )
-from nflows_iresnet.experiments.bench.measure import Case, Settings
+from nflows_iresnet.experiments.bench.measure import Case
 from nflows_iresnet.experiments.bench.steps import (
     IMAGE_MODELS,
     TRIO,
@@ -39,6 +39,7 @@ from nflows_iresnet.experiments.bench.steps import (
 )
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec
+from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.solvers import FixedPointIteration
 
@@ -55,7 +56,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two items that take no time."""
     step = Item(
         "small steps",
-        lambda settings: [step_case(small(2, 4), batch) for batch in (4, 8)],
+        lambda options: [step_case(small(2, 4), batch) for batch in (4, 8)],
         targets=ITEMS["step-dimension"].targets,
         variable="B",
     )
@@ -165,10 +166,10 @@ def test_a_model_that_fails_in_training_leaves_the_other(
 def test_interruption_keeps_what_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(settings: Settings) -> NoReturn:
+    def interrupt(options: BenchOptions) -> NoReturn:
         raise KeyboardInterrupt
 
-    endless = Item("stops", lambda settings: [Case("x", {}, interrupt)])
+    endless = Item("stops", lambda options: [Case("x", {}, interrupt)])
     monkeypatch.setitem(ITEMS, "endless", endless)
     out = ["--out", str(tmp_path)]
     assert main(["bench", "--only", "tiny", "endless", "--repeats", "1", *out]) == 130
@@ -237,7 +238,7 @@ def test_items_are_listed_without_torch() -> None:
 @pytest.mark.parametrize("name", ITEMS)
 def test_quick_is_no_more_than_everything(name: str) -> None:
     item = ITEMS[name]
-    quick, full = (item.cases(Settings(quick=flag)) for flag in (True, False))
+    quick, full = (item.cases(BenchOptions(quick=flag)) for flag in (True, False))
     assert 0 < len(quick) <= len(full)
     assert len({case.label for case in full}) == len(full)
     assert all(item.variable in case.parameters for case in full if item.variable is not None)
@@ -282,7 +283,7 @@ def test_exact_jacobians_that_nobody_can_afford_are_left_out() -> None:
     assert affords(small(2, 64), 8192)
     assert not affords(small(512, 512), 128)
     case = step_case(small(512, 512), 128, ["ours-exact"])
-    assert case.measure(Settings(repeats=1)) == ()
+    assert case.measure(BenchOptions(device="cpu", repeats=1)) == ()
 
 
 @pytest.mark.parametrize("name", TRIO)
@@ -347,12 +348,18 @@ def test_what_cannot_be_reached_is_said() -> None:
     assert not found.is_reached
 
 
-def test_counted_counts_rows() -> None:
-    counted = inverses.Counted(SlowestMap(2, 0.5))
-    counted(torch.zeros(3, 2))
-    counted.bind()(torch.zeros(4, 2))
-    counted.bind().select(slice(0, 1))(torch.zeros(1, 2))
-    assert counted.rows == 8
+def test_rows_are_counted_for_both_libraries() -> None:
+    problem = frozen_problem()
+    with torch.no_grad(), inverses.counted_rows(problem.net) as rows:
+        problem.net(torch.zeros(4, 3, dtype=torch.float64))
+        inverses.our_inverse(FixedPointIteration(), problem.net, 1e-3)(problem.targets)
+        ours = sum(rows) - 4
+        inverses.normflows_inverse(problem.net, 1e-6)(problem.targets)
+    assert rows[0] == 4
+    assert ours >= 2 * 20
+    assert sum(rows) - 4 - ours >= 2 * 20
+    problem.net(problem.targets)
+    assert rows[-1] == 20
 
 
 def test_dense_gradient_is_that_of_the_implicit_function() -> None:

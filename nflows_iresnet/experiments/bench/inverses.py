@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -28,11 +29,12 @@ from nflows_iresnet.experiments.bench.items import (
     OURS,
     TOLERANCE,
 )
-from nflows_iresnet.experiments.bench.measure import Case, Run, Settings
+from nflows_iresnet.experiments.bench.measure import Case, Run
 from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture
+from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.flows import ResidualFlow
-from nflows_iresnet.linearization import Linearization, ResidualFunction, bind
+from nflows_iresnet.linearization import ResidualFunction
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged, Solver
@@ -61,6 +63,7 @@ class FrozenNet(nn.Module):
         super().__init__()
         with torch.no_grad():
             self._function = net.bind()
+        self.lipschitz = self._function.lipschitz
         self.weights = nn.ParameterList(each.detach().clone() for each in self._function.weights)
         self.shifts = nn.ParameterList(each.detach().clone() for each in self._function.shifts)
         self.activations = nn.ModuleList(net.activations)
@@ -107,7 +110,7 @@ class ConstantRate:
 
 
 @lru_cache(maxsize=4)
-def trained_branch(features: int, settings: Settings) -> tuple[LipschitzMLP, Tensor]:
+def trained_branch(features: int, options: BenchOptions) -> tuple[LipschitzMLP, Tensor]:
     """Train a small flow and return its branch with the largest Jacobian, and rows that enter it.
 
     Random weights would make inverses and estimates look too easy: the norms of their layers
@@ -116,15 +119,15 @@ def trained_branch(features: int, settings: Settings) -> tuple[LipschitzMLP, Ten
 
     Args:
         features: 2 (checkerboard) or 64 (digits).
-        settings: seed, device, and how long: 300 steps, 150 if quick.
+        options: seed, device, and how long: 300 steps, 150 if quick.
     """
     name, hidden = _TRAINED[features]
-    rows = datasets.load(name, seed=settings.seed).train.to(settings.device)
-    seed_everything(settings.seed)
+    rows = datasets.load(name, seed=options.seed).train.to(options.device)
+    seed_everything(options.seed)
     model = MODELS["residual-flow-plain"].build(Architecture(features, hidden, 3, 2))
-    model.to(settings.device)
-    plan = TrainingPlan(5e-3, ConstantRate(150 if settings.quick else 300), clip_norm=None)
-    batches = Batches(rows, 256, settings.seed)
+    model.to(options.device)
+    plan = TrainingPlan(5e-3, ConstantRate(150 if options.quick else 300), clip_norm=None)
+    batches = Batches(rows, 256, options.seed)
     run(Training(model.flow, batches, plan, validate=lambda: 0.0))
     inputs = {net: inputs.detach() for net, inputs in _entering(model, rows[:8192]).items()}
     chosen = max(inputs, key=lambda net: _enlarged_jacobian(net, inputs[net][:64]))
@@ -164,13 +167,7 @@ _ROUNDING = 1e-15
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Find x with x + g(x) = y.
-
-    Args:
-        net: g.
-        targets: y, (B, d), in the precision of the work.
-        solution: x, (B, d), float64, to the rounding of float64.
-    """
+    """Find the solution x, (B, d), of x + g(x) = y: it is known to the rounding of float64."""
 
     net: nn.Module
     targets: Tensor
@@ -182,12 +179,7 @@ class Problem:
 
 
 def make_problem(net: nn.Module, start: Tensor) -> Problem:
-    """Round y = x + g(x) to the precision of the network, and solve for the x of that y.
-
-    Args:
-        net: g.
-        start: x, (B, d).
-    """
+    """Round y = x + g(x) to the precision of the network g, and solve for the x of that y."""
     exact, solution = copy.deepcopy(net).double(), start.double()
     with torch.no_grad():
         targets = (solution + exact(solution)).to(_first_tensor(net).dtype)
@@ -202,9 +194,11 @@ def _first_tensor(net: nn.Module) -> Tensor:
     return next(itertools.chain(net.parameters(), net.buffers()))
 
 
-def trained_problem(features: int, batch: int, settings: Settings, dtype: torch.dtype) -> Problem:
+def trained_problem(
+    features: int, batch: int, options: BenchOptions, dtype: torch.dtype
+) -> Problem:
     """Make a problem of a trained network that uses up its Lipschitz bound."""
-    net, inputs = trained_branch(features, settings)
+    net, inputs = trained_branch(features, options)
     rows = inputs.repeat(-(-batch // len(inputs)), 1)[:batch]
     return make_problem(FrozenNet(copy.deepcopy(net).to(dtype)), rows)
 
@@ -255,52 +249,22 @@ NORMFLOWS_TOLERANCES = tuple(10 ** (-half / 2) for half in range(10, 29))
 """1e-5, its default, to 1e-14."""
 
 
-class Counted(nn.Module):
-    """A network that counts the rows for which it was evaluated."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.rows = 0
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return net(inputs)."""
-        self.rows += inputs.shape[0]
-        outputs: Tensor = self.net(inputs)
-        return outputs
-
-    def bind(self, context: Tensor | None = None) -> ResidualFunction:
-        """Return the network as a function that counts here."""
-        return _CountedFunction(bind(self.net, context), self)
-
-
-class _CountedFunction(ResidualFunction):
-    def __init__(self, function: ResidualFunction, counter: Counted) -> None:
-        self._function, self._counter = function, counter
-        self.lipschitz = function.lipschitz
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        self._counter.rows += inputs.shape[0]
-        return self._function(inputs)
-
-    def linearize(self, inputs: Tensor) -> Linearization:
-        self._counter.rows += inputs.shape[0]
-        return self._function.linearize(inputs)
-
-    def select(self, rows: Tensor | slice) -> ResidualFunction:
-        return _CountedFunction(self._function.select(rows), self._counter)
+@contextmanager
+def counted_rows(net: nn.Module) -> Iterator[list[int]]:
+    """Return the numbers of rows for which a network is evaluated, one call after the other."""
+    rows: list[int] = []
+    hook = net.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True, eq=False)
 class Reached:
     """The loosest tolerance that reaches an error, or the best that was reached.
 
-    Args:
-        inverse: at that tolerance.
-        tolerance: what was asked for.
-        error: what was reached.
-        evaluations: of the network, per row.
-        is_reached: whether the error is as small as it was to be.
+    Beside it the inverse at that tolerance, and its evaluations of the network, per row.
     """
 
     inverse: Inverse
@@ -313,27 +277,20 @@ class Reached:
 def reach(
     problem: Problem, inverse_at: InverseAt, tolerances: Iterable[float], to: float
 ) -> Reached | None:
-    """Lower the tolerance until the true error of every row is small enough.
-
-    Args:
-        problem: what is solved.
-        inverse_at: the library's inverse at a tolerance.
-        tolerances: those to try, falling.
-        to: the error.
+    """Try falling tolerances until the true error of every row is small enough.
 
     Returns:
         What was reached; None if no tolerance gave a result.
     """
     best: Reached | None = None
     for tolerance in tolerances:
-        counted = Counted(problem.net)
+        inverse = inverse_at(problem.net, tolerance)
         try:
-            with torch.no_grad():
-                error = problem.error(inverse_at(counted, tolerance)(problem.targets))
+            with torch.no_grad(), counted_rows(problem.net) as rows:
+                error = problem.error(inverse(problem.targets))
         except FixedPointNotConverged:
             break
-        evaluations = counted.rows / len(problem.targets)
-        inverse = inverse_at(problem.net, tolerance)
+        evaluations = sum(rows) / len(problem.targets)
         found = Reached(inverse, tolerance, error, evaluations, error <= to)
         best = found if best is None or error < best.error else best
         if found.is_reached:
@@ -370,7 +327,7 @@ def _run(name: str, reached: Reached | None, targets: Tensor, error: float) -> R
     return Run(name, work, lambda: {column.key: value for column, value in found.items()})
 
 
-def of_trained_blocks(settings: Settings) -> list[Case]:
+def of_trained_blocks(options: BenchOptions) -> list[Case]:
     """Return the cases of trained blocks in both precisions."""
     return [
         _trained_case(features, batch, error, dtype)
@@ -380,25 +337,25 @@ def of_trained_blocks(settings: Settings) -> list[Case]:
 
 
 def _trained_case(features: int, batch: int, error: float, dtype: torch.dtype) -> Case:
-    def prepare(settings: Settings) -> list[Run]:
-        return _runs(trained_problem(features, batch, settings, dtype), error)
+    def prepare(options: BenchOptions) -> list[Run]:
+        return _runs(trained_problem(features, batch, options, dtype), error)
 
     precision = str(dtype).removeprefix("torch.")
     label = f"d={features} B={batch} error<={error:.0e} {precision}"
     return Case.timed(prepare, label, d=features, B=batch, error=error)
 
 
-def over_the_bound(settings: Settings) -> list[Case]:
+def over_the_bound(options: BenchOptions) -> list[Case]:
     """Return the cases of linear maps whose eigenvalues fill [-L, 0]."""
-    bounds = (0.5, 0.9, 0.97) if settings.quick else (0.5, 0.8, 0.9, 0.97, 0.99, 0.997)
+    bounds = (0.5, 0.9, 0.97) if options.quick else (0.5, 0.8, 0.9, 0.97, 0.99, 0.997)
     return [_slowest_case(bound) for bound in bounds]
 
 
 def _slowest_case(lipschitz: float) -> Case:
-    def prepare(settings: Settings) -> list[Run]:
-        seed_everything(settings.seed)
-        net = SlowestMap(features=16, lipschitz=lipschitz).to(settings.device, torch.float64)
-        return _runs(make_problem(net, torch.randn(64, 16).to(settings.device)), 1e-5)
+    def prepare(options: BenchOptions) -> list[Run]:
+        seed_everything(options.seed)
+        net = SlowestMap(features=16, lipschitz=lipschitz).to(options.device, torch.float64)
+        return _runs(make_problem(net, torch.randn(64, 16).to(options.device)), 1e-5)
 
     return Case.timed(prepare, f"L={lipschitz}", **{"1/(1-L)": 1 / (1 - lipschitz)})
 
@@ -437,15 +394,15 @@ def dense_gradient(problem: Problem, cotangent: Tensor) -> Tensor:
     return _flat([adjoint, *torch.autograd.grad(values, list(exact.parameters()), -adjoint)])
 
 
-def with_gradients(settings: Settings) -> list[Case]:
+def with_gradients(options: BenchOptions) -> list[Case]:
     """Return the cases of our implicit gradient beside normflows' unrolled one."""
     return [_gradient_case(2, 256), _gradient_case(64, 256)]
 
 
 def _gradient_case(features: int, batch: int) -> Case:
-    def prepare(settings: Settings) -> list[Run]:
-        problem = trained_problem(features, batch, settings, torch.float32)
-        torch.manual_seed(settings.seed)
+    def prepare(options: BenchOptions) -> list[Run]:
+        problem = trained_problem(features, batch, options, torch.float32)
+        torch.manual_seed(options.seed)
         cotangent = torch.randn(batch, features).to(problem.targets)
         truth = dense_gradient(problem, cotangent)
         return [

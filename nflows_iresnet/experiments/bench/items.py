@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from nflows_iresnet.experiments.models import MODELS, Architecture
 
 if TYPE_CHECKING:
-    from nflows_iresnet.experiments.bench.measure import Case, CaseResult, Settings
+    from nflows_iresnet.experiments.bench.measure import Case, CaseResult
     from nflows_iresnet.experiments.bench.steps import Trainable
+    from nflows_iresnet.experiments.options import BenchOptions
 
 OURS = "ours"
 BASELINE = "normflows"
@@ -72,7 +73,7 @@ class Item:
 
     Args:
         description: one line.
-        cases: what is measured with given settings.
+        cases: what is measured with given options.
         columns: of the table, beside the time.
         targets: what is promised.
         variable: the parameter in which a power law is fitted, or None.
@@ -81,7 +82,7 @@ class Item:
     """
 
     description: str
-    cases: Callable[[Settings], list[Case]]
+    cases: Callable[[BenchOptions], list[Case]]
     columns: tuple[Column, ...] = ()
     targets: tuple[Target, ...] = ()
     variable: str | None = None

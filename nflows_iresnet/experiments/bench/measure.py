@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils import benchmark
 
 from nflows_iresnet.experiments.bench.items import BASELINE, ITEMS, Column, Item
 from nflows_iresnet.experiments.config import describe
+from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.experiments.record import RunRecord
 
 Work = Callable[[], object]
@@ -44,15 +44,10 @@ def time_once(work: Work) -> Timing:
     return Timing(benchmark.timer() - wall, time.process_time() - processor)
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """How often runs are repeated.
+class Rounds(NamedTuple):
+    """How often runs are repeated: warmed up by untimed calls, then `least` rounds in any case.
 
-    Args:
-        least: rounds in any case.
-        most: rounds at most.
-        seconds: no further round begins once the timed work has taken this long.
-        warm_ups: calls of each run before the first round, untimed.
+    No further round begins after `most`, or once the timed work has taken so many seconds.
     """
 
     least: int = 5
@@ -63,6 +58,18 @@ class Rounds:
     def are_over(self, count: int, seconds: float) -> bool:
         """Whether no further round begins after `count` rounds that took some time."""
         return count >= self.most or (count >= self.least and seconds >= self.seconds)
+
+
+def rounds_of(options: BenchOptions) -> Rounds:
+    """Return how often each case is repeated."""
+    if options.repeats is not None:
+        return Rounds(least=options.repeats, most=options.repeats)
+    return Rounds(least=3, most=15, seconds=1.0) if options.quick else Rounds()
+
+
+def trusts_cpu_time(options: BenchOptions) -> bool:
+    """Whether processor time is the better clock: on the CPU, with a single thread."""
+    return options.device == "cpu" and options.threads == 1
 
 
 @dataclass
@@ -111,35 +118,6 @@ def time_in_rounds(works: Mapping[str, Work], timer: Timer, rounds: Rounds) -> T
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Every choice that a measurement depends on; `experiments.options.BenchOptions` explains them.
-
-    Without `repeats` there are as many rounds as fit into the time of a case, and without `seconds`
-    the quality item has its default.
-    """
-
-    device: torch.device = torch.device("cpu")
-    threads: int = 1
-    quick: bool = False
-    repeats: int | None = None
-    seed: int = 0
-    seconds: float | None = None
-    learning_rate: float = 5e-3
-
-    @property
-    def rounds(self) -> Rounds:
-        """How often each case is repeated."""
-        if self.repeats is not None:
-            return Rounds(least=self.repeats, most=self.repeats)
-        return Rounds(least=3, most=15, seconds=1.0) if self.quick else Rounds()
-
-    @property
-    def trusts_cpu_time(self) -> bool:
-        """Whether processor time is the better clock: on the CPU, with a single thread."""
-        return self.device.type == "cpu" and self.threads == 1
-
-
-@dataclass(frozen=True)
 class Run:
     """What one model does in one case.
 
@@ -179,22 +157,16 @@ class Measurement:
     note: str | None = None
 
 
-Prepare = Callable[[Settings], list[Run]]
+Prepare = Callable[[BenchOptions], list[Run]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row group of a table: the same task for all models.
-
-    Args:
-        label: its name in the table.
-        parameters: the numbers that describe it.
-        measure: does the work.
-    """
+    """The same task for all models: its name, the numbers that describe it, and what does it."""
 
     label: str
     parameters: dict[str, float]
-    measure: Callable[[Settings], tuple[Measurement, ...]]
+    measure: Callable[[BenchOptions], tuple[Measurement, ...]]
 
     @classmethod
     def timed(cls, prepare: Prepare, label: str | None = None, **parameters: float) -> Case:
@@ -204,13 +176,13 @@ class Case:
 
 
 def measure_runs(
-    prepare: Prepare, settings: Settings, timer: Timer = time_once
+    prepare: Prepare, options: BenchOptions, timer: Timer = time_once
 ) -> tuple[Measurement, ...]:
     """Time runs in rounds, then ask for their other numbers."""
-    runs = prepare(settings)
+    runs = prepare(options)
     gc.collect()
     works = {run.model: run.work for run in runs if run.work is not None}
-    timings = time_in_rounds(works, timer, settings.rounds)
+    timings = time_in_rounds(works, timer, rounds_of(options))
     return tuple(_measurement(run, timings) for run in runs)
 
 
@@ -245,15 +217,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What was measured in one case.
-
-    Args:
-        item: name of the item.
-        case: label of the case.
-        parameters: the numbers that describe the case.
-        measurements: one per model.
-        on_cpu_time: whether ratios are those of processor time.
-    """
+    """What was measured in one case of an item; on the processor's time, where ratios are of it."""
 
     item: str
     case: str
@@ -320,15 +284,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class CheckedTarget:
-    """A target beside what was measured: None, and not met, where nothing could be.
-
-    Args:
-        item: name of the item.
-        case: label of the case.
-        target: the quantity in words.
-        bound: what was promised.
-        at_least: whether the quantity must reach the bound or stay below it.
-    """
+    """A target of a case beside what was measured: None, and not met, where nothing could be."""
 
     item: str
     case: str
@@ -355,15 +311,11 @@ def check_targets(item: Item, results: Sequence[CaseResult]) -> list[CheckedTarg
 
 @dataclass(frozen=True)
 class Fit:
-    """How the cost of a model grows: as factor * variable^exponent.
+    """How the cost of a model grows: as factor * variable^exponent, by least squares of logarithms.
 
     Args:
-        item: name of the item.
-        model: its name.
-        variable: what is varied.
         quantity: what grows: "ms" or the key of a number.
         points: pairs of the variable and the quantity.
-        exponent: fitted by least squares in the logarithms.
         standard_error: of the exponent, from the residuals; None for two points, which say nothing.
     """
 

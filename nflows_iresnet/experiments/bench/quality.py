@@ -30,11 +30,12 @@ from nflows_iresnet.experiments.bench.items import (
     VALUE_BIAS,
     VALUE_STD,
 )
-from nflows_iresnet.experiments.bench.measure import Case, Measurement, Run, Settings
+from nflows_iresnet.experiments.bench.measure import Case, Measurement, Run, trusts_cpu_time
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.data import training_batches
 from nflows_iresnet.experiments.evaluation import exact_nll
 from nflows_iresnet.experiments.models import MODELS, Architecture
+from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.training import Training, TrainingPlan, seed_everything
 
 # --- estimates ------------------------------------------------------------------------------------
@@ -114,35 +115,30 @@ def _squared_errors(draws: list[Draw], truth: Draw) -> list[float]:
     return [float((each - expected).square().sum() / expected.square().sum()) for each in gradients]
 
 
-def of_estimates(settings: Settings) -> list[Case]:
+def of_estimates(options: BenchOptions) -> list[Case]:
     """Return the case of the trained branch on 64 dimensions."""
-    return [Case.timed(lambda settings: _runs(settings, batch=128), d=64, h=128, B=128)]
+    return [Case.timed(lambda options: _runs(options, batch=128), d=64, h=128, B=128)]
 
 
-def _runs(settings: Settings, batch: int) -> list[Run]:
-    branch, rows = trained_branch(64, settings)
+def _runs(options: BenchOptions, batch: int) -> list[Run]:
+    branch, rows = trained_branch(64, options)
     net, inputs = FrozenNet(branch), rows[:batch]
     truth = draw(_our_estimate(logdet.Exact()), net, inputs)
-    return [
-        _run(name, estimate, net, inputs, truth, settings) for name, estimate in estimates().items()
-    ]
 
+    def run(name: str, estimate: Estimate) -> Run:
+        raw: dict[str, tuple[float, ...]] = {}
 
-def _run(
-    name: str, estimate: Estimate, net: nn.Module, inputs: Tensor, truth: Draw, settings: Settings
-) -> Run:
-    raw: dict[str, tuple[float, ...]] = {}
+        def numbers() -> dict[str, float]:
+            seed_everything(options.seed)
+            draws = [draw(estimate, net, inputs) for _ in range(40 if options.quick else 200)]
+            raw["gradient_squared_error"] = tuple(_squared_errors(draws, truth))
+            raw["mean_value"] = tuple(float(each.values.mean()) for each in draws)
+            return scatter(draws, truth)
 
-    def numbers() -> dict[str, float]:
-        seed_everything(settings.seed)
-        count = 40 if settings.quick else 200
-        draws = [draw(estimate, net, inputs) for _ in range(count)]
-        raw["gradient_squared_error"] = tuple(_squared_errors(draws, truth))
-        raw["mean_value"] = tuple(float(each.values.mean()) for each in draws)
-        return scatter(draws, truth)
+        note = "value only" if name == _EVALUATION else None
+        return Run(name, lambda: draw(estimate, net, inputs), numbers, raw, note)
 
-    note = "value only" if name == _EVALUATION else None
-    return Run(name, lambda: draw(estimate, net, inputs), numbers, raw, note)
+    return [run(name, estimate) for name, estimate in estimates().items()]
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -210,13 +206,13 @@ def _train_until(training: Training, seconds: float) -> None:
             training.look()
 
 
-def _training(name: str, dataset: datasets.Dataset, seed: int, settings: Settings) -> Training:
+def _training(name: str, dataset: datasets.Dataset, seed: int, options: BenchOptions) -> Training:
     seed_everything(seed)
     size = Architecture(dataset.features, HIDDEN[dataset.name], 6, 2)
-    model = MODELS[MODELS_OF_QUALITY[name]].build(size).to(settings.device)
-    clock = time.process_time if settings.trusts_cpu_time else time.perf_counter
-    plan = TrainingPlan(settings.learning_rate, ConstantRate(), clip_norm=None, clock=clock)
-    batches = training_batches(dataset, BATCH, seed, settings.device)
+    model = MODELS[MODELS_OF_QUALITY[name]].build(size).to(options.device)
+    clock = time.process_time if trusts_cpu_time(options) else time.perf_counter
+    plan = TrainingPlan(options.learning_rate, ConstantRate(), clip_norm=None, clock=clock)
+    batches = training_batches(dataset, BATCH, seed, options.device)
     return Training(model, batches, plan, lambda: math.nan, after_step=model.after_step)
 
 
@@ -225,14 +221,14 @@ def checkpoints(budget: float) -> list[float]:
     return [budget * 2 ** (-k / 2) for k in reversed(range(_CHECKPOINTS))]
 
 
-def train_side_by_side(name: str, seed: int, settings: Settings) -> tuple[Measurement, ...]:
+def train_side_by_side(name: str, seed: int, options: BenchOptions) -> tuple[Measurement, ...]:
     """Train the models in turns, from one checkpoint to the next."""
     dataset = datasets.load(name, seed=seed)
-    test = dataset.test[:TEST_ROWS].to(settings.device)
-    validation = dataset.validation[:VALIDATION_ROWS].to(settings.device)
-    trainings = {each: _training(each, dataset, seed, settings) for each in MODELS_OF_QUALITY}
+    test = dataset.test[:TEST_ROWS].to(options.device)
+    validation = dataset.validation[:VALIDATION_ROWS].to(options.device)
+    trainings = {each: _training(each, dataset, seed, options) for each in MODELS_OF_QUALITY}
     curves = {each: Curve() for each in trainings}
-    for seconds in checkpoints(settings.seconds or (10.0 if settings.quick else 80.0)):
+    for seconds in checkpoints(options.seconds or (10.0 if options.quick else 80.0)):
         for each, curve in curves.items():
             curve.go_on(trainings[each], seconds, validation, test)
     goal = curves[BASELINE].best.validation
@@ -262,9 +258,9 @@ def _note(curve: Curve, reached: float | None) -> str | None:
     return "normflows' best not reached" if reached is None else None
 
 
-def over_training_time(settings: Settings) -> list[Case]:
+def over_training_time(options: BenchOptions) -> list[Case]:
     """Return a case for each data set and seed."""
-    seeds = range(settings.seed, settings.seed + (1 if settings.quick else 3))
+    seeds = range(options.seed, options.seed + (1 if options.quick else 3))
     return [
         Case(f"{name} seed={seed}", {"seed": seed}, partial(train_side_by_side, name, seed))
         for name in HIDDEN

@@ -33,9 +33,10 @@ from nflows_iresnet.experiments.bench.items import (
     OURS,
     STEP_MODELS,
 )
-from nflows_iresnet.experiments.bench.measure import Case, Run, Settings, Work, time_once
+from nflows_iresnet.experiments.bench.measure import Case, Run, Work, time_once
 from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture
+from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.flows import ImageResidualFlow
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.nn import LipschitzCNN, LipschitzMLP
@@ -279,13 +280,13 @@ def step_run(
     name: str,
     build: Build,
     draw: Callable[[], Tensor],
-    settings: Settings,
+    options: BenchOptions,
     numbers: Numbers = _time_alone,
 ) -> Run:
     """Return a run that takes steps on one batch, (B, *)."""
-    seed_everything(settings.seed)
-    batch, model = draw().to(settings.device), build()
-    model.to(settings.device)
+    seed_everything(options.seed)
+    batch, model = draw().to(options.device), build()
+    model.to(options.device)
     step = training_step(model, itertools.repeat(batch))
     return Run(name, step, lambda: numbers(model, batch, step))
 
@@ -297,7 +298,7 @@ def step_case(
     numbers: Numbers = _time_alone,
     *,
     in_one_block: bool = False,
-    more: Callable[[Settings], list[Run]] = lambda settings: [],
+    more: Callable[[BenchOptions], list[Run]] = lambda options: [],
 ) -> Case:
     """Return the case of one size and one batch.
 
@@ -310,13 +311,13 @@ def step_case(
         more: runs of other models.
     """
 
-    def prepare(settings: Settings) -> list[Run]:
+    def prepare(options: BenchOptions) -> list[Run]:
         draw = partial(torch.randn, batch, size.features)
         return [
-            step_run(name, partial(build, name), draw, settings, numbers)
+            step_run(name, partial(build, name), draw, options, numbers)
             for name in names
             if STEP_MODELS[name].affords(size, batch)
-        ] + more(settings)
+        ] + more(options)
 
     def build(name: str) -> Trainable:
         model = STEP_MODELS[name].build(size)
@@ -341,25 +342,25 @@ def _flow(features: int, blocks: int | None = None) -> Architecture:
     return Architecture(features, _HIDDEN[features], blocks or usual, 2)
 
 
-def over_dimension(settings: Settings) -> list[Case]:
+def over_dimension(options: BenchOptions) -> list[Case]:
     """Return the cases of all models over the dimension."""
-    chosen = (2, 16, 64, 512) if settings.quick else tuple(_HIDDEN)
+    chosen = (2, 16, 64, 512) if options.quick else tuple(_HIDDEN)
     return [step_case(_flow(features), 128, tuple(STEP_MODELS)) for features in chosen]
 
 
-def over_batch(features: int, settings: Settings) -> list[Case]:
+def over_batch(features: int, options: BenchOptions) -> list[Case]:
     """Return the cases over the batch."""
-    chosen = (32, 1024) if settings.quick else (32, 128, 1024, 8192)
+    chosen = (32, 1024) if options.quick else (32, 128, 1024, 8192)
     return [step_case(_flow(features), batch) for batch in chosen]
 
 
-def over_depth(settings: Settings) -> list[Case]:
+def over_depth(options: BenchOptions) -> list[Case]:
     """Return the cases over the number of blocks."""
-    chosen = (1, 10) if settings.quick else (1, 3, 10, 30, 100)
+    chosen = (1, 10) if options.quick else (1, 3, 10, 30, 100)
     return [step_case(_flow(2, blocks), 256) for blocks in chosen]
 
 
-def memory(settings: Settings) -> list[Case]:
+def memory(options: BenchOptions) -> list[Case]:
     """Return the cases whose peak memory is measured."""
     blocks = [
         step_case(_flow(features, 1), batch, numbers=_peak_memory, in_one_block=True)
@@ -368,16 +369,16 @@ def memory(settings: Settings) -> list[Case]:
     return [*blocks, step_case(_flow(2, 10), 256, numbers=_peak_memory)]
 
 
-def compiled(settings: Settings) -> list[Case]:
+def compiled(options: BenchOptions) -> list[Case]:
     """Return the cases that also go through `torch.compile`."""
-    blocks = 1 if settings.quick else 6
+    blocks = 1 if options.quick else 6
     return [_compiled(_flow(features, blocks), 128) for features in (2, 64)]
 
 
 def _compiled(size: Architecture, batch: int) -> Case:
-    def run(settings: Settings) -> list[Run]:
+    def run(options: BenchOptions) -> list[Run]:
         draw = partial(torch.randn, batch, size.features)
-        step = step_run("ours-compiled", partial(CompiledModel, size), draw, settings)
+        step = step_run("ours-compiled", partial(CompiledModel, size), draw, options)
         assert step.work is not None
         step.work()
         seconds = time_once(step.work).seconds
@@ -386,7 +387,7 @@ def _compiled(size: Architecture, batch: int) -> Case:
     return step_case(size, batch, more=run)
 
 
-def of_images(settings: Settings) -> list[Case]:
+def of_images(options: BenchOptions) -> list[Case]:
     """Return the cases of convolutional blocks."""
     sizes = [
         (ImageSize(1, 8, 32), 64),
@@ -394,24 +395,24 @@ def of_images(settings: Settings) -> list[Case]:
         (ImageSize(4, 14, 64), 16),
         (ImageSize(12, 8, 64), 32),
     ]
-    return [_image_case(*each) for each in sizes[: 2 if settings.quick else None]]
+    return [_image_case(*each) for each in sizes[: 2 if options.quick else None]]
 
 
 def _image_case(size: ImageSize, batch: int) -> Case:
-    def prepare(settings: Settings) -> list[Run]:
+    def prepare(options: BenchOptions) -> list[Run]:
         draw = partial(torch.randn, batch, *size.shape)
         return [
-            step_run(name, partial(build, size), draw, settings)
+            step_run(name, partial(build, size), draw, options)
             for name, build in IMAGE_MODELS.items()
         ]
 
     return Case.timed(prepare, c=size.channels, pixels=size.pixels, h=size.hidden, B=batch)
 
 
-def of_operations(settings: Settings) -> list[Case]:
+def of_operations(options: BenchOptions) -> list[Case]:
     """Return the cases whose operations are counted: flows of six blocks, and one on images."""
     sizes = [(_flow(2), 128), (_flow(64), 128), (Architecture(10, 116, 6, 2), 512)]
-    chosen = [sizes[0], sizes[2]] if settings.quick else sizes
+    chosen = [sizes[0], sizes[2]] if options.quick else sizes
     return [*(_counted(*each) for each in chosen), _counted_on_images(8, 32, 4, 64)]
 
 
@@ -424,10 +425,10 @@ _COUNTED: dict[str, Callable[[Architecture], Trainable]] = {
 
 
 def _counted(size: Architecture, batch: int) -> Case:
-    def prepare(settings: Settings) -> list[Run]:
+    def prepare(options: BenchOptions) -> list[Run]:
         rows = torch.randn(batch, size.features)
         return [
-            step_run(name, partial(build, size), lambda: rows, settings, _operations)
+            step_run(name, partial(build, size), lambda: rows, options, _operations)
             for name, build in _COUNTED.items()
         ]
 
@@ -442,28 +443,28 @@ def _counted_on_images(pixels: int, hidden: int, blocks: int, batch: int) -> Cas
     def build() -> DensityModel:
         return ResidualModel(ImageResidualFlow(shape, hidden, blocks, num_scales=1))
 
-    def prepare(settings: Settings) -> list[Run]:
+    def prepare(options: BenchOptions) -> list[Run]:
         images = 256 * torch.rand(batch, *shape)
-        return [step_run(OURS, build, lambda: images, settings, _operations)]
+        return [step_run(OURS, build, lambda: images, options, _operations)]
 
     return Case.timed(prepare, c=1, pixels=pixels, h=hidden, B=batch, blocks=blocks)
 
 
-def exact_likelihood(settings: Settings) -> list[Case]:
+def exact_likelihood(options: BenchOptions) -> list[Case]:
     """Return the cases of our exact estimator beside the full Jacobian of normflows."""
     return [_likelihood_case(_flow(d, 1), batch) for d, batch in ((2, 1024), (8, 1024), (64, 128))]
 
 
 def _likelihood_case(size: Architecture, batch: int) -> Case:
-    def run(name: str, settings: Settings) -> Run:
-        seed_everything(settings.seed)
-        rows = torch.randn(batch, size.features).to(settings.device)
+    def run(name: str, options: BenchOptions) -> Run:
+        seed_everything(options.seed)
+        rows = torch.randn(batch, size.features).to(options.device)
         model = first_block(STEP_MODELS[name].build(size))
         assert isinstance(model, DensityModel)
-        model.to(settings.device).eval()
+        model.to(options.device).eval()
         return Run(name, lambda: model.exact_log_prob(rows))
 
-    def prepare(settings: Settings) -> list[Run]:
-        return [run(name, settings) for name in (OURS, BASELINE)]
+    def prepare(options: BenchOptions) -> list[Run]:
+        return [run(name, options) for name in (OURS, BASELINE)]
 
     return Case.timed(prepare, **_parameters(size, batch))
