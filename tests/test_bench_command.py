@@ -24,7 +24,6 @@ from nflows_iresnet.experiments.bench.items import (
     OURS,
     STEP_MODELS,
     Item,
-    StepModel,
     chosen_items,
 )
 from nflows_iresnet.experiments.bench.measure import Case
@@ -116,7 +115,7 @@ def test_a_model_that_fails_is_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = STEP_MODELS[FLOOR].build(small(3, 4))
-    monkeypatch.setitem(STEP_MODELS, FLOOR, StepModel("broken", lambda size: broken))
+    monkeypatch.setitem(TRIO, FLOOR, lambda size: broken)
     content = run(tmp_path, "--only", "tiny", "--repeats", "2")
     measured = content["results"][0]["measurements"][-1]
     assert measured["seconds"] == []
@@ -282,8 +281,6 @@ def test_exact_jacobians_that_nobody_can_afford_are_left_out() -> None:
     affords = STEP_MODELS["ours-exact"].affords
     assert affords(small(2, 64), 8192)
     assert not affords(small(512, 512), 128)
-    case = step_case(small(512, 512), 128, ["ours-exact"])
-    assert case.measure(BenchOptions(device="cpu", repeats=1)) == ()
 
 
 @pytest.mark.parametrize("name", TRIO)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,6 @@ class PlainNet(nn.Module):
 
 
 Trainable = DensityModel | PlainNet
-Build = Callable[[], Trainable]
 
 
 class _OfChannels(nn.Module):
@@ -122,20 +121,16 @@ def first_block(model: Trainable) -> Trainable:
 class CompiledModel(ResidualModel):
     """A flow of this library whose `log_prob` goes through `torch.compile`, as one graph.
 
-    With the exact log-determinant where that is the default, else with the power series: the random
-    number of terms of the roulette cannot be compiled.
+    With the exact log-determinant where that is the default, else with the power series, of about
+    as many terms as the roulette needs for a bound of 0.97: that cannot be compiled, since the
+    number of its terms is random.
     """
-
-    NUM_TERMS = 6
-    """About as many as the roulette needs on average for a bound of 0.97."""
 
     def __init__(self, size: Architecture) -> None:
         super().__init__(MODELS["residual-flow-plain"].build_flow(size))
         exact = size.features <= logdet.Auto().max_exact_features
         for block in residual_blocks(self.flow):
-            block.estimator = (
-                logdet.Exact() if exact else logdet.PowerSeries(num_terms=self.NUM_TERMS)
-            )
+            block.estimator = logdet.Exact() if exact else logdet.PowerSeries(num_terms=6)
         self._compiled = torch.compile(self.flow.log_prob, fullgraph=True)
         self._has_started = False
 
@@ -147,8 +142,7 @@ class CompiledModel(ResidualModel):
         return super().log_prob(inputs)
 
 
-@dataclass(frozen=True)
-class ImageSize:
+class ImageSize(NamedTuple):
     """The size of a model of two convolutional blocks, without ActNorm or changes of the shape."""
 
     channels: int
@@ -176,19 +170,14 @@ def _normflows_images(size: ImageSize) -> DensityModel:
     widths = [size.channels, size.hidden, size.hidden, size.channels]
     nets = [normflows.nets.LipschitzCNN(widths, [3, 1, 3]) for _ in range(2)]
     base = normflows.distributions.DiagGaussian(size.shape, trainable=False)
-    return NormflowsResidualModel(
-        normflows.NormalizingFlow(base, [normflows.flows.Residual(net) for net in nets])
-    )
-
-
-def _plain_images(size: ImageSize) -> PlainNet:
-    return PlainNet(map(_plain_branch, size.nets()))
+    blocks = [normflows.flows.Residual(net) for net in nets]
+    return NormflowsResidualModel(normflows.NormalizingFlow(base, blocks))
 
 
 IMAGE_MODELS: dict[str, Callable[[ImageSize], Trainable]] = {
     OURS: _our_images,
     BASELINE: _normflows_images,
-    FLOOR: _plain_images,
+    FLOOR: lambda size: PlainNet(map(_plain_branch, size.nets())),
 }
 
 # --- operations -----------------------------------------------------------------------------------
@@ -231,13 +220,14 @@ def counted_operations(work: Work) -> int:
     return counter.count
 
 
-# --- runs -----------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
-TRIO = (OURS, BASELINE, FLOOR)
-_LEARNING_RATE = 1e-4
-"""So small that many steps leave a model as it is."""
+Build = Callable[[Architecture], Trainable]
+TRIO: dict[str, Build] = {name: STEP_MODELS[name].build for name in (OURS, BASELINE, FLOOR)}
 Numbers = Callable[[Trainable, Tensor, Work], dict[str, float]]
 """What is measured beside the time, of a model, a batch and a step."""
+_LEARNING_RATE = 1e-4
+"""So small that many steps leave a model as it is."""
 
 
 def training_step(
@@ -249,15 +239,11 @@ def training_step(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        _add_gradients(model, next(batches))
+        (-model.log_prob(next(batches)).mean()).backward()
         optimizer.step()
         model.after_step()
 
     return step
-
-
-def _add_gradients(model: Trainable, batch: Tensor) -> None:
-    (-model.log_prob(batch).mean()).backward()
 
 
 def _time_alone(model: Trainable, batch: Tensor, step: Work) -> dict[str, float]:
@@ -269,67 +255,52 @@ def _peak_memory(model: Trainable, batch: Tensor, step: Work) -> dict[str, float
 
 
 def _operations(model: Trainable, batch: Tensor, step: Work) -> dict[str, float]:
-    def gradients() -> None:
-        _add_gradients(model, batch)
+    def add_gradients() -> None:
+        (-model.log_prob(batch).mean()).backward()
         model.after_step()
 
-    return {OPERATIONS.key: float(counted_operations(gradients))}
+    return {OPERATIONS.key: float(counted_operations(add_gradients))}
 
 
-def step_run(
-    name: str,
-    build: Build,
+def _step_runs(
+    builds: Mapping[str, Callable[[], Trainable]],
     draw: Callable[[], Tensor],
+    numbers: Numbers,
     options: BenchOptions,
-    numbers: Numbers = _time_alone,
-) -> Run:
-    """Return a run that takes steps on one batch, (B, *)."""
-    seed_everything(options.seed)
-    batch, model = draw().to(options.device), build()
-    model.to(options.device)
-    step = training_step(model, itertools.repeat(batch))
-    return Run(name, step, lambda: numbers(model, batch, step))
+) -> list[Run]:
+    def run(name: str, build: Callable[[], Trainable]) -> Run:
+        seed_everything(options.seed)
+        batch, model = draw().to(options.device), build()
+        model.to(options.device)
+        step = training_step(model, itertools.repeat(batch))
+        return Run(name, step, lambda: numbers(model, batch, step))
+
+    return [run(name, build) for name, build in builds.items()]
 
 
 def step_case(
     size: Architecture,
     batch: int,
-    names: Sequence[str] = TRIO,
+    builds: Mapping[str, Build] = TRIO,
     numbers: Numbers = _time_alone,
-    *,
-    in_one_block: bool = False,
-    more: Callable[[BenchOptions], list[Run]] = lambda options: [],
+    generator: torch.Generator | None = None,
 ) -> Case:
-    """Return the case of one size and one batch.
+    """Return the case of some models that take steps on one batch of rows.
 
     Args:
         size: of the models.
         batch: rows, B.
-        names: of models, of which those take part that can afford it.
+        builds: makes the models.
         numbers: what is measured beside the time.
-        in_one_block: of each model alone, without the ActNorm beside it.
-        more: runs of other models.
+        generator: of the rows; they come from the seed of the benchmark by default.
     """
-
-    def prepare(options: BenchOptions) -> list[Run]:
-        draw = partial(torch.randn, batch, size.features)
-        return [
-            step_run(name, partial(build, name), draw, options, numbers)
-            for name in names
-            if STEP_MODELS[name].affords(size, batch)
-        ] + more(options)
-
-    def build(name: str) -> Trainable:
-        model = STEP_MODELS[name].build(size)
-        return first_block(model) if in_one_block else model
-
-    return Case.timed(
-        prepare, d=size.features, h=size.hidden_features, B=batch, blocks=size.num_layers
-    )
+    ready = {name: partial(build, size) for name, build in builds.items()}
+    draw = partial(torch.randn, batch, size.features, generator=generator)
+    return Case.timed(partial(_step_runs, ready, draw, numbers), **_parameters(size, batch))
 
 
-def _parameters(size: Architecture, batch: int, **others: int) -> dict[str, Any]:
-    return {"d": size.features, "h": size.hidden_features, "B": batch, **others}
+def _parameters(size: Architecture, batch: int) -> dict[str, Any]:
+    return {"d": size.features, "h": size.hidden_features, "B": batch, "blocks": size.num_layers}
 
 
 _HIDDEN = {2: 64, 8: 64, 16: 64, 64: 128, 256: 256, 512: 512}
@@ -343,9 +314,16 @@ def _flow(features: int, blocks: int | None = None) -> Architecture:
 
 
 def over_dimension(options: BenchOptions) -> list[Case]:
-    """Return the cases of all models over the dimension."""
-    chosen = (2, 16, 64, 512) if options.quick else tuple(_HIDDEN)
-    return [step_case(_flow(features), 128, tuple(STEP_MODELS)) for features in chosen]
+    """Return the cases of all models, of which those take part that can afford it."""
+    sizes = [_flow(features) for features in ((2, 16, 64, 512) if options.quick else _HIDDEN)]
+    return [
+        step_case(
+            size,
+            128,
+            {name: each.build for name, each in STEP_MODELS.items() if each.affords(size, 128)},
+        )
+        for size in sizes
+    ]
 
 
 def over_batch(features: int, options: BenchOptions) -> list[Case]:
@@ -362,29 +340,35 @@ def over_depth(options: BenchOptions) -> list[Case]:
 
 def memory(options: BenchOptions) -> list[Case]:
     """Return the cases whose peak memory is measured."""
-    blocks = [
-        step_case(_flow(features, 1), batch, numbers=_peak_memory, in_one_block=True)
-        for features, batch in ((2, 256), (64, 128), (512, 128))
+    blocks = {name: partial(_block, build) for name, build in TRIO.items()}
+    sizes = ((2, 256), (64, 128), (512, 128))
+    return [
+        *(step_case(_flow(d, 1), batch, blocks, _peak_memory) for d, batch in sizes),
+        step_case(_flow(2, 10), 256, numbers=_peak_memory),
     ]
-    return [*blocks, step_case(_flow(2, 10), 256, numbers=_peak_memory)]
+
+
+def _block(build: Build, size: Architecture) -> Trainable:
+    return first_block(build(size))
 
 
 def compiled(options: BenchOptions) -> list[Case]:
     """Return the cases that also go through `torch.compile`."""
-    blocks = 1 if options.quick else 6
-    return [_compiled(_flow(features, blocks), 128) for features in (2, 64)]
+    return [_compiled(_flow(features, 1 if options.quick else 6), 128) for features in (2, 64)]
 
 
 def _compiled(size: Architecture, batch: int) -> Case:
-    def run(options: BenchOptions) -> list[Run]:
+    def prepare(options: BenchOptions) -> list[Run]:
+        every: dict[str, Build] = {**TRIO, "ours-compiled": CompiledModel}
+        builds = {name: partial(build, size) for name, build in every.items()}
         draw = partial(torch.randn, batch, size.features)
-        step = step_run("ours-compiled", partial(CompiledModel, size), draw, options)
-        assert step.work is not None
-        step.work()
-        seconds = time_once(step.work).seconds
-        return [replace(step, numbers=lambda: {COMPILE_SECONDS.key: seconds})]
+        *others, last = _step_runs(builds, draw, _time_alone, options)
+        assert last.work is not None
+        last.work()
+        seconds = time_once(last.work).seconds
+        return [*others, replace(last, numbers=lambda: {COMPILE_SECONDS.key: seconds})]
 
-    return step_case(size, batch, more=run)
+    return Case.timed(prepare, **_parameters(size, batch))
 
 
 def of_images(options: BenchOptions) -> list[Case]:
@@ -399,24 +383,13 @@ def of_images(options: BenchOptions) -> list[Case]:
 
 
 def _image_case(size: ImageSize, batch: int) -> Case:
-    def prepare(options: BenchOptions) -> list[Run]:
-        draw = partial(torch.randn, batch, *size.shape)
-        return [
-            step_run(name, partial(build, size), draw, options)
-            for name, build in IMAGE_MODELS.items()
-        ]
-
-    return Case.timed(prepare, c=size.channels, pixels=size.pixels, h=size.hidden, B=batch)
+    builds = {name: partial(build, size) for name, build in IMAGE_MODELS.items()}
+    draw = partial(torch.randn, batch, *size.shape)
+    runs = partial(_step_runs, builds, draw, _time_alone)
+    return Case.timed(runs, c=size.channels, pixels=size.pixels, h=size.hidden, B=batch)
 
 
-def of_operations(options: BenchOptions) -> list[Case]:
-    """Return the cases whose operations are counted: flows of six blocks, and one on images."""
-    sizes = [(_flow(2), 128), (_flow(64), 128), (Architecture(10, 116, 6, 2), 512)]
-    chosen = [sizes[0], sizes[2]] if options.quick else sizes
-    return [*(_counted(*each) for each in chosen), _counted_on_images(8, 32, 4, 64)]
-
-
-_COUNTED: dict[str, Callable[[Architecture], Trainable]] = {
+_COUNTED: dict[str, Build] = {
     OURS: MODELS["residual-flow"].build,
     BASELINE: MODELS["normflows-residual"].build,
     FLOOR: plain,
@@ -424,30 +397,23 @@ _COUNTED: dict[str, Callable[[Architecture], Trainable]] = {
 }
 
 
-def _counted(size: Architecture, batch: int) -> Case:
-    def prepare(options: BenchOptions) -> list[Run]:
-        rows = torch.randn(batch, size.features)
-        return [
-            step_run(name, partial(build, size), lambda: rows, options, _operations)
-            for name, build in _COUNTED.items()
-        ]
-
-    return Case.timed(
-        prepare, d=size.features, h=size.hidden_features, B=batch, blocks=size.num_layers
-    )
+def of_operations(options: BenchOptions) -> list[Case]:
+    """Return the cases whose operations are counted: flows of six blocks, and one on images."""
+    flows = [_flow(features) for features in ((2,) if options.quick else (2, 64))]
+    sizes = [*((flow, 128) for flow in flows), (Architecture(10, 116, 6, 2), 512)]
+    rows = torch.Generator().manual_seed(options.seed)
+    vectors = [step_case(*each, _COUNTED, _operations, rows) for each in sizes]
+    draw = partial(_random_pixels, 64, 1, 8, 8, generator=rows)
+    images = partial(_step_runs, {OURS: _image_flow}, draw, _operations)
+    return [*vectors, Case.timed(images, c=1, pixels=8, h=32, B=64, blocks=4)]
 
 
-def _counted_on_images(pixels: int, hidden: int, blocks: int, batch: int) -> Case:
-    shape = (1, pixels, pixels)
+def _image_flow() -> DensityModel:
+    return ResidualModel(ImageResidualFlow((1, 8, 8), 32, 4, num_scales=1))
 
-    def build() -> DensityModel:
-        return ResidualModel(ImageResidualFlow(shape, hidden, blocks, num_scales=1))
 
-    def prepare(options: BenchOptions) -> list[Run]:
-        images = 256 * torch.rand(batch, *shape)
-        return [step_run(OURS, build, lambda: images, options, _operations)]
-
-    return Case.timed(prepare, c=1, pixels=pixels, h=hidden, B=batch, blocks=blocks)
+def _random_pixels(*shape: int, generator: torch.Generator) -> Tensor:
+    return 256 * torch.rand(*shape, generator=generator)
 
 
 def exact_likelihood(options: BenchOptions) -> list[Case]:
@@ -467,4 +433,4 @@ def _likelihood_case(size: Architecture, batch: int) -> Case:
     def prepare(options: BenchOptions) -> list[Run]:
         return [run(name, options) for name in (OURS, BASELINE)]
 
-    return Case.timed(prepare, **_parameters(size, batch))
+    return Case.timed(prepare, d=size.features, h=size.hidden_features, B=batch)
