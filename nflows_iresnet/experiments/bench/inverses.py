@@ -20,15 +20,8 @@ from torch.nn import functional as F
 
 from nflows_iresnet import datasets
 from nflows_iresnet.experiments.adapters import DensityModel, residual_blocks, value_and_jacobian
-from nflows_iresnet.experiments.bench.items import (
-    BASELINE,
-    ERROR,
-    EVALUATIONS,
-    GRADIENT_ERROR,
-    MEMORY,
-    OURS,
-    TOLERANCE,
-)
+from nflows_iresnet.experiments.bench import items
+from nflows_iresnet.experiments.bench.items import BASELINE, OURS
 from nflows_iresnet.experiments.bench.measure import Case, Run
 from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture
@@ -323,8 +316,12 @@ def _run(name: str, reached: Reached | None, targets: Tensor, error: float) -> R
         with torch.no_grad():
             return reached.inverse(targets)
 
-    found = {ERROR: reached.error, EVALUATIONS: reached.evaluations, TOLERANCE: reached.tolerance}
-    return Run(name, work, lambda: {column.key: value for column, value in found.items()})
+    numbers = {
+        items.ERROR.key: reached.error,
+        items.EVALUATIONS.key: reached.evaluations,
+        items.TOLERANCE.key: reached.tolerance,
+    }
+    return Run(name, work, lambda: numbers)
 
 
 def of_trained_blocks(options: BenchOptions) -> list[Case]:
@@ -436,9 +433,9 @@ def _gradient_run(
     def numbers() -> dict[str, float]:
         found, gradient = work()
         return {
-            ERROR.key: problem.error(found),
-            GRADIENT_ERROR.key: float((gradient.double() - truth).norm() / truth.norm()),
-            MEMORY.key: peak_megabytes(work, problem.targets.device),
+            items.ERROR.key: problem.error(found),
+            items.GRADIENT_ERROR.key: float((gradient.double() - truth).norm() / truth.norm()),
+            items.MEMORY.key: peak_megabytes(work, problem.targets.device),
         }
 
     return Run(name, work, numbers)

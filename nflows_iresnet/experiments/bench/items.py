@@ -27,12 +27,9 @@ Parameters = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of an item's table beside the time.
+    """A column of an item's table beside the time, by the key of its number in the measurements.
 
     Args:
-        key: of the number in the measurements.
-        title: head of the column.
-        style: format specification.
         baseline: model whose value is divided by the others', or None for no ratio.
         times_milliseconds: multiply by the median time, for what repeats could buy.
     """
@@ -46,14 +43,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Target:
-    """What this project promises itself, decided by a measured number.
+    """What this project promises itself of a quantity in words: a bound to reach or to stay below.
 
     Args:
-        text: the quantity in words.
-        bound: the number.
         measure: returns the quantity from the result of a case, None where it cannot be had.
         applies: for which parameters of a case.
-        at_least: whether the quantity must reach the bound or stay below it.
     """
 
     text: str
@@ -72,10 +66,8 @@ class Item:
     """One thing that is measured, in several cases.
 
     Args:
-        description: one line.
         cases: what is measured with given options.
         columns: of the table, beside the time.
-        targets: what is promised.
         variable: the parameter in which a power law is fitted, or None.
         fitted: key of the number that is fitted; the time if None.
         is_optional: runs only when asked for.
@@ -95,7 +87,6 @@ class StepModel:
     """A model whose training step is timed.
 
     Args:
-        description: one line.
         build: makes a fresh model of a given size.
         affords: whether a size and a batch are within its means.
     """
@@ -169,13 +160,9 @@ def _ratio(column: Column) -> Callable[[CaseResult], float | None]:
     return lambda result: result.ratio_of(OURS, column)
 
 
-def _operations_target(where: str, bound: float, applies: Callable[[Parameters], bool]) -> Target:
-    def count(result: CaseResult) -> float | None:
-        return result.value_of(OURS, OPERATIONS)
-
-    return Target(f"operations{where}", bound, count, applies, at_least=False)
-
-
+_operations = partial(
+    Target, measure=lambda result: result.value_of(OURS, OPERATIONS), at_least=False
+)
 _AT_1024 = Target("step at B = 1024, times faster", 2.0, our_speed, lambda p: p["B"] == 1024)
 
 ITEMS: dict[str, Item] = {
@@ -221,9 +208,11 @@ ITEMS: dict[str, Item] = {
         _imported("steps:of_operations"),
         columns=(OPERATIONS,),
         targets=(
-            _operations_target(" at d = 2", 478, lambda p: p.get("d") == 2),
-            _operations_target(" at d = 64", 800, lambda p: p.get("d") == 64),
-            _operations_target(", images 1 x 8 x 8", 1000, lambda p: p.get("pixels") == 8),
+            _operations("operations at d = 2", 478, applies=lambda p: p.get("d") == 2),
+            _operations("operations at d = 64", 800, applies=lambda p: p.get("d") == 64),
+            _operations(
+                "operations, images 1 x 8 x 8", 1000, applies=lambda p: p.get("pixels") == 8
+            ),
         ),
     ),
     "step-compiled": Item(

@@ -122,7 +122,6 @@ class Run:
     """What one model does in one case.
 
     Args:
-        model: its name.
         work: what is timed; None for one that cannot do it, as its note says.
         numbers: other numbers about it, untimed, asked for once after the rounds.
         raw: samples that those numbers come from, kept in the file of results.
@@ -138,13 +137,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one model in one case.
+    """What was measured of one model in one case: both times of each round, and other numbers.
 
     Args:
-        model: its name.
-        seconds: wall time of each round.
-        cpu_seconds: processor time of each round.
-        numbers: other numbers, by the key of their column.
+        numbers: by the key of their column.
         raw: samples behind the numbers.
         note: a remark, or what went wrong.
     """

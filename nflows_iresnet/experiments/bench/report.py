@@ -83,16 +83,13 @@ def _item_table(item: Item, results: Sequence[CaseResult]) -> Table:
 def _times(result: CaseResult, model: str) -> list[str]:
     wall = result.time_ratio(BASELINE, model, cpu=False)
     processor = result.time_ratio(BASELINE, model, cpu=True) if result.on_cpu_time else None
-    time = result.milliseconds(model)
-    return [_median(time), _quartiles(time), _median(wall), _quartiles(wall), _median(processor)]
+    return [*_spread(result.milliseconds(model)), *_spread(wall), _spread(processor)[0]]
 
 
-def _median(value: Spread | None) -> str:
-    return "-" if value is None else _rounded(value.median)
-
-
-def _quartiles(value: Spread | None) -> str:
-    return "-" if value is None else f"{_rounded(value.low)} {_rounded(value.high)}"
+def _spread(value: Spread | None) -> list[str]:
+    if value is None:
+        return ["-", "-"]
+    return [_rounded(value.median), f"{_rounded(value.low)} {_rounded(value.high)}"]
 
 
 def _rounded(value: float | None) -> str:
