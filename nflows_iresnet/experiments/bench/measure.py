@@ -263,19 +263,22 @@ class CaseResult:
 
     def table(self) -> list[dict[str, Any]]:
         """Return a row for each model with what follows from its samples, as plain data."""
-        return [self._row(each.model, list(each.numbers)) for each in self.measurements]
+        return [
+            {
+                **{"item": self.item, "case": self.case, "model": each.model},
+                "milliseconds": _plain(self.milliseconds(each.model)),
+                "wall_ratio": _plain(self.time_ratio(BASELINE, each.model, cpu=False)),
+                "cpu_ratio": _plain(self.time_ratio(BASELINE, each.model, cpu=True)),
+                "number_ratios": {
+                    key: self.ratio_of(each.model, Column(key, key)) for key in each.numbers
+                },
+            }
+            for each in self.measurements
+        ]
 
-    def _row(self, model: str, keys: list[str]) -> dict[str, Any]:
-        spreads = {
-            "milliseconds": self.milliseconds(model),
-            "wall_ratio": self.time_ratio(BASELINE, model, cpu=False),
-            "cpu_ratio": self.time_ratio(BASELINE, model, cpu=True),
-        }
-        return {
-            **{"item": self.item, "case": self.case, "model": model},
-            **{key: value and value._asdict() for key, value in spreads.items()},
-            "number_ratios": {key: self.ratio_of(model, Column(key, key)) for key in keys},
-        }
+
+def _plain(value: Spread | None) -> dict[str, float] | None:
+    return None if value is None else value._asdict()
 
 
 @dataclass(frozen=True)
@@ -368,21 +371,15 @@ class Benchmark(RunRecord):
         """Return the results of an item."""
         return [result for result in self.results if result.item == item]
 
-    @property
-    def table(self) -> list[dict[str, Any]]:
-        """A row for each case and model."""
-        return [row for result in self.results for row in result.table()]
+    def by_item(self) -> dict[str, list[CaseResult]]:
+        """Return the results of each item."""
+        return {name: self.of(name) for name in dict.fromkeys(each.item for each in self.results)}
 
-    @property
-    def fits(self) -> list[dict[str, Any]]:
-        """How costs grow."""
-        return self._of_each_item(fits)
-
-    @property
-    def targets(self) -> list[dict[str, Any]]:
-        """What was promised beside what was measured."""
-        return self._of_each_item(check_targets)
-
-    def _of_each_item(self, find: Callable[[Item, list[CaseResult]], list[Any]]) -> list[Any]:
-        names = dict.fromkeys(result.item for result in self.results)
-        return [asdict(each) for name in names for each in find(ITEMS[name], self.of(name))]
+    def content(self) -> dict[str, Any]:
+        """Return what is written, beside the format."""
+        groups = [(ITEMS[name], results) for name, results in self.by_item().items()]
+        return asdict(self) | {
+            "table": [row for result in self.results for row in result.table()],
+            "fits": [asdict(fit) for group in groups for fit in fits(*group)],
+            "targets": [asdict(target) for group in groups for target in check_targets(*group)],
+        }

@@ -131,8 +131,8 @@ _PANELS_PER_ROW = 3
 
 def draw(record: Benchmark) -> dict[str, bytes]:
     """Return the pictures that the results allow, as PNG files by name."""
-    names = dict.fromkeys(result.item for result in record.results)
-    panels = [found for name in names if (found := fits(ITEMS[name], record.of(name)))]
+    groups = record.by_item().items()
+    panels = [found for name, results in groups if (found := fits(ITEMS[name], results))]
     trained = [each for each in record.results if any("nll" in m.raw for m in each.measurements)]
     with mpl.rc_context(STYLE):
         pictures = {"bench.png": _scaling(panels), "quality.png": _quality(trained)}
