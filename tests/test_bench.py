@@ -222,7 +222,10 @@ def test_the_file_is_read_again_and_older_ones_are_refused() -> None:
         Benchmark.from_json(json.dumps({**plain, "format": 1}))
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples/results").glob("bench*.json")), ids=str)
+PUBLISHED = sorted((Path(__file__).parents[1] / "examples/results").glob("bench*.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
 def test_published_results_are_those_of_their_samples(path: Path) -> None:
     text = path.read_text()
     record = Benchmark.from_json(text)
