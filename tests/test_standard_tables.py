@@ -28,7 +28,7 @@ from nflows_iresnet.datasets.files import (
     to_array,
 )
 from nflows_iresnet.datasets.images import parse_cifar, parse_idx
-from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD, Splits, read_hepmass, read_power
+from nflows_iresnet.datasets.tables import COMPARABLE, STANDARD, Splits, read_hepmass, read_power
 from nflows_iresnet.experiments import published
 
 Array = npt.NDArray[np.float64]

@@ -122,6 +122,6 @@ def beside(name: str, notes: tuple[str, ...]) -> list[PublishedNLL]:
         >>> beside("gas", ())
         []
     """
-    from nflows_iresnet.datasets.standard import COMPARABLE
+    from nflows_iresnet.datasets.tables import COMPARABLE
 
     return table_nlls(name) if COMPARABLE in notes else []
