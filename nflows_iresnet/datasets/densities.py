@@ -373,14 +373,12 @@ class Moons(MirroredCurve):
     r"""Two interleaved half circles with isotropic Gaussian noise.
 
     Uniform :math:`t \in [0, \pi]` on :math:`c(t) = (2\cos t - 1,\ 2\sin t - \tfrac12)` and on its
-    mirror image :math:`-c(t)`, plus noise. These are scikit-learn's moons, doubled and centred:
-    its ``noise=0.1`` is 0.2 here. The log-density is a converged quadrature (`MirroredCurve`).
+    mirror image :math:`-c(t)`, plus noise of standard deviation ``noise``. These are scikit-learn's
+    moons, doubled and centred: its ``noise=0.1`` is 0.2 here. The log-density is a converged
+    quadrature (`MirroredCurve`).
 
     References:
         "Scikit-learn: Machine Learning in Python" (Pedregosa et al., 2011).
-
-    Args:
-        noise: Standard deviation of the noise.
 
     Example:
         >>> Moons().log_prob(torch.tensor([[-1.0, 1.5]]))
@@ -401,16 +399,14 @@ class TwoSpirals(MirroredCurve):
     r"""Two interleaved Archimedean spirals of one and a half turns with isotropic Gaussian noise.
 
     :math:`t = 3\pi\sqrt u` with uniform :math:`u`, so :math:`w(t) = 2t / (3\pi)^2`, on
-    :math:`c(t) = \tfrac t3 (-\cos t, \sin t)` and on its mirror image :math:`-c(t)`, plus noise.
+    :math:`c(t) = \tfrac t3 (-\cos t, \sin t)` and on its mirror image :math:`-c(t)`, plus noise of
+    standard deviation ``noise``.
     These are FFJORD's spirals without their one-sided jitter. The log-density is a converged
     quadrature (`MirroredCurve`).
 
     References:
         "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models"
         (Grathwohl et al., 2019).
-
-    Args:
-        noise: Standard deviation of the noise.
 
     Example:
         >>> TwoSpirals().log_prob(torch.tensor([[0.0, 0.0]]))

@@ -55,9 +55,6 @@ def find(
     """Return the path of each file from the first folder that has them all.
 
     A file may have several names, the best first; the usual one is the key.
-
-    Raises:
-        ValueError: If no folder has them; the message goes on with ``remedy`` and how to name one.
     """
     for folder in folders:
         found = [
@@ -71,12 +68,7 @@ def find(
 
 @dataclass(frozen=True)
 class SourceFile:
-    """What was in a file, decompressed, and where; a member of an archive has the names of both.
-
-    Example:
-        >>> SourceFile("empty", b"").sha256[:8]
-        'e3b0c442'
-    """
+    """What was in a file, decompressed, and where; a member of an archive has the names of both."""
 
     path: str
     content: bytes
@@ -96,14 +88,7 @@ class SourceFile:
 
 
 def one_line(text: object) -> str:
-    r"""Return text from a file, or an error about it, escaped and cut so that it fits a message.
-
-    Example:
-        >>> one_line("a\nb")
-        'a b'
-        >>> one_line("\x1b[31m")
-        '\\x1b[31m'
-    """
+    r"""Return text from a file, or an error about it, escaped and cut so that it fits a message."""
     words = " ".join(str(text).split())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return shown if len(shown) <= _LONG else shown[:_LONG] + "..."
@@ -160,14 +145,6 @@ def read_text(
     taken for the names, whether or not it begins with numpy's ``#``; columns without names are
     called ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
     first of them, which are kept. Lines that begin with ``comment``, and blank ones, are no rows.
-
-    Raises:
-        ValueError: If it holds anything else; the message names the place and the remedy.
-
-    Example:
-        >>> read_text(SourceFile("table.csv", b"a;b 1;2 3;4".replace(b" ", b"\\n")))
-        (('a', 'b'), array([[1., 2.],
-               [3., 4.]]))
     """
     path, (lines, rows) = file.path, _split(file, comment)
     if width not in (None, len(rows[0])):
@@ -247,11 +224,7 @@ def _first_bad_cell(path: str, names: Names, lines: list[int], rows: list[list[s
 
 
 def read_array(path: Path) -> FloatArray:
-    """Read the numbers [rows, columns] of a ``.npy`` file, finite or not.
-
-    Raises:
-        ValueError: If the file holds anything else.
-    """
+    """Read the numbers [rows, columns] of a ``.npy`` file, finite or not."""
     with refusing(f"{path} is empty, damaged or of object dtype", "save a plain numeric array"):
         array = np.lib.format.open_memmap(path, mode="r")
     if array.dtype.kind not in "biuf":
@@ -272,16 +245,7 @@ def numbered(width: int) -> Names:
 def refuse_nonfinite(
     path: Path | str, columns: Names, values: FloatArray, lines: Sequence[int] | None = None
 ) -> None:
-    """Refuse NaN, infinite and absurdly large values; ``lines`` of text number the rows.
-
-    Raises:
-        ValueError: Naming the place of the first, each column that holds some, and how many.
-
-    Example:
-        >>> refuse_nonfinite(Path("table.npy"), ("a", "b"), np.array([[1.0, np.nan]]))
-        Traceback (most recent call last):
-        ValueError: table.npy, row 0 (from 0), column b: nan; NaN, infinite or beyond 1e+100: ...
-    """
+    """Refuse NaN, infinite and absurdly large values; ``lines`` of text number the rows."""
     is_bad = ~(np.abs(values) <= _LARGEST)
     bad = [
         f"{count} in column {name} (index {index})"
@@ -359,17 +323,6 @@ def read_pickle(file: SourceFile) -> Any:
     """Unpickle plain values, and write down what else is asked for, without running code.
 
     Text of Python 2 becomes bytes, and `Recorded` stands in the place of arrays and tables.
-
-    Raises:
-        ValueError: If the pickle names anything but arrays and tables, or is damaged, cut short,
-            or asks for more memory than it has bytes.
-
-    Example:
-        >>> read_pickle(SourceFile("harmless", pickle.dumps({"a": [1, 2]})))
-        {'a': [1, 2]}
-        >>> read_pickle(SourceFile("harmful", pickle.dumps(print)))
-        Traceback (most recent call last):
-        ValueError: harmful refers to builtins.print, ...
     """
     size = len(file.content)
     with refusing(f"{file.path} is not a readable pickle"):
@@ -386,11 +339,7 @@ def read_pickle(file: SourceFile) -> Any:
 
 
 def to_array(value: object) -> npt.NDArray[Any]:
-    """Build an array of numbers from what `read_pickle` wrote down; it may be read-only.
-
-    Raises:
-        ValueError: If it is no array of numbers, or its parts contradict each other.
-    """
+    """Build an array of numbers from what `read_pickle` wrote down; it may be read-only."""
     data, dtype, shape, order = _array_parts(value)
     code = _text(_field(dtype, "dtype").args[0])
     byte_order = _text(dtype.state[1]) if dtype.state else "="
@@ -410,9 +359,6 @@ def read_frame(file: SourceFile) -> tuple[Names, FloatArray]:
     """Read column names and numbers [rows, columns] from a pickled data frame, without pandas.
 
     The file is from `DataFrame.to_pickle` of pandas 0.15 to 3, of any protocol from 2.
-
-    Raises:
-        ValueError: If it is anything else; the message says how to convert it.
     """
     found = read_pickle(file)
     remedy = (

@@ -75,17 +75,6 @@ def read_table(path: Path) -> Table:
     """Read the numbers of a ``.npy`` file, or of a text file as `read_text` understands it.
 
     The notes say which rows repeat and which columns are quantised.
-
-    Raises:
-        ValueError: If the file does not hold a table of finite numbers; the message names the
-            place and the remedy.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "table.csv"
-        >>> _ = path.write_text("a;b" + chr(10) + "1;2" + chr(10) + "3;4")
-        >>> read_table(path).columns
-        ('a', 'b')
     """
     if path.suffix.lower() == ".npy":
         values = read_array(path)
@@ -102,24 +91,21 @@ def read_table(path: Path) -> Table:
 
 
 def refuse_constant(
-    place: Path | str, columns: Sequence[str], rows: FloatArray, where: str, remedy: str
+    place: Path | str,
+    columns: Sequence[str],
+    rows: FloatArray,
+    where: str = "",
+    remedy: str = "give the file of the archive",
 ) -> None:
     """Refuse columns of one value, which have no density."""
     constant = [n for n, column in zip(columns, rows.T, strict=True) if np.ptp(column) == 0]
     if constant:
-        names = ", ".join(constant)
-        raise ValueError(
-            f"{place}: constant{where}, so without a density: column {names}; {remedy}"
-        )
+        problem = f"constant{where}, so without a density: column {', '.join(constant)}"
+        raise ValueError(f"{place}: {problem}; {remedy}")
 
 
 def quantised_notes(columns: Names, values: FloatArray) -> tuple[str, ...]:
-    """Name the columns with few distinct values, where a density has no upper bound.
-
-    Example:
-        >>> quantised_notes(("a",), np.repeat([[0.0], [1.0]], 50, axis=0))
-        ('column a has only 2 distinct values: its density is unbounded; add noise to it',)
-    """
+    """Name the columns with few distinct values, where a density has no upper bound."""
     counts = [len(np.unique(column)) for column in values.T]
     return tuple(
         f"column {name} has only {count} distinct values: its density is unbounded; add noise to it"
@@ -234,11 +220,26 @@ class Dataset:
         return (per_feature + math.log(self.levels)) / math.log(2)
 
 
-def standardised(parts: Sequence[Tensor], location: Tensor, scale: Tensor, **about: Any) -> Dataset:
-    """Return three splits in source units as a data set, which ``about`` describes."""
+def standardised(
+    parts: Sequence[Tensor],
+    location: Tensor,
+    scale: Tensor,
+    *,
+    notes: tuple[str, ...] = (),
+    licence: str | None = None,
+    **about: Any,
+) -> Dataset:
+    """Return three splits in source units as a data set, whose notes name the terms of use."""
     train, validation, test = (((part - location) / scale).float() for part in parts)
     return Dataset(
-        train=train, validation=validation, test=test, location=location, scale=scale, **about
+        train=train,
+        validation=validation,
+        test=test,
+        location=location,
+        scale=scale,
+        notes=notes if licence is None else (*notes, f"licence: {licence}"),
+        licence=licence,
+        **about,
     )
 
 
@@ -246,15 +247,6 @@ def from_table(table: Table, generator: Generator, num_samples: int | None = Non
     """Shuffle a table, split it 80/10/10 and standardise it by the training rows.
 
     ``num_samples`` of the shuffled rows are kept; the initial seed of ``generator`` is recorded.
-
-    Raises:
-        ValueError: If rows are too few, or a column is constant in the training split.
-
-    Example:
-        >>> table = Table("squares", ("a", "b"), np.arange(40.0).reshape(20, 2) ** 2, "doctest")
-        >>> dataset = from_table(table, torch.Generator().manual_seed(0))
-        >>> len(dataset.train), len(dataset.validation), len(dataset.test)
-        (16, 2, 2)
     """
     available = len(table.values)
     if num_samples is not None and not MIN_ROWS <= num_samples <= available:
@@ -277,26 +269,13 @@ def from_table(table: Table, generator: Generator, num_samples: int | None = Non
         seed=generator.initial_seed(),
         columns=table.columns,
         levels=table.levels,
-        notes=(*table.notes, *_licence_notes(table.licence)),
+        notes=table.notes,
         licence=table.licence,
     )
 
 
-def _licence_notes(licence: str | None) -> tuple[str, ...]:
-    """Return what readers of a report must know about the terms of use."""
-    return () if licence is None else (f"licence: {licence}",)
-
-
 def split_sizes(num_rows: int, name: str) -> list[int]:
-    """Sizes of the training, validation and test splits: 80/10/10, the remainder to training.
-
-    Raises:
-        ValueError: If there are fewer than ten rows; the message calls them ``name``.
-
-    Example:
-        >>> split_sizes(1797, "digits")
-        [1439, 179, 179]
-    """
+    """Sizes of the training, validation and test splits: 80/10/10, the remainder to training."""
     if num_rows < MIN_ROWS:
         found = "one row" if num_rows == 1 else f"{num_rows} rows"
         raise ValueError(f"{name} has {found}: give at least {MIN_ROWS} for three splits")
@@ -332,14 +311,6 @@ class PackagedFile:
 
         Both are looked for in the data folder (`data_folder`) and its subfolder with the data set's
         name, then, if ``data_dir`` is ``None``, in the installed package.
-
-        Raises:
-            ValueError: Saying where it was looked for and how to get it.
-
-        Example:
-            >>> CASP.find("/nowhere")
-            Traceback (most recent call last):
-            ValueError: casp: no CASP.csv in /nowhere or /nowhere/casp; ...
         """
         root = data_folder(data_dir)
         folders = [root, root / self.name] if root else []
@@ -449,9 +420,6 @@ def read_digits(generator: Generator) -> Table:
     References:
         "Scikit-learn: Machine Learning in Python" (Pedregosa et al., 2011);
         "A note on the evaluation of generative models" (Theis et al., 2016).
-
-    Raises:
-        ImportError: If scikit-learn is missing.
     """
     pixels = torch.from_numpy(read_digit_pixels()[0])
     noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float64)
@@ -467,11 +435,7 @@ def read_digits(generator: Generator) -> Table:
 
 
 def read_digit_pixels() -> tuple[FloatArray, npt.NDArray[np.int64]]:
-    """Pixels 0..16 [1797, 64] and classes [1797] of scikit-learn's handwritten digits.
-
-    Raises:
-        ImportError: If scikit-learn is missing.
-    """
+    """Pixels 0..16 [1797, 64] and classes [1797] of scikit-learn's handwritten digits."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -509,10 +473,6 @@ class StandardTable:
 
     Each of its ``files`` may have other names, the best first; ``shape`` is the published rows of
     the three splits, and features.
-
-    Example:
-        >>> STANDARD["power"].description
-        '2049280 x 6: electricity of a household (archive of MAF in --data-dir)'
     """
 
     name: str
@@ -533,18 +493,7 @@ class StandardTable:
     def load(
         self, data_dir: Folder | None = None, seed: int = 0, num_samples: int | None = None
     ) -> Dataset:
-        """Read the files and make the splits, in the published units.
-
-        Args:
-            data_dir: Folder into which the archive was unpacked, or its folder ``data``; ``None``
-                takes the environment variable ``NFLOWS_IRESNET_DATA``.
-            seed: Recorded, without effect: noise, order and splits are the published ones.
-            num_samples: Keep this many rows, 80/10/10, from the front of each split.
-
-        Raises:
-            ValueError: If the files are absent or not as expected.
-            ImportError: If ``bsds300`` is asked for without h5py.
-        """
+        """Read the files and make the splits, in the published units."""
         root = data_folder(data_dir)
         folders = [root, root / "data"] if root else []
         remedy = f"get {_ARCHIVE}, unpack it, and name its folder"
@@ -559,7 +508,7 @@ class StandardTable:
             source=", ".join(map(str, paths)),
             seed=seed,
             columns=splits.columns,
-            notes=(*self._notes(splits, parts), *_licence_notes(self.licence)),
+            notes=self._notes(splits, parts),
             licence=self.licence,
         )
 
@@ -614,7 +563,7 @@ def read_gas(paths: Sequence[Path]) -> Splits:
         )
     refuse_nonfinite(path, names, rows)
     sensors = [index for index, name in enumerate(names) if name not in ("Meth", "Eth", "Time")]
-    _refuse_constant(path, [names[index] for index in sensors], rows[:, sensors])
+    refuse_constant(path, [names[index] for index in sensors], rows[:, sensors])
     kept = [sensors[index] for index in _uncorrelated(rows[:, sensors])]
     rows = rows[:, kept]
     location, scale = rows.mean(axis=0), rows.std(axis=0, ddof=1)
@@ -645,12 +594,13 @@ def read_hepmass(paths: Sequence[Path]) -> Splits:
     train, test = (rows[rows[:, 0] == 1, 1:] for rows in (train, test))
     if min(len(train), len(test)) < 1:
         raise ValueError(f"{paths[0]} or {paths[1]} has no row of class 1: give the archive's")
-    kept = [index for index, column in enumerate(train.T) if not _reoccurs(column)]
+    repeats = (train == train.min(axis=0)).sum(axis=0)
+    kept = np.flatnonzero(repeats <= _MOST_REPEATS).tolist()
     train, test = train[:, kept], test[:, kept]
     columns = tuple(names[1:][index] for index in kept)
     if not columns:
         raise ValueError(f"{paths[0]}: every column is discrete; give the file of the archive")
-    _refuse_constant(paths[0], columns, train)
+    refuse_constant(paths[0], columns, train)
     location, scale = train.mean(axis=0), train.std(axis=0, ddof=1)
     train, validation = _without_tenth(paths[0], train)
     return Splits((train, validation, test), columns, location, scale)
@@ -775,7 +725,7 @@ def _by_both(
 ) -> Splits:
     """Standardise by training and validation rows together."""
     both = np.concatenate(parts[:2])
-    _refuse_constant(path, columns, both)
+    refuse_constant(path, columns, both)
     return Splits(parts, columns, both.mean(axis=0), both.std(axis=0))
 
 
@@ -785,14 +735,6 @@ def _uncorrelated(rows: FloatArray) -> list[int]:
     while (crowded := close[np.ix_(kept, kept)].sum(axis=1) > 1).any():
         del kept[int(crowded.argmax())]
     return kept
-
-
-def _reoccurs(column: FloatArray) -> bool:
-    return int((column == column.min()).sum()) > _MOST_REPEATS
-
-
-def _refuse_constant(path: Path, columns: Sequence[str], rows: FloatArray) -> None:
-    refuse_constant(path, columns, rows, where="", remedy="give the file of the archive")
 
 
 def _read_csv(path: Path, width: int | None = None) -> tuple[Names, FloatArray]:
