@@ -78,14 +78,6 @@ class SourceFile:
         """Hash of the content, decompressed."""
         return hashlib.sha256(self.content).hexdigest()
 
-    def check(self, sha256: str) -> None:
-        """Refuse a content that has another hash than the published one."""
-        if self.sha256 != sha256:
-            raise ValueError(
-                f"{self.path} is not the published file: its sha256 is {self.sha256}, expected"
-                f" {sha256}; get the file again"
-            )
-
 
 def one_line(text: object) -> str:
     r"""Return text from a file, or an error about it, escaped and cut so that it fits a message."""

@@ -139,7 +139,11 @@ class ImageFiles:
         """Read all images; files that are absent, damaged or not the published are ValueErrors."""
         files = self._read_files(data_dir)
         for file, published in zip(files, self.sha256, strict=bool(self.sha256)):
-            file.check(published)
+            if file.sha256 != published:
+                raise ValueError(
+                    f"{file.path} is not the published file: its sha256 is {file.sha256}, expected"
+                    f" {published}; get the file again"
+                )
         parts = self.parse(files)
         for (images, labels), file in zip(parts, (files[0], files[-1]), strict=True):
             if len(images) != len(labels) or not len(images):

@@ -481,7 +481,7 @@ class StandardTable:
     shape: tuple[int, int, int, int]
     about: str
     origin: str
-    licence: str
+    licence: str = UCI
     needs: str = ""
 
     @property
@@ -643,7 +643,6 @@ STANDARD: dict[str, StandardTable] = {
             shape=(1_659_917, 184_435, 204_928, 6),
             about="electricity of a household",
             origin="electricity of one household per minute, with noise",
-            licence=UCI,
         ),
         StandardTable(
             name="gas",
@@ -652,7 +651,6 @@ STANDARD: dict[str, StandardTable] = {
             shape=(852_174, 94_685, 105_206, 8),
             about="readings of gas sensors",
             origin="gas sensors that correlate by less than 0.98",
-            licence=UCI,
         ),
         StandardTable(
             name="hepmass",
@@ -661,7 +659,6 @@ STANDARD: dict[str, StandardTable] = {
             shape=(315_123, 35_013, 174_987, 21),
             about="simulated collisions",
             origin="simulated collisions of class 1, continuous columns",
-            licence=UCI,
         ),
         StandardTable(
             name="miniboone",
@@ -670,7 +667,6 @@ STANDARD: dict[str, StandardTable] = {
             shape=(29_556, 3_284, 3_648, 43),
             about="neutrino events",
             origin="neutrino events of MiniBooNE, continuous columns",
-            licence=UCI,
         ),
         StandardTable(
             name="bsds300",

@@ -40,7 +40,7 @@ class PublishedNLL:
     Args:
         model: Its name there, with the number of layers if several are reported.
         paper: The paper.
-        nll: Test negative log-likelihood in nats, in the units of `datasets.standard`.
+        nll: Test negative log-likelihood in nats, in the units of `datasets.tables`.
         text: The value and its error as the paper gives it, † where that is over repeated runs.
     """
 
@@ -113,15 +113,3 @@ def table_nlls(name: str) -> list[PublishedNLL]:
             PublishedNLL(model, paper, -value, f"{shown}{'†' if paper in _OVER_RUNS else ''}")
         )
     return sorted(rows, key=lambda row: row.nll)
-
-
-def beside(name: str, notes: tuple[str, ...]) -> list[PublishedNLL]:
-    """Return what papers report for a data set, if its notes say that it is the published one.
-
-    Example:
-        >>> beside("gas", ())
-        []
-    """
-    from nflows_iresnet.datasets.tables import COMPARABLE
-
-    return table_nlls(name) if COMPARABLE in notes else []

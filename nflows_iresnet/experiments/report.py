@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from nflows_iresnet.datasets.tables import COMPARABLE
 from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.evaluation import MEMORY_MEASURE
 from nflows_iresnet.experiments.files import write_atomically
@@ -135,7 +136,8 @@ def render(record: Record, folder: Folder) -> str:
 
 def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> Section:
     rows = rows_of(record, dataset.name)
-    papers = published.beside(dataset.name, dataset.notes)
+    is_published = COMPARABLE in dataset.notes
+    papers = published.table_nlls(dataset.name) if is_published else []
     measured = (columns_for(record, dataset), rows, "")
     return Section(
         dataset.name,

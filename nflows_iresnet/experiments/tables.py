@@ -183,8 +183,8 @@ def _round_trip(row: Row) -> str:
 
 
 def _gap(row: Row) -> str:
-    gap = number(row.metrics.exact_gap, error=row.metrics.exact_gap_se)
-    return gap if gap == "-" else f"{gap}\nof {number(row.metrics.exact_rows, '.0f')}"
+    gap, rows = row.metrics.exact_gap, number(row.metrics.exact_rows, ".0f")
+    return "-" if gap is None else f"{number(gap, error=row.metrics.exact_gap_se)}\nof {rows}"
 
 
 def _lipschitz(row: Row) -> str:
