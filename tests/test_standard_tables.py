@@ -241,6 +241,16 @@ def test_galaxies_are_read_from_every_layout(
     assert data.source.endswith("galaxy-data.pkl")
 
 
+def test_galaxies_of_other_columns_are_refused(
+    rows: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = dumps_frame(monkeypatch, [(rows[:, :6].T, slice(0, 6, 1))], GALAXY_COLUMNS[:6])
+    monkeypatch.undo()
+    put_galaxies(tmp_path, content, "file")
+    with pytest.raises(ValueError, match=r"galaxy-data\.pkl has 6 columns, expected 7; the file"):
+        datasets.load("galaxies", data_dir=tmp_path)
+
+
 def test_a_converted_table_goes_before_the_pickle(rows: Array, tmp_path: Path) -> None:
     put_galaxies(tmp_path, b"no pickle", "file")
     with pytest.raises(ValueError, match=r"galaxy-data\.pkl is not a readable pickle"):
@@ -505,7 +515,7 @@ def test_published_sizes_are_those_of_tenths() -> None:
 def test_an_absent_archive_says_where_to_get_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"get data.tar.gz of https://zenodo.org/record/1161203"):
         datasets.load(name, data_dir=tmp_path)
-    with pytest.raises(ValueError, match="--data-dir"):
+    with pytest.raises(ValueError, match=f"(?i)no .*{name}.* in any folder, for none .*--data-dir"):
         datasets.load(name)
 
 

@@ -1,4 +1,9 @@
-"""Sets of labelled images as the integers that they are, from the files that people have."""
+"""Sets of labelled images as the integers that they are, from the files that people have.
+
+References:
+    "The MNIST database of handwritten digits" (LeCun et al., 1998);
+    "Learning multiple layers of features from tiny images" (Krizhevsky, 2009), for CIFAR.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +58,9 @@ def parse_idx(file: SourceFile, dimensions: int) -> Bytes:
 
 
 def _parse_idx_pairs(files: Sequence[SourceFile]) -> list[Part]:
-    pairs = zip(files[::2], files[1::2], strict=True)
-    return [
-        (parse_idx(images, 3)[:, None], parse_idx(labels, 1).astype(np.int64))
-        for images, labels in pairs
-    ]
+    images = [parse_idx(file, 3)[:, None] for file in files[::2]]
+    labels = [parse_idx(file, 1).astype(np.int64) for file in files[1::2]]
+    return list(zip(images, labels, strict=True))
 
 
 def parse_cifar(file: SourceFile, labels_key: str) -> Part:
