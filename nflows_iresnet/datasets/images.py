@@ -282,7 +282,6 @@ class ImageDataset:
         "A note on the evaluation of generative models" (Theis et al., 2016).
 
     Args:
-        name: What it was loaded as.
         train, validation, test: Images of the splits [N, C, H, W], uint8.
         train_labels, validation_labels, test_labels: Their classes [N], int64.
         levels: How many values a pixel can take.

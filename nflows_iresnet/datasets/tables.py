@@ -125,12 +125,9 @@ class Dataset:
     and the last sum is ``log_scale``. Toy densities are not rescaled: there it is zero.
 
     Args:
-        name: What it was loaded as.
         train, validation, test: Rows of the splits [number, features], float32.
         density: The exact density of the rows, where there is one.
-        source: Where the rows come from.
         seed: Seed of the samples or of the permutation that made the splits.
-        columns: One name per feature.
         location: Mean of the training rows in source units [features], float64.
         scale: Standard deviation of the training rows in source units [features], float64.
         levels: How many values a quantised feature took before its noise, where that is known; the

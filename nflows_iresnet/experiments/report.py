@@ -81,8 +81,6 @@ class Page:
 
     Args:
         title: of the window.
-        heading: of the page.
-        sections: its parts.
         run: a record or a dictionary with `started`, `environment` and `arguments`.
         command: the command line that repeats the run.
         meta: what else is said below the heading.
