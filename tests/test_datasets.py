@@ -369,6 +369,10 @@ def test_packaged_files_load_without_repeats(tmp_path: Path, name: str, filename
     second = {"casp": "F1", "magic": "fWidth"}[name]
     with pytest.raises(ValueError, match=f"{filename}, line 8, column {second}: nan; "):
         datasets.load(name, data_dir=tmp_path)
+    lines[7] = lines[7].replace("nan", "cat", 1)
+    _write(tmp_path / name / filename, "\n".join(lines))
+    with pytest.raises(ValueError, match=rf"line 8, column {second} \(index 1\): 'cat' is not a"):
+        datasets.load(name, data_dir=tmp_path)
     _write(tmp_path / name / filename, "1,2,3")
     with pytest.raises(ValueError, match="line 1: 3 cells, expected 1"):
         datasets.load(name, data_dir=tmp_path)
