@@ -213,7 +213,8 @@ def fit(
     )
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a part of the training, in [0, 1), got {warmup}")
-    processes, like = Processes.present(), _largest_parameter(flow)
+    processes = Processes.present()
+    like = max(trainable(flow.parameters()), key=Tensor.numel)  # small ones may be coarser
     given = GivenRows(train, like, "training", processes)
     with seeded(seed, like.device):
         processes.agree_on_state(flow)
@@ -322,11 +323,6 @@ def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value}")
-
-
-def _largest_parameter(flow: Any) -> Tensor:
-    """Return what tells the precision of a flow: one small number in it may have another."""
-    return max(trainable(flow.parameters()), key=Tensor.numel)
 
 
 def _number(value: Any) -> float:

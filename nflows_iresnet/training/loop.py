@@ -17,7 +17,7 @@ from torch.nn.parameter import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nflows_iresnet import precision
-from nflows_iresnet.graphs import EagerStep, Loss, negative_log_likelihood, trainable
+from nflows_iresnet.graphs import EagerStep, GraphedStep, Loss, negative_log_likelihood, trainable
 from nflows_iresnet.training.processes import ALONE, Processes, random_state, set_random_state
 from nflows_iresnet.training.progress import (
     REMEDY,
@@ -138,8 +138,6 @@ class Stepper:
         return None if self.is_captured else reason
 
     def _graphed(self, *batch: Tensor) -> Callable[..., Tensor]:
-        from nflows_iresnet.graphs import GraphedStep
-
         step = self._eager
         options: dict[str, Any] = {"loss": step.loss, "max_grad_norm": step.max_grad_norm}
         if len(batch) > 1:
@@ -150,9 +148,6 @@ class Stepper:
             first, *_ = str(error).splitlines() or ["no message"]
             self._refused = f"{type(error).__name__}: {first}"
             return step
-
-
-# --- the loop -------------------------------------------------------------------------------------
 
 
 class Keeper(Protocol):

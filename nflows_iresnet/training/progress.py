@@ -254,8 +254,8 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs."""
-        state = {name: getattr(self, name) for name in _KEPT}
-        return {**state, "curve": [asdict(point) for point in self.curve]}
+        curve = [asdict(point) for point in self.curve]
+        return {"curve": curve, **{name: getattr(self, name) for name in _KEPT}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
