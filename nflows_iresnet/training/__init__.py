@@ -214,7 +214,7 @@ def fit(
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a part of the training, in [0, 1), got {warmup}")
     processes = Processes.present()
-    like = max(trainable(flow.parameters()), key=Tensor.numel)  # small ones may be coarser
+    like = max(trainable(flow.parameters()), key=Tensor.numel)  # small ones may have another dtype
     given = GivenRows(train, like, "training", processes)
     with seeded(seed, like.device):
         processes.agree_on_state(flow)
