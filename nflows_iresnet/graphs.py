@@ -9,6 +9,7 @@ with an eager step. What speaks to CUDA is one class, `_CudaRecorder`; all else 
 
 from __future__ import annotations
 
+import gc
 import random
 import traceback
 import warnings
@@ -393,6 +394,7 @@ class _CapturedStep:
         self._blocks = [each for each in step.flow.modules() if isinstance(each, ResidualTransform)]
         self._setting = _Setting.of(step, self._blocks)
         _require_known_to_work(step)
+        self._older = _held_by_older_graphs(step.parameters())
         random_state = _RandomState(recorder.generator)
         try:
             self._rates.settle()
@@ -487,7 +489,14 @@ class _CapturedStep:
         try:
             yield
         except Exception as error:
-            raise _CaptureError(_described(error, self._step)) from error
+            reason = _described(error, self._step)
+            if self._older and reason.startswith(_BACKWARD):
+                reason += (
+                    f"; the graph of an earlier pass is alive, with {self._older} parameters, and "
+                    "adds up their gradients on the stream of that pass: delete what holds it, or "
+                    "keep loss.detach()"
+                )
+            raise _CaptureError(reason) from error
 
     def obstacle(self, arguments: tuple[Tensor, ...]) -> _Obstacle | None:
         """Return why a step cannot be replayed for now, if it cannot."""
@@ -539,6 +548,22 @@ def _require_known_to_work(step: EagerStep) -> None:
     devices = {str(each.device) for each in step.tensors() if each.dim() > 0}
     if len(devices) > 1:
         raise _CaptureError(f"its tensors are on several devices: {', '.join(sorted(devices))}")
+
+
+def _held_by_older_graphs(parameters: Sequence[Tensor]) -> int:
+    """Return of how many parameters a graph is alive: it has the node that adds up a gradient."""
+    for each in parameters:
+        _accumulator(each).metadata["is_old"] = True
+    if not any("is_old" in _accumulator(each).metadata for each in parameters):
+        return 0
+    gc.collect()
+    return sum(_accumulator(each).metadata.pop("is_old", False) for each in parameters)
+
+
+def _accumulator(parameter: Tensor) -> Any:
+    """Return the node that adds up the gradient of a parameter, one while a graph has it."""
+    of_view: Any = parameter.view_as(parameter).grad_fn
+    return of_view.next_functions[0][0]
 
 
 def _kinds(arguments: tuple[Tensor, ...]) -> str:
@@ -777,6 +802,9 @@ def _titled(name: str, module: nn.Module) -> str:
     return f"{name} ({kind})" if name else kind
 
 
+_BACKWARD = "the backward pass"
+
+
 def _described(error: BaseException, step: EagerStep) -> str:
     """Say where a step could not go on, and why: its innermost module, or what else was running."""
     while error.__context__ is not None:
@@ -790,6 +818,6 @@ def _described(error: BaseException, step: EagerStep) -> str:
         elif id(owner) in names:
             place = names[id(owner)]
         elif frame.f_code.co_name == "backward" and isinstance(owner, Tensor):
-            place = "the backward pass"
+            place = _BACKWARD
     message = str(error).strip().split("\n")[0]
     return f"{place} cannot be part of a CUDA graph: {message}"

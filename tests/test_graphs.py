@@ -297,6 +297,39 @@ def test_a_transform_that_copies_from_the_host_is_named(recorder: EmulatedRecord
     assert "LULinear" in str(step.reason)
 
 
+class _RefusedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        if torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+            raise RuntimeError("would make the legacy stream depend on a capturing stream")
+        return cotangent
+
+
+def _refused_in_the_backward(flow: Any, batch: Tensor) -> Tensor:
+    loss: Tensor = _RefusedBackward.apply(-flow.log_prob(batch).mean())
+    return loss
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_graph_that_is_kept_from_an_earlier_pass_is_named(
+    recorder: EmulatedRecorder, is_kept: bool
+) -> None:
+    """On a GPU its nodes belong to another stream than the capture."""
+    flow, batch = make_flow(), rows()[0]
+    kept = -flow.log_prob(batch).mean()
+    if not is_kept:
+        del kept
+    with pytest.warns(NotCapturedWarning, match="the backward pass cannot be part") as said:
+        GraphedStep(flow, adam(flow), batch, loss=_refused_in_the_backward)
+    count = sum(1 for _ in flow.parameters())
+    remedy = f"of an earlier pass is alive, with {count} parameters"
+    assert (remedy in str(said[0].message)) == is_kept
+
+
 class DrawsOnTheHost(Counting):
     def log_prob(self, inputs: Tensor) -> Tensor:
         return super().log_prob(inputs) * (1 + np.random.rand())
