@@ -161,11 +161,11 @@ def test_interrupt_keeps_and_resume_goes_on(
     executed: list[str] = []
     execute = runs.execute
 
-    def interrupted(run: Run, *rest: Any) -> runs.Outcome:
-        executed.append(run.model)
+    def interrupted(job: runs.Job, *rest: Any) -> runs.Outcome:
+        executed.append(job.run.model)
         if len(executed) == 2:
             raise KeyboardInterrupt
-        return execute(run, *rest)
+        return execute(job, *rest)
 
     monkeypatch.setattr(runs, "execute", interrupted)
     assert main([*arguments, str(folder.path)]) == 130

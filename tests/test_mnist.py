@@ -612,7 +612,7 @@ def test_training_images_are_shifted_by_whole_pixels_and_nothing_else() -> None:
 def test_the_table_of_mnist_suits_the_device(device: str) -> None:
     def settings(*words: str) -> dict[str, Any]:
         parsed = cast(Table1Options, parse(["table1", *words, "--device", device]))
-        return table1.to_settings(parsed).as_json()
+        return table1.to_settings(parsed).as_arguments()
 
     tuned, found = TUNED["mnist"][device], settings("mnist")
     assert {name: found[name] for name in tuned} == tuned

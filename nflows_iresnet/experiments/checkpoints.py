@@ -6,7 +6,6 @@ import io
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,23 +89,3 @@ class Keeper:
     @property
     def _named(self) -> str:
         return json.dumps(self.identity, sort_keys=True)
-
-
-def begin(keepers: Sequence[Keeper], write: Callable[[], None], *, resume: bool) -> None:
-    """Begin to write a folder, between the looks at checkpoints that are gone on with, or not.
-
-    Args:
-        keepers: of all runs that are to be done.
-        write: begins the folder; it is not called if a checkpoint cannot be gone on with.
-        resume: whether they are gone on with; if not, those of an earlier command are deleted.
-
-    Raises:
-        CheckpointError: one cannot be gone on with; nothing was written.
-    """
-    if resume:
-        for keeper in keepers:
-            keeper.load()
-    write()
-    if not resume:
-        for keeper in keepers:
-            keeper.discard()

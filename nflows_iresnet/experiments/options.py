@@ -216,7 +216,22 @@ class Training(OnDevice):
         f"{{{','.join(TRAINING_PRECISIONS)}}}",
         group=HOW,
     )
+    jobs: int = option(
+        "train so many models side by side, each in a process with --threads of its own",
+        positive_int,
+        group=HOW,
+        default=1,
+    )
+    dask: str | None = option(
+        "train on the workers of this Dask scheduler, such as tcp://scheduler:8786",
+        address,
+        "ADDRESS",
+        group=HOW,
+    )
     resume: bool = option("keep what is finished in --out and do the rest", group=WHERE)
+    checkpoint_minutes: float = option(
+        "save the training under way this often", positive_float, "X", group=WHERE, default=5.0
+    )
 
     def check(self) -> None:
         """Find the mistakes that can be found at once."""
@@ -308,21 +323,6 @@ class CompareOptions(Training):
     )
     patience: int | None = option(
         "stop after so many of the 20 validations without a new best", positive_int, group=HOW
-    )
-    jobs: int = option(
-        "train so many models side by side, each in a process with --threads of its own",
-        positive_int,
-        group=HOW,
-        default=1,
-    )
-    dask: str | None = option(
-        "train on the workers of this Dask scheduler, such as tcp://scheduler:8786",
-        address,
-        "ADDRESS",
-        group=HOW,
-    )
-    checkpoint_minutes: float = option(
-        "save the training under way this often", positive_float, "X", group=WHERE, default=5.0
     )
 
     @property

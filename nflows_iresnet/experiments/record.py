@@ -132,6 +132,16 @@ class RunRecord:
     environment: dict[str, Any]
     started: str
 
+    @property
+    def command(self) -> str:
+        """The subcommand."""
+        raise NotImplementedError
+
+    @property
+    def described_data(self) -> Any:
+        """What is known of the data, by which others are told from them."""
+        raise NotImplementedError
+
     @classmethod
     def begin(cls, arguments: dict[str, Any], device: str, **content: Any) -> Self:
         """Return the record of a run that starts here and now."""
@@ -279,6 +289,11 @@ class Record(RunRecord):
     published: dict[str, dict[str, str]] = field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
 
+    @property
+    def described_data(self) -> tuple[DatasetSummary, ...]:
+        """What is known of the data."""
+        return self.datasets
+
     def of(self, dataset: str) -> list[Result]:
         """Return the results on one data set."""
         return [result for result in self.results if result.dataset == dataset]
@@ -365,10 +380,11 @@ class Folder:
                     f"there and is {_shown(now.get(name))} now; use the same, or another --out"
                 )
 
-    def save_record(self, record: Record) -> None:
-        """Write results.json and results.csv."""
+    def save_record(self, record: RunRecord) -> None:
+        """Write results.json, and of a comparison results.csv."""
         write_atomically(self.results, record.as_json().encode())
-        write_atomically(self.path / "results.csv", record.as_csv().encode())
+        if isinstance(record, Record):
+            write_atomically(self.path / "results.csv", record.as_csv().encode())
 
     def load_record(self) -> Record:
         """Read results.json; see `load`."""

@@ -61,7 +61,9 @@ def draw(settings: Settings, stage: Stage) -> Drawing:
     results, arrays = {}, {name: {"data": task.arrays()} for name, task in tasks.items()}
     for run in prepared:
         with stage(f"densities · {run.task.name} · {run.model}"):
-            results[run.key], arrays[run.task.name][run.model], _ = runs.execute(run, config)
+            results[run.key], arrays[run.task.name][run.model], _ = runs.execute(
+                runs.Job(run, config)
+            )
     summaries = {name: task.summarise() for name, task in tasks.items()}
     return Drawing(
         "Toy densities",

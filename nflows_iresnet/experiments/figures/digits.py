@@ -70,7 +70,7 @@ def draw(settings: Settings, stage: Stage) -> Drawing:
     with stage("digits · residual-flow"):
         seed_everything(settings.seed)
         model = find_model(run.model, run.size.models).build(run.size).to(settings.device)
-        log = runs.train_run(model, run, config)
+        log = runs.train_run(model, runs.Job(run, config))
     model.eval()
     data, summary = run.task.evaluation_data(config), run.task.summarise()
     pictures = look(model, data)
