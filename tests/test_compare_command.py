@@ -145,6 +145,19 @@ def test_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert_refused(main(["compare"]), "pip install 'nflows-iresnet[compare]'", capsys)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_package_that_is_missing_is_said_before_it_is_imported(name: str) -> None:
+    script = (
+        "import sys; sys.modules['matplotlib'] = sys.modules['rich'] = None\n"
+        "from nflows_iresnet.experiments.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "matplotlib and rich not installed: pip install 'nflows-iresnet[compare]'" in line
+
+
 def test_unwritable_out(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", table, "--models", "nice", *TINY, "--out", f"{table}/out"]
     assert_refused(main(arguments), "choose another one with --out", capsys)

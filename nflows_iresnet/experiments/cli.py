@@ -45,6 +45,7 @@ def _run(argv: Sequence[str]) -> int:
     with EndsTheProcess():
         from nflows_iresnet.experiments import options
         from nflows_iresnet.experiments.config import UsageError
+        from nflows_iresnet.experiments.environment import check_extra
         from nflows_iresnet.experiments.files import describe_os_error
     try:
         with EndsTheProcess():
@@ -52,6 +53,7 @@ def _run(argv: Sequence[str]) -> int:
             if parsed.list:
                 print(parsed.catalogue(), flush=True)
                 return 0
+            check_extra()
             from importlib import import_module
 
             command = import_module(options.COMMANDS[argv[0]].module)

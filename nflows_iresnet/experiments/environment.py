@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nflows_iresnet import __version__
+from nflows_iresnet.experiments.config import UsageError
 
 _PACKAGES = ("torch", "nflows", "normflows", "numpy", "scikit-learn", "matplotlib", "rich", "zuko")
 _EXTRA = ("jinja2", "joblib", "matplotlib", "pandas", "rich", "scipy")
@@ -19,11 +20,11 @@ def check_extra() -> None:
     """Check that the `compare` extra is installed.
 
     Raises:
-        ValueError: a package is missing; the message says how to install it.
+        UsageError: a package is missing; the message says how to install it.
     """
     missing = [name for name in _EXTRA if find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{' and '.join(missing)} not installed: pip install 'nflows-iresnet[compare]'"
         )
 

@@ -19,7 +19,6 @@ from nflows_iresnet import interruption
 from nflows_iresnet.experiments import parallel
 from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import UsageError
-from nflows_iresnet.experiments.environment import check_extra
 from nflows_iresnet.experiments.files import WriteError, describe_os_error
 from nflows_iresnet.experiments.options import Training
 from nflows_iresnet.experiments.parallel import Job, Order, Watch
@@ -191,7 +190,6 @@ def run(opened: Callable[[], Session[Any]]) -> int:
         UsageError: arguments or data cannot work; nothing was written.
     """
     with _value_errors_are_the_users():
-        check_extra()
         session = opened()
     torch.set_num_threads(session.parsed.threads)
     try:

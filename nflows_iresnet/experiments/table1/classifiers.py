@@ -180,16 +180,11 @@ class Outcome:
     """One classifier trained and examined once.
 
     Args:
-        model: name of the row.
-        repeat: 0, 1, ...
         best_step: the step whose state was examined.
         train_seconds: time of the training, validation not counted.
         num_wrong: test images that were misclassified.
         lipschitz_bound: largest certified bound over the blocks, None where none is known.
-        inversion: what became of test images in the inverse, None where there is none.
-        failure: what went wrong, None if nothing did.
-        is_captured: whether a training step was one CUDA graph.
-        capture_reason: why it was not, None where it was, and on a CPU.
+        capture_reason: why a step was not one CUDA graph, None where it was, and on a CPU.
     """
 
     model: str

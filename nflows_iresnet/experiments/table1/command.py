@@ -46,8 +46,7 @@ class DataSummary:
     Args:
         split: how the splits of the first repeat were made.
         levels: values that a pixel can take.
-        num_train: training images per repeat.
-        num_test: test images per repeat.
+        num_train, num_test: images per repeat.
         num_distinct: distinct test images over all repeats.
     """
 
@@ -72,8 +71,6 @@ class Row:
         guaranteed_inverse: whether that bound is below 1.
         inversion: the worst over the repeats, counts added up.
         train_seconds: mean over the repeats.
-        published: published test errors in percent, by data set.
-        failures: what went wrong.
     """
 
     model: str
@@ -90,14 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Record(RunRecord):
-    """The content of results.json.
-
-    Args:
-        arguments: the settings of the run.
-        started: ISO date and time.
-        published: by row and data set, published test errors in percent.
-        outcomes: what is finished.
-    """
+    """The content of results.json; published are test errors in percent, by row and data set."""
 
     FORMAT = "table1-1"
     DERIVED = ("table",)
@@ -118,7 +108,7 @@ class Record(RunRecord):
         return [asdict(row) for row in self.rows()]
 
     def rows(self) -> list[Row]:
-        """Return the rows of the table, in the order in which they were finished."""
+        """Return the rows of the table."""
         models = dict.fromkeys(outcome.model for outcome in self.outcomes)
         return [self._row([each for each in self.outcomes if each.model == m]) for m in models]
 
