@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import nflows_iresnet
-from nflows_iresnet.experiments import environment, models, runs
+from nflows_iresnet.experiments import config, models, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.data import RowTask
 from nflows_iresnet.experiments.options import COMMANDS
 from nflows_iresnet.experiments.record import Folder
 from nflows_iresnet.experiments.runs import Run
@@ -141,7 +142,7 @@ def test_cuda_without_cuda(
 
 
 def test_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
     assert_refused(main(["compare"]), "pip install 'nflows-iresnet[compare]'", capsys)
 
 
@@ -156,6 +157,21 @@ def test_a_package_that_is_missing_is_said_before_it_is_imported(name: str) -> N
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "matplotlib and rich not installed: pip install 'nflows-iresnet[compare]'" in line
+
+
+def test_a_name_that_is_not_there_is_said_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = RowTask.load, []
+
+    def noticed(name: str, settings: RunConfig) -> RowTask:
+        loaded.append(name)
+        return load(name, settings)
+
+    monkeypatch.setattr(RowTask, "load", noticed)
+    assert_refused(main(["compare", "moons", "absent.npy"]), "no file absent.npy", capsys)
+    assert_refused(main(["compare", "moons", "moosn"]), "did you mean 'moons'", capsys)
+    assert loaded == ["absent.npy", "moosn"]
 
 
 def test_unwritable_out(table: str, capsys: pytest.CaptureFixture[str]) -> None:

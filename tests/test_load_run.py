@@ -326,7 +326,7 @@ def test_what_follows_from_a_record_is_written_and_not_read() -> None:
 
 def test_settings_are_there_before_torch() -> None:
     script = (
-        "import sys, nflows_iresnet.experiments.config, nflows_iresnet.experiments.environment\n"
+        "import sys, nflows_iresnet.experiments.config, nflows_iresnet.experiments.files\n"
         "print(sorted({'torch', 'pandas', 'tensorboard'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -29,9 +29,13 @@ import pytest
 import torch
 
 import nflows_iresnet
-from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.files import prepare_folder, write_atomically
+from nflows_iresnet.experiments.files import (
+    CheckpointError,
+    Keeper,
+    prepare_folder,
+    write_atomically,
+)
 from nflows_iresnet.experiments.record import Folder
 from tests.test_compare_disk import COMMANDS
 

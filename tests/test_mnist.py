@@ -22,9 +22,9 @@ from nflows_iresnet.datasets import images as front
 from nflows_iresnet.datasets.images import MNIST
 from nflows_iresnet.experiments import evaluation
 from nflows_iresnet.experiments.adapters import TruncatedModel
-from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
 from nflows_iresnet.experiments.options import CompareOptions, Table1Options, parse, to_config
 from nflows_iresnet.experiments.presets import COMPARE

@@ -12,7 +12,7 @@ import pytest
 
 from nflows_iresnet import datasets
 from nflows_iresnet.datasets.tables import CASP
-from nflows_iresnet.experiments import names, options
+from nflows_iresnet.experiments import options
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import UsageError
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
@@ -59,11 +59,11 @@ def test_help_and_mistakes_do_not_wait_for_torch(words: list[str], status: int) 
 
 
 def test_names_are_those_of_the_registries() -> None:
-    assert names.data_sets() == datasets.available()
-    assert names.sets_of_images() == datasets.available_images()
-    assert names.models(images=False).keys() == MODELS.keys()
-    assert names.models(images=True).keys() == IMAGE_MODELS.keys()
-    assert all({**names.models(images=False), **names.items(), **names.FIGURES}.values())
+    assert options.data_sets() == datasets.available()
+    assert options.sets_of_images() == datasets.available_images()
+    assert options.models(images=False).keys() == MODELS.keys()
+    assert options.models(images=True).keys() == IMAGE_MODELS.keys()
+    assert all({**options.models(images=False), **options.items(), **options.FIGURES}.values())
 
 
 @pytest.mark.parametrize(

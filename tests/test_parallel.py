@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from nflows_iresnet.experiments import parallel, runs
-from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig, UsageError
+from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.table1 import Settings
 from nflows_iresnet.experiments.table1.classifiers import Job, load
 

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from nflows_iresnet.experiments.checkpoints import Keeper
-from nflows_iresnet.experiments.config import UsageError, describe
-from nflows_iresnet.experiments.environment import describe_environment
+from nflows_iresnet.experiments.config import UsageError, describe, describe_environment
+from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.record import Key
 from nflows_iresnet.interruption import Ignored, Postponed
 from nflows_iresnet.training import History, Interruption, Training

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, 
 
 import numpy as np
 
-from nflows_iresnet.experiments.config import slug
-from nflows_iresnet.experiments.environment import check_environment, describe_environment
+from nflows_iresnet.experiments.config import check_environment, describe_environment, slug
 from nflows_iresnet.experiments.evaluation import Array, Metrics
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.training import History, finite

@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import cast
 
+from nflows_iresnet import datasets
 from nflows_iresnet.experiments import saved
 from nflows_iresnet.experiments.adapters import DensityModel
-from nflows_iresnet.experiments.checkpoints import CheckpointError
 from nflows_iresnet.experiments.config import RunConfig, describe, slug
 from nflows_iresnet.experiments.data import ImageTask, RowTask, Task
 from nflows_iresnet.experiments.evaluation import Array, Evaluation, Metrics, evaluate
-from nflows_iresnet.experiments.files import WriteError
+from nflows_iresnet.experiments.files import CheckpointError, WriteError
 from nflows_iresnet.experiments.models import (
     IMAGE_MODELS,
     MODELS,
@@ -179,7 +180,9 @@ def prepare(config: RunConfig) -> list[Run]:
     """
     for name in config.models:
         find_model(name, IMAGE_MODELS if config.images else MODELS)
-    tasks = {name: load_task(name, config) for name in config.datasets}
+    mistakes_first = sorted(config.datasets, key=partial(_is_there, config))
+    found = {name: load_task(name, config) for name in mistakes_first}
+    tasks = {name: found[name] for name in config.datasets}
     _check_distinct([task.name for task in tasks.values()])
     return [
         Run(task, model, _size(model, task.reference(config)), repeat, source)
@@ -200,6 +203,11 @@ def load_task(name: str, config: RunConfig) -> Task:
 
 
 _load_once = lru_cache(maxsize=8)(load_task)
+
+
+def _is_there(config: RunConfig, name: str) -> bool:
+    known = datasets.available_images() if config.images else datasets.available()
+    return name in known or Path(name).expanduser().exists()
 
 
 def _size(model: str, reference: Architecture) -> Architecture:

@@ -17,7 +17,7 @@ from nflows_iresnet.experiments.adapters import (
     NflowsModel,
     StartedModel,
 )
-from nflows_iresnet.experiments.environment import versions
+from nflows_iresnet.experiments.config import versions
 from nflows_iresnet.experiments.files import read_intact
 from nflows_iresnet.experiments.models import Architecture, ImageArchitecture, find_model
 from nflows_iresnet.experiments.record import Folder, Key, Record

@@ -17,9 +17,8 @@ import torch
 
 from nflows_iresnet import interruption
 from nflows_iresnet.experiments import parallel
-from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.config import UsageError
-from nflows_iresnet.experiments.files import WriteError, describe_os_error
+from nflows_iresnet.experiments.files import CheckpointError, Keeper, WriteError, describe_os_error
 from nflows_iresnet.experiments.options import Training
 from nflows_iresnet.experiments.parallel import Job, Order, Watch
 from nflows_iresnet.experiments.record import Folder, RunRecord, flags

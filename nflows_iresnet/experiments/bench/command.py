@@ -24,8 +24,12 @@ from nflows_iresnet.experiments.bench.measure import (
     check_targets,
     fits,
 )
-from nflows_iresnet.experiments.config import UsageError, resolve_device
-from nflows_iresnet.experiments.environment import check_extra, describe_environment
+from nflows_iresnet.experiments.config import (
+    UsageError,
+    check_extra,
+    describe_environment,
+    resolve_device,
+)
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.training import finite

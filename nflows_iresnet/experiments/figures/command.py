@@ -16,8 +16,12 @@ from typing import Any, Protocol
 import torch
 
 from nflows_iresnet import interruption
-from nflows_iresnet.experiments.config import UsageError, resolve_device
-from nflows_iresnet.experiments.environment import check_extra, describe_environment
+from nflows_iresnet.experiments.config import (
+    UsageError,
+    check_extra,
+    describe_environment,
+    resolve_device,
+)
 from nflows_iresnet.experiments.figures import DESCRIPTIONS, Drawing, Settings, Stage
 from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.experiments.options import FiguresOptions

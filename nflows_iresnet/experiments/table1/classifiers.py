@@ -14,9 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
 from nflows_iresnet.datasets import ImageDataset, load_images
-from nflows_iresnet.experiments.checkpoints import CheckpointError
 from nflows_iresnet.experiments.config import describe
-from nflows_iresnet.experiments.files import WriteError
+from nflows_iresnet.experiments.files import CheckpointError, WriteError
 from nflows_iresnet.experiments.models import count_parameters
 from nflows_iresnet.experiments.parallel import NOBODY, Watch
 from nflows_iresnet.experiments.table1 import Settings
