@@ -264,6 +264,34 @@ def test_an_end_in_the_middle_loses_nothing_that_was_finished(
     assert [each["training"]["steps"] for each in found] == [2000] * 3
 
 
+ORPHANS = """
+import os, sys, threading
+from nflows_iresnet.experiments import parallel
+parallel._GRACE, parent = 3600.0, os.getpid()
+if os.fork():
+    os._exit(0)
+if sys.argv[1] == "at work":
+    parallel._AT_WORK.acquire()
+    threading.Timer(2.0, lambda: (print("saved", flush=True), parallel._AT_WORK.release())).start()
+parallel._outlive_nobody(parent, sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("state", "said"), [("idle", ""), ("at work", "saved\n")])
+def test_a_process_whose_parent_is_gone_ends_with_its_step_and_not_later(
+    state: str, said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "board"
+    folder.mkdir()
+    command = [sys.executable, "-c", ORPHANS, state, str(folder)]
+    done = subprocess.run(  # waits for the orphan, too, which holds the pipe
+        command, stdout=subprocess.PIPE, text=True, timeout=120, cwd=ROOT, check=False
+    )
+    assert done.stdout == said
+    assert not folder.exists()
+
+
 # --- on a cluster ---------------------------------------------------------------------------------
 
 

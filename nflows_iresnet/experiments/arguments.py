@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nflows_iresnet import __version__
@@ -147,6 +148,7 @@ class Command:
 
 _TYPED_DASHES = tuple("\u2010\u2011\u2012\u2013\u2014\u2212")
 """What typography makes of the hyphen, in pages from which command lines are copied."""
+_FILES = (".csv", ".npy")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,7 +165,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def refuse_option(self, word: str) -> NoReturn:
-        """Raise, and say which option was probably meant."""
+        """Raise, and say which option was probably meant, or that a file was."""
+        if "=" not in word and Path(word).suffix in _FILES:
+            self.error(f"unknown option {word!r}: a file of that name is {f'./{word}'!r}")
         flag = "--" + word.lstrip("-" + "".join(_TYPED_DASHES)).split("=")[0]
         known = [each for each in self._option_string_actions if each.startswith("--")]
         longer = [each for each in known if each.startswith(flag)]

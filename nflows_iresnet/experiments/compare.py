@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nflows_iresnet.experiments import runs, session
+from nflows_iresnet.experiments import runs, saved, session
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.files import write_atomically
@@ -105,8 +106,17 @@ class Comparison(Session[Record]):
     def go_on(self) -> None:
         """Take up the record of the folder, but for the runs whose weights are lost."""
         super().go_on()
+        kept = []
         for result in self.record.results:
             self.folder.load_arrays(result.key)
+            if result.training is not None:
+                try:
+                    saved.read(self.folder.weights(result.key), result.model)
+                except ValueError as error:
+                    print(f"{error}: that run is done again", file=sys.stderr)
+                    continue
+            kept.append(result)
+        self.record = replace(self.record, results=tuple(kept))
 
     def take_in(self, job: Job, found: Outcome) -> str:
         """Keep what a job found at once, and return a line about it."""

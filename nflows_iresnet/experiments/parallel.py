@@ -39,6 +39,8 @@ OnStep = Callable[[float, float], None]
 _STOPPING = "finishing the steps under way, then saving checkpoints"
 _GRACE = 30.0
 """Seconds that a process without a parent has for its step and its checkpoint."""
+_AT_WORK = threading.Lock()
+"""Held while a process does a job."""
 _CONNECTING = 10
 
 
@@ -279,11 +281,11 @@ def _do_in_process(order: Order, index: int, path: str, size: int, parent: int) 
     """Do it; an error is returned, as joblib would kill the others if it were raised."""
     _settle_in(parent, os.path.dirname(path))
     board = _Board(path, size)
+    wish = _ToldByParent(board, parent)
     try:
-        wish = _ToldByParent(board, parent)
-        return index, order.do(
-            wish, replace(order.keeper), lambda done, loss: board.put(index, done)
-        )
+        with _AT_WORK:
+            found = order.do(wish, replace(order.keeper), lambda done, loss: board.put(index, done))
+        return index, found
     except Exception as error:
         return index, error
 
@@ -306,10 +308,10 @@ def _settle_in(parent: int, folder: str) -> None:
 
 
 def _outlive_nobody(parent: int, folder: str) -> None:
-    """End this process soon after the one that started it, by when a step has been saved."""
+    """End this process after the one that started it, as soon as the step is saved."""
     while os.getppid() == parent:
-        time.sleep(1.0)
-    time.sleep(_GRACE)
+        time.sleep(0.5)
+    _AT_WORK.acquire(timeout=_GRACE)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 

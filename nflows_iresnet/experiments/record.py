@@ -22,7 +22,12 @@ import numpy as np
 
 from nflows_iresnet.experiments.config import check_environment, describe_environment, slug
 from nflows_iresnet.experiments.evaluation import Array, Metrics
-from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
+from nflows_iresnet.experiments.files import (
+    WriteError,
+    moved_away,
+    prepare_folder,
+    write_atomically,
+)
 from nflows_iresnet.training import History, finite
 
 if TYPE_CHECKING:
@@ -45,7 +50,10 @@ def parse(text: str, version: int | str) -> dict[str, Any]:
         data = json.loads(text)
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
-    if not isinstance(data, dict) or data.pop("format", None) != version:
+    found = data.pop("format", None) if isinstance(data, dict) else None
+    if str(found).startswith("table1-") and found != version:
+        raise ValueError("it holds results of nflows-iresnet table1")
+    if not isinstance(data, dict) or found != version:
         raise ValueError(f"it holds no results of this command (format {version})")
     return data
 
@@ -342,8 +350,14 @@ class Folder:
         """Make the folder and prove that it can be written.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it cannot, or a folder lies where a file is to be written at the end.
         """
+        for path in (self.path / "results.csv", self.path / "report.html"):
+            if path.is_dir():
+                raise ValueError(
+                    f"{str(path)!r} is a folder, and a file of that name is to be written: move it "
+                    f"away ({moved_away(path)}), or choose another --out"
+                )
         prepare_folder(self.path / "runs")
 
     def refuse_results(self, from_json: Callable[[str], object]) -> None:
@@ -407,10 +421,9 @@ class Folder:
             raise ValueError(f"{complaint}: there is none; start anew without --resume") from error
         except Exception as error:  # a damaged file may raise anything
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            paths = (shlex.quote(f"{self.results}{suffix}") for suffix in ("", ".damaged"))
             raise ValueError(
                 f"{complaint}: {reason}; choose another --out, or move it away "
-                f"(mv {' '.join(paths)}) and start anew without --resume"
+                f"({moved_away(self.results, '.damaged')}) and start anew without --resume"
             ) from error
 
     def arrays(self, key: Key) -> Path:
