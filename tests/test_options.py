@@ -59,8 +59,8 @@ def test_help_and_mistakes_do_not_wait_for_torch(words: list[str], status: int) 
 
 
 def test_names_are_those_of_the_registries() -> None:
-    assert options.data_sets() == datasets.available()
-    assert options.sets_of_images() == datasets.available_images()
+    assert options.data_sets(images=False) == datasets.available()
+    assert options.data_sets(images=True) == datasets.available_images()
     assert options.models(images=False).keys() == MODELS.keys()
     assert options.models(images=True).keys() == IMAGE_MODELS.keys()
     assert all({**options.models(images=False), **options.items(), **options.FIGURES}.values())

@@ -132,7 +132,7 @@ def test_the_order_of_a_classifier_holds_no_images(tmp_path: Path) -> None:
     sent = pickle.dumps(parallel.Order.of(job, Keeper(tmp_path / "run.pt")))
     assert len(sent) < 2_000
     order = pickle.loads(sent)
-    assert order.job.settings.data_dir == os.path.abspath("data")
+    assert order.job.config.data_dir == os.path.abspath("data")
     outcome = order.do(Wish(False), None)
     assert (outcome.key, outcome.failure) == (("resnet", 0), None)
     assert outcome.num_wrong == job.do().num_wrong

@@ -8,14 +8,15 @@ import os
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nflows_iresnet import __version__
 
+Choices = TypeVar("Choices", bound=Any)
 RACE_RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which each model of a race gets the one that validates best."""
 TRAINING_PRECISIONS = ("float32", "tf32")
@@ -27,38 +28,16 @@ _EXTRA = ("jinja2", "joblib", "matplotlib", "pandas", "rich", "scipy")
 class RunConfig:
     """Every choice that a result depends on: equal configurations give equal results.
 
+    What the help of `compare` says of an option of that name is not said again.
+
     Args:
         datasets: names or paths of the data sets.
-        models: names in `models.MODELS`.
-        steps: optimiser steps per model, or None for a time.
-        budget: training time per model in seconds of the clock, or None.
-        race: training time per model in seconds of the CPU (on a GPU of the clock), or None.
-        device: "cpu" or "cuda".
-        seed: seed of the data, the initial weights, the batches and the samples.
-        repeats: how often each model is trained, with seeds `seed, seed + 1, ...`.
-        data_dir: folder of the real data sets, or None.
-        batch_size: rows per optimiser step.
-        learning_rate: initial learning rate of Adam.
+        models: names in `models.MODELS`, or in `models.IMAGE_MODELS`.
+        steps, budget, race: the length of a training, of which two are None.
         learning_rates: several, of which each model gets the one that validates best with the first
             seed; none for `learning_rate`.
         patience: validations, of 20, without a new best after which a training stops.
-        hidden_features: width of the reference model, ResidualFlow.
-        num_layers: transforms per model.
-        num_blocks_per_layer: hidden layers of the network in each transform.
-        threads: CPU threads that torch uses.
         images: whether the data sets are images, of which the rest speaks.
-        num_train: training images to keep, or None for all.
-        num_scales: how often images are squeezed and half of them factored out.
-        amp: whether networks compute in bfloat16 while training.
-        alpha: distance from 0 and 1 at which the logit of pixels begins.
-        marginal_bins: bins of the spline of each pixel in residual-flow, which then has 1x1
-            convolutions, too, and starts from training images; 0 for none of this.
-        num_terms: terms of the power series that residual-flow is trained by, 0 for the roulette;
-            examinations are unbiased in either case.
-        training_precision: "float32", or "tf32" to allow TensorFloat-32 in training steps.
-        exact_images: test images that get the exact log-determinant where models estimate it, or
-            None for 256, and fewer where images are large.
-        dequantisations: draws of noise over which test likelihoods are averaged.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -157,6 +136,12 @@ def resolve_device(name: str) -> str:
             "use --device cpu, or install a torch build with CUDA"
         )
     return name
+
+
+def in_any_folder(config: Choices) -> Choices:
+    """Return choices that find the same data from any folder."""
+    data_dir = getattr(config, "data_dir", None)
+    return config if data_dir is None else replace(config, data_dir=os.path.abspath(data_dir))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

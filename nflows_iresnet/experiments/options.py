@@ -59,18 +59,11 @@ def items() -> dict[str, str]:
     return {name: item.description for name, item in ITEMS.items()}
 
 
-def data_sets() -> dict[str, str]:
-    """Return the data sets of rows; to ask is to import torch."""
-    from nflows_iresnet.datasets import available
+def data_sets(*, images: bool) -> dict[str, str]:
+    """Return the data sets of rows, or of images; to ask is to import torch."""
+    from nflows_iresnet import datasets
 
-    return available()
-
-
-def sets_of_images() -> dict[str, str]:
-    """Return the sets of images; to ask is to import torch."""
-    from nflows_iresnet.datasets import available_images
-
-    return available_images()
+    return datasets.available_images() if images else datasets.available()
 
 
 # --- what several can be told --------------------------------------------------------------------
@@ -157,6 +150,19 @@ class Training(OnDevice):
     checkpoint_minutes: float = where(
         "save the training under way this often", positive_float, "X", default=5.0
     )
+
+    def choose(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        """Return defaults, but for what was told; a length that was told excludes the others."""
+        given = {name: getattr(self, name) for name in defaults}
+        if self.minutes is not None:
+            given["budget"] = 60 * self.minutes
+        lengths = defaults.keys() & {"steps", "budget", "race"}
+        if any(given[name] is not None for name in lengths):
+            defaults = {**defaults, **dict.fromkeys(lengths)}
+        return {
+            name: default if given[name] in (None, ()) else given[name]
+            for name, default in defaults.items()
+        }
 
     def check(self) -> None:
         """Find the mistakes that can be found at once."""
@@ -249,7 +255,7 @@ class CompareOptions(Training):
         """Whether the data sets are images, as they were said to be or are by their names."""
         if self.images or not (self.preset.finds_images and self.datasets):
             return self.images
-        known = sets_of_images().keys() - data_sets().keys()
+        known = data_sets(images=True).keys() - data_sets(images=False).keys()
         return known.issuperset(self.datasets)
 
     def default_of(self, name: str) -> object:
@@ -270,22 +276,21 @@ class CompareOptions(Training):
         starts = () if self.are_images else [f"{name}{_SAME_START}" for name in known]
         for name in self.models or ():
             is_like_none = name not in known and not suggest(name, known).startswith("did")
-            if is_like_none and name in data_sets():
+            if is_like_none and name in data_sets(images=False):
                 raise UsageError(f"unknown model {name!r}: data sets stand before the options")
             check_names("model", [name], [*known, *starts])
         to_config(replace(self, device="cpu", same_start=self.same_start and self.are_images))
 
     def _check_kind(self, name: str) -> None:
         """Check that a name is one of rows, or of images, whichever is meant."""
-        rows, images = data_sets(), sets_of_images()
+        kind, other = self.are_images, not self.are_images
         if not name.strip():
             raise UsageError(f"{name!r} is not the name of a data set: see --list")
-        if self.are_images and name in rows and name not in images:
-            raise UsageError(f"dataset {name!r} is not a set of images: leave out --images")
+        if name in data_sets(images=other) and name not in data_sets(images=kind):
+            remedy = "not a set of images: leave out" if kind else "a set of images: add"
+            raise UsageError(f"dataset {name!r} is {remedy} --images")
         if self.are_images:
-            check_names("set of images", [name], images)
-        elif name in images and name not in rows:
-            raise UsageError(f"dataset {name!r} is a set of images: add --images")
+            check_names("set of images", [name], data_sets(images=True))
 
 
 def to_config(options: CompareOptions) -> RunConfig:
@@ -303,17 +308,9 @@ def to_config(options: CompareOptions) -> RunConfig:
         defaults |= preset.tuned_to(options.datasets or defaults["datasets"], device)
     if options.quick:
         defaults |= {**QUICK, "budget": None}
-    given = {name: getattr(options, name) for name in DEFAULTS}
-    if options.minutes is not None:
-        given["budget"] = 60 * options.minutes
-    if any(given[name] is not None for name in ("steps", "budget", "race")):
-        defaults |= {"steps": None, "budget": None, "race": None}
-    if given["race"] is not None and given["learning_rate"] is None:
+    if options.race is not None and options.learning_rate is None:
         defaults["learning_rates"] = RACE_RATES
-    chosen = {
-        name: default if given[name] in (None, ()) else given[name]
-        for name, default in defaults.items()
-    }
+    chosen = options.choose(defaults)
     for name in ("datasets", "models", "learning_rates"):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
     if options.same_start:
@@ -373,7 +370,7 @@ class Table1Options(Training):
         """Find the mistakes that can be found at once."""
         super().check()
         Settings(coeffs=self.coeffs or DEFAULT_COEFFS)
-        check_names("set of images", [self.dataset], sets_of_images())
+        check_names("set of images", [self.dataset], data_sets(images=True))
 
 
 # --- bench and figures ----------------------------------------------------------------------------
@@ -473,8 +470,8 @@ def _densities(preset: Preset) -> Command:
 
 def _all_data_and_models() -> str:
     sections = {
-        "datasets:": data_sets(),
-        "images (with --images):": sets_of_images(),
+        "datasets:": data_sets(images=False),
+        "images (with --images):": data_sets(images=True),
         "models:": models(images=False),
         "models with --images:": models(images=True),
     }
@@ -501,7 +498,7 @@ COMMANDS = {
         "nflows_iresnet.experiments.table1.command",
         Table1Options(),
         lambda: f"{_rows()}\n\n{_TABLE1_CLOSING}",
-        lambda: f"data sets:\n{listed(sets_of_images(), 15)}\n\n{_rows()}",
+        lambda: f"data sets:\n{listed(data_sets(images=True), 15)}\n\n{_rows()}",
         ("dataset", "name of a set of images, see --list"),
     ),
     "bench": Command(

@@ -85,8 +85,8 @@ class Job(Protocol):
         """Name it for people."""
 
     @property
-    def threads(self) -> int:
-        """CPU threads that it is done with."""
+    def config(self) -> Any:
+        """Every choice, among them `threads`."""
 
     def do(self, watch: Watch = NOBODY) -> Any:
         """Do it, and return what was found."""
@@ -128,7 +128,7 @@ class Order:
         """
         if wish.was_pressed:
             return None
-        torch.set_num_threads(self.job.threads)
+        torch.set_num_threads(self.job.config.threads)
         warnings.filterwarnings("ignore", module=r"(nflows|normflows)\.")
         try:
             job = self.job.with_data()
@@ -232,7 +232,7 @@ def side_by_side(
     with (
         _board_of(len(orders), progress) as board,
         Postponed(_STOPPING, board.stop),
-        parallel_config("loky", inner_max_num_threads=orders[0].job.threads),
+        parallel_config("loky", inner_max_num_threads=orders[0].job.config.threads),
     ):
         do = delayed(_do_in_process)
         with Ignored():

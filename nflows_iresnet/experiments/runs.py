@@ -14,7 +14,7 @@ from typing import cast
 from nflows_iresnet import datasets
 from nflows_iresnet.experiments import saved
 from nflows_iresnet.experiments.adapters import DensityModel
-from nflows_iresnet.experiments.config import RunConfig, describe, slug
+from nflows_iresnet.experiments.config import RunConfig, describe, in_any_folder, slug
 from nflows_iresnet.experiments.data import ImageTask, RowTask, Task
 from nflows_iresnet.experiments.evaluation import Array, Evaluation, Metrics, evaluate
 from nflows_iresnet.experiments.files import CheckpointError, WriteError
@@ -94,11 +94,6 @@ class Job:
         return self.config.seed + self.run.repeat
 
     @property
-    def threads(self) -> int:
-        """CPU threads that it is done with."""
-        return self.config.threads
-
-    @property
     def key(self) -> tuple[str | int, ...]:
         """What the checkpoint is named for: a rate that was chosen goes on from its trial."""
         is_tried = self.config.is_tuned and self.run.repeat == 0
@@ -118,14 +113,13 @@ class Job:
 
     def without_data(self) -> Job:
         """Return what another process is sent, which may run in another folder."""
-        source, data_dir = self.run.source, self.config.data_dir
+        source = self.run.source
         run = replace(
             self.run,
             task=cast(Task, None),
             source=os.path.abspath(source) if os.path.exists(source) else source,
         )
-        data_dir = None if data_dir is None else os.path.abspath(data_dir)
-        return replace(self, run=run, config=replace(self.config, data_dir=data_dir))
+        return replace(self, run=run, config=in_any_folder(self.config))
 
     def with_data(self) -> Job:
         """Load the data of a job that was sent."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -14,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
 from nflows_iresnet.datasets import ImageDataset, load_images
-from nflows_iresnet.experiments.config import describe
+from nflows_iresnet.experiments.config import describe, in_any_folder
 from nflows_iresnet.experiments.files import CheckpointError, WriteError
 from nflows_iresnet.experiments.models import count_parameters
 from nflows_iresnet.experiments.parallel import NOBODY, Watch
@@ -225,7 +224,7 @@ class Job:
 
     model: str
     repeat: int
-    settings: Settings
+    config: Settings
     data: ImageDataset | None = None
 
     @property
@@ -238,24 +237,17 @@ class Job:
         """Name it for people."""
         return f"{self.model} · repeat {self.repeat + 1}"
 
-    @property
-    def threads(self) -> int:
-        """CPU threads that it is done with."""
-        return self.settings.threads
-
     def without_data(self) -> Job:
         """Return what another process is sent, which may run in another folder."""
-        data_dir = self.settings.data_dir
-        data_dir = None if data_dir is None else os.path.abspath(data_dir)
-        return replace(self, data=None, settings=replace(self.settings, data_dir=data_dir))
+        return replace(self, data=None, config=in_any_folder(self.config))
 
     def with_data(self) -> Job:
         """Load the images of a job that was sent."""
-        return replace(self, data=_load_once(self.settings, self.repeat))
+        return replace(self, data=_load_once(self.config, self.repeat))
 
     def do(self, watch: Watch = NOBODY) -> Outcome:
         """Train and examine the classifier; what goes wrong is part of the outcome."""
-        data, settings = self.data or load(self.settings, self.repeat), self.settings
+        data, settings = self.data or load(self.config, self.repeat), self.config
         seed_everything(settings.seed + self.repeat)
         build = builders(settings.coeffs)[self.model]
         classifier = build(Size.of(data, settings)).to(settings.device)

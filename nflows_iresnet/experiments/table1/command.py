@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.record import RunRecord
 from nflows_iresnet.experiments.report import Page, Section, command_of
 from nflows_iresnet.experiments.session import Session
-from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, QUICK, TUNED, Settings
+from nflows_iresnet.experiments.table1 import QUICK, TUNED, Settings
 from nflows_iresnet.experiments.table1.classifiers import (
     Inversion,
     Job,
@@ -179,17 +179,10 @@ def to_settings(parsed: Table1Options) -> Settings:
     Raises:
         ValueError: a value cannot work.
     """
-    given = {field.name: getattr(parsed, field.name) for field in fields(Settings)}
-    if parsed.minutes is not None:
-        given["budget"] = 60 * parsed.minutes
     device = resolve_device(parsed.device)
-    defaults = dict(TUNED.get(parsed.dataset, {}).get(device, {}))
-    if parsed.quick:
-        defaults |= QUICK
-    if given["budget"] is not None or given["steps"] is not None:
-        defaults |= {"steps": None, "budget": None}
-    chosen = defaults | {name: value for name, value in given.items() if value is not None}
-    coeffs = tuple(dict.fromkeys(chosen.pop("coeffs", DEFAULT_COEFFS)))
+    defaults = asdict(Settings()) | TUNED.get(parsed.dataset, {}).get(device, {})
+    chosen = parsed.choose(defaults | QUICK if parsed.quick else defaults)
+    coeffs = tuple(dict.fromkeys(chosen["coeffs"]))
     return Settings(**{**chosen, "coeffs": coeffs, "device": device})
 
 
