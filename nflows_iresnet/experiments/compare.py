@@ -85,13 +85,6 @@ class Comparison(Session[Record]):
         """Every job of the unfinished runs that may have a checkpoint."""
         return runs.every_job(runs.pending(self.prepared, self.record), self.config)
 
-    @property
-    def command_line(self) -> str:
-        """The command that does the same."""
-        from nflows_iresnet.experiments.report import command_line
-
-        return command_line(self.record)
-
     def to_do(self) -> Sequence[Job]:
         """Return the learning rates to be tried, then the runs."""
         settings = self.prepared, self.config, self.record

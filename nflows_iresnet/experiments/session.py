@@ -56,31 +56,26 @@ class Session(ABC, Generic[Kept]):
         """Likewise of what is tried before."""
         return 0, 0
 
-    @property
-    @abstractmethod
-    def may_be_under_way(self) -> Sequence[Job]:
-        """Every job of the unfinished runs that may have a checkpoint."""
-
     @abstractmethod
     def to_do(self) -> Sequence[Job]:
         """Return what can be done next in any order, nothing at the end."""
+
+    @property
+    def may_be_under_way(self) -> Sequence[Job]:
+        """Every job of the unfinished runs that may have a checkpoint."""
+        return self.to_do()
 
     @abstractmethod
     def take_in(self, job: Any, found: Any) -> str:
         """Keep what a job found, and return a line about it."""
 
-    @abstractmethod
     def show_finished(self, progress: LiveProgress) -> None:
-        """Show what became complete."""
+        """Show what became complete before the report."""
+        return
 
     @abstractmethod
     def report(self) -> Path:
         """Write the report, and return its path."""
-
-    @property
-    @abstractmethod
-    def command_line(self) -> str:
-        """The command that does the same."""
 
     def describe_loss(self, job: Any, loss: float) -> str:
         """Describe the loss of a training under way."""
@@ -145,7 +140,12 @@ class Session(ABC, Generic[Kept]):
     @property
     def resume(self) -> str:
         """The command that goes on."""
-        return f"go on with: {self.folder.resume(self.command_line)}"
+        from nflows_iresnet.experiments.report import command_of
+
+        arguments = dict(self.record.arguments)
+        words = arguments.pop("datasets", None) or [arguments.pop("dataset")]
+        line = command_of(self.record.command, words, arguments)
+        return f"go on with: {self.folder.resume(line)}"
 
     def work(self) -> None:
         """Do what is not done yet, keep each result at once, and report."""

@@ -21,7 +21,6 @@ from nflows_iresnet.experiments.config import resolve_device
 from nflows_iresnet.experiments.files import write_atomically
 from nflows_iresnet.experiments.options import Table1Options
 from nflows_iresnet.experiments.pictures import DATA, INK, MODEL, STYLE, as_png
-from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.record import RunRecord
 from nflows_iresnet.experiments.report import Page, Section, command_of
 from nflows_iresnet.experiments.session import Session
@@ -248,16 +247,6 @@ class TableSession(Session[Record]):
         """How many runs are finished, and how many there are."""
         return len(self.record.outcomes), len(self.jobs)
 
-    @property
-    def may_be_under_way(self) -> Sequence[Job]:
-        """The runs without an outcome."""
-        return self.to_do()
-
-    @property
-    def command_line(self) -> str:
-        """The command that does the same."""
-        return command_line(self.record)
-
     def to_do(self) -> Sequence[Job]:
         """Return the runs without an outcome."""
         finished = {outcome.key for outcome in self.record.outcomes}
@@ -274,9 +263,6 @@ class TableSession(Session[Record]):
         reason = found.capture_reason
         eager = "" if reason is None else f"; steps not captured: {reason}"
         return f"{job.label}: {found.num_wrong} of {found.num_test} test images wrong{eager}"
-
-    def show_finished(self, progress: LiveProgress) -> None:
-        """Show nothing: a table is shown when it is complete."""
 
     def report(self) -> Path:
         """Draw the picture, write the page, and print the table."""
@@ -444,6 +430,7 @@ FAIRNESS = (
 def render(record: Record, picture: bytes) -> str:
     """Render the page."""
     rows, columns = record.rows(), columns_for(record)
+    arguments = dict(record.arguments)
     section = Section(
         caption=f"{record.caption()}. Source: {record.data.source}; {record.data.split}.",
         tables=[(columns, rows, "")],
@@ -456,13 +443,7 @@ def render(record: Record, picture: bytes) -> str:
         f"What a guaranteed inverse costs a classifier: {record.data.name}",
         [section],
         record,
-        command_line(record),
+        command_of("table1", [arguments.pop("dataset")], arguments),
         glossary=columns,
         explanation=FAIRNESS,
     ).render()
-
-
-def command_line(record: Record) -> str:
-    """Return the command that repeats the run."""
-    arguments = dict(record.arguments)
-    return command_of("table1", [arguments.pop("dataset")], arguments)
