@@ -15,6 +15,7 @@ from nflows_iresnet.datasets.tables import CASP
 from nflows_iresnet.experiments import options
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import UsageError
+from nflows_iresnet.experiments.figures import DESCRIPTIONS
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
 from nflows_iresnet.experiments.options import CompareOptions, Training, parse, to_config
 from nflows_iresnet.experiments.table1 import Settings
@@ -63,7 +64,7 @@ def test_names_are_those_of_the_registries() -> None:
     assert options.data_sets(images=True) == datasets.available_images()
     assert options.models(images=False).keys() == MODELS.keys()
     assert options.models(images=True).keys() == IMAGE_MODELS.keys()
-    assert all({**options.models(images=False), **options.items(), **options.FIGURES}.values())
+    assert all({**options.models(images=False), **options.items(), **DESCRIPTIONS}.values())
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,7 @@ def test_names_are_those_of_the_registries() -> None:
         ("compare --dash.npy moons", "a file of that name is './--dash.npy'"),
         ("compare --ouut=dash.csv", "did you mean '--out'?"),
         ("compare --steps=", "'' is not a positive integer"),
+        ("compare --resume", "--resume needs the --out folder"),
         ("compare --steps 1e3", "'1e3' is not a positive integer"),
         ("compare --steps", "--steps: expected one argument"),
         ("compare --models", "--models: expected at least one argument"),
