@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from nflows_iresnet.experiments.progress import LiveProgress
 
 
-def run(parsed: CompareOptions) -> int:
-    """Run the subcommand and return the exit status.
-
-    Raises:
-        UsageError: arguments or data cannot work; nothing was written.
-    """
-    return session.run(partial(open_session, parsed))
-
-
 def open_session(parsed: CompareOptions) -> Comparison:
     """Check everything that can be checked, then create the output folder.
 
@@ -53,6 +44,10 @@ def open_session(parsed: CompareOptions) -> Comparison:
     comparison = Comparison(parsed, record, folder, config=config, prepared=prepared)
     comparison.begin()
     return comparison
+
+
+run = partial(session.run, open_session)
+"""Run the subcommand and return the exit status."""
 
 
 @dataclass(kw_only=True)

@@ -179,17 +179,18 @@ class Session(ABC, Generic[Kept]):
             parallel.on_cluster(orders, self.cluster, self.record.started, progress, take_in)
 
 
-def run(opened: Callable[[], Session[Any]]) -> int:
+def run(open_session: Callable[[Any], Session[Any]], parsed: Training) -> int:
     """Run a command, and return its exit status.
 
     Args:
-        opened: checks everything that can be checked, then begins the session.
+        open_session: checks everything that can be checked, then begins the session.
+        parsed: what it is told.
 
     Raises:
         UsageError: arguments or data cannot work; nothing was written.
     """
     with _value_errors_are_the_users():
-        session = opened()
+        session = open_session(parsed)
     torch.set_num_threads(session.parsed.threads)
     try:
         with warnings.catch_warnings(), session.cluster or nullcontext():

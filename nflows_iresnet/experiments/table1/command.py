@@ -185,15 +185,6 @@ def to_settings(parsed: Table1Options) -> Settings:
     return Settings(**{**chosen, "coeffs": coeffs, "device": device})
 
 
-def run(parsed: Table1Options) -> int:
-    """Run the subcommand and return the exit status.
-
-    Raises:
-        UsageError: arguments or data cannot work; nothing was written.
-    """
-    return session.run(partial(open_session, parsed))
-
-
 def open_session(parsed: Table1Options) -> TableSession:
     """Check everything that can be checked, then create the output folder.
 
@@ -219,6 +210,10 @@ def open_session(parsed: Table1Options) -> TableSession:
     table = TableSession(parsed, record, session.folder_of(parsed, "table1"), jobs=jobs)
     table.begin()
     return table
+
+
+run = partial(session.run, open_session)
+"""Run the subcommand and return the exit status."""
 
 
 def _described(data: Sequence[ImageDataset]) -> DataSummary:
