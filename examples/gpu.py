@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet import flows, logdet
 from nflows_iresnet.datasets import load_images
-from nflows_iresnet.experiments.bench.models import PlainNet
+from nflows_iresnet.experiments.bench.steps import PlainNet
 from nflows_iresnet.experiments.models import MODELS, Architecture
 
 MNIST_SECONDS = 60.0

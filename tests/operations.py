@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nflows_iresnet.experiments.bench.operations import OperationCounter, moves_data
+from nflows_iresnet.experiments.bench.steps import OperationCounter, moves_data
 from tests import pretended
 
 WAITS = frozenset(

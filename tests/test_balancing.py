@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet import nn
-from nflows_iresnet.experiments.bench.operations import OperationCounter
+from nflows_iresnet.experiments.bench.steps import OperationCounter
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn.balancing import Balanced, Stored, balanced, differentiable
 

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from nflows_iresnet.experiments.bench.items import BASELINE, ITEMS, OURS, Column, Item, our_speed
 from nflows_iresnet.experiments.bench.measure import (
+    Benchmark,
     Case,
     CaseResult,
     Measurement,
     Rounds,
     Run,
-    Settings,
     Timing,
     Work,
     check_targets,
-    fit_power_law,
     fits,
     measure_runs,
-    paired_ratio,
     spread,
     time_in_rounds,
-    time_on_cpu,
+    time_once,
+    trusts_cpu_time,
 )
+from nflows_iresnet.experiments.options import BenchOptions
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-TINY = Settings(quick=True, repeats=2)
+TINY = BenchOptions(device="cpu", quick=True, repeats=2)
 
 
 class ScriptedTimer:
@@ -72,7 +74,7 @@ def test_rounds_end_when_the_time_is_used_up() -> None:
 def test_warm_ups_are_not_timed() -> None:
     calls: list[int] = []
     result = time_in_rounds(
-        {"a": lambda: calls.append(1)}, time_on_cpu, Rounds(least=3, most=3, warm_ups=4)
+        {"a": lambda: calls.append(1)}, time_once, Rounds(least=3, most=3, warm_ups=4)
     )
     assert len(calls) == 7
     assert len(result.times["a"]) == 3
@@ -87,7 +89,7 @@ def test_one_that_fails_leaves_and_the_others_go_on(healthy_calls: int) -> None:
             raise RuntimeError("out of luck")
         return "a"
 
-    result = time_in_rounds({"a": work, "b": lambda: "b"}, time_on_cpu, Rounds(least=4, most=4))
+    result = time_in_rounds({"a": work, "b": lambda: "b"}, time_once, Rounds(least=4, most=4))
     assert list(result.times) == ["b"]
     assert len(result.times["b"]) == 4
     assert "out of luck" in result.failures["a"]
@@ -98,49 +100,60 @@ def test_one_that_fails_leaves_and_the_others_go_on(healthy_calls: int) -> None:
 
 def test_ratios_are_paired_by_round() -> None:
     """The machine is ten times slower in one round: the paired ratio does not notice."""
-    ratio = paired_ratio([2.0, 20.0, 2.2, 1.8], [1.0, 10.0, 1.1, 0.9])
-    assert ratio.median == pytest.approx(2.0)
-    assert [ratio.low, ratio.high] == pytest.approx([2.0, 2.0])
+    result = scripted_result(ours=[1.0, 10.0, 1.1, 0.9], normflows=[2.0, 20.0, 2.2, 1.8])
+    assert result.time_ratio(BASELINE, OURS, cpu=False) == pytest.approx((2.0, 2.0, 2.0))
+    assert result.time_ratio(BASELINE, "absent", cpu=False) is None
 
 
 def test_ratio_of_unequal_rounds_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 and 2 rounds"):
-        paired_ratio([1.0, 2.0, 3.0], [1.0, 2.0])
+    measured = (Measurement(OURS, (1.0, 2.0)), Measurement(BASELINE, (1.0, 2.0, 3.0)))
+    with pytest.raises(ValueError, match="shorter"):
+        CaseResult("i", "c", {}, measured, False).time_ratio(BASELINE, OURS, cpu=False)
 
 
 def test_spread() -> None:
-    assert spread([5.0, 1.0, 3.0, 2.0, 4.0]).median == 3.0
-    assert spread([5.0, 1.0, 3.0, 2.0, 4.0]).low == 2.0
-    with pytest.raises(ValueError, match="no values"):
-        spread([])
+    assert spread([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0)
+    assert spread([]) is None
+
+
+def sizes(x: list[float], y: list[float]) -> list[CaseResult]:
+    """Return results of a model of which a size y is measured where n is x."""
+    return [
+        CaseResult("item", "c", {"n": each}, (Measurement(OURS, numbers={"size": size}),), True)
+        for each, size in zip(x, y, strict=True)
+    ]
+
+
+GROWING = Item("grows", lambda options: [], variable="n", fitted="size")
 
 
 def test_planted_power_law_is_recovered() -> None:
     x = [1.0, 3.0, 10.0, 30.0, 100.0]
-    noise = [1.02, 0.99, 1.0, 1.01, 0.98]
-    law = fit_power_law(x, [7 * value**1.7 * e for value, e in zip(x, noise, strict=True)])
-    assert law.standard_error is not None
-    assert law.exponent == pytest.approx(1.7, abs=3 * law.standard_error)
-    logs = np.log(x), np.log([7 * value**1.7 * e for value, e in zip(x, noise, strict=True)])
-    covariance = np.polyfit(*logs, 1, cov=True)[1]
-    assert law.standard_error == pytest.approx(float(covariance[0, 0]) ** 0.5)
-    assert law.factor == pytest.approx(7, rel=0.05)
-    assert fit_power_law([1.0, 2.0], [1.0, 8.0]).standard_error is None
+    y = [7 * n**1.7 * e for n, e in zip(x, [1.02, 0.99, 1.0, 1.01, 0.98], strict=True)]
+    (fit,) = fits(GROWING, sizes(x, y))
+    assert (fit.model, fit.variable, fit.quantity) == (OURS, "n", "size")
+    assert fit.standard_error is not None
+    assert fit.exponent == pytest.approx(1.7, abs=3 * fit.standard_error)
+    covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)[1]
+    assert fit.standard_error == pytest.approx(float(covariance[0, 0]) ** 0.5)
+    assert fit.factor == pytest.approx(7, rel=0.05)
+    (fit,) = fits(GROWING, sizes([1.0, 2.0], [1.0, 8.0]))
+    assert fit.exponent == pytest.approx(3.0)
+    assert fit.standard_error is None
 
 
-@pytest.mark.parametrize(("x", "y"), [([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0, 0.0])])
-def test_power_law_of_what_has_none(x: list[float], y: list[float]) -> None:
-    with pytest.raises(ValueError, match="a power law needs"):
-        fit_power_law(x, y)
+@pytest.mark.parametrize(("x", "y"), [([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0, 0.0]), ([], [])])
+def test_no_power_law_of_what_has_none(x: list[float], y: list[float]) -> None:
+    assert fits(GROWING, sizes(x, y)) == []
 
 
 def scripted_result(**seconds: list[float]) -> CaseResult:
-    def prepare(settings: Settings) -> list[Run]:
+    def prepare(options: BenchOptions) -> list[Run]:
         return [Run(name, partial(str, name)) for name in seconds]
 
     rounds = len(next(iter(seconds.values())))
-    measured = measure_runs(prepare, Settings(repeats=rounds), ScriptedTimer(seconds))
-    return CaseResult("item", "case", {"d": 2.0}, measured, on_cpu_time=True)
+    measured = measure_runs(prepare, BenchOptions(repeats=rounds), ScriptedTimer(seconds))
+    return CaseResult("step-dimension", "case", {"d": 2.0}, measured, on_cpu_time=True)
 
 
 def test_targets_are_computed() -> None:
@@ -159,7 +172,7 @@ def test_numbers_that_fail_keep_the_times() -> None:
     def numbers() -> dict[str, float]:
         raise MemoryError("too large")
 
-    (measured,) = Case.timed(lambda settings: [Run(OURS, list, numbers)]).measure(TINY)
+    (measured,) = Case.timed(lambda options: [Run(OURS, list, numbers)]).measure(TINY)
     assert len(measured.seconds) == 2
     assert measured.numbers == {}
     assert "too large" in str(measured.note)
@@ -177,9 +190,9 @@ def test_targets_follow_the_clock_of_the_settings() -> None:
     measured = (Measurement(OURS, (1.0,), (1.0,)), Measurement(BASELINE, (10.0,), (2.0,)))
     for on_cpu_time, expected in ((True, 2.0), (False, 10.0)):
         assert our_speed(CaseResult("i", "c", {}, measured, on_cpu_time)) == expected
-    assert Settings().trusts_cpu_time
-    assert not Settings(threads=2).trusts_cpu_time
-    assert not Settings(device=torch.device("cuda")).trusts_cpu_time
+    assert trusts_cpu_time(BenchOptions(device="cpu"))
+    assert not trusts_cpu_time(BenchOptions(device="cpu", threads=2))
+    assert not trusts_cpu_time(BenchOptions(device="cuda"))
 
 
 def test_a_column_at_cost_multiplies_by_the_time() -> None:
@@ -193,13 +206,27 @@ def test_a_column_at_cost_multiplies_by_the_time() -> None:
     assert result.ratio_of(OURS, column) == pytest.approx(4.0)
 
 
-def test_fits_follow_the_variable() -> None:
-    item = Item("cubes", lambda settings: [], variable="n", fitted="size")
-    results = [
-        CaseResult("item", str(n), {"n": n}, (Measurement(OURS, numbers={"size": 5 * n**3}),), True)
-        for n in (1.0, 2.0, 4.0)
-    ]
-    (fit,) = fits(item, results)
-    assert (fit.model, fit.quantity) == (OURS, "size")
-    assert fit.law.exponent == pytest.approx(3.0)
-    assert fits(item, results[:1]) == []
+# --- the file -------------------------------------------------------------------------------------
+
+
+def test_the_file_is_read_again_and_older_ones_are_refused() -> None:
+    result = scripted_result(ours=[1.0, 2.0], normflows=[3.0, 8.0])
+    record = replace(Benchmark.begin({}, "cpu"), results=(result,))
+    text = record.as_json()
+    assert Benchmark.from_json(text).results == (result,)
+    plain = json.loads(text)
+    assert plain["results"][0]["measurements"][0]["model"] == OURS
+    row = next(each for each in plain["table"] if each["model"] == OURS)
+    assert row["wall_ratio"] == {"median": 3.5, "low": 3.25, "high": 3.75}
+    with pytest.raises(ValueError, match=r"no results of this command \(format 2\)"):
+        Benchmark.from_json(json.dumps({**plain, "format": 1}))
+
+
+PUBLISHED = sorted((Path(__file__).parents[1] / "examples/results").glob("bench*.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_results_are_those_of_their_samples(path: Path) -> None:
+    text = path.read_text()
+    record = Benchmark.from_json(text)
+    assert json.loads(record.as_json())["table"] == json.loads(text)["table"]

@@ -162,7 +162,7 @@ def test_a_name_that_is_not_there_is_said_before_anything_is_loaded(
         return load(name, settings)
 
     monkeypatch.setattr(RowTask, "load", noticed)
-    assert_refused(main(["compare", "moons", "absent.npy"]), "no file absent.npy", capsys)
+    assert_refused(main(["compare", "moons", "absent.npy"]), "set absent.npy (looked for", capsys)
     assert_refused(main(["compare", "moons", "moosn"]), "did you mean 'moons'", capsys)
     assert loaded == ["absent.npy", "moosn"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from nflows_iresnet.experiments.bench.items import ITEMS, Item
-from nflows_iresnet.experiments.bench.models import Size
-from nflows_iresnet.experiments.bench.steps import TRIO, step_case
+from nflows_iresnet.experiments.bench.steps import step_case
 from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.models import Architecture
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -60,7 +60,7 @@ CASES = [(name, file) for name, files in FILES.items() for file in files]
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """An item of the benchmark that takes no time."""
-    cases = [step_case(Size(2, 4), batch, TRIO) for batch in (4, 8)]
+    cases = [step_case(Architecture(2, 4, 1, 2), batch) for batch in (4, 8)]
     monkeypatch.setitem(ITEMS, "tiny", Item("steps", lambda _: cases, variable="B"))
 
 

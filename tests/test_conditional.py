@@ -33,7 +33,7 @@ def test_its_sizes_come_first_and_its_network_by_keyword() -> None:
         {"context_features": None},
         {"net": 3},
         {"net": nn.Linear},
-        {"net": torch.tanh},
+        {"net": len},
     ],
     ids=str,
 )

@@ -161,7 +161,8 @@ def test_checkerboard_is_uniform_on_half_of_its_square() -> None:
         (lambda: datasets.make("mooons"), "did you mean 'moons'"),
         (lambda: datasets.make("moons", num_test=0), "num_test must be at least 1"),
         (lambda: datasets.load("pin-wheel"), "did you mean 'pinwheel'.* Known: moons, .*magic"),
-        (lambda: datasets.load("absent.csv"), r"no file absent\.csv \(looked for /"),
+        (lambda: datasets.load("absent.csv"), r"no file or data set absent\.csv \(looked for /"),
+        (lambda: datasets.load("my.parquet"), r"no file .* my\.parquet \(looked for /"),
         (lambda: datasets.load("moons", num_samples=9), "moons has 9 rows: give at least 10"),
         (lambda: datasets.load("digits", num_samples=1798), "can give 10 to 1797 rows"),
         (lambda: datasets.load("digits", num_samples=-5), "num_samples=-5"),
@@ -368,6 +369,10 @@ def test_packaged_files_load_without_repeats(tmp_path: Path, name: str, filename
     _write(tmp_path / name / filename, "\n".join(lines))
     second = {"casp": "F1", "magic": "fWidth"}[name]
     with pytest.raises(ValueError, match=f"{filename}, line 8, column {second}: nan; "):
+        datasets.load(name, data_dir=tmp_path)
+    lines[7] = lines[7].replace("nan", "cat", 1)
+    _write(tmp_path / name / filename, "\n".join(lines))
+    with pytest.raises(ValueError, match=rf"line 8, column {second} \(index 1\): 'cat' is not a"):
         datasets.load(name, data_dir=tmp_path)
     _write(tmp_path / name / filename, "1,2,3")
     with pytest.raises(ValueError, match="line 1: 3 cells, expected 1"):

@@ -16,7 +16,7 @@ pytest.importorskip("rich")
 from nflows_iresnet.experiments import runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import UsageError
-from nflows_iresnet.experiments.figures import DESCRIPTIONS, command, digits, dynamics
+from nflows_iresnet.experiments.figures import DESCRIPTIONS, command, dynamics, flows
 from nflows_iresnet.experiments.figures.dynamics import (
     count_crossings,
     find_crossings,
@@ -116,7 +116,7 @@ def test_the_least_error_of_a_monotone_map() -> None:
 def test_interpolations_start_and_end_at_the_images_and_keep_norms() -> None:
     torch.manual_seed(0)
     first, second = torch.randn(2, 3, 400, dtype=torch.float64)
-    between = digits.interpolate(first, second, 5)
+    between = flows.interpolate(first, second, 5)
     assert between.shape == (3, 5, 400)
     torch.testing.assert_close(between[:, 0], first)
     torch.testing.assert_close(between[:, -1], second)

@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nflows_iresnet.experiments.bench.operations import counted_operations
+from nflows_iresnet.experiments.bench.steps import counted_operations
 from nflows_iresnet.flows import ResidualFlow
 from nflows_iresnet.transforms import ActNorm, CompositeTransform, LinearTransform
 from nflows_iresnet.transforms.linear import _products, weights_together

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nflows_iresnet.experiments.bench.operations import counted_operations
+from nflows_iresnet.experiments.bench.steps import counted_operations
 from nflows_iresnet.flows import ImageResidualFlow, ResidualFlow
 
 LIMITS = {

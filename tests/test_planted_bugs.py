@@ -116,6 +116,10 @@ PLANTED: dict[str, dict[str, Factory]] = {
         "records under no_grad": _wave(planted.AlwaysRecords),
         "another number in inference mode": _wave(planted.OtherInInferenceMode),
     },
+    "graphs_are_freed": {
+        "a view of an output is saved": _wave(planted.SavesViewOfOutput),
+        "the last pass is kept": _wave(planted.KeepsItsLastPass),
+    },
     "tensors_of_the_caller": {
         "requires_grad switched on": _wave(planted.WantsGradientsOfInputs),
         "inputs of forward overwritten": _wave(planted.WritesIntoInputs),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nflows_iresnet.datasets.standard import COMPARABLE
+from nflows_iresnet.datasets.tables import COMPARABLE
 from nflows_iresnet.experiments import tables
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result

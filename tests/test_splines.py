@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
 
 from nflows_iresnet import flows, transforms
-from nflows_iresnet.experiments.bench.operations import counted_operations
+from nflows_iresnet.experiments.bench.steps import counted_operations
 from nflows_iresnet.transforms import splines as marginal
 from nflows_iresnet.transforms.rational_quadratic import MAX_LOG_SLOPE, MIN_SIZE, differentiable
 from nflows_iresnet.transforms.splines import Initialization

@@ -28,7 +28,7 @@ from nflows_iresnet.datasets.files import (
     to_array,
 )
 from nflows_iresnet.datasets.images import parse_cifar, parse_idx
-from nflows_iresnet.datasets.standard import COMPARABLE, STANDARD, Splits, read_hepmass, read_power
+from nflows_iresnet.datasets.tables import COMPARABLE, STANDARD, Splits, read_hepmass, read_power
 from nflows_iresnet.experiments import published
 
 Array = npt.NDArray[np.float64]
@@ -239,6 +239,16 @@ def test_galaxies_are_read_from_every_layout(
     assert data.licence == "MIT (pzflow)"
     assert "licence: MIT (pzflow)" in data.notes
     assert data.source.endswith("galaxy-data.pkl")
+
+
+def test_galaxies_of_other_columns_are_refused(
+    rows: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = dumps_frame(monkeypatch, [(rows[:, :6].T, slice(0, 6, 1))], GALAXY_COLUMNS[:6])
+    monkeypatch.undo()
+    put_galaxies(tmp_path, content, "file")
+    with pytest.raises(ValueError, match=r"galaxy-data\.pkl has 6 columns, expected 7; the file"):
+        datasets.load("galaxies", data_dir=tmp_path)
 
 
 def test_a_converted_table_goes_before_the_pickle(rows: Array, tmp_path: Path) -> None:
@@ -505,7 +515,7 @@ def test_published_sizes_are_those_of_tenths() -> None:
 def test_an_absent_archive_says_where_to_get_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"get data.tar.gz of https://zenodo.org/record/1161203"):
         datasets.load(name, data_dir=tmp_path)
-    with pytest.raises(ValueError, match="--data-dir"):
+    with pytest.raises(ValueError, match=f"(?i)no .*{name}.* in any folder, for none .*--data-dir"):
         datasets.load(name)
 
 

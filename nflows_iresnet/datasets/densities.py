@@ -29,12 +29,6 @@ class Density(ABC):
     features: ClassVar[int] = 2
 
     @staticmethod
-    def _check_positive(**values: float) -> None:
-        for name, value in values.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-
-    @staticmethod
     def _uniform(*shape: int, generator: Generator | None) -> Tensor:
         device = generator.device if generator else None
         return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
@@ -122,9 +116,19 @@ class Density(ABC):
         return nats.mean().item(), nats.std().item() / math.sqrt(num_samples)
 
 
+class _Toy(Density):
+    """A density whose parameters are all positive."""
+
+    def __post_init__(self) -> None:
+        """Validate the parameters."""
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
 # scikit-learn's toys have no density and other samples for the same seed, so these are ours.
 @dataclass(frozen=True)
-class Circles(Density):
+class Circles(_Toy):
     r"""Two concentric circles of equal weight with isotropic Gaussian noise.
 
     With :math:`r = |x|`, the noise integrates over a circle of radius :math:`R` in closed form:
@@ -155,10 +159,6 @@ class Circles(Density):
     inner: float = 1.5
     outer: float = 3.0
 
-    def __post_init__(self) -> None:
-        """Validate the parameters."""
-        self._check_positive(noise=self.noise, inner=self.inner, outer=self.outer)
-
     def _draw(self, num_samples: int, generator: Generator | None) -> Tensor:
         angle = 2 * math.pi * self._uniform(num_samples, generator=generator)
         is_outer = self._choice(2, num_samples, generator=generator)
@@ -178,7 +178,7 @@ class Circles(Density):
 
 
 @dataclass(frozen=True)
-class EightGaussians(Density):
+class EightGaussians(_Toy):
     r"""Eight equal Gaussians on a ring.
 
     :math:`p(x) = \tfrac18 \sum_{k=0}^{7} \mathcal N(x;\ R\,(\cos\tfrac{\pi k}4,
@@ -199,10 +199,6 @@ class EightGaussians(Density):
 
     noise: float = 0.5 / math.sqrt(2)
     radius: float = 4 / math.sqrt(2)
-
-    def __post_init__(self) -> None:
-        """Validate the parameters."""
-        self._check_positive(noise=self.noise, radius=self.radius)
 
     def _centre(self, index: Tensor) -> Tensor:
         angle = index.double() * (math.pi / 4)
@@ -255,7 +251,7 @@ class Checkerboard(Density):
 
 
 @dataclass(frozen=True)
-class Pinwheel(Density):
+class Pinwheel(_Toy):
     r"""Five Gaussian arms, each swirled by an angle that grows with the radius.
 
     An arm :math:`z \sim \mathcal N((2, 0),\ \operatorname{diag}(\sigma_r^2, \sigma_t^2))` turns by
@@ -290,8 +286,7 @@ class Pinwheel(Density):
         """Validate the parameters."""
         if not isinstance(self.num_arms, int) or self.num_arms < 1:
             raise ValueError(f"num_arms must be a positive integer, got {self.num_arms}")
-        self._check_positive(rate=self.rate)
-        self._check_positive(radial_noise=self.radial_noise, tangential_noise=self.tangential_noise)
+        super().__post_init__()
 
     @property
     def _noises(self) -> tuple[float, float]:
@@ -332,7 +327,7 @@ _NOISES_PER_PANEL = 3.0
 _TERMS_AT_ONCE = 2**17
 
 
-class MirroredCurve(Density):
+class MirroredCurve(_Toy):
     r"""A curve and its image under :math:`x \to -x`, with equal weight and isotropic noise.
 
     .. math::
@@ -344,27 +339,21 @@ class MirroredCurve(Density):
     more than 1e-10, and none within 200 by more than 1e-5 of its value. Rounding adds about
     :math:`10^{-16} |x|^2 / \sigma^2`.
 
-    Derive a frozen dataclass with a ``noise`` field that defines the curve ``c``, the weight ``w``
-    on ``[0, end]`` and the quantile function of ``w``.
+    Derive a frozen dataclass with a ``noise`` field that defines the curve ``c`` on ``[0, end]``
+    and the ``power`` of the weight, :math:`w(t) \propto t^{\text{power} - 1}`.
     """
 
     noise: float
     end: ClassVar[float]
+    power: ClassVar[int]
 
     @staticmethod
     @abstractmethod
     def _position(parameter: Tensor) -> Tensor: ...
 
-    @staticmethod
-    @abstractmethod
-    def _weight(parameter: Tensor) -> Tensor: ...
-
-    @staticmethod
-    @abstractmethod
-    def _quantile(probability: Tensor) -> Tensor: ...
-
     def _draw(self, num_samples: int, generator: Generator | None) -> Tensor:
-        parameter = self._quantile(self._uniform(num_samples, generator=generator))
+        uniform = self._uniform(num_samples, generator=generator)
+        parameter = self.end * uniform ** (1 / self.power)
         signs = 2 * self._choice(2, num_samples, generator=generator) - 1
         noise = self.noise * self._normal(num_samples, 2, generator=generator)
         return signs[:, None] * self._position(parameter) + noise
@@ -384,14 +373,12 @@ class Moons(MirroredCurve):
     r"""Two interleaved half circles with isotropic Gaussian noise.
 
     Uniform :math:`t \in [0, \pi]` on :math:`c(t) = (2\cos t - 1,\ 2\sin t - \tfrac12)` and on its
-    mirror image :math:`-c(t)`, plus noise. These are scikit-learn's moons, doubled and centred:
-    its ``noise=0.1`` is 0.2 here. The log-density is a converged quadrature (`MirroredCurve`).
+    mirror image :math:`-c(t)`, plus noise of standard deviation ``noise``. These are scikit-learn's
+    moons, doubled and centred: its ``noise=0.1`` is 0.2 here. The log-density is a converged
+    quadrature (`MirroredCurve`).
 
     References:
         "Scikit-learn: Machine Learning in Python" (Pedregosa et al., 2011).
-
-    Args:
-        noise: Standard deviation of the noise.
 
     Example:
         >>> Moons().log_prob(torch.tensor([[-1.0, 1.5]]))
@@ -400,22 +387,11 @@ class Moons(MirroredCurve):
 
     noise: float = 0.2
     end: ClassVar[float] = math.pi
-
-    def __post_init__(self) -> None:
-        """Validate the parameters."""
-        self._check_positive(noise=self.noise)
+    power: ClassVar[int] = 1
 
     @staticmethod
     def _position(parameter: Tensor) -> Tensor:
         return torch.stack([2 * parameter.cos() - 1, 2 * parameter.sin() - 0.5], dim=-1)
-
-    @staticmethod
-    def _weight(parameter: Tensor) -> Tensor:
-        return torch.full_like(parameter, 1 / math.pi)
-
-    @staticmethod
-    def _quantile(probability: Tensor) -> Tensor:
-        return math.pi * probability
 
 
 @dataclass(frozen=True)
@@ -423,16 +399,14 @@ class TwoSpirals(MirroredCurve):
     r"""Two interleaved Archimedean spirals of one and a half turns with isotropic Gaussian noise.
 
     :math:`t = 3\pi\sqrt u` with uniform :math:`u`, so :math:`w(t) = 2t / (3\pi)^2`, on
-    :math:`c(t) = \tfrac t3 (-\cos t, \sin t)` and on its mirror image :math:`-c(t)`, plus noise.
+    :math:`c(t) = \tfrac t3 (-\cos t, \sin t)` and on its mirror image :math:`-c(t)`, plus noise of
+    standard deviation ``noise``.
     These are FFJORD's spirals without their one-sided jitter. The log-density is a converged
     quadrature (`MirroredCurve`).
 
     References:
         "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models"
         (Grathwohl et al., 2019).
-
-    Args:
-        noise: Standard deviation of the noise.
 
     Example:
         >>> TwoSpirals().log_prob(torch.tensor([[0.0, 0.0]]))
@@ -441,23 +415,12 @@ class TwoSpirals(MirroredCurve):
 
     noise: float = 0.1
     end: ClassVar[float] = 3 * math.pi
-
-    def __post_init__(self) -> None:
-        """Validate the parameters."""
-        self._check_positive(noise=self.noise)
+    power: ClassVar[int] = 2
 
     @staticmethod
     def _position(parameter: Tensor) -> Tensor:
         direction = torch.stack([-parameter.cos(), parameter.sin()], dim=-1)
         return parameter[..., None] / 3 * direction
-
-    @staticmethod
-    def _weight(parameter: Tensor) -> Tensor:
-        return 2 * parameter / TwoSpirals.end**2
-
-    @staticmethod
-    def _quantile(probability: Tensor) -> Tensor:
-        return TwoSpirals.end * probability.sqrt()
 
 
 @functools.lru_cache(maxsize=16)
@@ -466,8 +429,8 @@ def _rule(curve: MirroredCurve) -> tuple[FloatArray, FloatArray]:
     nodes, weights = np.polynomial.legendre.leggauss(_NODES_PER_PANEL)
     half_widths = np.diff(edges)[:, None] / 2
     parameter = torch.from_numpy((edges[:-1, None] + half_widths * (1 + nodes)).ravel())
-    density = curve._weight(parameter).numpy()
-    return curve._position(parameter).numpy(), (half_widths * weights).ravel() * density
+    density = curve.power * parameter ** (curve.power - 1) / curve.end**curve.power
+    return curve._position(parameter).numpy(), (half_widths * weights).ravel() * density.numpy()
 
 
 def _equal_arcs(curve: MirroredCurve) -> FloatArray:

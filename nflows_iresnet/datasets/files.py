@@ -1,4 +1,4 @@
-"""Bytes from files and archives, and what pickles hold without doing anything that they say.
+"""Numbers from files: found, unpacked, parsed, and refused in one line where they are unfit.
 
 A pickle is a program: it may call any function, and numpy itself trusts the state that it gives to
 an array (an array of objects without the flag that says so reads memory at any address). So nothing
@@ -9,6 +9,7 @@ themselves, checking every size.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
@@ -19,7 +20,7 @@ import pickletools
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 Folder = str | os.PathLike[str]
+Names = tuple[str, ...]
 DATA_VARIABLE = "NFLOWS_IRESNET_DATA"
 NAMING_THE_FOLDER = f"with data_dir (--data-dir) or in the environment variable {DATA_VARIABLE}"
 """How to say where the data are, for a message."""
@@ -43,14 +45,30 @@ def data_folder(data_dir: Folder | None) -> Path | None:
     return Path(chosen).expanduser() if chosen else None
 
 
+def find(
+    name: str,
+    files: Mapping[str, Sequence[str]],
+    folders: Sequence[Path],
+    remedy: str,
+    nowhere: str = "any folder, for none was named",
+) -> list[Path]:
+    """Return the path of each file from the first folder that has them all.
+
+    A file may have several names, the best first; the usual one is the key.
+    """
+    for folder in folders:
+        found = [
+            [p for each in names if (p := folder / each).is_file()] for names in files.values()
+        ]
+        if all(found):
+            return [paths[0] for paths in found]
+    wanted, places = ", ".join(files), " or ".join(map(str, folders)) or nowhere
+    raise ValueError(f"{name}: no {wanted} in {places}; {remedy} {NAMING_THE_FOLDER}")
+
+
 @dataclass(frozen=True)
 class SourceFile:
-    """What was in a file, decompressed, and where; a member of an archive has the names of both.
-
-    Example:
-        >>> SourceFile("empty", b"").sha256[:8]
-        'e3b0c442'
-    """
+    """What was in a file, decompressed, and where; a member of an archive has the names of both."""
 
     path: str
     content: bytes
@@ -60,24 +78,9 @@ class SourceFile:
         """Hash of the content, decompressed."""
         return hashlib.sha256(self.content).hexdigest()
 
-    def check(self, sha256: str) -> None:
-        """Refuse a content that has another hash than the published one."""
-        if self.sha256 != sha256:
-            raise ValueError(
-                f"{self.path} is not the published file: its sha256 is {self.sha256}, expected"
-                f" {sha256}; get the file again"
-            )
-
 
 def one_line(text: object) -> str:
-    r"""Return text from a file, or an error about it, escaped and cut so that it fits a message.
-
-    Example:
-        >>> one_line("a\nb")
-        'a b'
-        >>> one_line("\x1b[31m")
-        '\\x1b[31m'
-    """
+    r"""Return text from a file, or an error about it, escaped and cut so that it fits a message."""
     words = " ".join(str(text).split())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return shown if len(shown) <= _LONG else shown[:_LONG] + "..."
@@ -118,6 +121,140 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
+# --- text and arrays ------------------------------------------------------------------------------
+
+_LARGEST = 1e100
+_MISSING = ("", "?", "-", "na", "n/a", "null", "none", ".")
+
+
+# pandas.read_csv does not say where a bad cell is, and fills short rows with NaN.
+def read_text(
+    file: SourceFile, width: int | None = None, columns: Names | None = None, comment: str = ""
+) -> tuple[Names, FloatArray]:
+    """Read column names and finite numbers [rows, columns] from a file of delimited text.
+
+    Cells are separated by commas, semicolons, tabs or spaces. A first row without any number is
+    taken for the names, whether or not it begins with numpy's ``#``; columns without names are
+    called ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
+    first of them, which are kept. Lines that begin with ``comment``, and blank ones, are no rows.
+    """
+    path, (lines, rows) = file.path, _split(file, comment)
+    if width not in (None, len(rows[0])):
+        raise ValueError(
+            f"{path}, line {lines[0]}: {len(rows[0])} cells, expected {width};"
+            " the file is not the one that the package carries"
+        )
+    width, names = len(rows[0]), numbered(len(rows[0]))
+    if not any(map(_is_number, rows[0])):
+        names, lines, rows = tuple(map(one_line, rows[0])), lines[1:], rows[1:]
+    names = columns or names
+    for line, cells in zip(lines, rows, strict=True):
+        if len(cells) != width:
+            raise ValueError(
+                f"{path}, line {line}: {len(cells)} cells where the first row has {width};"
+                " give every row the same number"
+            )
+    try:
+        values = np.array([[_number(cell) for cell in cells[: len(names)]] for cells in rows])
+    except ValueError:
+        raise ValueError(_first_bad_cell(path, names, lines, rows)) from None
+    values = values.reshape(len(rows), len(names))
+    refuse_nonfinite(path, names, values, lines)
+    return names, values
+
+
+def _split(file: SourceFile, comment: str) -> tuple[list[int], list[list[str]]]:
+    """Return the numbers of the lines that are rows, from one, and their cells."""
+    text = file.content.decode("utf-8-sig", errors="replace")
+    if "\0" in text:
+        raise ValueError(f"{file.path} is not UTF-8 text: save it as .csv in UTF-8, or as .npy")
+    kept = {
+        number: line.lstrip("#")
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not (comment and line.startswith(comment))
+    }
+    if not kept:
+        raise ValueError(f"{file.path} is empty: give a file with at least ten rows of numbers")
+    first = next(iter(kept.values()))
+    separator = next((each for each in ";,\t" if each in first), None)
+    with refusing(f"{file.path} is not a table of numbers", "give every cell less text"):
+        rows = [
+            next(csv.reader([line], delimiter=separator)) if separator else line.split()
+            for line in kept.values()
+        ]
+    return list(kept), [[cell.strip() for cell in cells] for cells in rows]
+
+
+def _number(cell: str) -> float:
+    """Read a number as tables have it, not as Python has it: 1_000 is none."""
+    if "_" in cell:
+        raise ValueError(cell)
+    return float(cell)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        _number(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _first_bad_cell(path: str, names: Names, lines: list[int], rows: list[list[str]]) -> str:
+    line, index, cell = next(
+        (line, index, cells[index])
+        for line, cells in zip(lines, rows, strict=True)
+        for index in range(len(names))
+        if not _is_number(cells[index])
+    )
+    is_missing = cell.lower() in _MISSING
+    remedy = (
+        "fill it, or remove its row" if is_missing else "keep numeric columns, with a decimal point"
+    )
+    place = f"{path}, line {line}, column {names[index]} (index {index})"
+    return f"{place}: '{one_line(cell)}' is not a number; {remedy}"
+
+
+def read_array(path: Path) -> FloatArray:
+    """Read the numbers [rows, columns] of a ``.npy`` file, finite or not."""
+    with refusing(f"{path} is empty, damaged or of object dtype", "save a plain numeric array"):
+        array = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} has dtype {array.dtype}: save an array of real numbers")
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(
+            f"{path} has shape {array.shape} and must have (rows, columns);"
+            " for one column use array.reshape(-1, 1)"
+        )
+    return np.array(array, dtype=np.float64)
+
+
+def numbered(width: int) -> Names:
+    """Names of columns that have none: 0, 1, ..."""
+    return tuple(map(str, range(width)))
+
+
+def refuse_nonfinite(
+    path: Path | str, columns: Names, values: FloatArray, lines: Sequence[int] | None = None
+) -> None:
+    """Refuse NaN, infinite and absurdly large values; ``lines`` of text number the rows."""
+    is_bad = ~(np.abs(values) <= _LARGEST)
+    bad = [
+        f"{count} in column {name} (index {index})"
+        for index, (name, count) in enumerate(zip(columns, is_bad.sum(axis=0), strict=True))
+        if count
+    ]
+    if bad:
+        row, column = np.argwhere(is_bad)[0]
+        number = f"row {row} (from 0)" if lines is None else f"line {lines[row]}"
+        raise ValueError(
+            f"{path}, {number}, column {columns[column]}: {values[row, column]:g}; NaN, infinite or"
+            f" beyond {_LARGEST:g}: {', '.join(bad)}; remove or fill those rows"
+        )
+
+
+# --- pickles --------------------------------------------------------------------------------------
+
 _KNOWN = {
     "numpy": {"_reconstruct", "_frombuffer", "ndarray", "dtype"},
     "pandas": {
@@ -128,9 +265,9 @@ _KNOWN = {
     "__builtin__": {"slice"},
 }
 _BYTES = (("_codecs", "encode"), ("__builtin__", "bytes"), ("builtins", "bytes"))
+_ARRAYS = ("_reconstruct", "_frombuffer")
 _NUMERIC = re.compile(r"b1|[iu][1248]|f[248]")
 _MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
-_BYTE_ORDERS = ("<", ">", "|", "=")
 
 
 # pandas.read_pickle runs what a pickle says; this reads the same data frames and runs nothing.
@@ -161,23 +298,14 @@ class Recorded:
         return type(self).__name__
 
 
-class _Latin1(Recorded):
-    """Stands for `_codecs.encode` and `bytes`, by which Python 3 writes bytes as protocol 2."""
-
-    __slots__ = ()
-
-    def __new__(cls, text: str = "", encoding: object = None) -> bytes:  # type: ignore[misc]
-        return text.encode("latin1")
-
-
 class _ForbiddenError(pickle.UnpicklingError):
     """The pickle names something that no array needs."""
 
 
 class _Recorder(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type[Recorded]:
-        if (module, name) in _BYTES:
-            return type(name, (_Latin1,), {"__slots__": ()})
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) in _BYTES:  # by which Python 3 writes bytes as protocol 2
+            return lambda text="", encoding=None: text.encode("latin1")
         if name not in _KNOWN.get(module.split(".")[0], ()):
             raise _ForbiddenError(f"{module}.{name}")
         return type(name, (Recorded,), {"__slots__": ()})
@@ -187,19 +315,12 @@ def read_pickle(file: SourceFile) -> Any:
     """Unpickle plain values, and write down what else is asked for, without running code.
 
     Text of Python 2 becomes bytes, and `Recorded` stands in the place of arrays and tables.
-
-    Raises:
-        ValueError: If the pickle names anything but arrays and tables, or is damaged.
-
-    Example:
-        >>> read_pickle(SourceFile("harmless", pickle.dumps({"a": [1, 2]})))
-        {'a': [1, 2]}
-        >>> read_pickle(SourceFile("harmful", pickle.dumps(print)))
-        Traceback (most recent call last):
-        ValueError: harmful refers to builtins.print, ...
     """
+    size = len(file.content)
     with refusing(f"{file.path} is not a readable pickle"):
-        _check_sizes(file.content)
+        for operation, argument, _ in pickletools.genops(file.content):
+            if operation.name in _MEMO and (argument or 0) > size:
+                raise ValueError(f"{argument} values in {size} bytes")
         try:
             return _Recorder(io.BytesIO(file.content), encoding="bytes").load()
         except _ForbiddenError as error:
@@ -209,38 +330,27 @@ def read_pickle(file: SourceFile) -> Any:
     )
 
 
-def _check_sizes(content: bytes) -> None:
-    """Refuse a pickle that is cut short, or asks for more memory than it has bytes."""
-    for operation, argument, _ in pickletools.genops(content):
-        if operation.name in _MEMO and (argument or 0) > len(content):
-            raise ValueError(f"{argument} values in {len(content)} bytes")
-
-
 def to_array(value: object) -> npt.NDArray[Any]:
-    """Build an array of numbers from what `read_pickle` wrote down; it may be read-only.
-
-    Raises:
-        ValueError: If it is no array of numbers, or its parts contradict each other.
-    """
+    """Build an array of numbers from what `read_pickle` wrote down; it may be read-only."""
     data, dtype, shape, order = _array_parts(value)
     code = _text(_field(dtype, "dtype").args[0])
+    byte_order = _text(dtype.state[1]) if dtype.state else "="
     if not _NUMERIC.fullmatch(code):
         raise ValueError(f"an array of dtype {code!r} where numbers are needed")
     if not isinstance(data, bytes | bytearray):
         raise ValueError("an array without its bytes")
-    numbers = np.frombuffer(data, _byte_order(dtype) + code)
+    if byte_order not in ("<", ">", "|", "="):
+        raise ValueError(f"an array of unknown byte order {byte_order!r}")
+    numbers = np.frombuffer(data, byte_order + code)
     if math.prod(shape) != numbers.size:
         raise ValueError(f"an array of shape {shape} with {numbers.size} values")
     return numbers.reshape(shape, order=order)
 
 
-def read_frame(file: SourceFile) -> tuple[tuple[str, ...], FloatArray]:
+def read_frame(file: SourceFile) -> tuple[Names, FloatArray]:
     """Read column names and numbers [rows, columns] from a pickled data frame, without pandas.
 
     The file is from `DataFrame.to_pickle` of pandas 0.15 to 3, of any protocol from 2.
-
-    Raises:
-        ValueError: If it is anything else; the message says how to convert it.
     """
     found = read_pickle(file)
     remedy = (
@@ -248,15 +358,15 @@ def read_frame(file: SourceFile) -> tuple[tuple[str, ...], FloatArray]:
         ".to_csv('same name.csv', index=False), and put that beside it"
     )
     with refusing(f"{file.path} does not hold a pandas data frame of numbers", remedy):
-        return _frame(found)
+        state = _decoded(_field(found, "DataFrame").state)
+        return _frame(_field(state.get("_mgr", state.get("_data")), "BlockManager"))
 
 
-def _frame(found: object) -> tuple[tuple[str, ...], FloatArray]:
-    state = _decoded(_field(found, "DataFrame").state)
-    manager = _field(state.get("_mgr", state.get("_data")), "BlockManager")
+def _frame(manager: Recorded) -> tuple[Names, FloatArray]:
     axes, blocks = _axes_and_blocks(manager)
-    names = _names(axes[0])
-    parts = [(to_array(values), _where(place, len(names))) for values, place in blocks]
+    names = _labels(axes[0])
+    everything = np.arange(len(names))
+    parts = [(to_array(values), everything[_where(place)]) for values, place in blocks]
     values = np.empty((parts[0][0].shape[1], len(names)))
     missing = np.ones(len(names), dtype=bool)
     for part, columns in parts:
@@ -279,31 +389,22 @@ def _axes_and_blocks(manager: Recorded) -> tuple[Any, list[tuple[Any, Any]]]:
     return extra["axes"], [(block["values"], block["mgr_locs"]) for block in described]
 
 
-def _names(index: object) -> tuple[str, ...]:
+def _labels(index: object) -> Names:
     found = _decoded(_field(index, "_new_Index").args[1])
     if "data" not in found:
         return tuple(map(str, range(*(int(found[key]) for key in ("start", "stop", "step")))))
-    labels = _labels(found["data"])
-    return tuple(_text(label) for label in labels)
-
-
-def _labels(value: object) -> Iterator[Any]:
+    value = found["data"]
     if isinstance(value, Recorded) and value.name == "__pyx_unpickle_NDArrayBacked":
         value = next(part for part in value.state if getattr(part, "name", "") in _ARRAYS)
     data = _array_parts(value)[0]
-    return iter(data if isinstance(data, list) else to_array(value).tolist())
+    return tuple(map(_text, data if isinstance(data, list) else to_array(value).tolist()))
 
 
-def _where(place: object, width: int) -> npt.NDArray[np.int64]:
+def _where(place: object) -> slice | npt.NDArray[Any]:
     """Return the columns of a block."""
-    everything = np.arange(width)
     if isinstance(place, Recorded) and place.name == "slice":
-        start, stop, step = place.args
-        return everything[slice(start, stop, step)]
-    return everything[to_array(place)]
-
-
-_ARRAYS = ("_reconstruct", "_frombuffer")
+        return slice(*place.args)
+    return to_array(place)
 
 
 def _array_parts(value: object) -> tuple[Any, Any, tuple[int, ...], Any]:
@@ -315,13 +416,6 @@ def _array_parts(value: object) -> tuple[Any, Any, tuple[int, ...], Any]:
         _, shape, dtype, is_fortran, data = array.state
         order = "F" if is_fortran else "C"
     return data, dtype, tuple(int(size) for size in shape), _text(order)
-
-
-def _byte_order(dtype: Recorded) -> str:
-    order = _text(dtype.state[1]) if dtype.state else "="
-    if order not in _BYTE_ORDERS:
-        raise ValueError(f"an array of unknown byte order {order!r}")
-    return order
 
 
 def _field(value: object, *names: str) -> Recorded:

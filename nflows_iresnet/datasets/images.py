@@ -1,11 +1,16 @@
-"""Sets of labelled images as the integers that they are, from the files that people have."""
+"""Sets of labelled images as the integers that they are, from the files that people have.
+
+References:
+    "The MNIST database of handwritten digits" (LeCun et al., 1998);
+    "Learning multiple layers of features from tiny images" (Krizhevsky, 2009), for CIFAR.
+"""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,11 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.datasets.files import (
-    NAMING_THE_FOLDER,
     Folder,
     Recorded,
     SourceFile,
     data_folder,
+    find,
     one_line,
     read_file,
     read_members,
@@ -29,31 +34,14 @@ from nflows_iresnet.datasets.files import (
 from nflows_iresnet.datasets.tables import Nats, read_digit_pixels, split_sizes
 
 Bytes = npt.NDArray[np.uint8]
+Part = tuple[Bytes, npt.NDArray[np.int64]]
+"""Images [rows, C, H, W] and labels [rows]."""
 
 _IDX_UNSIGNED_BYTE = 8
-_IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 
 
 def parse_idx(file: SourceFile, dimensions: int) -> Bytes:
-    r"""Parse the IDX format: two zero bytes, a type, the number of dimensions, sizes, values.
-
-    Images have three ``dimensions``, labels one.
-
-    References:
-        "The MNIST database of handwritten digits" (LeCun et al., 1998).
-
-    Raises:
-        ValueError: If the file is not in this format or has another length than it says.
-
-    Example:
-        >>> parse_idx(SourceFile("labels", bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9])), 1)
-        array([7, 9], dtype=uint8)
-    """
+    """Parse the IDX format: two zero bytes, a type, the number of dimensions, sizes, values."""
     start, content = 4 + 4 * dimensions, file.content
     if content[:4] != bytes([0, 0, _IDX_UNSIGNED_BYTE, dimensions]) or len(content) < start:
         raise ValueError(
@@ -69,15 +57,14 @@ def parse_idx(file: SourceFile, dimensions: int) -> Bytes:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def parse_cifar(file: SourceFile, labels_key: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """Parse a batch of CIFAR's python version: images [rows, 3, 32, 32] and labels [rows].
+def _parse_idx_pairs(files: Sequence[SourceFile]) -> list[Part]:
+    images = [parse_idx(file, 3)[:, None] for file in files[::2]]
+    labels = [parse_idx(file, 1).astype(np.int64) for file in files[1::2]]
+    return list(zip(images, labels, strict=True))
 
-    References:
-        "Learning multiple layers of features from tiny images" (Krizhevsky, 2009).
 
-    Raises:
-        ValueError: If the file is not such a batch.
-    """
+def parse_cifar(file: SourceFile, labels_key: str) -> Part:
+    """Parse a batch of CIFAR's python version."""
     batch = read_pickle(file)
     wanted = (b"data", labels_key.encode())
     if not isinstance(batch, dict) or not all(key in batch for key in wanted):
@@ -106,6 +93,12 @@ def _array(value: object) -> npt.NDArray[Any]:
     return np.asarray(value, dtype=np.int64)
 
 
+def _parse_cifar_batches(files: Sequence[SourceFile], labels_key: str) -> list[Part]:
+    *training, test = (parse_cifar(file, labels_key) for file in files)
+    images, labels = (np.concatenate(parts) for parts in zip(*training, strict=True))
+    return [(images, labels), test]
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     """All images [N, C, H, W] uint8 and labels [N] of a set, the published test images last.
@@ -126,79 +119,96 @@ class LabelledImages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSet(ABC):
-    """A set of images: its name, what `available_images` says of it, and how it is read."""
+class ImageFiles:
+    """A set of images: its name, what `available_images` says of it, and where its files are.
+
+    Its ``folders`` are subfolders of the data folder, ``system_folders`` those of an operating
+    system's package. Its ``files`` lie in one of them, or in its ``archive`` below the first of its
+    folders; ``sha256`` are their published hashes, decompressed, where they are known. ``parse``
+    makes training and test images of them.
+    """
 
     name: str
     description: str
-
-    @abstractmethod
-    def read(self, data_dir: Folder | None = None) -> LabelledImages:
-        """Read all images; files that are absent, damaged or not the published are ValueErrors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdxSet(ImageSet):
-    """A set in four IDX files, as MNIST and those that copied its format.
-
-    ``folders`` are subfolders of the data folder, ``system_folders`` those of an operating system's
-    package, and ``sha256`` the published hashes of the four, decompressed, where they are known.
-    """
-
+    files: tuple[str, ...]
     folders: tuple[str, ...]
     remedy: str
+    parse: Callable[[Sequence[SourceFile]], list[Part]] = field(repr=False)
+    archive: str | None = None
     system_folders: tuple[str, ...] = ()
     sha256: tuple[str, ...] = field(default=(), repr=False)
 
     def read(self, data_dir: Folder | None = None) -> LabelledImages:
-        """Read the four files."""
-        root = data_folder(data_dir)
-        folders = [root / folder for folder in ("", *self.folders)] if root else []
-        if data_dir is None:
-            folders += map(Path, self.system_folders)
-        paths = _find_together(self.name, folders, _IDX_FILES, self.remedy)
-        files = [read_file(path) for path in paths]
+        """Read all images; files that are absent, damaged or not the published are ValueErrors."""
+        files = self._read_files(data_dir)
         for file, published in zip(files, self.sha256, strict=bool(self.sha256)):
-            file.check(published)
-        images = [parse_idx(files[index], 3) for index in (0, 2)]
-        labels = [parse_idx(files[index], 1) for index in (1, 3)]
-        return _joined(images, labels, files)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CifarSet(ImageSet):
-    """CIFAR's python version: a folder of pickles, the test images last, or the archive of it."""
-
-    folder: str
-    archive: str
-    batches: tuple[str, ...]
-    labels_key: str
-
-    def read(self, data_dir: Folder | None = None) -> LabelledImages:
-        """Read the files of the folder or the archive."""
-        files = self._files(data_dir)
-        parts = [parse_cifar(file, self.labels_key) for file in files]
-        images, labels = zip(*parts, strict=True)
-        return _joined(
-            [np.concatenate(images[:-1]), images[-1]],
-            [np.concatenate(labels[:-1]), labels[-1]],
-            files,
+            if file.sha256 != published:
+                raise ValueError(
+                    f"{file.path} is not the published file: its sha256 is {file.sha256}, expected"
+                    f" {published}; get the file again"
+                )
+        parts = self.parse(files)
+        for (images, labels), file in zip(parts, (files[0], files[-1]), strict=True):
+            if len(images) != len(labels) or not len(images):
+                raise ValueError(f"{file.path}: {len(images)} images and {len(labels)} labels")
+        (train, train_labels), (test, test_labels) = parts
+        if train.shape[1:] != test.shape[1:]:
+            raise ValueError(
+                f"{files[-1].path}: test images of shape {test.shape[1:]}, training images of"
+                f" {train.shape[1:]}; they are not of one data set"
+            )
+        return LabelledImages(
+            images=torch.from_numpy(np.concatenate([train, test])),
+            labels=torch.from_numpy(np.concatenate([train_labels, test_labels])),
+            levels=256,
+            num_test=len(test),
+            source="; ".join(f"{file.path} sha256 {file.sha256}" for file in files),
         )
 
-    def _files(self, data_dir: Folder | None) -> list[SourceFile]:
+    def _read_files(self, data_dir: Folder | None) -> list[SourceFile]:
         root = data_folder(data_dir)
-        folders = [root / self.folder, root] if root else []
-        unpacked = any((folder / self.batches[0]).is_file() for folder in folders)
-        if root and not unpacked and (root / self.archive).is_file():
-            members = [f"{self.folder}/{name}" for name in self.batches]
-            return read_members(root / self.archive, members)
-        remedy = f"get {self.archive}, the 'python version', which torchvision downloads too"
-        return [read_file(p) for p in _find_together(self.name, folders, self.batches, remedy)]
+        folders = [root / folder for folder in self.folders] if root else []
+        if data_dir is None:
+            folders += map(Path, self.system_folders)
+        lie_open = any((folder / self.files[0]).is_file() for folder in folders)
+        if root and self.archive and not lie_open and (root / self.archive).is_file():
+            return read_members(
+                root / self.archive, [f"{self.folders[0]}/{name}" for name in self.files]
+            )
+        wanted = {name: _other_names(name) for name in self.files}
+        remedy = f"{self.remedy}, then name their folder"
+        return [read_file(path) for path in find(self.name, wanted, folders, remedy)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbeddedDigits(ImageSet):
+def _other_names(name: str) -> list[str]:
+    dotted = name.replace("-idx", ".idx")
+    return [name, f"{name}.gz", dotted, f"{dotted}.gz"]
+
+
+def _idx_set(**about: Any) -> ImageFiles:
+    """Return a set in four IDX files, as MNIST and those that copied its format."""
+    files = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    names = tuple(f"{part}-{file}" for part in ("train", "t10k") for file in files)
+    return ImageFiles(files=names, parse=_parse_idx_pairs, **about)
+
+
+def _cifar_set(folder: str, archive: str, labels_key: str, **about: Any) -> ImageFiles:
+    """Return a set of CIFAR's python version: a folder of pickles, or the archive of it."""
+    return ImageFiles(
+        folders=(folder, ""),
+        archive=archive,
+        remedy=f"get {archive}, the 'python version', which torchvision downloads too",
+        parse=partial(_parse_cifar_batches, labels_key=labels_key),
+        **about,
+    )
+
+
+@dataclass(frozen=True)
+class EmbeddedDigits:
     """Scikit-learn's handwritten digits, which come with it: no folder is looked at."""
+
+    name: str = "digits"
+    description: str = "1797 images 1x8x8 of 17 levels: handwritten digits (needs scikit-learn)"
 
     def read(self, data_dir: Folder | None = None) -> LabelledImages:
         """Read the images; without scikit-learn that is an ImportError."""
@@ -212,14 +222,10 @@ class EmbeddedDigits(ImageSet):
         )
 
 
-DIGITS = EmbeddedDigits(
-    name="digits",
-    description="1797 images 1x8x8 of 17 levels: handwritten digits (needs scikit-learn)",
-)
-MNIST = IdxSet(
+MNIST = _idx_set(
     name="mnist",
     description="70000 images 1x28x28: handwritten digits (needs a data folder)",
-    folders=("MNIST/raw", "mnist", "mnist/MNIST/raw"),
+    folders=("", "MNIST/raw", "mnist", "mnist/MNIST/raw"),
     remedy="get the four IDX files of the data set, compressed or not; torchvision downloads them",
     sha256=(
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -228,10 +234,10 @@ MNIST = IdxSet(
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     ),
 )
-FASHION_MNIST = IdxSet(
+FASHION_MNIST = _idx_set(
     name="fashion-mnist",
     description="70000 images 1x28x28: clothes (Debian package dataset-fashion-mnist)",
-    folders=("FashionMNIST/raw", "fashion-mnist", "fashion-mnist/FashionMNIST/raw"),
+    folders=("", "FashionMNIST/raw", "fashion-mnist", "fashion-mnist/FashionMNIST/raw"),
     system_folders=("/usr/share/datasets/fashion-mnist",),
     remedy="install the Debian package dataset-fashion-mnist, or let torchvision download them",
     sha256=(
@@ -241,71 +247,26 @@ FASHION_MNIST = IdxSet(
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
 )
-CIFAR10 = CifarSet(
+CIFAR10 = _cifar_set(
     name="cifar10",
     description="60000 images 3x32x32 of ten kinds (needs a data folder)",
     folder="cifar-10-batches-py",
     archive="cifar-10-python.tar.gz",
-    batches=(*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"),
+    files=(*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"),
     labels_key="labels",
 )
-CIFAR100 = CifarSet(
+CIFAR100 = _cifar_set(
     name="cifar100",
     description="60000 images 3x32x32 of a hundred kinds (needs a data folder)",
     folder="cifar-100-python",
     archive="cifar-100-python.tar.gz",
-    batches=("train", "test"),
+    files=("train", "test"),
     labels_key="fine_labels",
 )
 
-IMAGE_SETS: dict[str, ImageSet] = {
-    each.name: each for each in (DIGITS, MNIST, FASHION_MNIST, CIFAR10, CIFAR100)
+IMAGE_SETS: dict[str, ImageFiles | EmbeddedDigits] = {
+    each.name: each for each in (EmbeddedDigits(), MNIST, FASHION_MNIST, CIFAR10, CIFAR100)
 }
-
-
-def _find_together(
-    name: str, folders: Sequence[Path], files: Sequence[str], remedy: str
-) -> list[Path]:
-    """Return all files, from the first folder that holds every one of them."""
-    for folder in folders:
-        found = [_existing(folder, file) for file in files]
-        if all(found):
-            return [path for path in found if path is not None]
-    looked = " or ".join(map(str, folders)) or "any folder, for none was named"
-    raise ValueError(
-        f"{name}: no {', '.join(files)} in {looked}; {remedy}, then name their folder"
-        f" {NAMING_THE_FOLDER}"
-    )
-
-
-def _existing(folder: Path, name: str) -> Path | None:
-    dotted = name.replace("-idx", ".idx")
-    names = (name, f"{name}.gz", dotted, f"{dotted}.gz")
-    return next((folder / each for each in names if (folder / each).is_file()), None)
-
-
-def _joined(
-    images: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]],
-    labels: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.int64 | np.uint8]]],
-    files: Sequence[SourceFile],
-) -> LabelledImages:
-    """Join training and test images, and add the channel where there is none."""
-    for part, classes, file in zip(images, labels, (files[0], files[-1]), strict=True):
-        if len(part) != len(classes) or not len(part):
-            raise ValueError(f"{file.path}: {len(part)} images and {len(classes)} labels")
-    if images[0].shape[1:] != images[1].shape[1:]:
-        raise ValueError(
-            f"{files[-1].path}: test images of shape {images[1].shape[1:]}, training images of"
-            f" {images[0].shape[1:]}; they are not of one data set"
-        )
-    joined = torch.from_numpy(np.concatenate(images))
-    return LabelledImages(
-        images=joined if joined.dim() == 4 else joined[:, None],
-        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-        levels=256,
-        num_test=len(images[1]),
-        source="; ".join(f"{file.path} sha256 {file.sha256}" for file in files),
-    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -321,7 +282,6 @@ class ImageDataset:
         "A note on the evaluation of generative models" (Theis et al., 2016).
 
     Args:
-        name: What it was loaded as.
         train, validation, test: Images of the splits [N, C, H, W], uint8.
         train_labels, validation_labels, test_labels: Their classes [N], int64.
         levels: How many values a pixel can take.

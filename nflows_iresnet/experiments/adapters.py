@@ -66,6 +66,11 @@ class DensityModel(nn.Module, ABC):
     """Whether `log_prob` is an estimate, so that `exact_log_prob` costs more."""
     flow: Any
 
+    def __init__(self, flow: nn.Module | None = None) -> None:
+        super().__init__()
+        if flow is not None:
+            self.flow = flow
+
     @property
     def flow_class(self) -> str:
         """Return the full name of the class of the flow."""
@@ -105,10 +110,6 @@ class DensityModel(nn.Module, ABC):
 
 class NflowsModel(DensityModel):
     """Any `nflows.flows.Flow`."""
-
-    def __init__(self, flow: nn.Module) -> None:
-        super().__init__()
-        self.flow = flow
 
     def log_prob(self, inputs: Tensor) -> Tensor:
         """Return the flow's own log-density."""
@@ -234,10 +235,6 @@ class StartedModel(PrecededModel):
 class ZukoModel(DensityModel):
     """A flow of zuko whose log-determinant is exact."""
 
-    def __init__(self, flow: nn.Module) -> None:
-        super().__init__()
-        self.flow = flow
-
     def log_prob(self, inputs: Tensor) -> Tensor:
         """Return the flow's own log-density."""
         return self.flow().log_prob(inputs)
@@ -302,10 +299,6 @@ class NormflowsResidualModel(DensityModel):
     """A `normflows.NormalizingFlow`, its `Residual` blocks run as its documentation runs them."""
 
     estimates = True
-
-    def __init__(self, flow: nn.Module) -> None:
-        super().__init__()
-        self.flow = flow
 
     def log_prob(self, inputs: Tensor) -> Tensor:
         """Return normflows' stochastic estimate, on a copy because it marks its input."""

@@ -79,46 +79,61 @@ class Window:
         return torch.stack([xs.flatten(), ys.flatten()], dim=1)
 
 
-@dataclass(frozen=True)
-class RowTask:
-    """Rows of a table, or of a toy density, that models are trained and evaluated on."""
+class _Task:
+    """What tasks of rows and of images have in common: data with three splits."""
 
-    data: Dataset
-
-    @classmethod
-    def load(cls, name: str, config: RunConfig) -> RowTask:
-        """Load a data set by name or path.
-
-        Raises:
-            ValueError: it cannot be used; the message names it.
-        """
-        if name in datasets.available_images() and name not in datasets.available():
-            raise ValueError(f"dataset {name!r} is a set of images: add --images")
-        data = _loaded(lambda: datasets.load(name, data_dir=config.data_dir, seed=config.seed))
-        if data.features < 2:
-            raise ValueError(f"dataset {name!r} has one column: coupling models need at least two")
-        return cls(data)
+    data: Dataset | ImageDataset
 
     @property
     def name(self) -> str:
         """Name of the data set, unique within a run."""
         return self.data.name
 
+    def _size(self, config: RunConfig) -> dict[str, int]:
+        return {
+            "features": self.data.features,
+            "hidden_features": config.hidden_features,
+            "num_layers": config.num_layers,
+            "num_blocks_per_layer": config.num_blocks_per_layer,
+        }
+
+    def _summary(self, **more: Any) -> DatasetSummary:
+        data = self.data
+        return DatasetSummary(
+            name=data.name,
+            source=data.source,
+            features=data.features,
+            num_train=len(data.train),
+            num_validation=len(data.validation),
+            num_test=len(data.test),
+            levels=data.levels,
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class RowTask(_Task):
+    """Rows of a table, or of a toy density, that models are trained and evaluated on."""
+
+    data: Dataset
+
+    @classmethod
+    def load(cls, name: str, config: RunConfig) -> RowTask:
+        """Load a data set by name or path."""
+        data = _loaded(lambda: datasets.load(name, data_dir=config.data_dir, seed=config.seed))
+        if data.features < 2:
+            raise ValueError(f"dataset {name!r} has one column: coupling models need at least two")
+        return cls(data)
+
     def reference(self, config: RunConfig) -> Architecture:
         """Return the size of the residual flow that sets the number of parameters."""
-        return Architecture(
-            features=self.data.features,
-            hidden_features=config.hidden_features,
-            num_layers=config.num_layers,
-            num_blocks_per_layer=config.num_blocks_per_layer,
-        )
+        return Architecture(**self._size(config))
 
     def summarise(self) -> DatasetSummary:
         """Describe the data for the record."""
         true = self._true_log_prob()
         optimum, error = (None, None) if true is None else mean_and_error(-true)
-        return _summary(
-            self.data,
+        return self._summary(
             optimum=optimum,
             optimum_se=error,
             log_scale=self.data.log_scale,
@@ -168,33 +183,21 @@ class RowTask:
 
 
 @dataclass(frozen=True)
-class ImageTask:
+class ImageTask(_Task):
     """Images that models are trained and evaluated on, the latter with fixed noise."""
 
     data: ImageDataset
 
     @classmethod
     def load(cls, name: str, config: RunConfig) -> ImageTask:
-        """Load a set of images by name.
-
-        Raises:
-            ValueError: it cannot be used; the message names it.
-        """
+        """Load a set of images by name."""
         where: dict[str, Any] = {"data_dir": config.data_dir, "seed": config.seed}
         return cls(_loaded(lambda: datasets.load_images(name, **where, num_train=config.num_train)))
-
-    @property
-    def name(self) -> str:
-        """Name of the data set, unique within a run."""
-        return self.data.name
 
     def reference(self, config: RunConfig) -> ImageArchitecture:
         """Return the size of the residual flow that sets the number of parameters."""
         return ImageArchitecture(
-            features=self.data.features,
-            hidden_features=config.hidden_features,
-            num_layers=config.num_layers,
-            num_blocks_per_layer=config.num_blocks_per_layer,
+            **self._size(config),
             shape=self.data.shape,
             levels=self.data.levels,
             num_scales=config.num_scales,
@@ -206,8 +209,7 @@ class ImageTask:
 
     def summarise(self) -> DatasetSummary:
         """Describe the images for the record."""
-        return _summary(
-            self.data,
+        return self._summary(
             optimum=None,
             optimum_se=None,
             log_scale=-self.data.features * math.log(self.data.levels),
@@ -221,17 +223,16 @@ class ImageTask:
 
     def batches(self, config: RunConfig, seed: int) -> Batches:
         """Return the training batches, the same for every model, with fresh noise in each."""
-        return Batches(self.data.train.to(config.device), config.batch_size, seed, _dequantized)
+        images = self.data.train.to(config.device)
+        add_noise = lambda rows, generator: dequantize(rows, generator=generator)  # noqa: E731
+        return Batches(images, config.batch_size, seed, add_noise)
 
     def start_rows(self, config: RunConfig) -> Tensor:
         """Return the training images from which a model may start, with fixed noise."""
         return _with_noise(self.data.train[:NUM_START_ROWS], _START_NOISE).to(config.device)
 
     def validate(self, model: DensityModel, config: RunConfig) -> float:
-        """Return the NLL of the first validation images in nats, by an unbiased estimator.
-
-        It leaves no trace in the global generators.
-        """
+        """Estimate the NLL of the first validation images in nats, without moving a generator."""
         images = self.data.validation[:NUM_VALIDATION_ROWS]
         rows = _with_noise(images, _VALIDATION_NOISE).to(config.device)
         devices = [rows.device] if rows.is_cuda else []
@@ -283,23 +284,6 @@ def _loaded(load: Callable[[], Loaded]) -> Loaded:
         return load()
     except ImportError as error:
         raise ValueError(str(error)) from error
-
-
-def _summary(data: Dataset | ImageDataset, **more: Any) -> DatasetSummary:
-    return DatasetSummary(
-        name=data.name,
-        source=data.source,
-        features=data.features,
-        num_train=len(data.train),
-        num_validation=len(data.validation),
-        num_test=len(data.test),
-        levels=data.levels,
-        **more,
-    )
-
-
-def _dequantized(images: Tensor, generator: Generator) -> Tensor:
-    return dequantize(images, generator=generator)
 
 
 def _with_noise(images: Tensor, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.training import synchronize
 
-T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK = 32
 """Rows that share the random truncation of an estimator, and its work at a time."""
@@ -212,30 +211,22 @@ def _check_finite(values: Tensor, what: str) -> None:
 def _sampling(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
     wanted = NUM_TIMED_IMAGES if data.shows_images else NUM_TIMED_SAMPLES
     model.sample(min(100, wanted))
-    samples, seconds = _timed(lambda: model.sample(wanted), data.test.device)
+    synchronize(data.test.device)
+    started = time.perf_counter()
+    samples = model.sample(wanted)
+    synchronize(data.test.device)
+    seconds = time.perf_counter() - started
     _check_finite(samples.flatten(start_dim=1).sum(dim=1), "samples")
     return {"sample_seconds": seconds, "samples": samples[:NUM_KEPT_SAMPLES].cpu().numpy()}
 
 
-def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    synchronize(device)
-    started = time.perf_counter()
-    result = work()
-    synchronize(device)
-    return result, time.perf_counter() - started
-
-
 @torch.no_grad()
 def _round_trip(model: DensityModel, data: EvaluationData) -> dict[str, Any]:
-    rows = IMAGES_AT_ONCE if data.shows_images else len(data.test)
-    errors = torch.cat([_errors(model, chunk) for chunk in data.test.split(rows)])
+    chunks = data.test.split(IMAGES_AT_ONCE if data.shows_images else len(data.test))
+    misses = (model.decode(model.encode(chunk)) - chunk for chunk in chunks)
+    errors = torch.cat([each.abs().flatten(start_dim=1).amax(dim=1) for each in misses])
     _check_finite(errors, "decoded rows")
     return {"round_trip_max": float(errors.max()), "round_trip_median": float(errors.median())}
-
-
-def _errors(model: DensityModel, rows: Tensor) -> Tensor:
-    decoded = model.decode(model.encode(rows))
-    return (decoded - rows).abs().flatten(start_dim=1).amax(dim=1)
 
 
 @torch.no_grad()
@@ -290,23 +281,16 @@ def peak_megabytes(work: Callable[[], object], device: torch.device) -> float:
 
     The work is run once; `MEMORY_MEASURE` says what is counted on the device of its tensors.
     """
-    measure = _peak_on_cuda if device.type == "cuda" else _peak_on_cpu
-    return measure(work) / 1e6
-
-
-def _peak_on_cuda(work: Callable[[], object]) -> int:
+    if device.type != "cuda":
+        with _LiveStorages() as storages:
+            work()
+        return storages.peak / 1e6
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     work()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _peak_on_cpu(work: Callable[[], object]) -> int:
-    with _LiveStorages() as storages:
-        work()
-    return storages.peak
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 class _LiveStorages(TorchDispatchMode):
@@ -322,14 +306,11 @@ class _LiveStorages(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             if storage not in self._known:
-                self._count(storage)
+                self._known.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._release, storage.nbytes())
         return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        self._known.add(storage)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, storage.nbytes())
 
     def _release(self, num_bytes: int) -> None:
         self.live -= num_bytes

@@ -190,7 +190,10 @@ def match_parameters(name: str, reference: Architecture) -> Architecture:
     target = _count(REFERENCE, reference)
     if abs(_count(name, reference) - target) <= _SAME * target:
         return reference
-    count_at = partial(_count_at, name, reference)
+
+    def count_at(width: int) -> int:
+        return _count(name, replace(reference, hidden_features=width))
+
     high = 2
     while count_at(high) < target and high < _WIDEST:
         high *= 2
@@ -206,10 +209,6 @@ def match_parameters(name: str, reference: Architecture) -> Architecture:
             f"(now {reference.hidden_features}) or --num-layers (now {reference.num_layers})"
         )
     return replace(reference, hidden_features=best)
-
-
-def _count_at(name: str, reference: Architecture, width: int) -> int:
-    return _count(name, replace(reference, hidden_features=width))
 
 
 @lru_cache(maxsize=1024)

@@ -382,9 +382,9 @@ how times are taken:
   quartiles q1 and q3, and the ratio to normflows: that of each round, its median and quartiles.
   "cpu ratio" is that of processor time. With one thread it is the one to trust, and the one that
   targets are held against: other programs that take the processor away lengthen the wall time of
-  whom they happen to hit, not the processor time. With more threads, and on a GPU (events of its
-  stream), targets are held against the wall ratio. Columns "x" are how many times smaller a number
-  is than normflows'.
+  whom they happen to hit, not the processor time. With more threads, and on a GPU (idle before and
+  done after), targets are held against the wall ratio. Columns "x" are how many times smaller a
+  number is than normflows'.
 
 examples:
   nflows-iresnet bench --quick                          a subset, minutes

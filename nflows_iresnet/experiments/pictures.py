@@ -32,12 +32,10 @@ _NOISE_RANGE = 3.0
 
 
 def draw(record: Record, folder: Folder, dataset: DatasetSummary) -> dict[Path, bytes]:
-    """Draw the pictures of a data set from what its folder holds.
+    """Draw the pictures of a data set from what its folder holds, as PNGs by their paths.
 
-    Returns:
-        PNGs by their paths: for rows one that shows everything, for images one of the learning
-        curves and the data, then samples and reconstructions of each model; beside published
-        numbers also bars.
+    For rows one shows everything, for images one the learning curves and the data, then others the
+    samples and reconstructions of each model; beside published numbers there are bars, too.
     """
     data = folder.load_arrays((dataset.name,))
     with mpl.rc_context(STYLE):
@@ -362,13 +360,11 @@ def show_tiles(axes: Axes, mosaic: Array, dataset: DatasetSummary) -> None:
 
 def tile(images: Array, columns: int) -> Array:
     """Lay images (N, C, H, W) out in rows, with a white line between: (rows H', columns W', C)."""
-    rows = -(-len(images) // columns)
-    count, channels, height, width = images.shape
-    tiles = np.full((rows * columns, channels, height + 1, width + 1), 1e9)
-    tiles[:count, :, :-1, :-1] = images
-    tiles = tiles.reshape(rows, columns, channels, height + 1, width + 1)
-    joined = tiles.transpose(0, 3, 1, 4, 2).reshape(rows * (height + 1), -1, channels)
-    return joined[:-1, :-1]
+    gaps = ((0, -len(images) % columns), (0, 0), (0, 1), (0, 1))
+    tiles = np.pad(images.astype(np.float64), gaps, constant_values=1e9)
+    _, channels, height, width = tiles.shape
+    mosaic = tiles.reshape(-1, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    return mosaic.reshape(-1, columns * width, channels)[:-1, :-1]
 
 
 # --- bars -----------------------------------------------------------------------------------------

@@ -35,13 +35,9 @@ ResNet-164, and c bounds each layer; here it bounds each block as a whole, which
 
 @dataclass(frozen=True)
 class PublishedNLL:
-    """What a paper reports for one of the five standard tables.
+    """What a paper reports for one of the five standard tables: test NLL in nats, in our units.
 
-    Args:
-        model: Its name there, with the number of layers if several are reported.
-        paper: The paper.
-        nll: Test negative log-likelihood in nats, in the units of `datasets.standard`.
-        text: The value and its error as the paper gives it, † where that is over repeated runs.
+    ``text`` has the error as the paper gives it, † where that is over repeated runs.
     """
 
     model: str
@@ -113,15 +109,3 @@ def table_nlls(name: str) -> list[PublishedNLL]:
             PublishedNLL(model, paper, -value, f"{shown}{'†' if paper in _OVER_RUNS else ''}")
         )
     return sorted(rows, key=lambda row: row.nll)
-
-
-def beside(name: str, notes: tuple[str, ...]) -> list[PublishedNLL]:
-    """Return what papers report for a data set, if its notes say that it is the published one.
-
-    Example:
-        >>> beside("gas", ())
-        []
-    """
-    from nflows_iresnet.datasets.standard import COMPARABLE
-
-    return table_nlls(name) if COMPARABLE in notes else []

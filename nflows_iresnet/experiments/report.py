@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from nflows_iresnet.datasets.tables import COMPARABLE
 from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.evaluation import MEMORY_MEASURE
 from nflows_iresnet.experiments.files import write_atomically
@@ -80,8 +81,6 @@ class Page:
 
     Args:
         title: of the window.
-        heading: of the page.
-        sections: its parts.
         run: a record or a dictionary with `started`, `environment` and `arguments`.
         command: the command line that repeats the run.
         meta: what else is said below the heading.
@@ -135,7 +134,8 @@ def render(record: Record, folder: Folder) -> str:
 
 def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> Section:
     rows = rows_of(record, dataset.name)
-    papers = published.beside(dataset.name, dataset.notes)
+    is_published = COMPARABLE in dataset.notes
+    papers = published.table_nlls(dataset.name) if is_published else []
     measured = (columns_for(record, dataset), rows, "")
     return Section(
         dataset.name,

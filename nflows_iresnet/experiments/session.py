@@ -1,4 +1,4 @@
-"""A command that trains model after model: begun, worked through, gone on with after its end."""
+"""Commands at work: the folder, early ends, and how those that train are gone on with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,15 @@ import torch
 
 from nflows_iresnet import interruption
 from nflows_iresnet.experiments import parallel
-from nflows_iresnet.experiments.config import UsageError
-from nflows_iresnet.experiments.files import CheckpointError, Keeper, WriteError, describe_os_error
-from nflows_iresnet.experiments.options import Training
+from nflows_iresnet.experiments.config import UsageError, resolve_device
+from nflows_iresnet.experiments.files import (
+    CheckpointError,
+    Keeper,
+    WriteError,
+    describe_os_error,
+    prepare_folder,
+)
+from nflows_iresnet.experiments.options import OnDevice, Options, Training
 from nflows_iresnet.experiments.parallel import Job, Order, Watch
 from nflows_iresnet.experiments.record import Folder, RunRecord, flags
 
@@ -193,8 +199,7 @@ def run(open_session: Callable[[Any], Session[Any]], parsed: Training) -> int:
         session = open_session(parsed)
     torch.set_num_threads(session.parsed.threads)
     try:
-        with warnings.catch_warnings(), session.cluster or nullcontext():
-            warnings.filterwarnings("ignore", module=r"(nflows|normflows|joblib)\.")
+        with _warnings_of_others_ignored(), session.cluster or nullcontext():
             session.work()
     except KeyboardInterrupt:
         print(f"interrupted: {session.kept}\n{session.resume}", file=sys.stderr)
@@ -206,7 +211,38 @@ def run(open_session: Callable[[Any], Session[Any]], parsed: Training) -> int:
     return 0
 
 
-def folder_of(parsed: Training, command: str) -> Folder:
+def run_at_once(
+    work: Callable[[Any, Path], int], parsed: OnDevice, *, results: str, kept: str
+) -> int:
+    """Run a command that is not gone on with after its end, and return its exit status.
+
+    Args:
+        work: is given the options, with a device that is there, and an empty folder.
+        parsed: what the command is told.
+        results: the file of its results, COMMAND.json.
+        kept: what the folder has after an early end, and a verb.
+
+    Raises:
+        UsageError: arguments cannot work; nothing was written.
+    """
+    with _value_errors_are_the_users():
+        options = replace(parsed, device=resolve_device(parsed.device))
+        folder = folder_of(parsed, Path(results).stem).path
+        if (folder / results).exists():
+            raise ValueError(f"{str(folder)!r} already holds results: choose another --out")
+        prepare_folder(folder)
+    torch.set_num_threads(options.threads)
+    try:
+        with _warnings_of_others_ignored():
+            return work(options, folder)
+    except KeyboardInterrupt:
+        print(f"interrupted: {kept} in {folder}", file=sys.stderr)
+        return interruption.STATUS
+    except WriteError as error:
+        raise WriteError(f"{error}; {kept} in {folder}") from error
+
+
+def folder_of(parsed: Options, command: str) -> Folder:
     """Return the output folder that was asked for, or is named for the command and the time."""
     return Folder(Path(parsed.out or f"results/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
 
@@ -227,6 +263,13 @@ def check_places(parsed: Training, device: str) -> None:
             f"--jobs {parsed.jobs} would share one GPU, and every time would be wrong: leave it "
             "out, or add --device cpu"
         )
+
+
+@contextmanager
+def _warnings_of_others_ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(nflows|normflows|joblib)\.")
+        yield
 
 
 @contextmanager

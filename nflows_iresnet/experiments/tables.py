@@ -34,6 +34,10 @@ class Named(Protocol):
 R = TypeVar("R", bound=Named)
 
 
+def _unranked(row: object) -> None:
+    """Rank no row of a column before another."""
+
+
 @dataclass(frozen=True)
 class Column(Generic[R]):
     """One column of a table.
@@ -50,7 +54,7 @@ class Column(Generic[R]):
     title: str
     help: str
     text: Callable[[R], str]
-    rank: Callable[[R], float | None] = lambda row: None
+    rank: Callable[[R], float | None] = _unranked
     tables: tuple[str, ...] = ("compare", "race", "table2")
     when: Callable[[Record, DatasetSummary], bool] = lambda record, dataset: True
 
@@ -60,16 +64,11 @@ class Column(Generic[R]):
         return self.title.replace("-\n", "").replace("\n", " ")
 
 
-def with_error(value: float | None, error: float | None) -> str:
-    """Return value ± error, or a dash."""
+def number(value: float | None, style: str = ".3f", error: float | None = None) -> str:
+    """Return a number in a format, with its error if there is one, or a dash."""
     if value is None:
         return "-"
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
-
-
-def number(value: float | None, style: str) -> str:
-    """Return a number in a format, or a dash."""
-    return "-" if value is None else format(value, style)
+    return f"{value:{style}}" if error is None else f"{value:{style}} ± {error:{style}}"
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -159,35 +158,33 @@ def _published(record: Record, name: str) -> Column[Row]:
     )
 
 
-def _measured(title: str, help: str, name: str, style: str, **others: Any) -> Column[Row]:
+def _measured(
+    title: str, help: str, name: str, style: str = ".3f", *, error: str = "", **others: Any
+) -> Column[Row]:
     """Return a column of one attribute of the rows, of which the smallest is best."""
-    value = attrgetter(name)
-    text: Callable[[Row], str] = lambda row: number(value(row), style)  # noqa: E731
+    value, spread = attrgetter(name), attrgetter(error) if error else _unranked
+    text: Callable[[Row], str] = lambda row: number(value(row), style, spread(row))  # noqa: E731
     return Column(title, help, text, **{"rank": value, **others})
 
 
 def _bits(row: Row) -> str:
     value, error = row.metrics.bits_per_dim, row.metrics.bits_per_dim_se
-    if value is None or error is None:
-        return number(value, ".3f")
-    sign = "" if row.metrics.test_nll_exact else "\nestimated"
-    return f"{value:.4f} ± {error:.4f}{sign}"
+    if error is None:
+        return number(value)
+    return number(value, ".4f", error) + ("" if row.metrics.test_nll_exact else "\nestimated")
 
 
 def _round_trip(row: Row) -> str:
     largest, median = (
-        number(value, ".0e").replace("e-0", "e-").replace("e+0", "e+")
+        re.sub(r"e([-+])0", r"e\1", number(value, ".0e"))
         for value in (row.metrics.round_trip_max, row.metrics.round_trip_median)
     )
     return "-" if largest == "-" else f"{largest} ({median})"
 
 
 def _gap(row: Row) -> str:
-    metrics = row.metrics
-    if metrics.exact_gap is None:
-        return "-"
-    rows = number(metrics.exact_rows, ".0f")
-    return f"{with_error(metrics.exact_gap, metrics.exact_gap_se)}\nof {rows}"
+    gap, rows = row.metrics.exact_gap, number(row.metrics.exact_rows, ".0f")
+    return "-" if gap is None else f"{number(gap, error=row.metrics.exact_gap_se)}\nof {rows}"
 
 
 def _lipschitz(row: Row) -> str:
@@ -207,23 +204,23 @@ COLUMNS: tuple[Column[Row], ...] = (
         lambda row: row.metrics.bits_per_dim,
         when=lambda record, dataset: dataset.levels is not None,
     ),
-    Column(
+    _measured(
         "test NLL\n(nats)",
         "Mean negative log-likelihood of the test rows, lower is better, ± its standard error over "
         "the rows. The log-determinant is exact for every model, also where training estimates it, "
         "unless it says otherwise.",
-        lambda row: with_error(row.metrics.test_nll, row.metrics.test_nll_se),
-        lambda row: row.metrics.test_nll,
+        "metrics.test_nll",
+        error="metrics.test_nll_se",
         tables=_NOT_RACE,
         when=lambda record, dataset: record.command == "compare" or dataset.levels is None,
     ),
-    Column(
+    _measured(
         "test NLL\n(nats)",
         "Mean negative log-likelihood of the test rows over the seeds, lower is better, ± the "
         "standard error of that mean over the seeds (none for one seed). The log-determinant is "
         "exact.",
-        lambda row: with_error(row.metrics.test_nll, row.repeats_se),
-        lambda row: row.metrics.test_nll,
+        "metrics.test_nll",
+        error="repeats_se",
         tables=("race",),
     ),
     Column(
@@ -232,19 +229,20 @@ COLUMNS: tuple[Column[Row], ...] = (
         lambda row: str(row.repeats),
         tables=("race",),
     ),
-    Column(
+    _measured(
         "± over\nrepeats",
         "Standard error of the test NLL over repeats with other seeds, in nats.",
-        lambda row: number(row.repeats_se, ".3f"),
+        "repeats_se",
+        rank=_unranked,
         tables=("compare",),
         when=lambda record, dataset: any(each.repeat for each in record.of(dataset.name)),
     ),
-    Column(
+    _measured(
         "above\noptimum",
         "Nats lost to the true density: mean difference on the same test rows ± its standard "
         "error. Zero is perfect.",
-        lambda row: with_error(row.metrics.above_optimum, row.metrics.above_optimum_se),
-        lambda row: row.metrics.above_optimum,
+        "metrics.above_optimum",
+        error="metrics.above_optimum_se",
         tables=_NOT_RACE,
         when=lambda record, dataset: dataset.optimum is not None,
     ),
@@ -253,7 +251,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         "Optimiser steps in the time, mean over the seeds.",
         "steps",
         ".0f",
-        rank=lambda row: None,
+        rank=_unranked,
         tables=("race",),
     ),
     _measured(
@@ -261,7 +259,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         "The step whose state validated best, and is what is tested; mean over the seeds.",
         "best_step",
         ".0f",
-        rank=lambda row: None,
+        rank=_unranked,
         tables=("race",),
     ),
     Column("para-\nmeters", "Trained parameters.", lambda row: f"{row.num_parameters:,}"),
@@ -284,7 +282,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         "Initial learning rate, chosen on the validation rows where several were tried.",
         "learning_rate",
         "g",
-        rank=lambda row: None,
+        rank=_unranked,
         tables=("race",),
     ),
     *(
@@ -348,7 +346,8 @@ def caption(dataset: DatasetSummary) -> str:
     if dataset.shape is not None:
         return f"{text}: images of {'x'.join(map(str, dataset.shape))}, {dataset.levels} levels"
     if dataset.optimum is not None:
-        text += f"; the true density scores {with_error(dataset.optimum, dataset.optimum_se)} nats"
+        optimum = number(dataset.optimum, error=dataset.optimum_se)
+        text += f"; the true density scores {optimum} nats"
     if dataset.log_scale:
         text += f"; standardised: add {dataset.log_scale:.3f} nats for the units of the source"
     return text
@@ -375,10 +374,7 @@ def captures(record: Record, dataset: str) -> list[str]:
 
 
 def verdict(record: Record, folder: Folder, dataset: str) -> str:
-    """Say in one line which model has the best test NLL, and whether the lead is significant.
-
-    The error of the lead is that over the rows, and, with repeats, that over the seeds of both.
-    """
+    """Say which model has the best test NLL, and whether it leads in spite of rows and seeds."""
     rows = [row for row in rows_of(record, dataset) if row.metrics.test_nll is not None]
     if not rows:
         return "No model finished."
@@ -391,7 +387,7 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
     ahead = pd.Series(better - worse)
     lead, over_rows = ahead.mean(), ahead.sem() if len(ahead) > 1 else 0.0
     error = math.hypot(over_rows, first.repeats_se or 0.0, second.repeats_se or 0.0)
-    gap = f"by {with_error(lead, error)} nats on the same test rows"
+    gap = f"by {number(lead, error=error)} nats on the same test rows"
     if lead < 2 * error:
         return f"{first.model} and {second.model} are level: they differ {gap}."
     return f"{first.model} is best: ahead of {second.model} {gap}."

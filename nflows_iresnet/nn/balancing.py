@@ -143,7 +143,9 @@ class _Balanced(torch.autograd.Function):
         found, rates = _evaluated(Stored(*_grouped(tensors, sizes)), share)
         outputs = [each for group in found for each in group]
         ctx.sizes, ctx.log_budget = sizes, log_budget
-        ctx.save_for_backward(norms, *tensors, *outputs, share, *rates.rows, *rates.columns)
+        # Views of outputs that are saved as they are would keep the node alive for ever.
+        columns = [each.detach() for each in rates.columns]
+        ctx.save_for_backward(norms, *tensors, *outputs, share, *rates.rows, *columns)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 

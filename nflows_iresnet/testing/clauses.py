@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +254,37 @@ def no_graph_without_gradients(subject: Subject) -> None:
         ):
             require(not value.requires_grad, f"{name} under {mode.__name__} records a graph")
             require_close(value.clone(), expected, subject.atol, f"{name} under {mode.__name__}")
+
+
+def graphs_are_freed(subject: Subject) -> None:
+    """A pass whose results are dropped without a backward leaves no graph behind.
+
+    What is left is memory that grows with each pass, and breaks the capture of a CUDA graph: the
+    nodes that add up the gradients stay on the stream of that pass. Collected at the latest with
+    cyclic garbage; a cycle through nodes of the graph, say a view of an output of a
+    `torch.autograd.Function` among its saved tensors, is not.
+    """
+    outputs = subject.forward()[0].detach()
+    learned = [each for each in subject.transform.parameters() if each.requires_grad]
+    passes: dict[str, Callable[[], object]] = {
+        "forward": subject.forward,
+        "inverse": partial(subject.inverse, outputs),
+    }
+    for name, function in passes.items():
+        found = function()
+        for each in learned:
+            _marks(each)["is_old"] = True
+        del found
+        gc.collect()
+        left = sum("is_old" in _marks(each) for each in learned)
+        require(left == 0, f"{name} leaves a graph of {left} parameters behind")
+
+
+def _marks(parameter: Tensor) -> dict[str, bool]:
+    """Return what stays with the node that adds up a parameter's gradient: while graphs hold it."""
+    node = cast(Any, parameter.view_as(parameter).grad_fn).next_functions[0][0]
+    marks: dict[str, bool] = node.metadata
+    return marks
 
 
 def tensors_of_the_caller(subject: Subject) -> None:

@@ -30,6 +30,7 @@ CLAUSES: dict[str, Clause] = {
         of.inverse_gradients,
         of.vmap_and_jacrev,
         of.no_graph_without_gradients,
+        of.graphs_are_freed,
         of.tensors_of_the_caller,
         of.survives_serialisation,
         of.autocast,

@@ -1596,8 +1596,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "the spirals have uniform weight",
         "datasets/densities.py",
-        "return 2 * parameter / TwoSpirals.end**2",
-        "return torch.full_like(parameter, 1 / TwoSpirals.end)",
+        "density = curve.power * parameter ** (curve.power - 1) / curve.end**curve.power",
+        "density = torch.full_like(parameter, 1 / curve.end)",
         "datasets::test_density_integrates_to_one datasets::test_sampler_draws_from_the_density",
     ),
     Fault(

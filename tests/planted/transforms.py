@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -199,6 +199,39 @@ class AlwaysRecords(ResidualTransform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
         with torch.enable_grad():
             return super().forward(inputs, context)
+
+
+class _Doubled(torch.autograd.Function):
+    """Twice its input, with a view of the output among what is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        outputs = 2 * inputs
+        ctx.save_for_backward(outputs[None])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 2 * cotangent
+
+
+class SavesViewOfOutput(ResidualTransform):
+    """A node of its graph holds itself."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        outputs, logabsdet = super().forward(inputs, context)
+        doubled = cast(Tensor, _Doubled.apply(outputs)) / 2
+        return doubled, logabsdet
+
+
+class KeepsItsLastPass(ResidualTransform):
+    """Keeps the outputs of its last pass with their graph."""
+
+    last: Result | None = None
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        self.last = super().inverse(inputs, context)
+        return self.last
 
 
 class WantsGradientsOfInputs(ResidualTransform):

@@ -1,4 +1,4 @@
-"""The inverse and its gradient, on problems whose solution is known.
+"""A trained block: its inverse and the gradient of that, on problems whose solution is known.
 
 Each library runs at the loosest tolerance whose true error is small enough.
 """
@@ -6,40 +6,153 @@ Each library runs at the loosest tolerance whose true error is small enough.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nflows_iresnet.experiments.adapters import value_and_jacobian
-from nflows_iresnet.experiments.bench.items import (
-    BASELINE,
-    ERROR,
-    EVALUATIONS,
-    GRADIENT_ERROR,
-    MEMORY,
-    OURS,
-    TOLERANCE,
-)
-from nflows_iresnet.experiments.bench.measure import Case, Run, Settings, measure_runs
-from nflows_iresnet.experiments.bench.models import (
-    FrozenNet,
-    SlowestMap,
-    default_block,
-    trained_branch,
-)
+from nflows_iresnet import datasets
+from nflows_iresnet.experiments.adapters import DensityModel, residual_blocks, value_and_jacobian
+from nflows_iresnet.experiments.bench import items
+from nflows_iresnet.experiments.bench.items import BASELINE, OURS
+from nflows_iresnet.experiments.bench.measure import Case, Run
 from nflows_iresnet.experiments.evaluation import peak_megabytes
-from nflows_iresnet.linearization import Linearization, ResidualFunction, bind
+from nflows_iresnet.experiments.models import MODELS, Architecture
+from nflows_iresnet.experiments.options import BenchOptions
+from nflows_iresnet.flows import ResidualFlow
+from nflows_iresnet.linearization import ResidualFunction
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
+from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged, Solver
-from nflows_iresnet.training import seed_everything
+from nflows_iresnet.training import Batches, Training, TrainingPlan, run, seed_everything
 from nflows_iresnet.transforms import ResidualTransform
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def default_block() -> ResidualTransform:
+    """Return a block with the estimator and the solver that `ResidualFlow` has by default."""
+    return residual_blocks(ResidualFlow(2, 8, 1))[0]
+
+
+class FrozenNet(nn.Module):
+    """The function of a `LipschitzMLP` now, with the weights in use as ordinary parameters.
+
+    As a module it is a plain network for any library. This one, which asks for `bind`, sees its
+    structure.
+
+    Args:
+        net: whose function it is.
+    """
+
+    def __init__(self, net: LipschitzMLP) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self._function = net.bind()
+        self.lipschitz = self._function.lipschitz
+        self.weights = nn.ParameterList(each.detach().clone() for each in self._function.weights)
+        self.shifts = nn.ParameterList(each.detach().clone() for each in self._function.shifts)
+        self.activations = nn.ModuleList(net.activations)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return g(inputs), (B, d) -> (B, d)."""
+        hidden = F.linear(inputs, self.weights[0], self.shifts[0])
+        for index, activation in enumerate(self.activations, start=1):
+            hidden = F.linear(activation(hidden), self.weights[index], self.shifts[index])
+        return hidden
+
+    def bind(self, context: Tensor | None = None) -> ResidualFunction:
+        """Return the same as a function with structure."""
+        return replace(self._function, weights=list(self.weights), shifts=list(self.shifts))
+
+
+class SlowestMap(nn.Module):
+    """x -> -S x, S diagonal from 0 to the bound: linear, and as slow as the bound allows."""
+
+    def __init__(self, features: int, lipschitz: float) -> None:
+        super().__init__()
+        self.lipschitz = lipschitz
+        self.register_buffer("diagonal", torch.linspace(0.0, lipschitz, features))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return -S x, (B, d) -> (B, d)."""
+        return -inputs * self.get_buffer("diagonal")
+
+
+_TRAINED = {2: ("checkerboard", 64), 64: ("digits", 128)}
+"""Data set and hidden width, by dimension."""
+_GAIN = 4.0
+
+
+@dataclass(frozen=True)
+class ConstantRate:
+    """Some steps of which nothing counts as done before the end: the learning rate stays."""
+
+    steps: float = math.inf
+
+    def progress(self, steps: int, seconds: float) -> float:
+        """Return the fraction of the training that is done, by which the schedule goes."""
+        return float(steps >= self.steps)
+
+
+@lru_cache(maxsize=4)
+def trained_branch(features: int, options: BenchOptions) -> tuple[LipschitzMLP, Tensor]:
+    """Train a small flow and return its branch with the largest Jacobian, and rows that enter it.
+
+    Random weights would make inverses and estimates look too easy: the norms of their layers
+    multiply to the bound 0.97, the norm of their product stays far below. Training aligns them, and
+    larger weights then use the bound up.
+
+    Args:
+        features: 2 (checkerboard) or 64 (digits).
+        options: seed, device, and how long: 300 steps, 150 if quick.
+    """
+    name, hidden = _TRAINED[features]
+    rows = datasets.load(name, seed=options.seed).train.to(options.device)
+    seed_everything(options.seed)
+    model = MODELS["residual-flow-plain"].build(Architecture(features, hidden, 3, 2))
+    model.to(options.device)
+    plan = TrainingPlan(5e-3, ConstantRate(150 if options.quick else 300), clip_norm=None)
+    batches = Batches(rows, 256, options.seed)
+    run(Training(model.flow, batches, plan, validate=lambda: 0.0))
+    inputs = {net: inputs.detach() for net, inputs in _entering(model, rows[:8192]).items()}
+    chosen = max(inputs, key=lambda net: _enlarged_jacobian(net, inputs[net][:64]))
+    return chosen.requires_grad_(True), inputs[chosen]
+
+
+def _entering(model: DensityModel, rows: Tensor) -> dict[LipschitzMLP, Tensor]:
+    """Return the rows that enter each branch."""
+    seen: dict[Any, Tensor] = {}
+
+    def see(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[block.net] = inputs[0]
+
+    hooks = [block.register_forward_pre_hook(see) for block in residual_blocks(model)]
+    with torch.no_grad():
+        model.encode(rows)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _enlarged_jacobian(net: LipschitzMLP, inputs: Tensor) -> float:
+    """Enlarge the weights, and return the mean of the 2-norm of dg/dx."""
+    with torch.no_grad():
+        for layer in net.normed_layers:
+            layer.weight.mul_(_GAIN)
+    _, jacobian = value_and_jacobian(net, inputs)
+    return float(torch.linalg.matrix_norm(jacobian.double(), 2).mean())
+
 
 Inverse = Callable[[Tensor], Tensor]
 InverseAt = Callable[[nn.Module, float], Inverse]
-_TRUTH_STEPS = 5_000
 _ROUNDING = 1e-15
 
 # --- problems -------------------------------------------------------------------------------------
@@ -47,17 +160,9 @@ _ROUNDING = 1e-15
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Find x with x + g(x) = y.
-
-    Args:
-        net: g as this library's users have it.
-        plain: the same function for any library.
-        targets: y, (B, d), in the precision of the work.
-        solution: x, (B, d), float64, to the rounding of float64.
-    """
+    """Find the solution x, (B, d), of x + g(x) = y: it is known to the rounding of float64."""
 
     net: nn.Module
-    plain: nn.Module
     targets: Tensor
     solution: Tensor
 
@@ -66,40 +171,29 @@ class Problem:
         return float((found.double() - self.solution).norm(dim=1).max())
 
 
-def make_problem(net: nn.Module, plain: nn.Module, start: Tensor) -> Problem:
-    """Round y = x + g(x) to the precision of the network, and solve for the x of that y.
-
-    Args:
-        net: g as this library's users have it.
-        plain: the same function for any library.
-        start: x, (B, d).
-    """
-    state = {name: value.double() for name, value in plain.state_dict().items()}
-
-    def exact(inputs: Tensor) -> Tensor:
-        outputs: Tensor = torch.func.functional_call(plain, state, inputs)
-        return outputs
-
-    solution = start.double()
+def make_problem(net: nn.Module, start: Tensor) -> Problem:
+    """Round y = x + g(x) to the precision of the network g, and solve for the x of that y."""
+    exact, solution = copy.deepcopy(net).double(), start.double()
     with torch.no_grad():
-        targets = (solution + exact(solution)).to(_first_tensor(plain).dtype)
-        for _ in range(_TRUTH_STEPS):
+        targets = (solution + exact(solution)).to(_first_tensor(net).dtype)
+        for _ in range(5_000):
             before, solution = solution, targets.double() - exact(solution)
             if (solution - before).abs().max() <= _ROUNDING * solution.abs().max():
                 break
-    return Problem(net, plain, targets, solution)
+    return Problem(net, targets, solution)
 
 
 def _first_tensor(net: nn.Module) -> Tensor:
-    return next(iter([*net.parameters(), *net.buffers()]))
+    return next(itertools.chain(net.parameters(), net.buffers()))
 
 
-def trained_problem(features: int, batch: int, settings: Settings, dtype: torch.dtype) -> Problem:
+def trained_problem(
+    features: int, batch: int, options: BenchOptions, dtype: torch.dtype
+) -> Problem:
     """Make a problem of a trained network that uses up its Lipschitz bound."""
-    branch = trained_branch(features, settings)
-    frozen = FrozenNet(copy.deepcopy(branch.net).to(dtype))
-    rows = branch.inputs.repeat(-(-batch // len(branch.inputs)), 1)[:batch]
-    return make_problem(frozen, frozen, rows)
+    net, inputs = trained_branch(features, options)
+    rows = inputs.repeat(-(-batch // len(inputs)), 1)[:batch]
+    return make_problem(FrozenNet(copy.deepcopy(net).to(dtype)), rows)
 
 
 # --- how each library solves them -----------------------------------------------------------------
@@ -141,66 +235,29 @@ def normflows_inverse(net: nn.Module, tolerance: float) -> Inverse:
     return lambda targets: block._inverse_fixed_point(targets, atol=tolerance, rtol=tolerance)
 
 
-def our_tolerances() -> Iterator[float]:
-    """Yield 1e-4 to 1e-14 in quarters of a decade.
-
-    normflows compares the square of a step with its tolerance, so that this is as fine as half
-    decades there.
-    """
-    return (10 ** (-quarter / 4) for quarter in range(16, 57))
+OUR_TOLERANCES = tuple(10 ** (-quarter / 4) for quarter in range(16, 57))
+"""1e-4 to 1e-14 in quarters of a decade: as fine as half decades of normflows, which compares the
+square of a step with its tolerance."""
+NORMFLOWS_TOLERANCES = tuple(10 ** (-half / 2) for half in range(10, 29))
+"""1e-5, its default, to 1e-14."""
 
 
-def normflows_tolerances() -> Iterator[float]:
-    """Yield 1e-5, its default, to 1e-14 in halves of a decade."""
-    return (10 ** (-half / 2) for half in range(10, 29))
-
-
-class Counted(nn.Module):
-    """A network that counts the rows for which it was evaluated."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.rows = 0
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return net(inputs)."""
-        self.rows += inputs.shape[0]
-        outputs: Tensor = self.net(inputs)
-        return outputs
-
-    def bind(self, context: Tensor | None = None) -> ResidualFunction:
-        """Return the network as a function that counts here."""
-        return _CountedFunction(bind(self.net, context), self)
-
-
-class _CountedFunction(ResidualFunction):
-    def __init__(self, function: ResidualFunction, counter: Counted) -> None:
-        self._function, self._counter = function, counter
-        self.lipschitz = function.lipschitz
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        self._counter.rows += inputs.shape[0]
-        return self._function(inputs)
-
-    def linearize(self, inputs: Tensor) -> Linearization:
-        self._counter.rows += inputs.shape[0]
-        return self._function.linearize(inputs)
-
-    def select(self, rows: Tensor | slice) -> ResidualFunction:
-        return _CountedFunction(self._function.select(rows), self._counter)
+@contextmanager
+def counted_rows(net: nn.Module) -> Iterator[list[int]]:
+    """Return the numbers of rows for which a network is evaluated, one call after the other."""
+    rows: list[int] = []
+    hook = net.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True, eq=False)
 class Reached:
     """The loosest tolerance that reaches an error, or the best that was reached.
 
-    Args:
-        inverse: at that tolerance.
-        tolerance: what was asked for.
-        error: what was reached.
-        evaluations: of the network, per row.
-        is_reached: whether the error is as small as it was to be.
+    Beside it the inverse at that tolerance, and its evaluations of the network, per row.
     """
 
     inverse: Inverse
@@ -209,41 +266,25 @@ class Reached:
     evaluations: float
     is_reached: bool
 
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The columns of a table."""
-        return {
-            ERROR.key: self.error,
-            EVALUATIONS.key: self.evaluations,
-            TOLERANCE.key: self.tolerance,
-        }
-
 
 def reach(
-    problem: Problem, net: nn.Module, inverse_at: InverseAt, tolerances: Iterator[float], to: float
+    problem: Problem, inverse_at: InverseAt, tolerances: Iterable[float], to: float
 ) -> Reached | None:
-    """Lower the tolerance until the true error of every row is small enough.
-
-    Args:
-        problem: what is solved.
-        net: the network that is handed to the library.
-        inverse_at: the library's inverse at a tolerance.
-        tolerances: those to try, falling.
-        to: the error.
+    """Try falling tolerances until the true error of every row is small enough.
 
     Returns:
         What was reached; None if no tolerance gave a result.
     """
     best: Reached | None = None
     for tolerance in tolerances:
-        counted = Counted(net)
+        inverse = inverse_at(problem.net, tolerance)
         try:
-            with torch.no_grad():
-                error = problem.error(inverse_at(counted, tolerance)(problem.targets))
+            with torch.no_grad(), counted_rows(problem.net) as rows:
+                error = problem.error(inverse(problem.targets))
         except FixedPointNotConverged:
             break
-        evaluations = counted.rows / len(problem.targets)
-        found = Reached(inverse_at(net, tolerance), tolerance, error, evaluations, error <= to)
+        evaluations = sum(rows) / len(problem.targets)
+        found = Reached(inverse, tolerance, error, evaluations, error <= to)
         best = found if best is None or error < best.error else best
         if found.is_reached:
             break
@@ -255,14 +296,15 @@ def reach(
 
 def _runs(problem: Problem, error: float) -> list[Run]:
     """Return the runs of all libraries, each at the loosest tolerance that reaches an error."""
-    solvers = {OURS: default_block().solver, "ours-picard": FixedPointIteration()}
+    ours = partial(our_inverse, default_block().solver)
     found = {
-        name: reach(problem, problem.net, partial(our_inverse, solver), our_tolerances(), error)
-        for name, solver in solvers.items()
+        OURS: reach(problem, ours, OUR_TOLERANCES, error),
+        "ours-picard": reach(
+            problem, partial(our_inverse, FixedPointIteration()), OUR_TOLERANCES, error
+        ),
+        BASELINE: reach(problem, normflows_inverse, NORMFLOWS_TOLERANCES, error),
     }
-    theirs = reach(problem, problem.plain, normflows_inverse, normflows_tolerances(), error)
-    runs = {**found, BASELINE: theirs}
-    return [_run(name, reached, problem.targets, error) for name, reached in runs.items()]
+    return [_run(name, reached, problem.targets, error) for name, reached in found.items()]
 
 
 def _run(name: str, reached: Reached | None, targets: Tensor, error: float) -> Run:
@@ -274,10 +316,15 @@ def _run(name: str, reached: Reached | None, targets: Tensor, error: float) -> R
         with torch.no_grad():
             return reached.inverse(targets)
 
-    return Run(name, work, lambda: reached.numbers)
+    numbers = {
+        items.ERROR.key: reached.error,
+        items.EVALUATIONS.key: reached.evaluations,
+        items.TOLERANCE.key: reached.tolerance,
+    }
+    return Run(name, work, lambda: numbers)
 
 
-def of_trained_blocks(settings: Settings) -> list[Case]:
+def of_trained_blocks(options: BenchOptions) -> list[Case]:
     """Return the cases of trained blocks in both precisions."""
     return [
         _trained_case(features, batch, error, dtype)
@@ -287,35 +334,34 @@ def of_trained_blocks(settings: Settings) -> list[Case]:
 
 
 def _trained_case(features: int, batch: int, error: float, dtype: torch.dtype) -> Case:
-    def prepare(settings: Settings) -> list[Run]:
-        return _runs(trained_problem(features, batch, settings, dtype), error)
+    def prepare(options: BenchOptions) -> list[Run]:
+        return _runs(trained_problem(features, batch, options, dtype), error)
 
     precision = str(dtype).removeprefix("torch.")
     label = f"d={features} B={batch} error<={error:.0e} {precision}"
-    parameters = {"d": features, "B": batch, "error": error}
-    return Case(label, parameters, partial(measure_runs, prepare))
+    return Case.timed(prepare, label, d=features, B=batch, error=error)
 
 
-def over_the_bound(settings: Settings) -> list[Case]:
+def over_the_bound(options: BenchOptions) -> list[Case]:
     """Return the cases of linear maps whose eigenvalues fill [-L, 0]."""
-    bounds = (0.5, 0.9, 0.97) if settings.quick else (0.5, 0.8, 0.9, 0.97, 0.99, 0.997)
+    bounds = (0.5, 0.9, 0.97) if options.quick else (0.5, 0.8, 0.9, 0.97, 0.99, 0.997)
     return [_slowest_case(bound) for bound in bounds]
 
 
 def _slowest_case(lipschitz: float) -> Case:
-    def prepare(settings: Settings) -> list[Run]:
-        seed_everything(settings.seed)
-        net = SlowestMap(features=16, lipschitz=lipschitz).to(settings.device, torch.float64)
-        return _runs(make_problem(net, net, torch.randn(64, 16).to(settings.device)), 1e-5)
+    def prepare(options: BenchOptions) -> list[Run]:
+        seed_everything(options.seed)
+        net = SlowestMap(features=16, lipschitz=lipschitz).to(options.device, torch.float64)
+        return _runs(make_problem(net, torch.randn(64, 16).to(options.device)), 1e-5)
 
-    parameters = {"1/(1-L)": 1 / (1 - lipschitz)}
-    return Case(f"L={lipschitz}", parameters, partial(measure_runs, prepare))
+    return Case.timed(prepare, f"L={lipschitz}", **{"1/(1-L)": 1 / (1 - lipschitz)})
 
 
 # --- the gradient of the inverse ------------------------------------------------------------------
 
-_NORMFLOWS_DEFAULT = 1e-5
 _UNROLLED_ERROR = 1e-5
+_DEFAULT_TOLERANCE = 1e-5
+"""Of normflows."""
 
 
 def pull_back(
@@ -337,31 +383,23 @@ def dense_gradient(problem: Problem, cotangent: Tensor) -> Tensor:
 
     With lambda = (I + J)^{-T} v it is lambda in y, and that of -<lambda, g(x)> in the parameters.
     """
-    state = {
-        name: value.detach().double().requires_grad_()
-        for name, value in problem.plain.named_parameters()
-    }
-
-    def function(inputs: Tensor) -> Tensor:
-        outputs: Tensor = torch.func.functional_call(problem.plain, state, inputs)
-        return outputs
-
-    _, jacobian = value_and_jacobian(function, problem.solution)
+    exact = copy.deepcopy(problem.net).double()
+    _, jacobian = value_and_jacobian(exact, problem.solution)
     identity = torch.eye(problem.solution.shape[1]).to(jacobian)
     adjoint = torch.linalg.solve((identity + jacobian).mT, cotangent.double())
-    values = function(problem.solution)
-    return _flat([adjoint, *torch.autograd.grad(values, list(state.values()), -adjoint)])
+    values = exact(problem.solution)
+    return _flat([adjoint, *torch.autograd.grad(values, list(exact.parameters()), -adjoint)])
 
 
-def with_gradients(settings: Settings) -> list[Case]:
+def with_gradients(options: BenchOptions) -> list[Case]:
     """Return the cases of our implicit gradient beside normflows' unrolled one."""
     return [_gradient_case(2, 256), _gradient_case(64, 256)]
 
 
 def _gradient_case(features: int, batch: int) -> Case:
-    def prepare(settings: Settings) -> list[Run]:
-        problem = trained_problem(features, batch, settings, torch.float32)
-        torch.manual_seed(settings.seed)
+    def prepare(options: BenchOptions) -> list[Run]:
+        problem = trained_problem(features, batch, options, torch.float32)
+        torch.manual_seed(options.seed)
         cotangent = torch.randn(batch, features).to(problem.targets)
         truth = dense_gradient(problem, cotangent)
         return [
@@ -374,13 +412,11 @@ def _gradient_case(features: int, batch: int) -> Case:
 
 def _inverses(problem: Problem) -> dict[str, Inverse | None]:
     solver = default_block().solver
-    block = ResidualTransform(problem.plain, estimator=NoLogDet(), solver=solver)
-    unrolled = reach(
-        problem, problem.plain, normflows_inverse, normflows_tolerances(), _UNROLLED_ERROR
-    )
+    block = ResidualTransform(problem.net, estimator=NoLogDet(), solver=solver)
+    unrolled = reach(problem, normflows_inverse, NORMFLOWS_TOLERANCES, _UNROLLED_ERROR)
     return {
         OURS: lambda targets: block.inverse(targets)[0],
-        BASELINE: normflows_inverse(problem.plain, _NORMFLOWS_DEFAULT),
+        BASELINE: normflows_inverse(problem.net, _DEFAULT_TOLERANCE),
         "unrolled": unrolled.inverse if unrolled is not None and unrolled.is_reached else None,
     }
 
@@ -392,14 +428,14 @@ def _gradient_run(
         return Run(name, None, note=f"error {_UNROLLED_ERROR:.0e} not reached")
 
     def work() -> tuple[Tensor, Tensor]:
-        return pull_back(inverse, problem.plain, problem.targets, cotangent)
+        return pull_back(inverse, problem.net, problem.targets, cotangent)
 
     def numbers() -> dict[str, float]:
         found, gradient = work()
         return {
-            ERROR.key: problem.error(found),
-            GRADIENT_ERROR.key: float((gradient.double() - truth).norm() / truth.norm()),
-            MEMORY.key: peak_megabytes(work, problem.targets.device),
+            items.ERROR.key: problem.error(found),
+            items.GRADIENT_ERROR.key: float((gradient.double() - truth).norm() / truth.norm()),
+            items.MEMORY.key: peak_megabytes(work, problem.targets.device),
         }
 
     return Run(name, work, numbers)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from nflows_iresnet.experiments.models import MODELS, Architecture
+
 if TYPE_CHECKING:
-    from nflows_iresnet.experiments.bench.measure import Case, CaseResult, Settings
-    from nflows_iresnet.experiments.bench.models import Size, Trainable
+    from nflows_iresnet.experiments.bench.measure import Case, CaseResult
+    from nflows_iresnet.experiments.bench.steps import Trainable
+    from nflows_iresnet.experiments.options import BenchOptions
 
 OURS = "ours"
 BASELINE = "normflows"
@@ -24,12 +27,9 @@ Parameters = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of an item's table beside the time.
+    """A column of an item's table beside the time, by the key of its number in the measurements.
 
     Args:
-        key: of the number in the measurements.
-        title: head of the column.
-        style: format specification.
         baseline: model whose value is divided by the others', or None for no ratio.
         times_milliseconds: multiply by the median time, for what repeats could buy.
     """
@@ -43,14 +43,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Target:
-    """What this project promises itself, decided by a measured number.
+    """What this project promises itself of a quantity in words: a bound to reach or to stay below.
 
     Args:
-        text: the quantity in words.
-        bound: the number.
         measure: returns the quantity from the result of a case, None where it cannot be had.
         applies: for which parameters of a case.
-        at_least: whether the quantity must reach the bound or stay below it.
     """
 
     text: str
@@ -69,17 +66,15 @@ class Item:
     """One thing that is measured, in several cases.
 
     Args:
-        description: one line.
-        cases: what is measured with given settings.
+        cases: what is measured with given options.
         columns: of the table, beside the time.
-        targets: what is promised.
         variable: the parameter in which a power law is fitted, or None.
         fitted: key of the number that is fitted; the time if None.
         is_optional: runs only when asked for.
     """
 
     description: str
-    cases: Callable[[Settings], list[Case]]
+    cases: Callable[[BenchOptions], list[Case]]
     columns: tuple[Column, ...] = ()
     targets: tuple[Target, ...] = ()
     variable: str | None = None
@@ -92,21 +87,13 @@ class StepModel:
     """A model whose training step is timed.
 
     Args:
-        description: one line.
         build: makes a fresh model of a given size.
         affords: whether a size and a batch are within its means.
-        package: what has to be installed, or None.
     """
 
     description: str
-    build: Callable[[Size], Trainable]
-    affords: Callable[[Size, int], bool] = lambda size, batch: True
-    package: str | None = None
-
-    @property
-    def is_available(self) -> bool:
-        """Whether what it needs is installed."""
-        return self.package is None or find_spec(self.package) is not None
+    build: Callable[[Architecture], Trainable]
+    affords: Callable[[Architecture, int], bool] = lambda size, batch: True
 
 
 def _imported(name: str, *first: object) -> Callable[..., Any]:
@@ -124,31 +111,24 @@ _DENSE_ELEMENTS = 2**24
 """Tangents of hidden units that the exact estimator may keep: 64 MiB per layer in float32."""
 
 
-def _affords_jacobian(size: Size, batch: int) -> bool:
-    return batch * size.features * max(size.hidden, size.features) <= _DENSE_ELEMENTS
+def _affords_jacobian(size: Architecture, batch: int) -> bool:
+    return batch * size.features * max(size.hidden_features, size.features) <= _DENSE_ELEMENTS
 
 
+_estimated = partial(_imported, "steps:with_estimator")
 STEP_MODELS: dict[str, StepModel] = {
     OURS: StepModel(
         "this library, ResidualFlow's defaults (splines in quality only)",
-        _imported("models:ours", None),
+        MODELS["residual-flow-plain"].build,
     ),
-    "ours-exact": StepModel("logdet.Exact", _imported("models:ours", "Exact"), _affords_jacobian),
-    "ours-series": StepModel("logdet.PowerSeries", _imported("models:ours", "PowerSeries")),
-    "ours-roulette": StepModel(
-        "logdet.RussianRoulette", _imported("models:ours", "RussianRoulette")
-    ),
+    "ours-exact": StepModel("logdet.Exact", _estimated("Exact"), _affords_jacobian),
+    "ours-series": StepModel("logdet.PowerSeries", _estimated("PowerSeries")),
+    "ours-roulette": StepModel("logdet.RussianRoulette", _estimated("RussianRoulette")),
     BASELINE: StepModel(
-        "Residual of normflows, as its users run it", _imported("models:normflows_residual")
-    ),
-    "torchflows": StepModel(
-        "ResFlowBlock of torchflows, where it is installed",
-        _imported("models:TorchflowsModel"),
-        affords=lambda size, batch: size.bare and size.blocks == 1,
-        package="torchflows",
+        "Residual of normflows, as its users run it", MODELS["normflows-residual"].build
     ),
     FLOOR: StepModel(
-        "x + g(x) of the same widths, no bound and no log-determinant", _imported("models:plain")
+        "x + g(x) of the same widths, no bound and no log-determinant", _imported("steps:plain")
     ),
 }
 
@@ -173,29 +153,16 @@ STEPS = Column("steps", "steps", ".0f", baseline=None)
 
 def our_speed(result: CaseResult) -> float | None:
     """Return how many times faster this library's default is than normflows."""
-    ratio = result.speed(OURS)
-    return None if ratio is None else ratio.median
-
-
-def _above_floor(result: CaseResult) -> float | None:
-    ratio = result.speed(FLOOR, against=OURS)
-    return None if ratio is None else ratio.median
+    return result.speed(OURS)
 
 
 def _ratio(column: Column) -> Callable[[CaseResult], float | None]:
     return lambda result: result.ratio_of(OURS, column)
 
 
-def _operations_target(where: str, bound: float, applies: Callable[[Parameters], bool]) -> Target:
-    return Target(
-        f"operations{where}",
-        bound,
-        lambda result: result.number(OURS, OPERATIONS.key),
-        applies,
-        at_least=False,
-    )
-
-
+_operations = partial(
+    Target, measure=lambda result: result.value_of(OURS, OPERATIONS), at_least=False
+)
 _AT_1024 = Target("step at B = 1024, times faster", 2.0, our_speed, lambda p: p["B"] == 1024)
 
 ITEMS: dict[str, Item] = {
@@ -206,7 +173,12 @@ ITEMS: dict[str, Item] = {
             Target("step at d = 2, times faster", 3.0, our_speed, lambda p: p["d"] == 2),
             Target("step at d = 8..64, times faster", 2.5, our_speed, lambda p: 8 <= p["d"] <= 64),
             Target("step at d = h = 512, times faster", 1.9, our_speed, lambda p: p["d"] == 512),
-            Target("step beside the plain net, times slower", 2.5, _above_floor, at_least=False),
+            Target(
+                "step beside the plain net, times slower",
+                2.5,
+                lambda result: result.speed(FLOOR, against=OURS),
+                at_least=False,
+            ),
         ),
         variable="d",
     ),
@@ -233,12 +205,14 @@ ITEMS: dict[str, Item] = {
     ),
     "operations": Item(
         "operations of a training step, gradients added to those before, and its time",
-        _imported("operations:cases"),
+        _imported("steps:of_operations"),
         columns=(OPERATIONS,),
         targets=(
-            _operations_target(" at d = 2", 478, lambda p: p.get("d") == 2),
-            _operations_target(" at d = 64", 800, lambda p: p.get("d") == 64),
-            _operations_target(", images 1 x 8 x 8", 1000, lambda p: p.get("pixels") == 8),
+            _operations("operations at d = 2", 478, applies=lambda p: p.get("d") == 2),
+            _operations("operations at d = 64", 800, applies=lambda p: p.get("d") == 64),
+            _operations(
+                "operations, images 1 x 8 x 8", 1000, applies=lambda p: p.get("pixels") == 8
+            ),
         ),
     ),
     "step-compiled": Item(
@@ -280,7 +254,7 @@ ITEMS: dict[str, Item] = {
     ),
     "accuracy": Item(
         "scatter of value and parameter gradient of a trained block on digits, beside the time",
-        _imported("accuracy:cases"),
+        _imported("quality:of_estimates"),
         columns=(VALUE_STD, VALUE_BIAS, GRADIENT_MSE, AT_COST),
         targets=(
             Target("gradient MSE at equal cost, times less", 4.0, _ratio(AT_COST)),
@@ -289,7 +263,7 @@ ITEMS: dict[str, Item] = {
     ),
     "quality": Item(
         "exact test NLL over training seconds, 6 blocks with ActNorm",
-        _imported("quality:cases"),
+        _imported("quality:over_training_time"),
         columns=(NLL, REACH, STEPS),
         targets=(Target("time to normflows' likelihood, times less", 8.0, _ratio(REACH)),),
         is_optional=True,
@@ -297,29 +271,26 @@ ITEMS: dict[str, Item] = {
 }
 
 
-def chosen_items(names: Iterable[str] | None, optional: Iterable[str] = ()) -> dict[str, Item]:
-    """Return the named items; without names all that are not optional, and the optional named."""
-    if names is not None:
-        return {name: ITEMS[name] for name in [*dict.fromkeys(names), *optional]}
-    wanted = set(optional)
-    return {name: item for name, item in ITEMS.items() if not item.is_optional or name in wanted}
+def chosen_items(names: Iterable[str] | None, *, quality: bool = False) -> dict[str, Item]:
+    """Return the named items, or all that are not optional; and the quality, if wanted."""
+    usual = (name for name, item in ITEMS.items() if not item.is_optional)
+    chosen = [*(usual if names is None else names), *(["quality"] if quality else [])]
+    return {name: ITEMS[name] for name in chosen}
 
 
 def describe_items() -> str:
     """List items, models and targets with one line each."""
-    targets = [
+    promises = [
         f"  {name:18}{target.text}: {'at least' if target.at_least else 'at most'} {target.bound:g}"
         for name, item in ITEMS.items()
         for target in item.targets
     ]
+    items = [f"  {name:18}{item.description}" for name, item in ITEMS.items()]
+    models = [f"  {name:18}{model.description}" for name, model in STEP_MODELS.items()]
     return "\n".join(
         [
-            *("items:", *_lines(ITEMS), ""),
-            *("models of a training step:", *_lines(STEP_MODELS), ""),
-            *("targets, held against what is measured:", *targets),
+            *("items:", *items, ""),
+            *("models of a training step:", *models, ""),
+            *("targets, held against what is measured:", *promises),
         ]
     )
-
-
-def _lines(described: Mapping[str, Item] | Mapping[str, StepModel]) -> list[str]:
-    return [f"  {name:18}{each.description}" for name, each in described.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -13,17 +13,26 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nflows_iresnet.experiments.bench.items import BASELINE, FLOOR, OURS, STEP_MODELS, Column, Item
+from nflows_iresnet.experiments.bench.items import (
+    BASELINE,
+    FLOOR,
+    ITEMS,
+    OURS,
+    STEP_MODELS,
+    Column,
+    Item,
+)
 from nflows_iresnet.experiments.bench.measure import (
+    Benchmark,
     CaseResult,
     CheckedTarget,
     Fit,
-    Measurement,
     Spread,
     check_targets,
     fits,
 )
 from nflows_iresnet.experiments.pictures import STYLE, as_png
+from nflows_iresnet.experiments.tables import number
 
 TIME_COLUMNS = ("ms", "q1 q3", "wall\nratio", "q1 q3", "cpu\nratio")
 WIDTH = 160
@@ -61,52 +70,44 @@ def _item_table(item: Item, results: Sequence[CaseResult]) -> Table:
         titles += [column.title] if column.baseline is None else [column.title, "x"]
     table = _table(("case", "model"), titles)
     for result in results:
-        *_, last = result.measurements
-        label = result.case
-        for each in result.measurements:
-            times = _times(result, each) if has_times else []
-            numbers = [text for column in item.columns for text in _number(result, each, column)]
-            row = (label, each.model, *times, *numbers, each.note or "")
-            table.add_row(*row, end_section=each is last)
-            label = ""
+        names = [each.model for each in result.measurements]
+        for name in names:
+            times = _times(result, name) if has_times else []
+            numbers = [text for column in item.columns for text in _number(result, name, column)]
+            label = result.case if name == names[0] else ""
+            row = (label, name, *times, *numbers, result.of(name).note or "")
+            table.add_row(*row, end_section=name == names[-1])
     return table
 
 
-def _times(result: CaseResult, measurement: Measurement) -> list[str]:
-    name = measurement.model
-    wall = result.time_ratio(BASELINE, name, cpu=False)
-    processor = result.time_ratio(BASELINE, name, cpu=True) if result.on_cpu_time else None
-    time = result.milliseconds(name)
-    return [_median(time), _quartiles(time), _median(wall), _quartiles(wall), _median(processor)]
+def _times(result: CaseResult, model: str) -> list[str]:
+    wall = result.time_ratio(BASELINE, model, cpu=False)
+    processor = result.time_ratio(BASELINE, model, cpu=True) if result.on_cpu_time else None
+    return [*_spread(result.milliseconds(model)), *_spread(wall), _spread(processor)[0]]
 
 
-def _median(value: Spread | None) -> str:
-    return "-" if value is None else _rounded(value.median)
+def _spread(value: Spread | None) -> list[str]:
+    if value is None:
+        return ["-", "-"]
+    return [_rounded(value.median), f"{_rounded(value.low)} {_rounded(value.high)}"]
 
 
-def _quartiles(value: Spread | None) -> str:
-    return "-" if value is None else f"{_rounded(value.low)} {_rounded(value.high)}"
-
-
-def _rounded(value: float) -> str:
+def _rounded(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _number(result: CaseResult, measurement: Measurement, column: Column) -> list[str]:
-    value = result.value_of(measurement.model, column)
-    texts = ["-" if value is None else format(value, column.style)]
-    if column.baseline is not None:
-        ratio = result.ratio_of(measurement.model, column)
-        texts.append("-" if ratio is None else _rounded(ratio))
-    return texts
+def _number(result: CaseResult, model: str, column: Column) -> list[str]:
+    value, ratio = result.value_of(model, column), result.ratio_of(model, column)
+    text = number(value, column.style)
+    return [text] if column.baseline is None else [text, _rounded(ratio)]
 
 
 def _in_words(fit: Fit) -> str:
-    error = "" if fit.law.standard_error is None else f" ± {fit.law.standard_error:.2f}"
-    return (
-        f"{fit.model}: {fit.quantity} ~ {fit.variable}^{fit.law.exponent:.2f}{error} "
-        f"({len(fit.points)} points)"
-    )
+    error = "" if fit.standard_error is None else f" ± {fit.standard_error:.2f}"
+    power = f"{fit.quantity} ~ {fit.variable}^{fit.exponent:.2f}{error}"
+    return f"{fit.model}: {power} ({len(fit.points)} points)"
 
 
 def _target_table(checked: Sequence[CheckedTarget]) -> Table:
@@ -116,7 +117,7 @@ def _target_table(checked: Sequence[CheckedTarget]) -> Table:
             target.target,
             target.case,
             f"{'≥' if target.at_least else '≤'} {target.bound:g}",
-            "-" if target.measured is None else _rounded(target.measured),
+            _rounded(target.measured),
             "[green]met[/]" if target.is_met else "[red]not met[/]",
         )
     return table
@@ -128,14 +129,13 @@ COLOURS = ("#1b1b3a", "#c8385a", "#7b8299", "#2a9d8f", "#e9a03b", "#8e5fb5", "#4
 _PANELS_PER_ROW = 3
 
 
-def draw(items: Mapping[str, Item], results: Sequence[CaseResult]) -> dict[str, bytes]:
+def draw(record: Benchmark) -> dict[str, bytes]:
     """Return the pictures that the results allow, as PNG files by name."""
-    grouped = ([each for each in results if each.item == name] for name in items)
-    panels = [fits(item, group) for item, group in zip(items.values(), grouped, strict=True)]
-    trained = [each for each in results if any("nll" in one.raw for one in each.measurements)]
+    groups = record.by_item().items()
+    panels = [found for name, results in groups if (found := fits(ITEMS[name], results))]
+    trained = [each for each in record.results if any("nll" in m.raw for m in each.measurements)]
     with mpl.rc_context(STYLE):
-        pictures = {"bench.png": _scaling([found for found in panels if found])}
-        pictures |= {"quality.png": _quality(trained)}
+        pictures = {"bench.png": _scaling(panels), "quality.png": _quality(trained)}
         return {name: as_png(figure) for name, figure in pictures.items() if figure is not None}
 
 
@@ -156,7 +156,7 @@ def _scaling(panels: Sequence[Sequence[Fit]]) -> Figure | None:
 def _panel(ax: Axes, found: Sequence[Fit]) -> None:
     for fit in found:
         x, y = zip(*fit.points, strict=True)
-        label = f"{fit.model}  ~ {fit.variable}^{fit.law.exponent:.2f}"
+        label = f"{fit.model}  ~ {fit.variable}^{fit.exponent:.2f}"
         ax.plot(x, y, "o-", markersize=3, color=_colour(fit.model), label=label)
     ax.set(title=found[0].item, xlabel=found[0].variable, ylabel=found[0].quantity)
     ax.set(xscale="log", yscale="log")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,11 +20,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from nflows_iresnet.experiments.evaluation import Array
-from nflows_iresnet.experiments.figures import Drawing, Settings, Stage
+from nflows_iresnet.experiments.figures import Drawing
 from nflows_iresnet.experiments.pictures import DATA, INK, STYLE, as_png
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.training import Steps, Training, TrainingPlan, run, seed_everything
+
+if TYPE_CHECKING:
+    from nflows_iresnet.experiments.figures.command import Stage
+    from nflows_iresnet.experiments.options import FiguresOptions
 
 EDGE = 2.0
 NUM_PATHS = 33
@@ -108,16 +112,6 @@ def invertible_chain(depth: int, coeff: float = COEFF) -> Chain:
 
 
 BUILDERS = {"plain": plain_chain, "invertible": invertible_chain}
-
-
-def count_models(settings: Settings) -> int:
-    """Return how many networks are trained."""
-    return len(_targets(settings)) * len(KINDS)
-
-
-def _targets(settings: Settings) -> dict[str, Target]:
-    names = list(TARGETS)[: 1 if settings.quick else None]
-    return {name: TARGETS[name] for name in names}
 
 
 def fit(chain: Chain, target: Target, steps: int, learning_rate: float = LEARNING_RATE) -> None:
@@ -230,32 +224,44 @@ def smallest_gap(paths: Array) -> float:
     return float(np.diff(np.sort(paths, axis=1), axis=1).min())
 
 
-def draw(settings: Settings, stage: Stage) -> Drawing:
-    """Fit every network to every target and draw their paths."""
-    steps, depth = settings.steps_or(600, 100), DEPTH if not settings.quick else 4
-    fitted: dict[tuple[str, str], Fitted] = {}
-    for name, target in _targets(settings).items():
-        for kind in KINDS:
-            with stage(f"dynamics · {name} · {kind}"):
-                seed_everything(settings.seed)
-                chain = BUILDERS[kind](depth).to(settings.device)
-                fit(chain, target, steps)
-                fitted[kind, name] = trace(chain, target)
-    numbers = {f"{name}/{kind}": each.numbers for (kind, name), each in fitted.items()}
-    chosen = {
-        "steps": steps,
-        "seed": settings.seed,
-        "depth": depth,
-        "coeff": COEFF,
-        "learning_rate": LEARNING_RATE,
-        "step_penalty": STEP_PENALTY,
-    }
-    return Drawing(
-        "Paths through residual networks",
-        _caption(fitted, depth),
-        as_png(_figure(fitted, list(_targets(settings)))),
-        {**chosen, "hidden_features": HIDDEN, "paths": NUM_PATHS, "networks": numbers},
-    )
+class Dynamics:
+    """The paths of points through every kind of network, fitted to every target."""
+
+    def __init__(self, options: FiguresOptions) -> None:
+        self.options = options
+        self.names = list(TARGETS)[: 1 if options.quick else None]
+        self.num_models = len(self.names) * len(KINDS)
+
+    def draw(self, stage: Stage) -> Drawing:
+        """Fit every network to every target and draw their paths."""
+        options = self.options
+        steps = options.steps or (100 if options.quick else 600)
+        depth = 4 if options.quick else DEPTH
+        fitted: dict[tuple[str, str], Fitted] = {}
+        for name in self.names:
+            for kind, build in BUILDERS.items():
+                with stage(f"dynamics · {name} · {kind}"):
+                    seed_everything(options.seed)
+                    chain = build(depth).to(options.device)
+                    fit(chain, TARGETS[name], steps)
+                    fitted[kind, name] = trace(chain, TARGETS[name])
+        numbers = {f"{name}/{kind}": each.numbers for (kind, name), each in fitted.items()}
+        chosen = {
+            "steps": steps,
+            "seed": options.seed,
+            "depth": depth,
+            "coeff": COEFF,
+            "learning_rate": LEARNING_RATE,
+            "step_penalty": STEP_PENALTY,
+            "hidden_features": HIDDEN,
+            "paths": NUM_PATHS,
+        }
+        return Drawing(
+            "Paths through residual networks",
+            _caption(fitted, depth),
+            as_png(_figure(fitted, self.names)),
+            {**chosen, "networks": numbers},
+        )
 
 
 def _caption(fitted: dict[tuple[str, str], Fitted], depth: int) -> str:
