@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import secrets
+import shlex
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -31,7 +32,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         _replace(path, content)
     except OSError as error:
-        raise WriteError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        if path.is_dir():
+            reason = f"a folder is in the way; move it away ({moved_away(path)})"
+        raise WriteError(f"cannot write {str(path)!r}: {reason}") from error
+
+
+def moved_away(path: Path, suffix: str = ".moved") -> str:
+    """Return the command that moves something out of the way."""
+    return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}{suffix}')}"
 
 
 def read_intact(path: Path) -> io.BytesIO:

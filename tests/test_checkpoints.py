@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.experiments.checkpoints import Keeper
+from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
 from nflows_iresnet.training import (
     Batches,

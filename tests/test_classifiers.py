@@ -10,10 +10,10 @@ import torch
 
 from nflows_iresnet import nn
 from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
+from nflows_iresnet.experiments import parallel
 from nflows_iresnet.experiments.table1 import Settings, classifiers
-from nflows_iresnet.experiments.table1.classifiers import invert
-from nflows_iresnet.experiments.table1.record import DataSummary, Outcome, Record
-from nflows_iresnet.experiments.table1.report import columns_for
+from nflows_iresnet.experiments.table1.classifiers import Outcome, invert
+from nflows_iresnet.experiments.table1.command import DataSummary, Record, columns_for
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged
 
 pytest.importorskip("matplotlib")
@@ -180,11 +180,8 @@ def test_a_classifier_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> No
     def explode(*arguments: Any) -> None:
         raise ArithmeticError("it exploded")
 
-    monkeypatch.setattr(classifiers, "run", explode)
-    from nflows_iresnet.datasets import load_images
-
-    data, settings = load_images("digits", num_train=32), SIZE.settings
-    outcome = classifiers.execute("c=0.9", 0, data, settings)
+    monkeypatch.setattr(parallel, "run_training", explode)
+    outcome = classifiers.Job("c=0.9", 0, replace(SIZE.settings, num_train=32)).do()
     assert outcome.failure == "ArithmeticError: it exploded"
     assert row_of(outcome)["guaranteed\ninverse"] == "no"
 

@@ -79,7 +79,7 @@ def test_every_model_sees_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
         ("8-gaussians",), ("residual-flow", "realnvp", "maf"), 3, batch_size=8, num_layers=2
     )
     for run in runs.prepare(config):
-        runs.train_run(MODELS[run.model].build(run.size), run, config)
+        runs.train_run(MODELS[run.model].build(run.size), runs.Job(run, config))
     first, second, third = (seen[start : start + 3] for start in (0, 3, 6))
     assert len(seen) == 9
     assert all(map(torch.equal, first, second))
@@ -221,7 +221,7 @@ def test_same_seed_same_likelihood(finished: Path) -> None:
         learning_rate=data["arguments"]["learning_rate"],
     )
     for run, stored in zip(runs.prepare(config), data["results"], strict=True):
-        result, _, weights = runs.execute(run, config)
+        result, _, weights = runs.execute(runs.Job(run, config))
         assert weights
         assert result.metrics.test_nll == pytest.approx(stored["metrics"]["test_nll"], abs=1e-6)
 

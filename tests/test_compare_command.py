@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import nflows_iresnet
-from nflows_iresnet.experiments import environment, models, runs
+from nflows_iresnet.experiments import models, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.data import RowTask
 from nflows_iresnet.experiments.options import COMMANDS
 from nflows_iresnet.experiments.record import Folder
 from nflows_iresnet.experiments.runs import Run
@@ -62,7 +63,6 @@ def test_help_version_and_list(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "--budget", "0"], "'0' is not a positive number"),
         (["compare", "--budget", "nan"], "'nan' is not a positive number"),
         (["compare", "--repeats", "0"], "--repeats"),
-        (["compare", "--seed", "-1"], "'-1' is not an integer from 0"),
         (["compare", "--learning-rate", "-1"], "--learning-rate"),
         (["compare", "--steps", "3", "--budget", "3"], "not allowed with"),
         (["compare", "--device", "tpu"], "'tpu'"),
@@ -71,7 +71,6 @@ def test_help_version_and_list(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "absent.npy"], "absent.npy"),
         (["compare", "moons", "--models", "realnpv"], "did you mean 'realnvp'"),
         (["compare", "moons", "--models", "zzz"], "choose from"),
-        (["compare", "moons", "--resume"], "--resume needs the --out folder"),
         (["compare", "moons", "--hidden-features", "1", "--models", "maf"], "cannot match"),
         (["compare", "--hidden-features", f"{10**22}"], "not a positive integer below 2147483648"),
         (["compare", "moons", "--hidden-features", f"{10**8}"], "give fewer --hidden-features"),
@@ -140,9 +139,32 @@ def test_cuda_without_cuda(
     assert_refused(main(["compare", "moons", "--device", "cuda"]), "--device cpu", capsys)
 
 
-def test_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "find_spec", lambda name: None)
-    assert_refused(main(["compare"]), "pip install 'nflows-iresnet[compare]'", capsys)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_package_that_is_missing_is_said_before_it_is_imported(name: str) -> None:
+    script = (
+        "import sys; sys.modules['matplotlib'] = sys.modules['rich'] = None\n"
+        "from nflows_iresnet.experiments.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "matplotlib and rich not installed: pip install 'nflows-iresnet[compare]'" in line
+
+
+def test_a_name_that_is_not_there_is_said_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = RowTask.load, []
+
+    def noticed(name: str, settings: RunConfig) -> RowTask:
+        loaded.append(name)
+        return load(name, settings)
+
+    monkeypatch.setattr(RowTask, "load", noticed)
+    assert_refused(main(["compare", "moons", "absent.npy"]), "set absent.npy (looked for", capsys)
+    assert_refused(main(["compare", "moons", "moosn"]), "did you mean 'moons'", capsys)
+    assert loaded == ["absent.npy", "moosn"]
 
 
 def test_unwritable_out(table: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,11 +183,11 @@ def test_interrupt_keeps_and_resume_goes_on(
     executed: list[str] = []
     execute = runs.execute
 
-    def interrupted(run: Run, *rest: Any) -> runs.Outcome:
-        executed.append(run.model)
+    def interrupted(job: runs.Job, *rest: Any) -> runs.Outcome:
+        executed.append(job.run.model)
         if len(executed) == 2:
             raise KeyboardInterrupt
-        return execute(run, *rest)
+        return execute(job, *rest)
 
     monkeypatch.setattr(runs, "execute", interrupted)
     assert main([*arguments, str(folder.path)]) == 130

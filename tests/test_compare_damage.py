@@ -166,6 +166,35 @@ def test_the_way_out_of_damaged_results_works(
     assert main([*command, "--resume"]) == 0
 
 
+@pytest.mark.parametrize("file", ["report.html", "results.csv"])
+def test_a_folder_in_the_way_is_said_before_anything_is_trained(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o u't"
+    (out / file).mkdir(parents=True)
+    command = [*COMMANDS["compare"], "--quiet", "--out", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr(LiveProgress, "step", lambda *_: pytest.fail("it was trained"))
+        line = complaint(main(command), 2, capsys)
+    assert f'{file}" is a folder' in line or f"{file}' is a folder" in line
+    follow(line)
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(("name", "file"), [("compare", "moons.png"), ("table1", "table1.png")])
+def test_a_folder_that_gets_in_the_way_is_said_with_the_remedy(
+    name: str, file: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = runs.copy(name, tmp_path / "out")
+    (tmp_path / "out" / file).unlink()
+    (tmp_path / "out" / file).mkdir()
+    capsys.readouterr()
+    line = complaint(main([*command, "--resume"]), 1, capsys)
+    assert f"cannot write '{tmp_path / 'out' / file}': a folder is in the way" in line
+    follow(line)
+    assert main([*command, "--resume"]) == 0
+
+
 @pytest.mark.parametrize(("name", "file"), [("bench", "bench.json"), ("figures", "figures.json")])
 def test_what_is_never_read_is_not_overwritten(
     name: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -163,7 +163,7 @@ def test_every_model_sees_the_same_pixels_and_the_same_fresh_noise(
     config = replace(CONFIG, models=("glow", "realnvp"), batch_size=64)
     for run in runs.prepare(config):
         model = IMAGE_MODELS[run.model].build(replace(run.size, num_layers=1))
-        runs.train_run(model, run, config, lambda done, loss: None)
+        runs.train_run(model, runs.Job(run, config))
     first, second = seen[:3], seen[3:]
     assert len(seen) == 6
     assert all(map(torch.equal, first, second))

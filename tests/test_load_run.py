@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,6 +147,16 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
         load_run(str(tmp_path))
 
 
+def test_a_folder_of_another_command_names_it_and_what_to_give(tmp_path: Path) -> None:
+    words = ["--coeffs", "0.9", "--steps", "1", "--repeats", "1", "--num-blocks", "1"]
+    words += ["--hidden-channels", "4", "--num-train", "32", "--quiet", "--out", str(tmp_path)]
+    assert main(["table1", *words]) == 0
+    with pytest.raises(ValueError, match=r"holds results of nflows-iresnet table1") as caught:
+        load_run(tmp_path)
+    assert "give the --out of a run of nflows-iresnet compare" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def flipped(content: bytes) -> bytes:
     """Change one bit of a weight, which torch.load would not see."""
     middle = len(content) // 2
@@ -216,18 +227,54 @@ def test_a_model_comes_out_of_its_file_with_the_weights_that_went_in(
     assert torch.equal(found.exact_log_prob(rows), model.eval().exact_log_prob(rows))
 
 
-def test_results_do_not_need_the_weights_to_be_reported(
+def test_runs_whose_weights_are_lost_are_done_again_and_no_others(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = copied(finished.images, tmp_path)
-    place.weights(("digits", "made", 0)).unlink()
+    missing, damaged, foreign = (place.weights(("digits", name, 0)) for name in PICTURES)
+    kept = finished.images / "weights" / missing.name
+    missing.unlink()
+    damaged.write_bytes(flipped(damaged.read_bytes()))
+    command = ["compare", "digits", "--models", *PICTURES, *IMAGES, "--hidden-features", "8"]
+    command += ["--out", str(place.path), "--resume"]
+    assert main(command) == 0
+    first, second = capsys.readouterr().err.splitlines()[:2]
+    assert first.startswith(f"there are no weights '{missing}'")
+    assert second.startswith(f"the weights '{damaged}' are damaged")
+    assert first.endswith(": that run is done again")
+    assert second.endswith(": that run is done again")
+    assert place.weights(("digits", "made", 0)).stat().st_mtime == foreign.stat().st_mtime
+    before, after = (
+        {each["model"]: each["metrics"]["test_nll"] for each in record_of(path)["results"]}
+        for path in (finished.images, place.path)
+    )
+    assert after == pytest.approx(before)
+    again = load_run(place.path, model=PICTURES[0]).state_dict()
+    then = saved.unpack(kept).flow.state_dict()
+    assert all(torch.equal(again[name], then[name]) for name in then)
+
+    shutil.copy(kept, foreign)
+    assert main(command) == 0
+    assert "are those of 'residual-flow', not of 'made'" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "weights" not in capsys.readouterr().err
+
+
+def test_a_run_that_failed_has_no_weights_and_is_not_done_again(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = copied(finished.images, tmp_path)
+    whole = place.load_record()
+    failed = replace(whole.results[0], training=None, failures=("it exploded",))
+    place.save_record(replace(whole, results=(failed, *whole.results[1:])))
+    place.weights(failed.key).unlink()
     command = ["compare", "digits", "--models", *PICTURES, *IMAGES, "--hidden-features", "8"]
     assert main([*command, "--out", str(place.path), "--resume"]) == 0
+    assert "weights" not in capsys.readouterr().err
+    assert place.load_record().results[0].failures == ("it exploded",)
 
 
 def copied(source: Path, tmp_path: Path) -> Folder:
-    import shutil
-
     shutil.copytree(source, tmp_path / "out")
     return Folder(tmp_path / "out")
 
@@ -326,7 +373,7 @@ def test_what_follows_from_a_record_is_written_and_not_read() -> None:
 
 def test_settings_are_there_before_torch() -> None:
     script = (
-        "import sys, nflows_iresnet.experiments.config, nflows_iresnet.experiments.environment\n"
+        "import sys, nflows_iresnet.experiments.config, nflows_iresnet.experiments.files\n"
         "print(sorted({'torch', 'pandas', 'tensorboard'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -29,10 +29,10 @@ import pytest
 import torch
 
 import nflows_iresnet
-from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.files import prepare_folder, write_atomically
+from nflows_iresnet.experiments.files import CheckpointError, Keeper, prepare_folder
 from nflows_iresnet.experiments.record import Folder
+from nflows_iresnet.files import write_atomically
 from tests.test_compare_disk import COMMANDS
 
 pytest.importorskip("matplotlib")

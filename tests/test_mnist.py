@@ -22,9 +22,9 @@ from nflows_iresnet.datasets import images as front
 from nflows_iresnet.datasets.images import MNIST
 from nflows_iresnet.experiments import evaluation
 from nflows_iresnet.experiments.adapters import TruncatedModel
-from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
+from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
 from nflows_iresnet.experiments.options import CompareOptions, Table1Options, parse, to_config
 from nflows_iresnet.experiments.presets import COMPARE
@@ -612,7 +612,7 @@ def test_training_images_are_shifted_by_whole_pixels_and_nothing_else() -> None:
 def test_the_table_of_mnist_suits_the_device(device: str) -> None:
     def settings(*words: str) -> dict[str, Any]:
         parsed = cast(Table1Options, parse(["table1", *words, "--device", device]))
-        return table1.to_settings(parsed).as_json()
+        return table1.to_settings(parsed).as_arguments()
 
     tuned, found = TUNED["mnist"][device], settings("mnist")
     assert {name: found[name] for name in tuned} == tuned

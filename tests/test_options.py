@@ -12,9 +12,10 @@ import pytest
 
 from nflows_iresnet import datasets
 from nflows_iresnet.datasets.tables import CASP
-from nflows_iresnet.experiments import names, options
+from nflows_iresnet.experiments import options
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import UsageError
+from nflows_iresnet.experiments.figures import DESCRIPTIONS
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
 from nflows_iresnet.experiments.options import CompareOptions, Training, parse, to_config
 from nflows_iresnet.experiments.table1 import Settings
@@ -59,11 +60,11 @@ def test_help_and_mistakes_do_not_wait_for_torch(words: list[str], status: int) 
 
 
 def test_names_are_those_of_the_registries() -> None:
-    assert names.data_sets() == datasets.available()
-    assert names.sets_of_images() == datasets.available_images()
-    assert names.models(images=False).keys() == MODELS.keys()
-    assert names.models(images=True).keys() == IMAGE_MODELS.keys()
-    assert all({**names.models(images=False), **names.items(), **names.FIGURES}.values())
+    assert options.data_sets(images=False) == datasets.available()
+    assert options.data_sets(images=True) == datasets.available_images()
+    assert options.models(images=False).keys() == MODELS.keys()
+    assert options.models(images=True).keys() == IMAGE_MODELS.keys()
+    assert all({**options.models(images=False), **options.items(), **DESCRIPTIONS}.values())
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,11 @@ def test_names_are_those_of_the_registries() -> None:
         ("compare --learning 3", "did you mean '--learning-rate"),
         ("compare --rep 3", "did you mean '--repeats'?"),
         ("compare --xyzzy", "unknown option '--xyzzy' (see nflows-iresnet compare --help)"),
+        ("compare -dash.csv", "unknown option '-dash.csv': a file of that name is './-dash.csv'"),
+        ("compare --dash.npy moons", "a file of that name is './--dash.npy'"),
+        ("compare --ouut=dash.csv", "did you mean '--out'?"),
         ("compare --steps=", "'' is not a positive integer"),
+        ("compare --resume", "--resume needs the --out folder"),
         ("compare --steps 1e3", "'1e3' is not a positive integer"),
         ("compare --steps", "--steps: expected one argument"),
         ("compare --models", "--models: expected at least one argument"),

@@ -20,9 +20,11 @@ import pytest
 import torch
 
 from nflows_iresnet.experiments import parallel, runs
-from nflows_iresnet.experiments.checkpoints import Keeper
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig, UsageError
+from nflows_iresnet.experiments.files import Keeper
+from nflows_iresnet.experiments.table1 import Settings
+from nflows_iresnet.experiments.table1.classifiers import Job, load
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -50,16 +52,20 @@ def numbers(folder: Path) -> dict[Any, Any]:
     return dict(zip(keys, [each["metrics"]["test_nll"] for each in found], strict=True))
 
 
+@pytest.mark.parametrize("command", ["compare", "table1"])
 def test_jobs_are_not_for_one_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert main(["compare", "moons", "--device", "cuda", "--jobs", "2"]) == 2
+    assert main([command, "--device", "cuda", "--jobs", "2"]) == 2
     assert "would share one GPU" in capsys.readouterr().err
 
 
-def test_jobs_and_a_cluster_are_two_places(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "moons", "--jobs", "2", "--dask", "tcp://scheduler:8786"]) == 2
+@pytest.mark.parametrize("command", ["compare", "table1"])
+def test_jobs_and_a_cluster_are_two_places(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--jobs", "2", "--dask", "tcp://scheduler:8786"]) == 2
     assert "leave one of them out" in capsys.readouterr().err
 
 
@@ -104,7 +110,7 @@ def order_of(table: str, folder: Path) -> parallel.Order:
     config = RunConfig((table,), ("nice",), 3, num_layers=1, hidden_features=8)
     (run,) = runs.prepare(config)
     keeper = Keeper(folder / "runs" / "run.pt", every=0.0)
-    return parallel.Order.of(runs.Job(run, config, 1e-3), table, keeper)
+    return parallel.Order.of(runs.Job(run, config, 1e-3), keeper)
 
 
 def test_an_order_holds_no_data_and_can_be_done_in_any_folder(
@@ -120,6 +126,18 @@ def test_an_order_holds_no_data_and_can_be_done_in_any_folder(
     assert outcome[0].metrics.test_nll is not None
 
 
+def test_the_order_of_a_classifier_holds_no_images(tmp_path: Path) -> None:
+    settings = Settings(num_train=32, steps=2, num_blocks=1, hidden_channels=4, data_dir="data")
+    job = Job("resnet", 0, settings, load(settings, 0))
+    sent = pickle.dumps(parallel.Order.of(job, Keeper(tmp_path / "run.pt")))
+    assert len(sent) < 2_000
+    order = pickle.loads(sent)
+    assert order.job.config.data_dir == os.path.abspath("data")
+    outcome = order.do(Wish(False), None)
+    assert (outcome.key, outcome.failure) == (("resnet", 0), None)
+    assert outcome.num_wrong == job.do().num_wrong
+
+
 def test_an_order_that_is_told_to_stop_finds_nothing(table: str, tmp_path: Path) -> None:
     assert order_of(table, tmp_path).do(Wish(True), None) is None
 
@@ -127,7 +145,7 @@ def test_an_order_that_is_told_to_stop_finds_nothing(table: str, tmp_path: Path)
 def test_an_order_whose_data_are_not_there_says_so(table: str, tmp_path: Path) -> None:
     order = order_of(table, tmp_path)
     Path(table).rename(tmp_path / "elsewhere.csv")
-    parallel._load.cache_clear()
+    runs._load_once.cache_clear()
     with pytest.raises(UsageError, match=r"table · nice: its process cannot load the data: .*csv"):
         order.do(Wish(False), None)
 
@@ -165,9 +183,9 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     script = tmp_path / "command.py"
     script.write_text(SCRIPT)
 
-    def popen(*words: str) -> subprocess.Popen[str]:
+    def popen(*words: str, command: str = "compare") -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(script), "compare", *words],
+            [sys.executable, str(script), command, *words],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -201,6 +219,23 @@ def test_side_by_side_is_the_same_as_one_after_the_other(
 
 
 @pytest.mark.slow
+def test_classifiers_side_by_side_are_the_same_as_one_after_the_other(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    words = ["--coeffs", "0.9", "--steps", "3", "--repeats", "2", "--num-blocks", "1"]
+    words += ["--hidden-channels", "4", "--num-train", "64", "--quiet", "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["table1", *words, str(one)]) == 0
+    process = start(*words, str(two), "--jobs", "2", command="table1")
+    _, printed = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    found = [results(folder)["outcomes"] for folder in (one, two)]
+    for outcome in (each for outcomes in found for each in outcomes):
+        outcome["train_seconds"] = 0
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_an_end_in_the_middle_loses_nothing_that_was_finished(
     ending: signal.Signals,
@@ -227,6 +262,34 @@ def test_an_end_in_the_middle_loses_nothing_that_was_finished(
     assert len(before) == 2
     found = results(out)["results"]
     assert [each["training"]["steps"] for each in found] == [2000] * 3
+
+
+ORPHANS = """
+import os, sys, threading
+from nflows_iresnet.experiments import parallel
+parallel._GRACE, parent = 3600.0, os.getpid()
+if os.fork():
+    os._exit(0)
+if sys.argv[1] == "at work":
+    parallel._AT_WORK.acquire()
+    threading.Timer(2.0, lambda: (print("saved", flush=True), parallel._AT_WORK.release())).start()
+parallel._outlive_nobody(parent, sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("state", "said"), [("idle", ""), ("at work", "saved\n")])
+def test_a_process_whose_parent_is_gone_ends_with_its_step_and_not_later(
+    state: str, said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "board"
+    folder.mkdir()
+    command = [sys.executable, "-c", ORPHANS, state, str(folder)]
+    done = subprocess.run(  # waits for the orphan, too, which holds the pipe
+        command, stdout=subprocess.PIPE, text=True, timeout=120, cwd=ROOT, check=False
+    )
+    assert done.stdout == said
+    assert not folder.exists()
 
 
 # --- on a cluster ---------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
 from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.record import Record as DensityRecord
 from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, classifiers
-from nflows_iresnet.experiments.table1.record import Inversion, Record
+from nflows_iresnet.experiments.table1.classifiers import Inversion
+from nflows_iresnet.experiments.table1.command import Record
 from nflows_iresnet.experiments.tables import columns_for as density_columns
 from nflows_iresnet.experiments.tables import rows_of
 
@@ -156,9 +157,7 @@ def test_table1_goes_on_where_it_was(
         (["table1", "mnist", "--data-dir", "/nowhere"], "no train-images-idx3-ubyte"),
         (["table1", "--coeffs", "0.9", "1.0"], "coeffs must be in (0, 1), got 1.0"),
         (["table1", "--num-scales", "4"], "cannot be squeezed 4 times"),
-        (["table1", "--resume"], "--resume needs the --out folder"),
         (["table1", "--steps", "0"], "'0' is not a positive integer"),
-        (["table2", "--models", "mode"], "did you mean 'made'"),
         (["table2", "mnist", "--data-dir", "/nowhere"], "no train-images-idx3-ubyte"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -177,6 +176,30 @@ def test_another_run_is_not_resumed(
     assert "--seed was 0 there and is 1 now" in capsys.readouterr().err
     assert main([*TABLE1, "--out", str(table1[0])]) == 2
     assert "already holds results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("data", "num_distinct"), 7, "the data have changed since"),
+        (("environment", "versions", "torch"), "1.0", "torch was 1.0 there"),
+    ],
+)
+def test_table1_is_not_resumed_with_other_data_or_versions(
+    place: tuple[str, ...],
+    value: object,
+    message: str,
+    table1: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = part = json.loads((table1[0] / "results.json").read_text())
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    assert main([*TABLE1, "--out", str(tmp_path), "--resume"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_table1_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

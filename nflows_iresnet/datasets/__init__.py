@@ -29,7 +29,6 @@ from nflows_iresnet.datasets.images import ImageDataset, available_images, load_
 from nflows_iresnet.datasets.tables import (
     PACKAGED,
     STANDARD,
-    SUFFIXES,
     Dataset,
     Table,
     from_table,
@@ -217,10 +216,10 @@ def _existing_file(name: str) -> Path:
         return path
     if path.is_dir():
         raise ValueError(f"{name} is a folder: name one .npy or .csv file in it")
-    if path.suffix.lower() in SUFFIXES or os.sep in name:
+    if path.suffix or os.sep in name:
         raise ValueError(
-            f"no file {name} (looked for {path.absolute()}): give the path of a .npy or .csv file,"
-            f" or one of {', '.join(_ENTRIES)}"
+            f"no file or data set {name} (looked for {path.absolute()}): give the path of a .npy or"
+            f" .csv file, or one of {', '.join(_ENTRIES)}"
         )
     raise ValueError(_unknown(name, list(_ENTRIES)) + "; or a .npy or .csv file")
 

@@ -50,7 +50,6 @@ Rows = npt.NDArray[Any]
 Nats = TypeVar("Nats", float, Tensor)
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data")
-SUFFIXES = (".npy", *TEXT_SUFFIXES)
 MIN_ROWS = 10
 _FEW_VALUES = 0.05
 

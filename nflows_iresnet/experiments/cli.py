@@ -44,18 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     with EndsTheProcess():
         from nflows_iresnet.experiments import options
-        from nflows_iresnet.experiments.config import UsageError
+        from nflows_iresnet.experiments.config import UsageError, check_extra
         from nflows_iresnet.experiments.files import describe_os_error
     try:
         with EndsTheProcess():
             parsed = options.parse(argv)
+            command = options.COMMANDS[argv[0]]
             if parsed.list:
-                print(parsed.catalogue(), flush=True)
+                print(command.catalogue(), flush=True)
                 return 0
+            check_extra()
             from importlib import import_module
 
-            command = import_module(options.COMMANDS[argv[0]].module)
-        status: int = command.run(parsed)
+            module = import_module(command.module)
+        status: int = module.run(parsed)
         sys.stdout.flush()
         return status
     except UsageError as error:

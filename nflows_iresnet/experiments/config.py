@@ -1,55 +1,43 @@
-"""What a run depends on: every choice, validated, in one frozen value."""
+"""What a result depends on: every choice, validated, in one frozen value; versions, machine."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
+import platform
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
 
+from nflows_iresnet import __version__
+
+Choices = TypeVar("Choices", bound=Any)
 RACE_RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which each model of a race gets the one that validates best."""
 TRAINING_PRECISIONS = ("float32", "tf32")
+_PACKAGES = ("torch", "nflows", "normflows", "numpy", "scikit-learn", "matplotlib", "rich", "zuko")
+_EXTRA = ("jinja2", "joblib", "matplotlib", "pandas", "rich", "scipy")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Every choice that a result depends on: equal configurations give equal results.
 
+    What the help of `compare` says of an option of that name is not said again.
+
     Args:
         datasets: names or paths of the data sets.
-        models: names in `models.MODELS`.
-        steps: optimiser steps per model, or None for a time.
-        budget: training time per model in seconds of the clock, or None.
-        race: training time per model in seconds of the CPU (on a GPU of the clock), or None.
-        device: "cpu" or "cuda".
-        seed: seed of the data, the initial weights, the batches and the samples.
-        repeats: how often each model is trained, with seeds `seed, seed + 1, ...`.
-        data_dir: folder of the real data sets, or None.
-        batch_size: rows per optimiser step.
-        learning_rate: initial learning rate of Adam.
+        models: names in `models.MODELS`, or in `models.IMAGE_MODELS`.
+        steps, budget, race: the length of a training, of which two are None.
         learning_rates: several, of which each model gets the one that validates best with the first
             seed; none for `learning_rate`.
         patience: validations, of 20, without a new best after which a training stops.
-        hidden_features: width of the reference model, ResidualFlow.
-        num_layers: transforms per model.
-        num_blocks_per_layer: hidden layers of the network in each transform.
-        threads: CPU threads that torch uses.
         images: whether the data sets are images, of which the rest speaks.
-        num_train: training images to keep, or None for all.
-        num_scales: how often images are squeezed and half of them factored out.
-        amp: whether networks compute in bfloat16 while training.
-        alpha: distance from 0 and 1 at which the logit of pixels begins.
-        marginal_bins: bins of the spline of each pixel in residual-flow, which then has 1x1
-            convolutions, too, and starts from training images; 0 for none of this.
-        num_terms: terms of the power series that residual-flow is trained by, 0 for the roulette;
-            examinations are unbiased in either case.
-        training_precision: "float32", or "tf32" to allow TensorFloat-32 in training steps.
-        exact_images: test images that get the exact log-determinant where models estimate it, or
-            None for 256, and fewer where images are large.
-        dequantisations: draws of noise over which test likelihoods are averaged.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -150,6 +138,12 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def in_any_folder(config: Choices) -> Choices:
+    """Return choices that find the same data from any folder."""
+    data_dir = getattr(config, "data_dir", None)
+    return config if data_dir is None else replace(config, data_dir=os.path.abspath(data_dir))
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant, else list them all."""
     names = sorted(known)
@@ -171,3 +165,66 @@ def describe(error: Exception) -> str:
 
 class UsageError(Exception):
     """Something that the user can mend; the message is one line."""
+
+
+# --- versions and machine -------------------------------------------------------------------------
+
+
+def check_extra() -> None:
+    """Check that the `compare` extra is installed.
+
+    Raises:
+        UsageError: a package is missing; the message says how to install it.
+    """
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{' and '.join(missing)} not installed: pip install 'nflows-iresnet[compare]'"
+        )
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of this package and of those that results depend on."""
+    return {"nflows-iresnet": __version__, **{name: _version(name) for name in _PACKAGES}}
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return versions, device and machine as plain JSON data."""
+    import torch
+
+    return {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "cpu_count": os.cpu_count(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def check_environment(environment: dict[str, Any]) -> None:
+    """Check that a record holds what reports say of its environment.
+
+    Raises:
+        ValueError: something is missing; the message names it.
+    """
+    inner = environment.get("versions")
+    known = environment | (inner if isinstance(inner, dict) else {})
+    for name in ("versions", "device", "device_name", "nflows-iresnet", "torch"):
+        if name not in known:
+            raise ValueError(f"environment has no {name}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -120,8 +120,6 @@ class RowTask(_Task):
     @classmethod
     def load(cls, name: str, config: RunConfig) -> RowTask:
         """Load a data set by name or path."""
-        if name in datasets.available_images() and name not in datasets.available():
-            raise ValueError(f"dataset {name!r} is a set of images: add --images")
         data = _loaded(lambda: datasets.load(name, data_dir=config.data_dir, seed=config.seed))
         if data.features < 2:
             raise ValueError(f"dataset {name!r} has one column: coupling models need at least two")

@@ -1,24 +1,32 @@
-"""The options of every command: dataclasses, from which their command lines are generated.
-
-By argparse and not by tyro, whose errors are frames of five to fifteen lines that show the types'
-repr, which takes `None` for a number and nothing for `--models`, and is missing without the extra.
-Nothing here imports torch, so that a help and the remark on a mistake are there at once.
-"""
+"""What every command can be told, what its help says, and what can be named."""
 
 from __future__ import annotations
 
-import argparse
-import math
-import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
-from nflows_iresnet import __version__
-from nflows_iresnet.experiments import names
-from nflows_iresnet.experiments.bench.items import describe_items
+from nflows_iresnet.experiments.arguments import (
+    HOW,
+    IMAGES,
+    WHERE,
+    Command,
+    address,
+    check_names,
+    duration,
+    listed,
+    natural_int,
+    nonempty,
+    one_of,
+    option,
+    positive_float,
+    positive_int,
+    read,
+    read_without_command,
+    shown,
+)
+from nflows_iresnet.experiments.bench.items import ITEMS, describe_items
 from nflows_iresnet.experiments.config import (
     IMAGE_DEFAULTS,
     RACE_RATES,
@@ -28,103 +36,37 @@ from nflows_iresnet.experiments.config import (
     resolve_device,
     suggest,
 )
-from nflows_iresnet.experiments.names import listed
+from nflows_iresnet.experiments.figures import DESCRIPTIONS as FIGURES
+from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
 from nflows_iresnet.experiments.presets import COMPARE, QUICK, TABLE2, Preset
 from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, Settings, described_rows
 
-PROGRAM = "nflows-iresnet"
-Number = TypeVar("Number", int, float)
+how = partial(option, group=HOW)
+length = partial(how, is_length=True)
+of_images = partial(option, group=IMAGES)
+where = partial(option, group=WHERE)
 
-# --- values ---------------------------------------------------------------------------------------
-
-
-def positive_int(text: str) -> int:
-    """Parse 1, 2, 3, ..."""
-    wanted = "a positive integer below 2147483648, such as 100"
-    return _parse(text, int, lambda value: 0 < value < 2**31, wanted)
+# --- names ----------------------------------------------------------------------------------------
 
 
-def natural_int(text: str) -> int:
-    """Parse 0, 1, 2, ..."""
-    return _parse(text, int, lambda value: 0 <= value < 2**31, "an integer from 0 to 2147483647")
+def models(*, images: bool) -> dict[str, str]:
+    """Return the models for rows, or for images."""
+    return {name: spec.description for name, spec in (IMAGE_MODELS if images else MODELS).items()}
 
 
-def positive_float(text: str) -> float:
-    """Parse a positive, finite number."""
-    return _parse(text, float, lambda value: 0 < value < math.inf, "a positive number, such as 0.5")
+def items() -> dict[str, str]:
+    """Return the items of the benchmark."""
+    return {name: item.description for name, item in ITEMS.items()}
 
 
-def duration(text: str) -> float:
-    """Parse a time in seconds: 150, 150s or 2.5min."""
-    units = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-    number = text.strip().rstrip("acehimnst ")
-    unit = units.get(text.strip()[len(number) :].strip() or "s")
-    with suppress(argparse.ArgumentTypeError):
-        if unit is not None:
-            return unit * positive_float(number)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a time, such as 150s or 2.5min")
+def data_sets(*, images: bool) -> dict[str, str]:
+    """Return the data sets of rows, or of images; to ask is to import torch."""
+    from nflows_iresnet import datasets
+
+    return datasets.available_images() if images else datasets.available()
 
 
-def address(text: str) -> str:
-    """Parse the address of a scheduler."""
-    protocol, _, place = text.partition("://")
-    host, _, port = place.rpartition(":")
-    if protocol and host and port.isdecimal():
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not an address, such as tcp://scheduler:8786")
-
-
-def nonempty(text: str) -> str:
-    """Refuse what an unset variable of a shell leaves of a name."""
-    if text.strip():
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not a name")
-
-
-def _one_of(*known: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text in known:
-            return text
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
-
-    return parse
-
-
-def _parse(
-    text: str, kind: Callable[[str], Number], accept: Callable[[Number], bool], wanted: str
-) -> Number:
-    with suppress(ValueError):
-        value = kind(text)
-        if accept(value):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-
-# --- options --------------------------------------------------------------------------------------
-
-WHAT, IMAGES = "what is done", "images"
-HOW, WHERE = "how it is done", "where the results go"
-_LENGTH = "length"
-
-
-def option(
-    text: str,
-    kind: Callable[[str], object] | None = None,
-    metavar: str = "N",
-    *,
-    group: str = WHAT,
-    default: Any = None,
-    many: bool = False,
-    is_length: bool = False,
-) -> Any:
-    """Declare a field as an option: of a kind of values, or a flag; one length excludes another."""
-    how: dict[str, Any] = {"type": kind, "metavar": metavar, "default": argparse.SUPPRESS}
-    if kind is None:
-        how, default = {"action": "store_true", "default": argparse.SUPPRESS}, False
-    elif many:
-        how |= {"nargs": "+", "action": "extend"}
-    told = {"help": text, "group": group, "is_length": is_length, "how": how}
-    return field(default=default, metadata=told)
+# --- what several can be told --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,28 +75,15 @@ class Options:
 
     list: bool = option("list what can be named, and stop")
     seed: int = option("reproduces data, weights, batches and samples", natural_int, default=0)
-    quick: bool = option(
-        "few steps of small models, unless told otherwise: does it run?", group=HOW
+    quick: bool = how("few steps of small models, unless told otherwise: does it run?")
+    out: str | None = where(
+        "folder for numbers, pictures and report (default: results/COMMAND-TIME)", nonempty, "DIR"
     )
-    out: str | None = option(
-        "folder for numbers, pictures and report (default: results/COMMAND-TIME)",
-        nonempty,
-        "DIR",
-        group=WHERE,
-    )
-    quiet: bool = option("print only the path of the report", group=WHERE)
+    quiet: bool = where("print only the path of the report")
 
     def default_of(self, name: str) -> object:
         """Return what the help says of an option that was not given."""
         return getattr(self, name)
-
-    def closing(self) -> str:
-        """Return what the help says at its end."""
-        raise NotImplementedError
-
-    def catalogue(self) -> str:
-        """Return what `--list` prints."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Find the mistakes that can be found at once.
@@ -163,20 +92,22 @@ class Options:
             UsageError: one was found; the message says what to do about it.
             ValueError: likewise.
         """
+        for each in fields(self):
+            if (known := each.metadata.get("known")) and getattr(self, each.name):
+                check_names(known[0], getattr(self, each.name), known[1]())
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice(Options):
     """What commands can be told that run on a GPU, too."""
 
-    device: str = option(
+    device: str = how(
         "where it is done; auto is cuda where there is a GPU",
-        _one_of("auto", "cpu", "cuda"),
+        one_of("auto", "cpu", "cuda"),
         "{auto,cpu,cuda}",
-        group=HOW,
         default="auto",
     )
-    threads: int = option("CPU threads", positive_int, group=HOW, default=1)
+    threads: int = how("CPU threads", positive_int, default=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,37 +120,53 @@ class Training(OnDevice):
         "DIR",
     )
     repeats: int | None = option("train each model N times, with seeds S, S+1, ...", positive_int)
-    num_train: int | None = option(
-        "training images to keep (default: all)", positive_int, group=IMAGES
-    )
-    num_scales: int | None = option(
-        "halvings of height and width of images", positive_int, group=IMAGES
-    )
-    steps: int | None = option("optimiser steps per model", positive_int, group=HOW, is_length=True)
-    budget: float | None = option(
+    num_train: int | None = of_images("training images to keep (default: all)", positive_int)
+    num_scales: int | None = of_images("halvings of height and width of images", positive_int)
+    steps: int | None = length("optimiser steps per model", positive_int)
+    budget: float | None = length(
         "the same training time for every model instead of the same steps",
         positive_float,
         "SECONDS",
-        group=HOW,
-        is_length=True,
     )
-    minutes: float | None = option(
-        "--budget in minutes", positive_float, "X", group=HOW, is_length=True
-    )
-    batch_size: int | None = option("rows or images per step", positive_int, group=HOW)
-    learning_rate: float | None = option(
-        "of Adam, annealed to zero by a cosine", positive_float, "X", group=HOW
-    )
-    training_precision: str | None = option(
+    minutes: float | None = length("--budget in minutes", positive_float, "X")
+    batch_size: int | None = how("rows or images per step", positive_int)
+    learning_rate: float | None = how("of Adam, annealed to zero by a cosine", positive_float, "X")
+    training_precision: str | None = how(
         "tf32 allows TensorFloat-32 in training steps on a GPU, never in examinations",
-        _one_of(*TRAINING_PRECISIONS),
+        one_of(*TRAINING_PRECISIONS),
         f"{{{','.join(TRAINING_PRECISIONS)}}}",
-        group=HOW,
     )
-    resume: bool = option("keep what is finished in --out and do the rest", group=WHERE)
+    jobs: int = how(
+        "train so many models side by side, each in a process with --threads of its own",
+        positive_int,
+        default=1,
+    )
+    dask: str | None = how(
+        "train on the workers of this Dask scheduler, such as tcp://scheduler:8786",
+        address,
+        "ADDRESS",
+    )
+    resume: bool = where("keep what is finished in --out and do the rest")
+    checkpoint_minutes: float = where(
+        "save the training under way this often", positive_float, "X", default=5.0
+    )
+
+    def choose(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        """Return defaults, but for what was told; a length that was told excludes the others."""
+        given = {name: getattr(self, name) for name in defaults}
+        if self.minutes is not None:
+            given["budget"] = 60 * self.minutes
+        lengths = defaults.keys() & {"steps", "budget", "race"}
+        if any(given[name] is not None for name in lengths):
+            defaults = {**defaults, **dict.fromkeys(lengths)}
+        return {
+            name: default if given[name] in (None, ()) else given[name]
+            for name, default in defaults.items()
+        }
 
     def check(self) -> None:
         """Find the mistakes that can be found at once."""
+        super().check()
         if self.resume and self.out is None:
             raise UsageError("--resume needs the --out folder of the run to go on with")
 
@@ -260,69 +207,47 @@ class CompareOptions(Training):
     hidden_features: int | None = option("width of ResidualFlow's networks", positive_int)
     num_layers: int | None = option("transforms in each flow, or scale", positive_int)
     num_blocks_per_layer: int | None = option("depth of each network", positive_int)
-    images: bool = option("the data sets are images: multi-scale models", group=IMAGES)
-    amp: bool = option(
+    images: bool = of_images("the data sets are images: multi-scale models")
+    amp: bool = of_images(
         "compute coupling networks in bfloat16 while training; log-determinants, and residual "
-        "blocks, which need it, stay in full precision",
-        group=IMAGES,
+        "blocks, which need it, stay in full precision"
     )
-    alpha: float | None = option(
-        "distance from black and white of the logit", positive_float, "X", group=IMAGES
+    alpha: float | None = of_images(
+        "distance from black and white of the logit", positive_float, "X"
     )
-    marginal_bins: int | None = option(
+    marginal_bins: int | None = of_images(
         "bins of a spline for each pixel in residual-flow, which then has 1x1 convolutions, too, "
         "and starts from training images; 0 for none of this",
         natural_int,
-        group=IMAGES,
     )
-    num_terms: int | None = option(
+    num_terms: int | None = of_images(
         "terms of the series that residual-flow is trained by, 0 for the roulette; examinations "
         "are unbiased in either case",
         natural_int,
-        group=IMAGES,
     )
-    exact_images: int | None = option(
+    exact_images: int | None = of_images(
         "test images that get the exact log-determinant where a model estimates it "
         "(default: 256, fewer where images are large)",
         positive_int,
-        group=IMAGES,
     )
-    dequantisations: int | None = option("draws of noise in tests", positive_int, group=IMAGES)
-    race: float | None = option(
+    dequantisations: int | None = of_images("draws of noise in tests", positive_int)
+    race: float | None = length(
         "the same seconds of the CPU for every model and repeat, on a GPU of the clock, such as "
         "150s or 2.5min: the schedule follows the time, validation does not count, and the table "
         "has means over the seeds, steps and learning rates",
         duration,
         "TIME",
-        group=HOW,
-        is_length=True,
     )
-    learning_rates: tuple[float, ...] | None = option(
+    learning_rates: tuple[float, ...] | None = how(
         "train each model with each of these and the first seed, and keep the rate that validates "
         "best; the other trainings count nothing, but cost as much as one that does (default: "
         f"none; with --race: {' '.join(map(str, RACE_RATES))}, unless --learning-rate is given)",
         positive_float,
         "X",
-        group=HOW,
         many=True,
     )
-    patience: int | None = option(
-        "stop after so many of the 20 validations without a new best", positive_int, group=HOW
-    )
-    jobs: int = option(
-        "train so many models side by side, each in a process with --threads of its own",
-        positive_int,
-        group=HOW,
-        default=1,
-    )
-    dask: str | None = option(
-        "train on the workers of this Dask scheduler, such as tcp://scheduler:8786",
-        address,
-        "ADDRESS",
-        group=HOW,
-    )
-    checkpoint_minutes: float = option(
-        "save the training under way this often", positive_float, "X", group=WHERE, default=5.0
+    patience: int | None = how(
+        "stop after so many of the 20 validations without a new best", positive_int
     )
 
     @property
@@ -330,7 +255,7 @@ class CompareOptions(Training):
         """Whether the data sets are images, as they were said to be or are by their names."""
         if self.images or not (self.preset.finds_images and self.datasets):
             return self.images
-        known = names.sets_of_images().keys() - names.data_sets().keys()
+        known = data_sets(images=True).keys() - data_sets(images=False).keys()
         return known.issuperset(self.datasets)
 
     def default_of(self, name: str) -> object:
@@ -340,55 +265,32 @@ class CompareOptions(Training):
         images = IMAGE_DEFAULTS.get(name, rows)
         if name in ("datasets", "models"):
             rows, images = getattr(self.preset, name), getattr(self.preset, f"image_{name}")
-        return rows if rows == images else f"{_shown(rows)}; with --images: {_shown(images)}"
-
-    def closing(self) -> str:
-        """Return what the help says at its end."""
-        rows, images = (listed(names.models(images=images)) for images in (False, True))
-        models = f"models:\n{rows}\n\nmodels with --images:\n{images}\n"
-        return "\n".join([models, self.preset.examples, _CLOSING])
-
-    def catalogue(self) -> str:
-        """Return what `--list` prints."""
-        sections = {
-            "datasets:": names.data_sets(),
-            "images (with --images):": names.sets_of_images(),
-            "models:": names.models(images=False),
-            "models with --images:": names.models(images=True),
-        }
-        return "\n\n".join(f"{title}\n{listed(known)}" for title, known in sections.items())
+        return rows if rows == images else f"{shown(rows)}; with --images: {shown(images)}"
 
     def check(self) -> None:
-        """Find the mistakes that can be found at once."""
+        """Find the mistakes that can be found at once; files and unknown names are loading's."""
         super().check()
         for name in self.datasets:
-            self._check_dataset(name)
-        known = names.models(images=self.are_images)
+            self._check_kind(name)
+        known = models(images=self.are_images)
         starts = () if self.are_images else [f"{name}{_SAME_START}" for name in known]
         for name in self.models or ():
             is_like_none = name not in known and not suggest(name, known).startswith("did")
-            if is_like_none and name in names.data_sets():
+            if is_like_none and name in data_sets(images=False):
                 raise UsageError(f"unknown model {name!r}: data sets stand before the options")
-            names.check("model", [name], [*known, *starts])
+            check_names("model", [name], [*known, *starts])
         to_config(replace(self, device="cpu", same_start=self.same_start and self.are_images))
 
-    def _check_dataset(self, name: str) -> None:
+    def _check_kind(self, name: str) -> None:
+        """Check that a name is one of rows, or of images, whichever is meant."""
+        kind, other = self.are_images, not self.are_images
         if not name.strip():
             raise UsageError(f"{name!r} is not the name of a data set: see --list")
-        rows, images = names.data_sets(), names.sets_of_images()
-        if name in (images if self.are_images else rows):
-            return
-        if name in rows:
-            raise UsageError(f"dataset {name!r} is not a set of images: leave out --images")
-        if name in images:
-            raise UsageError(f"dataset {name!r} is a set of images: add --images")
+        if name in data_sets(images=other) and name not in data_sets(images=kind):
+            remedy = "not a set of images: leave out" if kind else "a set of images: add"
+            raise UsageError(f"dataset {name!r} is {remedy} --images")
         if self.are_images:
-            names.check("set of images", [name], images)
-        path = Path(name).expanduser()
-        if not path.exists():
-            if path.suffix or os.sep in name:
-                raise UsageError(f"no file {name!r} (looked for {str(path.absolute())!r})")
-            names.check("data set", [name], rows)
+            check_names("set of images", [name], data_sets(images=True))
 
 
 def to_config(options: CompareOptions) -> RunConfig:
@@ -406,17 +308,9 @@ def to_config(options: CompareOptions) -> RunConfig:
         defaults |= preset.tuned_to(options.datasets or defaults["datasets"], device)
     if options.quick:
         defaults |= {**QUICK, "budget": None}
-    given = {name: getattr(options, name) for name in DEFAULTS}
-    if options.minutes is not None:
-        given["budget"] = 60 * options.minutes
-    if any(given[name] is not None for name in ("steps", "budget", "race")):
-        defaults |= {"steps": None, "budget": None, "race": None}
-    if given["race"] is not None and given["learning_rate"] is None:
+    if options.race is not None and options.learning_rate is None:
         defaults["learning_rates"] = RACE_RATES
-    chosen = {
-        name: default if given[name] in (None, ()) else given[name]
-        for name, default in defaults.items()
-    }
+    chosen = options.choose(defaults)
     for name in ("datasets", "models", "learning_rates"):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
     if options.same_start:
@@ -463,9 +357,7 @@ class Table1Options(Training):
     )
     num_blocks: int | None = option("residual blocks per scale", positive_int)
     padding: int | None = option("channels of zeros that are appended to the images", natural_int)
-    shift: int | None = option(
-        "largest random shift of training images, in pixels", natural_int, group=IMAGES
-    )
+    shift: int | None = of_images("largest random shift of training images, in pixels", natural_int)
 
     def default_of(self, name: str) -> object:
         """Return what the help says of an option that was not given."""
@@ -474,20 +366,11 @@ class Table1Options(Training):
             default = getattr(Settings(), name, None)
         return f"{default}; mnist: a time" if name == "steps" else default
 
-    def closing(self) -> str:
-        """Return what the help says at its end."""
-        return f"rows:\n{listed(described_rows(DEFAULT_COEFFS), 15)}\n\n{_TABLE1_CLOSING}"
-
-    def catalogue(self) -> str:
-        """Return what `--list` prints."""
-        rows = listed(described_rows(DEFAULT_COEFFS), 15)
-        return f"data sets:\n{listed(names.sets_of_images(), 15)}\n\nrows:\n{rows}"
-
     def check(self) -> None:
         """Find the mistakes that can be found at once."""
         super().check()
         Settings(coeffs=self.coeffs or DEFAULT_COEFFS)
-        names.check("set of images", [self.dataset], names.sets_of_images())
+        check_names("set of images", [self.dataset], data_sets(images=True))
 
 
 # --- bench and figures ----------------------------------------------------------------------------
@@ -499,9 +382,9 @@ how times are taken:
   quartiles q1 and q3, and the ratio to normflows: that of each round, its median and quartiles.
   "cpu ratio" is that of processor time. With one thread it is the one to trust, and the one that
   targets are held against: other programs that take the processor away lengthen the wall time of
-  whom they happen to hit, not the processor time. With more threads, and on a GPU (events of its
-  stream), targets are held against the wall ratio. Columns "x" are how many times smaller a number
-  is than normflows'.
+  whom they happen to hit, not the processor time. With more threads, and on a GPU (idle before and
+  done after), targets are held against the wall ratio. Columns "x" are how many times smaller a
+  number is than normflows'.
 
 examples:
   nflows-iresnet bench --quick                          a subset, minutes
@@ -530,39 +413,24 @@ class BenchOptions(OnDevice):
     """What `bench` can be told."""
 
     only: tuple[str, ...] | None = option(
-        "items to measure (default: all but quality)", nonempty, "NAME", many=True
+        "items to measure (default: all but quality)",
+        nonempty,
+        "NAME",
+        many=True,
+        known=("item", items),
     )
     quality: bool = option(
         "also measure likelihood over training time: 2 models, 3 data sets, 3 seeds (1 with "
         "--quick), each for --seconds"
     )
-    seconds: float | None = option(
-        "training time per model for quality (default: 80; 10 with --quick)",
-        positive_float,
-        "S",
-        group=HOW,
+    seconds: float | None = how(
+        "training time per model for quality (default: 80; 10 with --quick)", positive_float, "S"
     )
-    learning_rate: float = option(
-        "of Adam for quality, constant", positive_float, "X", group=HOW, default=5e-3
-    )
-    repeats: int | None = option(
+    learning_rate: float = how("of Adam for quality, constant", positive_float, "X", default=5e-3)
+    repeats: int | None = how(
         "rounds per case (default: as many as fit into a few seconds, at least 5; 3 with --quick)",
         positive_int,
-        group=HOW,
     )
-
-    def closing(self) -> str:
-        """Return what the help says at its end."""
-        items = listed(names.items(), 19)
-        return f"items, of which --list says what they measure:\n{items}\n\n{_BENCH_CLOSING}"
-
-    def catalogue(self) -> str:
-        """Return what `--list` prints."""
-        return describe_items()
-
-    def check(self) -> None:
-        """Find the mistakes that can be found at once."""
-        names.check("item", self.only, names.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -570,49 +438,56 @@ class FiguresOptions(OnDevice):
     """What `figures` can be told."""
 
     only: tuple[str, ...] | None = option(
-        "figures to draw (default: all)", nonempty, "NAME", many=True
+        "figures to draw (default: all)",
+        nonempty,
+        "NAME",
+        many=True,
+        known=("figure", FIGURES.keys),
     )
-    steps: int | None = option(
-        "optimiser steps per model (default: what each figure needs)", positive_int, group=HOW
+    steps: int | None = how(
+        "optimiser steps per model (default: what each figure needs)", positive_int
     )
 
-    def closing(self) -> str:
-        """Return what the help says at its end."""
-        return f"{self.catalogue()}\n\n{_FIGURES_CLOSING}"
 
-    def catalogue(self) -> str:
-        """Return what `--list` prints."""
-        return f"figures:\n{listed(names.FIGURES, 12)}"
-
-    def check(self) -> None:
-        """Find the mistakes that can be found at once."""
-        names.check("figure", self.only, names.FIGURES)
-
-
-# --- command lines --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command.
-
-    Args:
-        about: one line.
-        module: where `run` takes the options, imports torch and does the work.
-        options: without any that was given.
-        words: the option that takes words without a flag, and its help.
-    """
-
-    about: str
-    module: str
-    options: Options
-    words: tuple[str, str] | None = None
+# --- the commands ---------------------------------------------------------------------------------
 
 
 def _densities(preset: Preset) -> Command:
-    module = "nflows_iresnet.experiments.compare"
-    words = "name (see --list), or path of a .csv or .npy file with a row per sample"
-    return Command(preset.help, module, CompareOptions(preset=preset), ("datasets", words))
+    def closing() -> str:
+        rows, images = (listed(models(images=images)) for images in (False, True))
+        known = f"models:\n{rows}\n\nmodels with --images:\n{images}\n"
+        return "\n".join([known, preset.examples, _CLOSING])
+
+    return Command(
+        preset.help,
+        "nflows_iresnet.experiments.compare",
+        CompareOptions(preset=preset),
+        closing,
+        _all_data_and_models,
+        ("datasets", "name (see --list), or path of a .csv or .npy file with a row per sample"),
+    )
+
+
+def _all_data_and_models() -> str:
+    sections = {
+        "datasets:": data_sets(images=False),
+        "images (with --images):": data_sets(images=True),
+        "models:": models(images=False),
+        "models with --images:": models(images=True),
+    }
+    return "\n\n".join(f"{title}\n{listed(known)}" for title, known in sections.items())
+
+
+def _rows() -> str:
+    return f"rows:\n{listed(described_rows(DEFAULT_COEFFS), 15)}"
+
+
+def _items() -> str:
+    return f"items, of which --list says what they measure:\n{listed(items(), 19)}"
+
+
+def _figures() -> str:
+    return f"figures:\n{listed(FIGURES, 12)}"
 
 
 COMMANDS = {
@@ -622,43 +497,25 @@ COMMANDS = {
         "Test errors of invertible classifiers for five bounds, a free one and a ResNet.",
         "nflows_iresnet.experiments.table1.command",
         Table1Options(),
+        lambda: f"{_rows()}\n\n{_TABLE1_CLOSING}",
+        lambda: f"data sets:\n{listed(data_sets(images=True), 15)}\n\n{_rows()}",
         ("dataset", "name of a set of images, see --list"),
     ),
     "bench": Command(
         "Time this library, normflows and a plain network side by side.",
         "nflows_iresnet.experiments.bench.command",
         BenchOptions(),
+        lambda: f"{_items()}\n\n{_BENCH_CLOSING}",
+        describe_items,
     ),
     "figures": Command(
         "Train small models and draw what the method does.",
         "nflows_iresnet.experiments.figures.command",
         FiguresOptions(),
+        lambda: f"{_figures()}\n\n{_FIGURES_CLOSING}",
+        _figures,
     ),
 }
-_TYPED_DASHES = tuple("\u2010\u2011\u2012\u2013\u2014\u2212")
-"""What typography makes of the hyphen, in pages from which command lines are copied."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage."""
-
-    def __init__(self, prog: str, about: str, closing: str) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            prog, description=about, epilog=closing, formatter_class=raw, allow_abbrev=False
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of leaving the process."""
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-    def refuse_option(self, word: str) -> NoReturn:
-        """Raise, and say which option was probably meant."""
-        flag = "--" + word.lstrip("-" + "".join(_TYPED_DASHES)).split("=")[0]
-        known = [each for each in self._option_string_actions if each.startswith("--")]
-        longer = [each for each in known if each.startswith(flag)]
-        hint = suggest(flag, longer or known)
-        self.error(f"unknown option {word!r}" + (f": {hint}" if hint.startswith("did") else ""))
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -669,75 +526,11 @@ def parse(argv: Sequence[str]) -> Options:
         SystemExit: it asked for help or the version, which is printed.
     """
     if not argv or argv[0].startswith("-"):
-        _parse_without_command(argv)
-    names.check("command", argv[:1], COMMANDS)
-    options = _read(argv[0], argv[1:])
+        read_without_command(argv, COMMANDS)
+    check_names("command", argv[:1], COMMANDS)
+    options: Options = read(argv[0], COMMANDS[argv[0]], argv[1:])
     try:
         options.check()
     except ValueError as error:
         raise UsageError(str(error)) from error
     return options
-
-
-def _parse_without_command(argv: Sequence[str]) -> NoReturn:
-    commands = listed({name: command.about for name, command in COMMANDS.items()}, 10)
-    closing = f"commands, of which each has a --help:\n{commands}"
-    parser = _Parser(PROGRAM, "Invertible residual networks for nflows.", closing)
-    parser.usage = f"{PROGRAM} [-h] [--version] COMMAND ..."
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    _, rest = parser.parse_known_args(argv)
-    if rest and rest[0].startswith("-"):
-        parser.refuse_option(rest[0])
-    parser.error(f"name a COMMAND: {', '.join(COMMANDS)}")
-
-
-def _read(name: str, words: Sequence[str]) -> Options:
-    command = COMMANDS[name]
-    parser = _Parser(f"{PROGRAM} {name}", command.about, command.options.closing())
-    _declare(parser, command)
-    parsed, rest = parser.parse_known_args(words)
-    given: dict[str, Any] = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in vars(parsed).items()
-    }
-    front = given.pop("WORDS", ())
-    for word in (*rest, *front):
-        if word[:1] in _TYPED_DASHES or (word in rest and word.startswith("-") and word != "--"):
-            parser.refuse_option(word)
-    found = (*front, *(word for word in rest if word != "--"))
-    return replace(command.options, **{**given, **_words(parser, command, found)})
-
-
-def _words(parser: _Parser, command: Command, found: tuple[str, ...]) -> dict[str, Any]:
-    """Return the field that takes words without a flag; argparse leaves some behind options."""
-    name = command.words[0] if command.words else ""
-    many = isinstance(getattr(command.options, name, None), tuple)
-    taken = len(found) if many else int(bool(name))
-    if len(found) > taken:
-        parser.error(f"{found[taken]!r} is one word too many")
-    if not found:
-        return {}
-    return {name: found if many else found[0]}
-
-
-def _declare(parser: _Parser, command: Command) -> None:
-    if command.words is not None:
-        name, text = command.words
-        text = f"{text} (default: {_shown(command.options.default_of(name))})"
-        parser.add_argument(
-            "WORDS", nargs="*", metavar="DATASET", help=text, default=argparse.SUPPRESS
-        )
-    declared = [each for each in fields(command.options) if each.metadata]
-    groups = {title: parser.add_argument_group(title) for title in (WHAT, IMAGES, HOW, WHERE)}
-    if any(each.metadata["is_length"] for each in declared):
-        groups[_LENGTH] = groups[HOW].add_mutually_exclusive_group()
-    for each in declared:
-        told, default = each.metadata, command.options.default_of(each.name)
-        text = told["help"]
-        if "(default:" not in text and default is not None and default is not False:
-            text += f" (default: {_shown(default)})"
-        group = groups[_LENGTH if told["is_length"] else told["group"]]
-        group.add_argument(f"--{each.name.replace('_', '-')}", help=text, **told["how"])
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -19,27 +19,83 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from nflows_iresnet.experiments.checkpoints import Keeper
-from nflows_iresnet.experiments.config import RunConfig, UsageError, describe
-from nflows_iresnet.experiments.data import Task
-from nflows_iresnet.experiments.environment import describe_environment
-from nflows_iresnet.experiments.runs import Job, OnStep, Outcome, load_task
+from nflows_iresnet.experiments.config import UsageError, describe, describe_environment
+from nflows_iresnet.experiments.files import Keeper
+from nflows_iresnet.experiments.record import Key
 from nflows_iresnet.interruption import Ignored, Postponed
-from nflows_iresnet.training import Interruption
+from nflows_iresnet.training import History, Interruption, Training
+from nflows_iresnet.training import run as run_training
 
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.progress import LiveProgress
 
-TakeIn = Callable[[int, Outcome], None]
+TakeIn = Callable[[int, Any], None]
+OnStep = Callable[[float, float], None]
 _STOPPING = "finishing the steps under way, then saving checkpoints"
 _GRACE = 30.0
 """Seconds that a process without a parent has for its step and its checkpoint."""
+_AT_WORK = threading.Lock()
+"""Held while a process does a job."""
 _CONNECTING = 10
+
+
+def _nobody_looks(done: float, loss: float) -> None:
+    """Take no notice of a step."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks at a training, and may stop it.
+
+    Args:
+        on_step: called after each step with the fraction done and the loss.
+        keeper: keeps its checkpoints.
+        interruption: asks it to stop; with a keeper alone that is Ctrl-C.
+    """
+
+    on_step: OnStep = _nobody_looks
+    keeper: Keeper | None = None
+    interruption: Interruption | None = None
+
+    def train(self, training: Training) -> History:
+        """Train; a wish to stop is raised after the step, when it is saved."""
+        interruption = self.interruption
+        if interruption is None and self.keeper is not None:
+            interruption = Postponed()
+        return run_training(training, self.on_step, self.keeper, interruption)
+
+
+NOBODY = Watch()
+
+
+class Job(Protocol):
+    """A training and what follows, which can be done here or by another process."""
+
+    @property
+    def key(self) -> Key:
+        """What its checkpoint is named for."""
+
+    @property
+    def label(self) -> str:
+        """Name it for people."""
+
+    @property
+    def config(self) -> Any:
+        """Every choice, among them `threads`."""
+
+    def do(self, watch: Watch = NOBODY) -> Any:
+        """Do it, and return what was found."""
+
+    def without_data(self) -> Job:
+        """Return what another process is sent, which may run in another folder."""
+
+    def with_data(self) -> Job:
+        """Load the data of a job that was sent."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +105,22 @@ class Order:
     Args:
         job: without its data.
         label: names it for people.
-        dataset: the name or path by which the data are loaded.
         keeper: keeps its checkpoints.
     """
 
     job: Job
     label: str
-    dataset: str
     keeper: Keeper
 
     @classmethod
-    def of(cls, job: Job, dataset: str, keeper: Keeper) -> Order:
+    def of(cls, job: Job, keeper: Keeper) -> Order:
         """Leave the data out, and name files so that it can be done in any folder."""
-        config, run = job.config, replace(job.run, task=cast(Task, None))
-        if config.data_dir is not None:
-            config = replace(config, data_dir=os.path.abspath(config.data_dir))
-        return cls(
-            replace(job, run=run, config=config),
-            job.label,
-            os.path.abspath(dataset) if os.path.exists(dataset) else dataset,
-            replace(keeper, path=keeper.path.absolute()),
-        )
+        kept = replace(keeper, path=keeper.path.absolute())
+        return cls(job.without_data(), job.label, kept)
 
     def do(
-        self, wish: Interruption, keeper: Keeper | None, on_step: OnStep = lambda done, loss: None
-    ) -> Outcome | None:
+        self, wish: Interruption, keeper: Keeper | None, on_step: OnStep = _nobody_looks
+    ) -> Any | None:
         """Do it; None if it was to stop, which leaves a checkpoint.
 
         Raises:
@@ -84,18 +131,13 @@ class Order:
         torch.set_num_threads(self.job.config.threads)
         warnings.filterwarnings("ignore", module=r"(nflows|normflows)\.")
         try:
-            task = _load(self.dataset, self.job.config)
-        except (ValueError, OSError) as error:
+            job = self.job.with_data()
+        except (ValueError, OSError, ImportError) as error:
             raise UsageError(f"{self.label}: its process cannot load the data: {error}") from error
         try:
-            return replace(self.job, run=replace(self.job.run, task=task)).do(on_step, keeper, wish)
+            return job.do(Watch(on_step, keeper, wish))
         except KeyboardInterrupt:
             return None
-
-
-@lru_cache(maxsize=8)
-def _load(name: str, config: RunConfig) -> Task:
-    return load_task(name, config)
 
 
 class _Wish(Interruption):
@@ -235,17 +277,15 @@ def _death_described(left: dict[int, Order]) -> Iterator[None]:
         ) from error
 
 
-def _do_in_process(
-    order: Order, index: int, path: str, size: int, parent: int
-) -> tuple[int, Outcome | Exception | None]:
+def _do_in_process(order: Order, index: int, path: str, size: int, parent: int) -> tuple[int, Any]:
     """Do it; an error is returned, as joblib would kill the others if it were raised."""
     _settle_in(parent, os.path.dirname(path))
     board = _Board(path, size)
+    wish = _ToldByParent(board, parent)
     try:
-        wish = _ToldByParent(board, parent)
-        return index, order.do(
-            wish, replace(order.keeper), lambda done, loss: board.put(index, done)
-        )
+        with _AT_WORK:
+            found = order.do(wish, replace(order.keeper), lambda done, loss: board.put(index, done))
+        return index, found
     except Exception as error:
         return index, error
 
@@ -268,10 +308,10 @@ def _settle_in(parent: int, folder: str) -> None:
 
 
 def _outlive_nobody(parent: int, folder: str) -> None:
-    """End this process soon after the one that started it, by when a step has been saved."""
+    """End this process after the one that started it, as soon as the step is saved."""
     while os.getppid() == parent:
-        time.sleep(1.0)
-    time.sleep(_GRACE)
+        time.sleep(0.5)
+    _AT_WORK.acquire(timeout=_GRACE)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
@@ -343,17 +383,16 @@ def on_cluster(
         client.cancel(list(left))
 
 
-def _outcome_of(future: Any, label: str) -> Outcome:
+def _outcome_of(future: Any, label: str) -> Any:
     from distributed import KilledWorker
 
     try:
-        outcome: Outcome = future.result()
+        return future.result()
     except (KilledWorker, CancelledError, ImportError, RuntimeError) as error:
         raise ConnectionError(f"the cluster could not do {label}: {describe(error)}") from error
-    return outcome
 
 
-def _do_on_worker(order: Order, started: str, versions: dict[str, Any]) -> Outcome | None:
+def _do_on_worker(order: Order, started: str, versions: dict[str, Any]) -> Any | None:
     from distributed import get_worker
 
     worker = get_worker()

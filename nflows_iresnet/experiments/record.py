@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, 
 
 import numpy as np
 
-from nflows_iresnet.experiments.config import slug
-from nflows_iresnet.experiments.environment import check_environment, describe_environment
+from nflows_iresnet.experiments.config import check_environment, describe_environment, slug
 from nflows_iresnet.experiments.evaluation import Array, Metrics
-from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
+from nflows_iresnet.experiments.files import prepare_folder
+from nflows_iresnet.files import WriteError, moved_away, write_atomically
 from nflows_iresnet.training import History, finite
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def parse(text: str, version: int | str) -> dict[str, Any]:
         data = json.loads(text)
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
-    if not isinstance(data, dict) or data.pop("format", None) != version:
+    found = data.pop("format", None) if isinstance(data, dict) else None
+    if str(found).startswith("table1-") and found != version:
+        raise ValueError("it holds results of nflows-iresnet table1")
+    if not isinstance(data, dict) or found != version:
         raise ValueError(f"it holds no results of this command (format {version})")
     return data
 
@@ -131,6 +134,16 @@ class RunRecord:
     arguments: dict[str, Any]
     environment: dict[str, Any]
     started: str
+
+    @property
+    def command(self) -> str:
+        """The subcommand."""
+        raise NotImplementedError
+
+    @property
+    def described_data(self) -> Any:
+        """What is known of the data, by which others are told from them."""
+        raise NotImplementedError
 
     @classmethod
     def begin(cls, arguments: dict[str, Any], device: str, **content: Any) -> Self:
@@ -279,6 +292,11 @@ class Record(RunRecord):
     published: dict[str, dict[str, str]] = field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
 
+    @property
+    def described_data(self) -> tuple[DatasetSummary, ...]:
+        """What is known of the data."""
+        return self.datasets
+
     def of(self, dataset: str) -> list[Result]:
         """Return the results on one data set."""
         return [result for result in self.results if result.dataset == dataset]
@@ -328,8 +346,14 @@ class Folder:
         """Make the folder and prove that it can be written.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it cannot, or a folder lies where a file is to be written at the end.
         """
+        for path in (self.path / "results.csv", self.path / "report.html"):
+            if path.is_dir():
+                raise ValueError(
+                    f"{str(path)!r} is a folder, and a file of that name is to be written: move it "
+                    f"away ({moved_away(path)}), or choose another --out"
+                )
         prepare_folder(self.path / "runs")
 
     def refuse_results(self, from_json: Callable[[str], object]) -> None:
@@ -365,10 +389,11 @@ class Folder:
                     f"there and is {_shown(now.get(name))} now; use the same, or another --out"
                 )
 
-    def save_record(self, record: Record) -> None:
-        """Write results.json and results.csv."""
+    def save_record(self, record: RunRecord) -> None:
+        """Write results.json, and of a comparison results.csv."""
         write_atomically(self.results, record.as_json().encode())
-        write_atomically(self.path / "results.csv", record.as_csv().encode())
+        if isinstance(record, Record):
+            write_atomically(self.path / "results.csv", record.as_csv().encode())
 
     def load_record(self) -> Record:
         """Read results.json; see `load`."""
@@ -392,10 +417,9 @@ class Folder:
             raise ValueError(f"{complaint}: there is none; start anew without --resume") from error
         except Exception as error:  # a damaged file may raise anything
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            paths = (shlex.quote(f"{self.results}{suffix}") for suffix in ("", ".damaged"))
             raise ValueError(
                 f"{complaint}: {reason}; choose another --out, or move it away "
-                f"(mv {' '.join(paths)}) and start anew without --resume"
+                f"({moved_away(self.results, '.damaged')}) and start anew without --resume"
             ) from error
 
     def arrays(self, key: Key) -> Path:

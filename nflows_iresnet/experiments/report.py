@@ -14,7 +14,6 @@ from markupsafe import Markup
 from nflows_iresnet.datasets.tables import COMPARABLE
 from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.evaluation import MEMORY_MEASURE
-from nflows_iresnet.experiments.files import write_atomically
 from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record
 from nflows_iresnet.experiments.tables import (
     Column,
@@ -27,6 +26,7 @@ from nflows_iresnet.experiments.tables import (
     rows_of,
     verdict,
 )
+from nflows_iresnet.files import write_atomically
 
 _FAIRNESS = (
     "Every model sees the same splits and the same batches in the same order, has the parameter "

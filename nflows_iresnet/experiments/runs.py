@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import cast
 
+from nflows_iresnet import datasets
 from nflows_iresnet.experiments import saved
 from nflows_iresnet.experiments.adapters import DensityModel
-from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
-from nflows_iresnet.experiments.config import RunConfig, describe, slug
+from nflows_iresnet.experiments.config import RunConfig, describe, in_any_folder, slug
 from nflows_iresnet.experiments.data import ImageTask, RowTask, Task
 from nflows_iresnet.experiments.evaluation import Array, Evaluation, Metrics, evaluate
-from nflows_iresnet.experiments.files import WriteError
+from nflows_iresnet.experiments.files import CheckpointError
 from nflows_iresnet.experiments.models import (
     IMAGE_MODELS,
     MODELS,
@@ -23,29 +26,23 @@ from nflows_iresnet.experiments.models import (
     find_model,
     match_parameters,
 )
+from nflows_iresnet.experiments.parallel import NOBODY, Watch
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result, Trial
-from nflows_iresnet.interruption import Postponed
+from nflows_iresnet.files import WriteError
 from nflows_iresnet.training import (
     History,
-    Interruption,
     Seconds,
     Steps,
     Training,
     TrainingPlan,
     seed_everything,
 )
-from nflows_iresnet.training import run as run_training
 
 AVERAGE_DECAY = 0.999
 WARMUP = 0.02
 
-OnStep = Callable[[float, float], None]
 Outcome = tuple[Result | Trial, dict[str, Array], bytes | None]
 """What a job found, its arrays, and the weights that it trained, if there are any."""
-
-
-def _nobody_looks(done: float, loss: float) -> None:
-    """Take no notice of a step."""
 
 
 # --- what there is to do --------------------------------------------------------------------------
@@ -53,12 +50,17 @@ def _nobody_looks(done: float, loss: float) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One model to be trained once on one data set."""
+    """One model to be trained once on one data set.
+
+    Args:
+        source: the name or path that the data are loaded by.
+    """
 
     task: Task
     model: str
     size: Architecture
     repeat: int
+    source: str = ""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -73,38 +75,56 @@ class Job:
     Args:
         run: the model, on its data, with its seed.
         config: every choice.
-        learning_rate: of the training.
+        learning_rate: of the training, None for the first of the configuration.
         is_trial: whether it is trained and validated only.
     """
 
     run: Run
     config: RunConfig
-    learning_rate: float
+    learning_rate: float | None = None
     is_trial: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.learning_rate or self.config.rates[0]
+
+    @property
+    def seed(self) -> int:
+        """Reproduces the weights, the batches and the samples."""
+        return self.config.seed + self.run.repeat
 
     @property
     def key(self) -> tuple[str | int, ...]:
         """What the checkpoint is named for: a rate that was chosen goes on from its trial."""
         is_tried = self.config.is_tuned and self.run.repeat == 0
-        return (*self.run.key, f"{self.learning_rate:g}") if is_tried else self.run.key
+        return (*self.run.key, f"{self.rate:g}") if is_tried else self.run.key
 
     @property
     def label(self) -> str:
         """Name it for people."""
         dataset, model, repeat = self.run.key
         parts = [dataset, model, f"repeat {repeat + 1}" if repeat else ""]
-        parts.append(f"learning rate {self.learning_rate:g}" if self.is_trial else "")
+        parts.append(f"learning rate {self.rate:g}" if self.is_trial else "")
         return " · ".join(filter(None, parts))
 
-    def do(
-        self,
-        on_step: OnStep = _nobody_looks,
-        keeper: Keeper | None = None,
-        interruption: Interruption | None = None,
-    ) -> Outcome:
+    def do(self, watch: Watch = NOBODY) -> Outcome:
         """Do it."""
-        settings = (self.run, self.config, on_step, keeper, self.learning_rate, interruption)
-        return (try_rate(*settings), {}, None) if self.is_trial else execute(*settings)
+        return (try_rate(self, watch), {}, None) if self.is_trial else execute(self, watch)
+
+    def without_data(self) -> Job:
+        """Return what another process is sent, which may run in another folder."""
+        source = self.run.source
+        run = replace(
+            self.run,
+            task=cast(Task, None),
+            source=os.path.abspath(source) if os.path.exists(source) else source,
+        )
+        return replace(self, run=run, config=in_any_folder(self.config))
+
+    def with_data(self) -> Job:
+        """Load the data of a job that was sent."""
+        return replace(self, run=replace(self.run, task=_load_once(self.run.source, self.config)))
 
 
 def every_job(runs: Sequence[Run], config: RunConfig) -> list[Job]:
@@ -155,11 +175,13 @@ def prepare(config: RunConfig) -> list[Run]:
     """
     for name in config.models:
         find_model(name, IMAGE_MODELS if config.images else MODELS)
-    tasks = [load_task(name, config) for name in config.datasets]
-    _check_distinct([task.name for task in tasks])
+    mistakes_first = sorted(config.datasets, key=partial(_is_there, config))
+    found = {name: load_task(name, config) for name in mistakes_first}
+    tasks = {name: found[name] for name in config.datasets}
+    _check_distinct([task.name for task in tasks.values()])
     return [
-        Run(task, model, _size(model, task.reference(config)), repeat)
-        for task in tasks
+        Run(task, model, _size(model, task.reference(config)), repeat, source)
+        for source, task in tasks.items()
         for model in config.models
         for repeat in range(config.repeats)
     ]
@@ -173,6 +195,14 @@ def load_task(name: str, config: RunConfig) -> Task:
     """
     load: Callable[[str, RunConfig], Task] = ImageTask.load if config.images else RowTask.load
     return load(name, config)
+
+
+_load_once = lru_cache(maxsize=8)(load_task)
+
+
+def _is_there(config: RunConfig, name: str) -> bool:
+    known = datasets.available_images() if config.images else datasets.available()
+    return name in known or Path(name).expanduser().exists()
 
 
 def _size(model: str, reference: Architecture) -> Architecture:
@@ -197,73 +227,53 @@ def _check_distinct(names: list[str]) -> None:
 # --- to do it -------------------------------------------------------------------------------------
 
 
-def execute(
-    run: Run,
-    config: RunConfig,
-    on_step: OnStep = _nobody_looks,
-    keeper: Keeper | None = None,
-    learning_rate: float | None = None,
-    interruption: Interruption | None = None,
-) -> tuple[Result, dict[str, Array], bytes | None]:
+def execute(job: Job, watch: Watch = NOBODY) -> tuple[Result, dict[str, Array], bytes | None]:
     """Train and evaluate one model; whatever the model does wrong is part of the result.
 
     Returns:
         The result, arrays for pictures and comparisons, and the weights, None if there are none.
     """
-    model, log, failure = _build_and_train(
-        run, config, on_step, keeper, learning_rate, interruption
-    )
+    model, log, failure = _build_and_train(job, watch)
+    run, config = job.run, job.config
     evaluation = Evaluation(failures=[] if failure is None else [failure])
     weights = None
     if model is not None and log is not None:
         weights = saved.pack(model, run.model, run.size)
-        evaluation = evaluate(model, run.task.evaluation_data(config), config.seed + run.repeat)
+        evaluation = evaluate(model, run.task.evaluation_data(config), job.seed)
     result = Result(
         dataset=run.task.name,
         model=run.model,
         repeat=run.repeat,
-        seed=config.seed + run.repeat,
+        seed=job.seed,
         hyperparameters=asdict(run.size),
         num_parameters=0 if model is None else count_parameters(model),
         failures=tuple(evaluation.failures),
         training=log,
         metrics=_with_bits(evaluation.metrics, run.task.summarise()),
         model_class=None if model is None else model.flow_class,
-        learning_rate=learning_rate or config.rates[0],
+        learning_rate=job.rate,
     )
     return result, evaluation.arrays, weights
 
 
-def try_rate(
-    run: Run,
-    config: RunConfig,
-    on_step: OnStep = _nobody_looks,
-    keeper: Keeper | None = None,
-    learning_rate: float | None = None,
-    interruption: Interruption | None = None,
-) -> Trial:
+def try_rate(job: Job, watch: Watch = NOBODY) -> Trial:
     """Train one model at a learning rate and validate it; the test rows are not looked at."""
-    _, log, failure = _build_and_train(run, config, on_step, keeper, learning_rate, interruption)
-    trial = Trial(*run.key[:2], learning_rate or config.rates[0], failure=failure)
+    _, log, failure = _build_and_train(job, watch)
+    trial = Trial(*job.run.key[:2], job.rate, failure=failure)
     if log is None:
         return trial
     return replace(trial, validation=log.best_validation, steps=log.steps, seconds=log.seconds)
 
 
 def _build_and_train(
-    run: Run,
-    config: RunConfig,
-    on_step: OnStep,
-    keeper: Keeper | None,
-    learning_rate: float | None,
-    interruption: Interruption | None,
+    job: Job, watch: Watch
 ) -> tuple[DensityModel | None, History | None, str | None]:
     """Return the model and its history as far as there are any, and what went wrong, if it did."""
-    seed_everything(config.seed + run.repeat)
+    seed_everything(job.seed)
     model = None
     try:
-        model = build(run, config)
-        log = train_run(model, run, config, on_step, keeper, learning_rate, interruption)
+        model = build(job.run, job.config)
+        log = train_run(model, job, watch)
     except (CheckpointError, WriteError):
         raise
     except Exception as error:
@@ -278,29 +288,17 @@ def build(run: Run, config: RunConfig) -> DensityModel:
     return model
 
 
-def train_run(
-    model: DensityModel,
-    run: Run,
-    config: RunConfig,
-    on_step: OnStep = _nobody_looks,
-    keeper: Keeper | None = None,
-    learning_rate: float | None = None,
-    interruption: Interruption | None = None,
-) -> History:
-    """Train a model that was built for a run; it is left in its best state.
-
-    With a keeper and no other interruption, Ctrl-C is raised after the step, when it is saved.
-    """
+def train_run(model: DensityModel, job: Job, watch: Watch = NOBODY) -> History:
+    """Train a model that was built for a run; it is left in its best state."""
+    task, config = job.run.task, job.config
     training = Training(
         model,
-        run.task.batches(config, config.seed + run.repeat),
-        training_plan(config, learning_rate),
-        partial(run.task.validate, model, config),
+        task.batches(config, job.seed),
+        training_plan(config, job.rate),
+        partial(task.validate, model, config),
         after_step=model.after_step,
     )
-    if interruption is None and keeper is not None:
-        interruption = Postponed()
-    return run_training(training, on_step, keeper, interruption)
+    return watch.train(training)
 
 
 def training_plan(config: RunConfig, learning_rate: float | None = None) -> TrainingPlan:

@@ -17,10 +17,10 @@ from nflows_iresnet.experiments.adapters import (
     NflowsModel,
     StartedModel,
 )
-from nflows_iresnet.experiments.environment import versions
-from nflows_iresnet.experiments.files import read_intact
+from nflows_iresnet.experiments.config import versions
 from nflows_iresnet.experiments.models import Architecture, ImageArchitecture, find_model
 from nflows_iresnet.experiments.record import Folder, Key, Record
+from nflows_iresnet.files import read_intact
 
 FORMAT = "weights-1"
 _SIZES: dict[str, type[Architecture]] = {
@@ -60,12 +60,12 @@ def unpack(path: Path, name: str | None = None) -> DensityModel:
         ValueError: the file is missing or damaged, or of another version of a library.
         ImportError: the library of the model is not installed.
     """
-    content = _read(path)
-    if name not in (None, content.get("model")):
+    try:
+        content = read(path, name)
+    except ValueError as error:
         raise ValueError(
-            f"the weights {str(path)!r} are those of {content.get('model')!r}, not of {name!r}: "
-            "train the run again by the same command with another --out"
-        )
+            f"{error}: add --resume to the command of the run, which does it again"
+        ) from error
     try:
         size = _SIZES[content["kind"]](**content["size"])
         with torch.random.fork_rng(devices=[]):
@@ -79,21 +79,24 @@ def unpack(path: Path, name: str | None = None) -> DensityModel:
     return model.eval()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path, name: str | None = None) -> dict[str, Any]:
+    """Read a file that `pack` made, whole; see `unpack`.
+
+    Raises:
+        ValueError: it is missing, damaged, or of another model.
+    """
     try:
         content = torch.load(read_intact(path), map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
     except FileNotFoundError as error:
-        raise ValueError(
-            f"there are no weights {str(path)!r}: the run has failed, or is of a version that "
-            "kept none; train it again by the same command with another --out"
-        ) from error
+        raise ValueError(f"there are no weights {str(path)!r}") from error
     except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"the weights {str(path)!r} are damaged ({_first_line(error)})") from error
+    if name not in (None, content.get("model")):
         raise ValueError(
-            f"the weights {str(path)!r} are damaged ({_first_line(error)}): train the run again by "
-            "the same command with another --out"
-        ) from error
+            f"the weights {str(path)!r} are those of {content.get('model')!r}, not of {name!r}"
+        )
     return dict(content)
 
 
@@ -180,7 +183,10 @@ def _record(folder: Folder) -> Record:
             "of a run of nflows-iresnet compare"
         ) from error
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{str(folder.results)!r} cannot be read: {_first_line(error)}") from error
+        raise ValueError(
+            f"{str(folder.results)!r} cannot be read: {_first_line(error)}; give the --out of a "
+            "run of nflows-iresnet compare or table2"
+        ) from error
 
 
 def _own_flow(model: DensityModel) -> nn.Module:

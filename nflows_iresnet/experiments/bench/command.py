@@ -3,70 +3,26 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
-from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from nflows_iresnet import interruption
-from nflows_iresnet.experiments.bench.items import Item, chosen_items
+from nflows_iresnet.experiments import session
+from nflows_iresnet.experiments.bench.items import chosen_items
 from nflows_iresnet.experiments.bench.measure import Benchmark, CaseResult, trusts_cpu_time
-from nflows_iresnet.experiments.config import UsageError, resolve_device
-from nflows_iresnet.experiments.environment import check_extra
-from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.experiments.options import BenchOptions
+from nflows_iresnet.files import write_atomically
 
 RESULTS = "bench.json"
 
 
-def run(parsed: BenchOptions) -> int:
-    """Run the subcommand and return the exit status.
-
-    Raises:
-        UsageError: arguments cannot work; nothing was written.
-    """
-    items = chosen_items(parsed.only, quality=parsed.quality)
-    try:
-        check_extra()
-        options = replace(parsed, device=resolve_device(parsed.device))
-        folder = open_folder(parsed.out)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    torch.set_num_threads(options.threads)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(nflows|normflows)\.")
-            _work(options, items, folder)
-    except KeyboardInterrupt:
-        print(f"interrupted: what is measured is kept in {folder}", file=sys.stderr)
-        return interruption.STATUS
-    except WriteError as error:
-        raise WriteError(f"{error}; what is measured is kept in {folder}") from error
-    return 0
-
-
-def open_folder(out: str | None) -> Path:
-    """Create the output folder.
-
-    Raises:
-        ValueError: it cannot be written, or holds results already.
-    """
-    folder = Path(out or f"results/bench-{datetime.now():%Y%m%d-%H%M%S}")
-    if (folder / RESULTS).exists():
-        raise ValueError(f"{str(folder)!r} already holds results: choose another --out")
-    prepare_folder(folder)
-    return folder
-
-
-def _work(options: BenchOptions, items: Mapping[str, Item], folder: Path) -> None:
+def _work(options: BenchOptions, folder: Path) -> int:
+    """Measure what was asked for, and return the exit status."""
     from nflows_iresnet.experiments.bench import report
     from nflows_iresnet.experiments.progress import CaseProgress
     from nflows_iresnet.experiments.tables import make_console
 
+    items = chosen_items(options.only, quality=options.quality)
     chosen = ("device", "threads", "quick", "repeats", "seed", "seconds", "learning_rate")
     arguments = {**{name: getattr(options, name) for name in chosen}, "items": list(items)}
     record = Benchmark.begin(arguments, options.device)
@@ -89,3 +45,8 @@ def _work(options: BenchOptions, items: Mapping[str, Item], folder: Path) -> Non
         write_atomically(folder / name, picture)
     path = folder / RESULTS
     print(path if options.quiet else f"\nresults: {path}")
+    return 0
+
+
+run = partial(session.run_at_once, _work, results=RESULTS, kept="what is measured is kept")
+"""Run the subcommand and return the exit status."""

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
-import torch
-
-from nflows_iresnet import interruption
-from nflows_iresnet.experiments.config import UsageError, resolve_device
-from nflows_iresnet.experiments.environment import check_extra
+from nflows_iresnet.experiments import session
 from nflows_iresnet.experiments.figures import DESCRIPTIONS, Drawing
-from nflows_iresnet.experiments.files import WriteError, prepare_folder, write_atomically
 from nflows_iresnet.experiments.options import FiguresOptions
 from nflows_iresnet.experiments.record import RunRecord
+from nflows_iresnet.files import write_atomically
 from nflows_iresnet.training import TrainingDivergedError
 
 RESULTS = "figures.json"
@@ -48,43 +43,6 @@ class Record(RunRecord):
     """The content of figures.json: what is known of each figure, by its name."""
 
     figures: dict[str, dict[str, Any]]
-
-
-def run(parsed: FiguresOptions) -> int:
-    """Run the subcommand and return the exit status.
-
-    Raises:
-        UsageError: arguments cannot work; nothing was written.
-    """
-    try:
-        options = replace(parsed, device=resolve_device(parsed.device))
-        folder = open_folder(parsed.out)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    torch.set_num_threads(options.threads)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"nflows\.")
-            return _work(options, folder)
-    except KeyboardInterrupt:
-        print(f"interrupted: the figures that were done are in {folder}", file=sys.stderr)
-        return interruption.STATUS
-    except WriteError as error:
-        raise WriteError(f"{error}; the figures that were done are in {folder}") from error
-
-
-def open_folder(out: str | None) -> Path:
-    """Create the output folder, after checking that there is something to draw with.
-
-    Raises:
-        ValueError: it cannot be written, or holds figures already.
-    """
-    check_extra()
-    folder = Path(out or f"results/figures-{datetime.now():%Y%m%d-%H%M%S}")
-    if (folder / RESULTS).exists():
-        raise ValueError(f"{str(folder)!r} already holds figures: choose another --out")
-    prepare_folder(folder)
-    return folder
 
 
 def _work(options: FiguresOptions, folder: Path) -> int:
@@ -124,6 +82,8 @@ def _work(options: FiguresOptions, folder: Path) -> int:
     return 0 if len(drawings) == len(figures) else 1
 
 
+run = partial(session.run_at_once, _work, results=RESULTS, kept="the figures that were done are")
+"""Run the subcommand and return the exit status."""
 _USUAL = {"steps": None, "seed": None, "quick": False, "device": "cpu", "threads": 1}
 """What need not be said to repeat it; the seed always is."""
 

@@ -72,7 +72,8 @@ class Densities:
         for run in prepared:
             name, model = run.task.name, run.model
             with stage(f"densities · {name} · {model}"):
-                results[run.key], arrays[name][model], _ = runs.execute(run, self.config)
+                job = runs.Job(run, self.config)
+                results[run.key], arrays[name][model], _ = runs.execute(job)
         summaries = {name: task.summarise() for name, task in tasks.items()}
         return Drawing(
             "Toy densities",
@@ -181,7 +182,7 @@ class Digits:
         with stage("digits · residual-flow"):
             seed_everything(config.seed)
             model = find_model(run.model, run.size.models).build(run.size).to(config.device)
-            log = runs.train_run(model, run, config)
+            log = runs.train_run(model, runs.Job(run, config))
         model.eval()
         data, summary = run.task.evaluation_data(config), run.task.summarise()
         pictures = look(model, data)

@@ -14,27 +14,7 @@ DEFAULT_COEFFS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 @dataclass(frozen=True)
 class Settings:
-    """Equal settings give equal results.
-
-    Args:
-        dataset: name of a set of images.
-        coeffs: bounds of Lip(g) of the invertible classifiers, each in (0, 1).
-        steps: optimiser steps per model, or None for a time budget.
-        budget: training time per model in seconds, or None for a number of steps.
-        repeats: how often each model is trained, with seeds and splits `seed, seed + 1, ...`.
-        seed: seed of the splits, the initial weights and the batches.
-        batch_size: images per step.
-        learning_rate: initial learning rate of Adam.
-        hidden_channels: channels of the hidden layers of each residual branch.
-        num_blocks: residual blocks per scale.
-        num_scales: how often the images are squeezed.
-        padding: channels of zeros that are appended to the images.
-        num_train: training images to keep, or None for all.
-        shift: largest number of pixels by which training images are shifted at random.
-        data_dir: folder of the data sets, or None.
-        device: "cpu" or "cuda".
-        threads: CPU threads that torch uses.
-        training_precision: "float32", or "tf32" to allow TensorFloat-32 in training steps.
+    """Equal settings give equal results; what each is, the help of the command says.
 
     Raises:
         ValueError: a coefficient is not in (0, 1), or there is not one length of training.
@@ -67,7 +47,7 @@ class Settings:
             if not 0 < coeff < 1:
                 raise ValueError(f"coeffs must be in (0, 1), got {coeff}")
 
-    def as_json(self) -> dict[str, Any]:
+    def as_arguments(self) -> dict[str, Any]:
         """Return plain JSON data."""
         return {**asdict(self), "coeffs": list(self.coeffs)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
-from nflows_iresnet.datasets import ImageDataset
-from nflows_iresnet.experiments.checkpoints import CheckpointError, Keeper
-from nflows_iresnet.experiments.config import describe
-from nflows_iresnet.experiments.files import WriteError
+from nflows_iresnet.datasets import ImageDataset, load_images
+from nflows_iresnet.experiments.config import describe, in_any_folder
+from nflows_iresnet.experiments.files import CheckpointError
 from nflows_iresnet.experiments.models import count_parameters
+from nflows_iresnet.experiments.parallel import NOBODY, Watch
 from nflows_iresnet.experiments.table1 import Settings
-from nflows_iresnet.experiments.table1.record import Inversion, Outcome
-from nflows_iresnet.interruption import Postponed
+from nflows_iresnet.files import WriteError
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged, Solution
 from nflows_iresnet.training import (
     Batches,
@@ -28,7 +27,6 @@ from nflows_iresnet.training import (
     Steps,
     Training,
     TrainingPlan,
-    run,
     seed_everything,
 )
 from nflows_iresnet.transforms import InjectivePadding, ResidualTransform
@@ -154,32 +152,116 @@ def builders(coeffs: Iterable[float]) -> dict[str, Callable[[Size], nn.Module]]:
     return {"resnet": resnet, "vanilla": vanilla, **bounded}
 
 
+# --- what is found --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What became of images that were encoded and decoded.
+
+    Args:
+        num_failed: how many images have a block where the solver gave up.
+        residual_max: largest residual of a block's solution, in the 2-norm.
+        error_max: largest error of a pixel, where a level has width 1; the best point that was
+            found counts where the solver gave up.
+        error_median: median over the images of their largest error.
+    """
+
+    num_images: int
+    num_failed: int
+    residual_max: float
+    error_max: float
+    error_median: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One classifier trained and examined once.
+
+    Args:
+        best_step: the step whose state was examined.
+        train_seconds: time of the training, validation not counted.
+        num_wrong: test images that were misclassified.
+        lipschitz_bound: largest certified bound over the blocks, None where none is known.
+        capture_reason: why a step was not one CUDA graph, None where it was, and on a CPU.
+    """
+
+    model: str
+    repeat: int
+    model_class: str
+    num_parameters: int
+    steps: int = 0
+    best_step: int = 0
+    train_seconds: float = 0.0
+    num_test: int = 0
+    num_wrong: int = 0
+    lipschitz_bound: float | None = None
+    inversion: Inversion | None = None
+    failure: str | None = None
+    is_captured: bool = False
+    capture_reason: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Model and repeat."""
+        return self.model, self.repeat
+
+
 # --- what is done ---------------------------------------------------------------------------------
 
 
-def execute(
-    model: str,
-    repeat: int,
-    data: ImageDataset,
-    settings: Settings,
-    on_step: Callable[[float, float], None] = lambda done, loss: None,
-    keeper: Keeper | None = None,
-) -> Outcome:
-    """Train and examine one classifier; what goes wrong is part of the outcome."""
-    seed_everything(settings.seed + repeat)
-    build = builders(settings.coeffs)[model]
-    classifier = build(Size.of(data, settings)).to(settings.device)
-    kind = type(classifier)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    begun = Outcome(model, repeat, name, count_parameters(classifier))
-    try:
-        training = _training(classifier, data, settings, settings.seed + repeat)
-        history = run(training, on_step, keeper, None if keeper is None else Postponed())
-        return _examined(begun, history, classifier, data, settings.device)
-    except (CheckpointError, WriteError):
-        raise
-    except Exception as error:
-        return replace(begun, failure=describe(error))
+def load(settings: Settings, repeat: int) -> ImageDataset:
+    """Load the images with the splits of a repeat."""
+    seed = settings.seed + repeat
+    return load_images(settings.dataset, settings.data_dir, seed, settings.num_train)
+
+
+_load_once = lru_cache(maxsize=8)(load)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One classifier to be trained and examined, on its images."""
+
+    model: str
+    repeat: int
+    config: Settings
+    data: ImageDataset | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Model and repeat."""
+        return self.model, self.repeat
+
+    @property
+    def label(self) -> str:
+        """Name it for people."""
+        return f"{self.model} · repeat {self.repeat + 1}"
+
+    def without_data(self) -> Job:
+        """Return what another process is sent, which may run in another folder."""
+        return replace(self, data=None, config=in_any_folder(self.config))
+
+    def with_data(self) -> Job:
+        """Load the images of a job that was sent."""
+        return replace(self, data=_load_once(self.config, self.repeat))
+
+    def do(self, watch: Watch = NOBODY) -> Outcome:
+        """Train and examine the classifier; what goes wrong is part of the outcome."""
+        data, settings = self.data or load(self.config, self.repeat), self.config
+        seed_everything(settings.seed + self.repeat)
+        build = builders(settings.coeffs)[self.model]
+        classifier = build(Size.of(data, settings)).to(settings.device)
+        kind = type(classifier)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        begun = Outcome(*self.key, name, count_parameters(classifier))
+        try:
+            training = _training(classifier, data, settings, settings.seed + self.repeat)
+            return _examined(begun, watch.train(training), classifier, data, settings.device)
+        except (CheckpointError, WriteError):
+            raise
+        except Exception as error:
+            return replace(begun, failure=describe(error))
 
 
 def _training(classifier: nn.Module, data: ImageDataset, settings: Settings, seed: int) -> Training:

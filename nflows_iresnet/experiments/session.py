@@ -1,0 +1,282 @@
+"""Commands at work: the folder, early ends, and how those that train are gone on with."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+
+from nflows_iresnet import interruption
+from nflows_iresnet.experiments import parallel
+from nflows_iresnet.experiments.config import UsageError, resolve_device
+from nflows_iresnet.experiments.files import (
+    CheckpointError,
+    Keeper,
+    describe_os_error,
+    prepare_folder,
+)
+from nflows_iresnet.experiments.options import OnDevice, Options, Training
+from nflows_iresnet.experiments.parallel import Job, Order, Watch
+from nflows_iresnet.experiments.record import Folder, RunRecord, flags
+from nflows_iresnet.files import WriteError
+
+if TYPE_CHECKING:
+    from nflows_iresnet.experiments.progress import LiveProgress
+
+Kept = TypeVar("Kept", bound=RunRecord)
+
+
+@dataclass
+class Session(ABC, Generic[Kept]):
+    """A command under way.
+
+    Args:
+        parsed: what it was told.
+        record: what is found so far; it is in the folder, too.
+        folder: keeps everything.
+    """
+
+    parsed: Training
+    record: Kept
+    folder: Folder
+    cluster: Any = None
+
+    # what each command says of itself
+
+    @property
+    @abstractmethod
+    def runs(self) -> tuple[int, int]:
+        """How many runs are finished, and how many there are."""
+
+    @property
+    def trials(self) -> tuple[int, int]:
+        """Likewise of what is tried before."""
+        return 0, 0
+
+    @abstractmethod
+    def to_do(self) -> Sequence[Job]:
+        """Return what can be done next in any order, nothing at the end."""
+
+    @property
+    def may_be_under_way(self) -> Sequence[Job]:
+        """Every job of the unfinished runs that may have a checkpoint."""
+        return self.to_do()
+
+    @abstractmethod
+    def take_in(self, job: Any, found: Any) -> str:
+        """Keep what a job found, and return a line about it."""
+
+    def show_finished(self, progress: LiveProgress) -> None:
+        """Show what became complete before the report."""
+        return
+
+    @abstractmethod
+    def report(self) -> Path:
+        """Write the report, and return its path."""
+
+    def describe_loss(self, job: Any, loss: float) -> str:
+        """Describe the loss of a training under way."""
+        return f"loss {loss:.3f}"
+
+    # what all commands do
+
+    def begin(self) -> None:
+        """Begin the folder, or look at what it holds; nothing is written if that cannot work.
+
+        Raises:
+            ValueError: it cannot; the message says why.
+        """
+        if self.parsed.resume:
+            self.go_on()
+        else:
+            self.folder.refuse_results(type(self.record).from_json)
+        keepers = [self.keeper(job) for job in self.may_be_under_way]
+        for keeper in keepers if self.parsed.resume else ():
+            keeper.load()
+        if self.parsed.dask is not None:
+            self.cluster = parallel.connect(self.parsed.dask)
+        self.folder.create()
+        self.save(self.record)
+        for keeper in () if self.parsed.resume else keepers:
+            keeper.discard()
+
+    def go_on(self) -> None:
+        """Take up the record of the folder.
+
+        Raises:
+            ValueError: it is of something else.
+        """
+        now, then = self.record, self.folder.load(type(self.record).from_json)
+        same = self.folder.check_same
+        same({"the command": then.command}, {"the command": now.command})
+        same(flags(then.arguments), flags(now.arguments))
+        same(then.environment["versions"], now.environment["versions"])
+        if then.described_data != now.described_data:
+            raise ValueError(
+                f"cannot resume {str(self.folder.path)!r}: the data have changed since; choose "
+                "another --out"
+            )
+        self.record = then
+
+    def save(self, record: Kept) -> None:
+        """Write a record, which is that of the session from now on."""
+        self.folder.save_record(record)
+        self.record = record
+
+    def keeper(self, job: Job) -> Keeper:
+        """Return what keeps the checkpoints of a job."""
+        identity = [self.record.arguments, job.key]
+        path = self.folder.checkpoint(job.key)
+        return Keeper(path, identity, 60.0 * self.parsed.checkpoint_minutes)
+
+    @property
+    def kept(self) -> str:
+        """What a later command need not do again."""
+        return self.folder.kept(*self.runs, (job.key for job in self.may_be_under_way))
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on."""
+        from nflows_iresnet.experiments.report import command_of
+
+        arguments = dict(self.record.arguments)
+        words = arguments.pop("datasets", None) or [arguments.pop("dataset")]
+        line = command_of(self.record.command, words, arguments)
+        return f"go on with: {self.folder.resume(line)}"
+
+    def work(self) -> None:
+        """Do what is not done yet, keep each result at once, and report."""
+        from nflows_iresnet.experiments.progress import LiveProgress
+
+        done, total = map(sum, zip(self.runs, self.trials, strict=True))
+        places = parallel.processes_ended() if self.parsed.jobs > 1 else nullcontext()
+        with LiveProgress(total, done, quiet=self.parsed.quiet) as progress, places:
+            self.show_finished(progress)
+            while jobs := self.to_do():
+                self._do(jobs, progress)
+        path = self.report()
+        print(path if self.parsed.quiet else f"\nreport: {path}")
+
+    def _do(self, jobs: Sequence[Job], progress: LiveProgress) -> None:
+        """Do jobs here, in processes or on a cluster."""
+
+        def take_in(index: int, found: Any) -> None:
+            progress.finish(self.take_in(jobs[index], found))
+            self.show_finished(progress)
+
+        if self.parsed.jobs == 1 and self.cluster is None:
+            for index, job in enumerate(jobs):
+                progress.begin(job.label, partial(self.describe_loss, job))
+                take_in(index, job.do(Watch(progress.step, self.keeper(job))))
+            return
+        orders = [Order.of(job, self.keeper(job)) for job in jobs]
+        if self.cluster is None:
+            parallel.side_by_side(orders, self.parsed.jobs, progress, take_in)
+        else:
+            parallel.on_cluster(orders, self.cluster, self.record.started, progress, take_in)
+
+
+def run(open_session: Callable[[Any], Session[Any]], parsed: Training) -> int:
+    """Run a command, and return its exit status.
+
+    Args:
+        open_session: checks everything that can be checked, then begins the session.
+        parsed: what it is told.
+
+    Raises:
+        UsageError: arguments or data cannot work; nothing was written.
+    """
+    with _value_errors_are_the_users():
+        session = open_session(parsed)
+    torch.set_num_threads(session.parsed.threads)
+    try:
+        with _warnings_of_others_ignored(), session.cluster or nullcontext():
+            session.work()
+    except KeyboardInterrupt:
+        print(f"interrupted: {session.kept}\n{session.resume}", file=sys.stderr)
+        return interruption.STATUS
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+    except (WriteError, ChildProcessError, ConnectionError) as error:
+        raise type(error)(f"{error}; {session.kept}; {session.resume}") from error
+    return 0
+
+
+def run_at_once(
+    work: Callable[[Any, Path], int], parsed: OnDevice, *, results: str, kept: str
+) -> int:
+    """Run a command that is not gone on with after its end, and return its exit status.
+
+    Args:
+        work: is given the options, with a device that is there, and an empty folder.
+        parsed: what the command is told.
+        results: the file of its results, COMMAND.json.
+        kept: what the folder has after an early end, and a verb.
+
+    Raises:
+        UsageError: arguments cannot work; nothing was written.
+    """
+    with _value_errors_are_the_users():
+        options = replace(parsed, device=resolve_device(parsed.device))
+        folder = folder_of(parsed, Path(results).stem).path
+        if (folder / results).exists():
+            raise ValueError(f"{str(folder)!r} already holds results: choose another --out")
+        prepare_folder(folder)
+    torch.set_num_threads(options.threads)
+    try:
+        with _warnings_of_others_ignored():
+            return work(options, folder)
+    except KeyboardInterrupt:
+        print(f"interrupted: {kept} in {folder}", file=sys.stderr)
+        return interruption.STATUS
+    except WriteError as error:
+        raise WriteError(f"{error}; {kept} in {folder}") from error
+
+
+def folder_of(parsed: Options, command: str) -> Folder:
+    """Return the output folder that was asked for, or is named for the command and the time."""
+    return Folder(Path(parsed.out or f"results/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
+
+
+def check_places(parsed: Training, device: str) -> None:
+    """Check that jobs can be done where they are to be done.
+
+    Raises:
+        ValueError: they cannot; the message says what to leave out.
+    """
+    if parsed.jobs > 1 and parsed.dask is not None:
+        raise ValueError(
+            f"--jobs {parsed.jobs} is for this machine and --dask {parsed.dask} for others, which "
+            "do as many runs at a time as there are workers: leave one of them out"
+        )
+    if parsed.jobs > 1 and device != "cpu":
+        raise ValueError(
+            f"--jobs {parsed.jobs} would share one GPU, and every time would be wrong: leave it "
+            "out, or add --device cpu"
+        )
+
+
+@contextmanager
+def _warnings_of_others_ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(nflows|normflows|joblib)\.")
+        yield
+
+
+@contextmanager
+def _value_errors_are_the_users() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(describe_os_error(error)) from error
