@@ -257,10 +257,11 @@ class Training:
         mine: list[float] = torch.stack(self._unseen).tolist()
         self._unseen.clear()
         seconds = self.plan.clock() - self._since
-        every = self.processes.of_all((seconds, wishes, mine))
-        losses = [sum(each) / len(each) for each in zip(*(one[2] for one in every), strict=True)]
-        self.progress.add_steps(every[0][0], losses)
-        return losses[-1], [any(each) for each in zip(*(one[1] for one in every), strict=True)]
+        every = self.processes.numbers_of_all([seconds, *map(float, wishes), *mine])
+        (seconds, *_), *each_of_all = zip(*every, strict=True)
+        losses = [sum(each) / len(each) for each in each_of_all[len(wishes) :]]
+        self.progress.add_steps(seconds, losses)
+        return losses[-1], [any(each) for each in each_of_all[: len(wishes)]]
 
     def _require_every_gradient(self) -> None:
         names = [
