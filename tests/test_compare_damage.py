@@ -181,6 +181,22 @@ def test_a_folder_in_the_way_is_said_before_anything_is_trained(
     assert main(command) == 0
 
 
+def test_a_file_in_the_way_of_the_weights_is_said_before_results_are_taken_back(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = runs.copy("compare", tmp_path / "out")
+    weights, results = tmp_path / "out" / "weights", tmp_path / "out" / "results.json"
+    before = results.read_bytes()
+    shutil.rmtree(weights)
+    weights.touch()
+    capsys.readouterr()
+    line = complaint(main([*command, "--resume"]), 2, capsys)
+    assert f"'{weights}' is a file" in line
+    assert results.read_bytes() == before
+    follow(line)
+    assert main([*command, "--resume"]) == 0
+
+
 @pytest.mark.parametrize(("name", "file"), [("compare", "moons.png"), ("table1", "table1.png")])
 def test_a_folder_that_gets_in_the_way_is_said_with_the_remedy(
     name: str, file: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]

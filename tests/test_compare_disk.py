@@ -176,3 +176,20 @@ def test_what_cannot_be_printed_is_one_line(unbuffered: str) -> None:
         )
     assert done.returncode == 1
     assert done.stderr == "nflows-iresnet: error: No space left on device\n"
+
+
+@pytest.mark.parametrize("asked", ["--list", "--help"])
+def test_who_reads_no_further_hears_of_no_error(asked: str) -> None:
+    script = "import sys; from nflows_iresnet.experiments.cli import main; sys.exit(main())"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-c", script, "compare", asked],
+            cwd=Path(__file__).parents[1],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")

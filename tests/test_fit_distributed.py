@@ -118,6 +118,24 @@ def seconds(rank: int, folder: str) -> dict[str, Any]:
     return trained(flow_of(), max_steps=None, max_seconds=0.3)
 
 
+def objects_gathered(rank: int, folder: str) -> dict[str, Any]:
+    """Return how many Python objects processes have sent to all, in a short training and a long."""
+    counts: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        gather, sent = distributed.all_gather_object, list[int]()
+
+        def counted(*given: Any) -> None:
+            sent.append(1)
+            gather(*given)
+
+        patch.setattr(distributed, "all_gather_object", counted)
+        for steps in (4, 12):
+            sent.clear()
+            trained(Line(), max_steps=steps)
+            counts.append(len(sent))
+    return {"counts": counts}
+
+
 def patience(rank: int, folder: str) -> dict[str, Any]:
     values = iter([9.0, 1.0, *[2.0] * 40])
     calls: list[int] = []
@@ -179,6 +197,7 @@ SCENARIOS = (
     uneven_rows,
     too_few_rows,
     seconds,
+    objects_gathered,
     patience,
     loss_that_breaks_in_one_process,
     validation_that_fails,
@@ -260,6 +279,11 @@ def test_a_distributed_sampler_shows_each_row_once_an_epoch_in_another_order(bot
     for epoch in (seen[:, :10], seen[:, 10:]):
         assert sorted(epoch.flatten().tolist()) == list(range(20))
     assert not torch.equal(seen[:, :10], seen[:, 10:])
+
+
+def test_a_step_sends_no_python_object_which_takes_several_messages(both: Both) -> None:
+    for found in both("objects_gathered"):
+        assert found["counts"][0] == found["counts"][1] > 0
 
 
 def test_one_validation_ends_the_training_of_all(both: Both) -> None:

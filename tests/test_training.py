@@ -294,6 +294,11 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
         quick(model, optimizer=torch.optim.LBFGS(model.parameters()))
 
 
+def test_an_optimizer_of_another_flow_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"SGD has none of the parameters of this Line"):
+        quick(Line(), optimizer=torch.optim.SGD(Line().parameters(), lr=0.1))
+
+
 def test_a_loss_that_is_no_scalar_is_named() -> None:
     with pytest.raises(ValueError, match=r"the loss must be a scalar, got shape \(8,\)"):
         quick(Line(), loss=lambda flow, rows: -flow.log_prob(rows), validation=lambda flow: 0.0)

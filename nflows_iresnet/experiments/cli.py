@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     with EndsTheProcess():
+        from contextlib import suppress
+
         from nflows_iresnet.experiments import options
         from nflows_iresnet.experiments.config import UsageError, check_extra
         from nflows_iresnet.experiments.files import describe_os_error
@@ -51,7 +53,8 @@ def _run(argv: Sequence[str]) -> int:
             parsed = options.parse(argv)
             command = options.COMMANDS[argv[0]]
             if parsed.list:
-                print(command.catalogue(), flush=True)
+                with suppress(BrokenPipeError):  # who reads no further, as `head`, has seen enough
+                    print(command.catalogue(), flush=True)
                 return 0
             check_extra()
             from importlib import import_module

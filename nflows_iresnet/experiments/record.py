@@ -342,11 +342,11 @@ class Folder:
         """The file that everything else can be rendered from."""
         return self.path / "results.json"
 
-    def create(self) -> None:
-        """Make the folder and prove that it can be written.
+    def refuse_obstacles(self) -> None:
+        """Make sure that nothing is in the way of what is written at the end.
 
         Raises:
-            ValueError: it cannot, or a folder lies where a file is to be written at the end.
+            ValueError: a folder lies where a file is to be, or a file where a folder is.
         """
         for path in (self.path / "results.csv", self.path / "report.html"):
             if path.is_dir():
@@ -354,6 +354,19 @@ class Folder:
                     f"{str(path)!r} is a folder, and a file of that name is to be written: move it "
                     f"away ({moved_away(path)}), or choose another --out"
                 )
+        weights = self.path / "weights"
+        if weights.is_file():
+            raise ValueError(
+                f"{str(weights)!r} is a file, and a folder of that name is to be made: move it "
+                f"away ({moved_away(weights)}), or choose another --out"
+            )
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written.
+
+        Raises:
+            ValueError: it cannot.
+        """
         prepare_folder(self.path / "runs")
 
     def refuse_results(self, from_json: Callable[[str], object]) -> None:

@@ -95,6 +95,7 @@ class Session(ABC, Generic[Kept]):
         Raises:
             ValueError: it cannot; the message says why.
         """
+        self.folder.refuse_obstacles()
         if self.parsed.resume:
             self.go_on()
         else:

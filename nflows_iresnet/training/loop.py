@@ -197,7 +197,7 @@ class Training:
         processes: that train the model together, each with batches of its own.
 
     Raises:
-        ValueError: the optimiser needs a closure, or nothing is to be trained.
+        ValueError: the optimiser needs a closure, or is another model's; nothing is to be trained.
     """
 
     def __init__(
@@ -215,6 +215,7 @@ class Training:
         self.model, self.stream, self.plan, self.processes = model, stream, plan, processes
         self.optimizer = optimizer or adam(model.parameters(), plan.learning_rate)
         _require_no_closure(self.optimizer)
+        _require_own(self.optimizer, model)
         if processes.count > 1:
             model, loss = DistributedDataParallel(_Loss(model, loss)), nn.Module.__call__
         self.stepper = Stepper(model, self.optimizer, plan.clip_norm, loss)
@@ -257,10 +258,11 @@ class Training:
         mine: list[float] = torch.stack(self._unseen).tolist()
         self._unseen.clear()
         seconds = self.plan.clock() - self._since
-        every = self.processes.of_all((seconds, wishes, mine))
-        losses = [sum(each) / len(each) for each in zip(*(one[2] for one in every), strict=True)]
-        self.progress.add_steps(every[0][0], losses)
-        return losses[-1], [any(each) for each in zip(*(one[1] for one in every), strict=True)]
+        every = self.processes.numbers_of_all([seconds, *map(float, wishes), *mine])
+        (seconds, *_), *each_of_all = zip(*every, strict=True)
+        losses = [sum(each) / len(each) for each in each_of_all[len(wishes) :]]
+        self.progress.add_steps(seconds, losses)
+        return losses[-1], [any(each) for each in each_of_all[: len(wishes)]]
 
     def _require_every_gradient(self) -> None:
         names = [
@@ -322,6 +324,15 @@ def _require_no_closure(optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} needs a closure, with which it evaluates the loss of a "
             "batch several times a step: give an optimiser that takes one gradient a step, such as "
             "torch.optim.Adam"
+        )
+
+
+def _require_own(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    own = {id(each) for each in model.parameters()}
+    if not any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
+        raise ValueError(
+            f"{type(optimizer).__name__} has none of the parameters of this "
+            f"{type(model).__name__}, which it would never train: make it of flow.parameters()"
         )
 
 

@@ -54,6 +54,16 @@ class Processes:
             distributed.all_gather_object(found, value)
         return found
 
+    def numbers_of_all(self, numbers: list[float]) -> list[list[float]]:
+        """Return the numbers of every process, as many of each: faster than `of_all`."""
+        if self.count == 1:
+            return [numbers]
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        given = torch.tensor(numbers, dtype=torch.float64, device=device)
+        found = [torch.empty_like(given) for _ in range(self.count)]
+        distributed.all_gather(found, given)
+        return [each.tolist() for each in found]
+
     def first(self, compute: Callable[[], _Result]) -> _Result:
         """Return what the first process computes; the others fail if it does."""
         if self.count == 1:
