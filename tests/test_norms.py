@@ -296,3 +296,13 @@ def linear_layer(weight: Tensor) -> torch.nn.Linear:
     layer = torch.nn.Linear(inputs, outputs, dtype=weight.dtype)
     layer.weight = torch.nn.Parameter(weight)
     return layer
+
+
+def test_power_iteration_is_a_lower_bound_from_its_start() -> None:
+    """Vectors of ones as they are would be longer than 1."""
+    torch.manual_seed(0)
+    for _ in range(5):
+        weight = torch.randn(6, 4, dtype=torch.float64)
+        norm = nn.PowerIteration(num_initial_steps=0)
+        estimate = norm.differentiable(weight, norm.initial_state(weight))
+        assert abs(float(estimate)) <= float(torch.linalg.matrix_norm(weight, ord=2))

@@ -294,9 +294,9 @@ class FrobeniusNorm(MatrixNorm):
 class PowerIteration(MatrixNorm):
     r"""u^T W v after power iteration, as in the papers: a LOWER bound, so nothing is guaranteed.
 
-    v <- W^T u / \|W^T u\|, u <- W v / \|W v\|. The vectors are kept as buffers, start from ones
-    and are improved in each training step. A network normalised with it may exceed its coefficient;
-    `lipschitz_bound` reports by how much, because it never relies on this estimate.
+    v <- W^T u / \|W^T u\|, u <- W v / \|W v\|. The vectors are kept as buffers, start from
+    equal entries and are improved in each training step. A network normalised with it may exceed
+    its coefficient; `lipschitz_bound`, which never relies on this estimate, reports by how much.
 
     Cost: two matrix-vector products per step.
 
@@ -321,9 +321,12 @@ class PowerIteration(MatrixNorm):
             )
 
     def initial_state(self, weight: Tensor) -> State:
-        """Return u and v, started from ones."""
+        """Return u and v, started from equal entries, of norm 1."""
         rows, columns = weight.shape
-        state = {"u": weight.new_ones(rows).detach(), "v": weight.new_ones(columns).detach()}
+        state = {
+            "u": weight.detach().new_full((rows,), rows**-0.5),
+            "v": weight.detach().new_full((columns,), columns**-0.5),
+        }
         self._iterate(weight, state, self.num_initial_steps)
         return state
 
