@@ -471,6 +471,25 @@ def test_mistakes_of_the_loss_are_errors(recorder: EmulatedRecorder) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_no_graph_is_alive_when_a_step_is_captured(
+    recorder: EmulatedRecorder, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """On a GPU its nodes would belong to the stream of an earlier pass, which cannot wait."""
+    torch.manual_seed(0)
+    flow = ResidualFlow(8, 8, 2) if kind == "vectors" else ImageResidualFlow((1, 8, 8), 4, 1)
+    batch = torch.rand(6, 8) if kind == "vectors" else torch.rand(6, 1, 8, 8)
+    alive, capture = [], recorder.capture
+
+    def watched(body: graphs.Body) -> graphs.Body:
+        alive.append(graphs._held_by_older_graphs(list(flow.parameters())))
+        return capture(body)
+
+    monkeypatch.setattr(recorder, "capture", watched)
+    GraphedStep(flow, torch.optim.Adam(flow.parameters(), 1e-3, capturable=True), batch)
+    assert alive == [0]
+
+
+@pytest.mark.parametrize("kind", ["vectors", "images"])
 def test_flows_with_their_defaults_are_captured(recorder: EmulatedRecorder, kind: str) -> None:
     torch.manual_seed(0)
     flow = ResidualFlow(8, 8, 2) if kind == "vectors" else ImageResidualFlow((1, 8, 8), 4, 1)
