@@ -1790,6 +1790,13 @@ FAULTS: tuple[Fault, ...] = (
         "nn::test_balanced_networks_are_what_their_documentation_says",
     ),
     Fault(
+        "views of what a node returns are saved, so that it holds itself",
+        "nn/balancing.py",
+        "[each.detach() for each in rates.columns]",
+        "list(rates.columns)",
+        "graphs::test_no_graph_is_alive_when_a_step_is_captured",
+    ),
+    Fault(
         "the budget is spent by each layer",
         "nn/balancing.py",
         "return (excess * (-1 / norms.shape[0])).exp()",
