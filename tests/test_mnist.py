@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +38,7 @@ from nflows_iresnet.training import (
     Steps,
     TrainingPlan,
     adam,
+    loop,
     set_learning_rate,
 )
 from nflows_iresnet.transforms.image import PixelwiseSpline
@@ -394,13 +393,10 @@ class OnGPU(Tensor):
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraphedStep]:
-    module = types.ModuleType("nflows_iresnet.graphs")
-
     class Fresh(FakeGraphedStep):
         pass
 
-    module.GraphedStep = Fresh  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nflows_iresnet.graphs", module)
+    monkeypatch.setattr(loop, "GraphedStep", Fresh)
     return Fresh
 
 
