@@ -9,7 +9,6 @@ with an eager step. What speaks to CUDA is one class, `_CudaRecorder`; all else 
 
 from __future__ import annotations
 
-import gc
 import random
 import traceback
 import warnings
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet.linearization import held_by_graphs
 from nflows_iresnet.logdet import TermPlan
 from nflows_iresnet.transforms import ResidualTransform
 
@@ -394,7 +394,7 @@ class _CapturedStep:
         self._blocks = [each for each in step.flow.modules() if isinstance(each, ResidualTransform)]
         self._setting = _Setting.of(step, self._blocks)
         _require_known_to_work(step)
-        self._older = _held_by_older_graphs(step.parameters())
+        self._older = held_by_graphs(step.parameters())
         random_state = _RandomState(recorder.generator)
         try:
             self._rates.settle()
@@ -548,23 +548,6 @@ def _require_known_to_work(step: EagerStep) -> None:
     devices = {str(each.device) for each in step.tensors() if each.dim() > 0}
     if len(devices) > 1:
         raise _CaptureError(f"its tensors are on several devices: {', '.join(sorted(devices))}")
-
-
-def _held_by_older_graphs(parameters: Sequence[Tensor]) -> int:
-    """Return of how many parameters a graph is alive: it has the node that adds up a gradient."""
-    for each in parameters:
-        _accumulator(each).metadata["is_old"] = True
-    if not any("is_old" in _accumulator(each).metadata for each in parameters):
-        return 0
-    gc.collect()
-    return sum(_accumulator(each).metadata.pop("is_old", False) for each in parameters)
-
-
-@torch.inference_mode(mode=False)  # under no_grad, too, whose backward says itself what is wrong
-def _accumulator(parameter: Tensor) -> Any:
-    """Return the node that adds up the gradient of a parameter, one while a graph has it."""
-    of_view: Any = parameter.view_as(parameter).grad_fn
-    return of_view.next_functions[0][0]
 
 
 def _kinds(arguments: tuple[Tensor, ...]) -> str:

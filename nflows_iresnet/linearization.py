@@ -13,6 +13,7 @@ differentiation: correct, but each product costs one backward pass.
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -80,6 +81,27 @@ def first_parameter(module: nn.Module) -> Tensor | None:
         if child is not None and (found := first_parameter(child)) is not None:
             return found
     return None
+
+
+def held_by_graphs(parameters: Sequence[Tensor]) -> int:
+    """Return of how many parameters a graph is alive: it has the node that adds up a gradient.
+
+    What is on that node stays there as long as a graph has it; without one each question makes
+    another. Graphs that only cycles of Python hold are collected.
+    """
+    for each in parameters:
+        _accumulator(each).metadata["is_held"] = True
+    if not any("is_held" in _accumulator(each).metadata for each in parameters):
+        return 0
+    gc.collect()
+    return sum(_accumulator(each).metadata.pop("is_held", False) for each in parameters)
+
+
+@torch.inference_mode(mode=False)  # under no_grad, too
+def _accumulator(parameter: Tensor) -> Any:
+    """Return the node that adds up the gradient of a parameter."""
+    of_view: Any = parameter.view_as(parameter).grad_fn
+    return of_view.next_functions[0][0]
 
 
 class SecondDerivativeError(RuntimeError):

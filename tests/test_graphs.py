@@ -23,6 +23,7 @@ from nflows_iresnet import ResidualFlow, ResidualTransform, graphs, logdet
 from nflows_iresnet.flows import ImageResidualFlow
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning, graph_length
+from nflows_iresnet.linearization import held_by_graphs
 from nflows_iresnet.logdet import TermPlan
 from nflows_iresnet.logdet.plan import planned_weights
 from tests.cases import FixedLinear
@@ -481,7 +482,7 @@ def test_no_graph_is_alive_when_a_step_is_captured(
     alive, capture = [], recorder.capture
 
     def watched(body: graphs.Body) -> graphs.Body:
-        alive.append(graphs._held_by_older_graphs(list(flow.parameters())))
+        alive.append(held_by_graphs(list(flow.parameters())))
         return capture(body)
 
     monkeypatch.setattr(recorder, "capture", watched)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet.linearization import held_by_graphs
 from nflows_iresnet.testing.subject import (
     Subject,
     drawn,
@@ -271,20 +271,9 @@ def graphs_are_freed(subject: Subject) -> None:
         "inverse": partial(subject.inverse, outputs),
     }
     for name, function in passes.items():
-        found = function()
-        for each in learned:
-            _marks(each)["is_old"] = True
-        del found
-        gc.collect()
-        left = sum("is_old" in _marks(each) for each in learned)
+        function()
+        left = held_by_graphs(learned)
         require(left == 0, f"{name} leaves a graph of {left} parameters behind")
-
-
-def _marks(parameter: Tensor) -> dict[str, bool]:
-    """Return what stays with the node that adds up a parameter's gradient: while graphs hold it."""
-    node = cast(Any, parameter.view_as(parameter).grad_fn).next_functions[0][0]
-    marks: dict[str, bool] = node.metadata
-    return marks
 
 
 def tensors_of_the_caller(subject: Subject) -> None:

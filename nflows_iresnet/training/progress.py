@@ -227,7 +227,8 @@ class Progress:
     @property
     def _stale(self) -> int:
         """How many validations after a step there are since the best of them."""
-        points, best = self.trained, _best_of(self.trained)
+        points = self.trained
+        best = _best_of(points)
         return len(points) if best is None else len(points) - 1 - points.index(best)
 
     @property
