@@ -17,7 +17,7 @@ from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.evaluation import exact_log_prob, peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec, count_parameters
-from nflows_iresnet.experiments.record import Folder
+from nflows_iresnet.experiments.record import Folder, Record
 from nflows_iresnet.experiments.report import render
 from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
 from tests.optional import named
@@ -228,7 +228,7 @@ def test_same_seed_same_likelihood(finished: Path) -> None:
 
 def test_report_can_be_rendered_again(finished: Path) -> None:
     folder = Folder(finished)
-    assert render(folder.load_record(), folder) == (finished / "report.html").read_text()
+    assert render(folder.load(Record.from_json), folder) == (finished / "report.html").read_text()
 
 
 def test_table_and_verdict_are_printed(table: str, capsys: pytest.CaptureFixture[str]) -> None:

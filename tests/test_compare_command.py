@@ -19,7 +19,7 @@ from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import RowTask
 from nflows_iresnet.experiments.options import COMMANDS
-from nflows_iresnet.experiments.record import Folder
+from nflows_iresnet.experiments.record import Folder, Record
 from nflows_iresnet.experiments.runs import Run
 
 pytest.importorskip("matplotlib")
@@ -194,13 +194,13 @@ def test_interrupt_keeps_and_resume_goes_on(
     message = capsys.readouterr().err
     assert "1 of 3 runs are kept" in message
     assert "--resume" in message
-    kept = folder.load_record().results
+    kept = folder.load(Record.from_json).results
     assert [result.model for result in kept] == ["nice"]
 
     assert_refused(main([*arguments, str(folder.path)]), "already holds results", capsys)
     assert main([*arguments, str(folder.path), "--resume", "--quiet"]) == 0
     assert executed == ["nice", "realnvp", "realnvp", "maf"]
-    assert folder.load_record().results[0] == kept[0]
+    assert folder.load(Record.from_json).results[0] == kept[0]
     assert (folder.path / "report.html").exists()
 
 

@@ -22,7 +22,7 @@ from nflows_iresnet import datasets, load_run, logdet, transforms
 from nflows_iresnet.experiments import saved
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.models import Architecture, find_model
-from nflows_iresnet.experiments.record import Folder, RunRecord
+from nflows_iresnet.experiments.record import Folder, Record, RunRecord
 from tests.optional import named
 
 pytest.importorskip("matplotlib")
@@ -264,14 +264,14 @@ def test_a_run_that_failed_has_no_weights_and_is_not_done_again(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = copied(finished.images, tmp_path)
-    whole = place.load_record()
+    whole = place.load(Record.from_json)
     failed = replace(whole.results[0], training=None, failures=("it exploded",))
     place.save_record(replace(whole, results=(failed, *whole.results[1:])))
     place.weights(failed.key).unlink()
     command = ["compare", "digits", "--models", *PICTURES, *IMAGES, "--hidden-features", "8"]
     assert main([*command, "--out", str(place.path), "--resume"]) == 0
     assert "weights" not in capsys.readouterr().err
-    assert place.load_record().results[0].failures == ("it exploded",)
+    assert place.load(Record.from_json).results[0].failures == ("it exploded",)
 
 
 def copied(source: Path, tmp_path: Path) -> Folder:
@@ -307,7 +307,7 @@ def test_failures_are_in_the_table_and_a_table_without_runs_has_its_head(
     finished: Finished, tmp_path: Path
 ) -> None:
     place = Folder(tmp_path)
-    whole = Folder(finished.rows).load_record()
+    whole = Folder(finished.rows).load(Record.from_json)
     failed = replace(whole.results[0], training=None, failures=("one, or", "two"))
     place.save_record(replace(whole, results=(failed,)))
     (line,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
@@ -343,7 +343,7 @@ def test_a_broken_tensorboard_costs_nothing(
             raise error(name)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken())
-    result = Folder(finished.rows).load_record().results[0]
+    result = Folder(finished.rows).load(Record.from_json).results[0]
     Folder(tmp_path).write_scalars(result)
     assert not (tmp_path / "tensorboard").exists()
 

@@ -331,7 +331,7 @@ def test_a_race_can_be_repeated_and_goes_on(
     raced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = results(raced)
-    line = command_line(Folder(raced).load_record()).split()[1:]
+    line = command_line(Folder(raced).load(Record.from_json)).split()[1:]
     cut = tmp_path / "cut"
     shutil.copytree(raced, cut)
     (cut / "results.json").write_text(json.dumps({**before, "results": before["results"][:1]}))

@@ -408,10 +408,6 @@ class Folder:
         if isinstance(record, Record):
             write_atomically(self.path / "results.csv", record.as_csv().encode())
 
-    def load_record(self) -> Record:
-        """Read results.json; see `load`."""
-        return self.load(Record.from_json)
-
     def load(self, from_json: Callable[[str], Loaded]) -> Loaded:
         """Read results.json.
 
