@@ -37,7 +37,7 @@ from nflows_iresnet.experiments.config import (
     suggest,
 )
 from nflows_iresnet.experiments.figures import DESCRIPTIONS as FIGURES
-from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
+from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, SAME_START, with_same_start
 from nflows_iresnet.experiments.presets import COMPARE, QUICK, TABLE2, Preset
 from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, Settings, described_rows
 
@@ -174,7 +174,6 @@ class Training(OnDevice):
 # --- compare and table2 ---------------------------------------------------------------------------
 
 DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(RunConfig)}
-_SAME_START = "-same-start"
 _CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
 at --hidden-features and --num-layers. The validation rows choose all that is chosen: training stops
@@ -202,7 +201,7 @@ class CompareOptions(Training):
         "residual-flow in front of it (ActNorm, a spline of each feature, whitening, started from "
         "5,000 training rows; its parameters count): what differs then is what the blocks do. "
         "Models that have this start themselves stay one row, and with a name such as "
-        f"maf{_SAME_START} --models takes one alone; not for --images"
+        f"maf{SAME_START} --models takes one alone; not for --images"
     )
     hidden_features: int | None = option("width of ResidualFlow's networks", positive_int)
     num_layers: int | None = option("transforms in each flow, or scale", positive_int)
@@ -273,7 +272,7 @@ class CompareOptions(Training):
         for name in self.datasets:
             self._check_kind(name)
         known = models(images=self.are_images)
-        starts = () if self.are_images else [f"{name}{_SAME_START}" for name in known]
+        starts = () if self.are_images else [f"{name}{SAME_START}" for name in known]
         for name in self.models or ():
             is_like_none = name not in known and not suggest(name, known).startswith("did")
             if is_like_none and name in data_sets(images=False):
@@ -316,8 +315,6 @@ def to_config(options: CompareOptions) -> RunConfig:
     if options.same_start:
         if images:
             raise ValueError("--same-start is for rows, and these are images: leave it out")
-        from nflows_iresnet.experiments.models import with_same_start
-
         chosen["models"] = with_same_start(chosen["models"])
     return RunConfig(**{**chosen, "images": images, "device": device})
 
