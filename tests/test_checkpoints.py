@@ -16,18 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
-from nflows_iresnet.training import (
-    Batches,
-    History,
-    Steps,
-    TrainingPlan,
-    WeightAverage,
-    random_state,
-    seed_everything,
-    set_random_state,
-)
+from nflows_iresnet.training import History
+from nflows_iresnet.training.checkpoints import Keeper
+from nflows_iresnet.training.loop import WeightAverage
+from nflows_iresnet.training.processes import random_state, seed_everything, set_random_state
+from nflows_iresnet.training.progress import Steps, TrainingPlan
+from nflows_iresnet.training.rows import Batches
 from tests.optional import named
 from tests.trained import train
 
@@ -84,7 +79,7 @@ def run(
 
     data = torch.arange(50.0)[:, None].expand(50, 3).contiguous() / 50
     stream = Batches(data, 8, 0, lambda rows, g: rows + torch.rand(rows.shape, generator=g))
-    keeper = None if path is None else Keeper(path, "test", every=every)
+    keeper = None if path is None else Keeper(path, {"of": "test"}, every=every)
 
     @torch.no_grad()
     def validate() -> float:
@@ -126,7 +121,7 @@ def test_every_part_of_a_checkpoint_matters(
 
     with pytest.raises(StoppedError):
         run(tmp_path / "start.pt", 2)
-    start = Keeper(tmp_path / "start.pt", "test").load() or {}
+    start = Keeper(tmp_path / "start.pt", {"of": "test"}).load() or {}
     monkeypatch.setattr(Keeper, "load", with_a_fresh_part)
     resumed, _ = run(tmp_path / "run.pt")
     assert values_of(resumed) != values_of(straight)
@@ -145,7 +140,7 @@ def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     killed = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], cwd=root, check=False)
     assert killed.returncode == -signal.SIGKILL
-    state = Keeper(path, "test").load()
+    state = Keeper(path, {"of": "test"}).load()
     assert state is not None
     assert len(state["progress"]["seconds"]) == 10
     straight, first = run(None)
@@ -201,7 +196,7 @@ def test_every_model_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = Keeper(tmp_path / "run.pt", "test", every=3600)
+    keeper = Keeper(tmp_path / "run.pt", {"of": "test"}, every=3600)
     assert keeper.load() is None
     assert not keeper.due
     keeper.save({"step": 1})
@@ -222,7 +217,7 @@ def test_checkpoints_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     Keeper(path, {"seed": 0}).save({})
-    with pytest.raises(ValueError, match="other arguments"):
+    with pytest.raises(ValueError, match="another training, whose seed was 0 and not 1"):
         Keeper(path, {"seed": 1}).load()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is damaged"):

@@ -19,7 +19,9 @@ from nflows_iresnet.experiments.evaluation import exact_log_prob, peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec, count_parameters
 from nflows_iresnet.experiments.record import Folder, Record
 from nflows_iresnet.experiments.report import render
-from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
+from nflows_iresnet.training.processes import seed_everything
+from nflows_iresnet.training.progress import Steps, TrainingPlan
+from nflows_iresnet.training.rows import Batches
 from tests.optional import named
 from tests.trained import train
 

@@ -23,7 +23,8 @@ from nflows_iresnet.experiments.figures.dynamics import (
     smallest_gap,
 )
 from nflows_iresnet.experiments.options import FiguresOptions
-from nflows_iresnet.training import TrainingDivergedError, check_finite
+from nflows_iresnet.training import TrainingDivergedError
+from nflows_iresnet.training.progress import check_finite
 
 PNG = b"\x89PNG"
 

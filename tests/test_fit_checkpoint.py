@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from nflows_iresnet import ResidualFlow, logdet, training
+from nflows_iresnet import ResidualFlow, logdet
 from nflows_iresnet.training import History, fit
+from nflows_iresnet.training.checkpoints import Keeper
 
 STEPS = 9
 ROWS = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
@@ -97,7 +98,7 @@ def test_an_interrupted_training_goes_on(source: str, stop_after: int, tmp_path:
 def test_a_training_that_crashed_goes_on_from_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(Keeper, "due", True)
     path = tmp_path / "fit.pt"
     with pytest.raises(StoppedError):
         trained(path, stop_after=5, stop=crash)
@@ -173,7 +174,7 @@ def test_a_checkpoint_of_another_training_is_refused(
 ) -> None:
     path = tmp_path / "fit.pt"
     trained(path, stop_after=1)
-    with pytest.raises(ValueError, match=f"another training, whose {name} was .*: delete it, or"):
+    with pytest.raises(ValueError, match=f"another training, whose {name} was .*: delete it"):
         trained(path, **options)
 
 
@@ -185,10 +186,10 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     for damaged in (content[:1000], b"", b"weights", flipped):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged, or no checkpoint of fit: delete it"):
+        with pytest.raises(ValueError, match="is damaged, or no checkpoint: delete it"):
             trained(path)
     torch.save(ResidualFlow(2, 8, 2).state_dict(), path)
-    with pytest.raises(ValueError, match="is damaged, or no checkpoint of fit"):
+    with pytest.raises(ValueError, match="is damaged, or no checkpoint"):
         trained(path)
 
 

@@ -16,7 +16,9 @@ from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import ImageTask
 from nflows_iresnet.experiments.evaluation import CHUNK, EvaluationData, evaluate, exact_log_prob
 from nflows_iresnet.experiments.models import IMAGE_MODELS, ImageArchitecture, count_parameters
-from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
+from nflows_iresnet.training.processes import seed_everything
+from nflows_iresnet.training.progress import Steps, TrainingPlan
+from nflows_iresnet.training.rows import Batches
 from tests.optional import named
 from tests.trained import train
 

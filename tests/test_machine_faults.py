@@ -30,9 +30,10 @@ import torch
 
 import nflows_iresnet
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.files import CheckpointError, Keeper, prepare_folder
+from nflows_iresnet.experiments.files import prepare_folder
 from nflows_iresnet.experiments.record import Folder
 from nflows_iresnet.files import write_atomically
+from nflows_iresnet.training.checkpoints import CheckpointError, Keeper
 from tests.test_compare_disk import COMMANDS
 
 pytest.importorskip("matplotlib")
@@ -377,10 +378,10 @@ def test_no_interval_is_measured_by_the_clock_on_the_wall() -> None:
 
 def test_a_checkpoint_of_a_later_day_is_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    Keeper(path, "run").save({"step": 3})
+    Keeper(path, {"of": "run"}).save({"step": 3})
     later = datetime.datetime(2090, 1, 1, tzinfo=datetime.timezone.utc).timestamp()
     os.utime(path, (later, later))
-    assert Keeper(path, "run").load() == {"step": 3}
+    assert Keeper(path, {"of": "run"}).load() == {"step": 3}
 
 
 # --- wrong bits ---
@@ -392,17 +393,17 @@ def checkpoint() -> bytes:
     generator = torch.Generator().manual_seed(0)
     weights = {f"w{index}": torch.randn(64, 64, generator=generator) for index in range(4)}
     try:
-        Keeper(folder, "run").save({"model": weights})
+        Keeper(folder, {"of": "run"}).save({"model": weights})
         return folder.read_bytes()
     finally:
         folder.unlink(missing_ok=True)
 
 
 def test_a_checkpoint_cut_anywhere_is_refused(checkpoint: bytes, tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path / "run.pt", "run")
+    keeper = Keeper(tmp_path / "run.pt", {"of": "run"})
     for length in (*range(0, len(checkpoint), 4096), len(checkpoint) - 1):
         keeper.path.write_bytes(checkpoint[:length])
-        with pytest.raises(CheckpointError, match="is damaged; delete it"):
+        with pytest.raises(CheckpointError, match="is damaged, or no checkpoint: delete it"):
             keeper.load()
     keeper.path.write_bytes(checkpoint)
     assert keeper.load() is not None
@@ -421,7 +422,7 @@ def test_wrong_bits_are_refused_or_change_nothing(
     length: int, value: int | None, checkpoint: bytes, tmp_path: Path
 ) -> None:
     """A weight with a wrong bit would be a weight: torch reads it without a word."""
-    keeper = Keeper(tmp_path / "run.pt", "run")
+    keeper = Keeper(tmp_path / "run.pt", {"of": "run"})
     keeper.path.write_bytes(checkpoint)
     right = keeper.load()
     assert right is not None
@@ -499,7 +500,7 @@ def test_what_strangers_wrote_is_refused_and_does_not_run(kind: str, tmp_path: P
     path.parent.mkdir()
     path.write_bytes(FOREIGN[kind](harmful))
     with pytest.raises(CheckpointError):
-        Keeper(path, "run").load()
+        Keeper(path, {"of": "run"}).load()
     path.with_suffix(".npz").write_bytes(FOREIGN[kind](harmful))
     with suppress(ValueError):
         assert all(isinstance(each, bytes) for each in folder.load_arrays(KEY).values())

@@ -22,7 +22,6 @@ from nflows_iresnet.experiments import evaluation
 from nflows_iresnet.experiments.adapters import TruncatedModel
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
-from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
 from nflows_iresnet.experiments.options import CompareOptions, Table1Options, parse, to_config
 from nflows_iresnet.experiments.presets import COMPARE
@@ -30,17 +29,11 @@ from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.table1 import TUNED, classifiers
 from nflows_iresnet.experiments.table1 import command as table1
 from nflows_iresnet.flows.image import ImageResidualFlow
-from nflows_iresnet.training import (
-    Batches,
-    History,
-    Seconds,
-    Stepper,
-    Steps,
-    TrainingPlan,
-    adam,
-    loop,
-    set_learning_rate,
-)
+from nflows_iresnet.training import History, loop
+from nflows_iresnet.training.checkpoints import Keeper
+from nflows_iresnet.training.loop import Stepper, adam, set_learning_rate
+from nflows_iresnet.training.progress import Seconds, Steps, TrainingPlan
+from nflows_iresnet.training.rows import Batches
 from nflows_iresnet.transforms.image import PixelwiseSpline
 from tests.trained import train
 
@@ -446,7 +439,7 @@ def test_a_training_on_a_gpu_goes_on_from_where_it_looked(
             raise KeyboardInterrupt
 
     straight, first = trained_on_gpu(100)
-    keeper = Keeper(tmp_path / "run.pt", "test", every=0.0)
+    keeper = Keeper(tmp_path / "run.pt", {"of": "test"}, every=0.0)
     with pytest.raises(KeyboardInterrupt):
         trained_on_gpu(100, stop, keeper)
     resumed, second = trained_on_gpu(100, keeper=keeper)
@@ -538,12 +531,12 @@ def test_a_learning_rate_on_the_device_keeps_its_place() -> None:
 
 def test_the_learning_rate_is_warmed_up_and_follows_the_time() -> None:
     plan = TrainingPlan(1.0, Seconds(10.0), warmup=0.1)
-    assert plan.learning_rate_at(0.0) == pytest.approx(0.1)
-    assert plan.learning_rate_at(0.05) == pytest.approx(0.5, rel=0.02)
-    assert plan.learning_rate_at(0.1) == pytest.approx(0.9755, abs=1e-3)
-    assert plan.learning_rate_at(1.0) == pytest.approx(0.0, abs=1e-9)
+    assert plan.factor_at(0.0) == pytest.approx(0.1)
+    assert plan.factor_at(0.05) == pytest.approx(0.5, rel=0.02)
+    assert plan.factor_at(0.1) == pytest.approx(0.9755, abs=1e-3)
+    assert plan.factor_at(1.0) == pytest.approx(0.0, abs=1e-9)
     assert plan.length.progress(steps=10**6, seconds=5.0) == 0.5
-    assert TrainingPlan(1.0, Steps(10)).learning_rate_at(0.0) == 1.0
+    assert TrainingPlan(1.0, Steps(10)).factor_at(0.0) == 1.0
 
 
 def test_scores_are_of_all_test_images_and_validation_is_of_others(folder: Path) -> None:

@@ -22,9 +22,9 @@ import torch
 from nflows_iresnet.experiments import parallel, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig, UsageError
-from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.table1 import Settings
 from nflows_iresnet.experiments.table1.classifiers import Job, load
+from nflows_iresnet.training.checkpoints import Keeper
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

@@ -26,7 +26,9 @@ from nflows_iresnet.experiments.models import (
 )
 from nflows_iresnet.experiments.options import CompareOptions, parse, to_config
 from nflows_iresnet.graphs import GraphedStep
-from nflows_iresnet.training import Batches, Steps, TrainingPlan, seed_everything
+from nflows_iresnet.training.processes import seed_everything
+from nflows_iresnet.training.progress import Steps, TrainingPlan
+from nflows_iresnet.training.rows import Batches
 from nflows_iresnet.transforms import (
     ActNorm,
     ElementwiseRationalQuadraticSpline,

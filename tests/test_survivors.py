@@ -270,7 +270,7 @@ def test_the_log_slopes_of_all_features_count_in_every_way_to_ask() -> None:
 
 
 def test_batches_follow_their_seed_and_go_on_with_their_noise() -> None:
-    from nflows_iresnet.training import Batches
+    from nflows_iresnet.training.rows import Batches
 
     def noisy(rows: Tensor, generator: torch.Generator) -> Tensor:
         return rows + torch.rand(rows.shape, generator=generator)

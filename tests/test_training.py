@@ -18,18 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nflows_iresnet import ResidualFlow, interruption, logdet, transforms
 from nflows_iresnet.nn import PowerIteration
-from nflows_iresnet.training import (
-    Batches,
-    FirstOf,
-    History,
-    Seconds,
-    Steps,
-    Training,
-    TrainingDivergedError,
-    TrainingPlan,
-    fit,
-    run,
-)
+from nflows_iresnet.training import History, TrainingDivergedError, fit
+from nflows_iresnet.training.loop import Training, run
+from nflows_iresnet.training.progress import FirstOf, Seconds, Steps, TrainingPlan
+from nflows_iresnet.training.rows import Batches
 
 
 def rows_of(count: int, features: int = 2, seed: int = 0) -> Tensor:
@@ -242,7 +234,7 @@ def test_the_schedule_scales_every_rate_by_the_part_that_is_done() -> None:
     optimizer = Noting(groups, lr=2.0)
     quick(model, optimizer=optimizer, warmup=0.2)
     plan = TrainingPlan(0.5, Steps(10), warmup=0.2)
-    expected = [plan.learning_rate_at(k / 10) for k in range(10)]
+    expected = [plan.learning_rate * plan.factor_at(k / 10) for k in range(10)]
     assert [first for first, _ in optimizer.rates] == pytest.approx(expected)
     assert [second for _, second in optimizer.rates] == pytest.approx([4 * r for r in expected])
 
@@ -277,8 +269,8 @@ def test_gradients_that_the_optimizer_does_not_take_do_not_pile_up_in_the_norm()
 
     quick(model, optimizer=optimizer, max_grad_norm=1.0, after_step=note, warmup=0.0)
     lengths = [float((b - a).norm()) for a, b in pairwise(moved)]
-    plan = TrainingPlan(math.sqrt(0.5), Steps(10))
-    assert lengths == pytest.approx([plan.learning_rate_at(k / 10) for k in range(10)], rel=1e-3)
+    plan, rate = TrainingPlan(1.0, Steps(10)), math.sqrt(0.5)
+    assert lengths == pytest.approx([rate * plan.factor_at(k / 10) for k in range(10)], rel=1e-3)
 
 
 def test_an_optimizer_has_its_learning_rates_again_afterwards() -> None:

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from nflows_iresnet.interruption import Postponed
-from nflows_iresnet.training import Batches, History, Keeper, Training, TrainingPlan, run
+from nflows_iresnet.training import History
+from nflows_iresnet.training.checkpoints import Keeper
+from nflows_iresnet.training.loop import Training, run
+from nflows_iresnet.training.progress import TrainingPlan
+from nflows_iresnet.training.rows import Batches
 
 
 def train(

@@ -27,7 +27,7 @@ from nflows_iresnet.experiments.evaluation import (
 )
 from nflows_iresnet.experiments.models import Architecture, ImageArchitecture
 from nflows_iresnet.experiments.record import DatasetSummary
-from nflows_iresnet.training import Batches
+from nflows_iresnet.training.rows import Batches
 from nflows_iresnet.transforms import dequantize
 
 Loaded = TypeVar("Loaded")

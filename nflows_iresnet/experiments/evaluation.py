@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import describe
-from nflows_iresnet.training import synchronize
+from nflows_iresnet.training.processes import synchronize
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK = 32

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 
 from nflows_iresnet.experiments.config import UsageError, describe, describe_environment
-from nflows_iresnet.experiments.files import Keeper
 from nflows_iresnet.experiments.record import Key
 from nflows_iresnet.interruption import Ignored, Postponed
-from nflows_iresnet.training import History, Interruption, Training
-from nflows_iresnet.training import run as run_training
+from nflows_iresnet.training import History
+from nflows_iresnet.training.checkpoints import Keeper
+from nflows_iresnet.training.loop import Interruption, Training
+from nflows_iresnet.training.loop import run as run_training
 
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.progress import LiveProgress

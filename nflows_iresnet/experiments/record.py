@@ -24,7 +24,8 @@ from nflows_iresnet.experiments.config import check_environment, describe_enviro
 from nflows_iresnet.experiments.evaluation import Array, Metrics
 from nflows_iresnet.experiments.files import prepare_folder
 from nflows_iresnet.files import WriteError, moved_away, write_atomically
-from nflows_iresnet.training import History, finite
+from nflows_iresnet.training import History
+from nflows_iresnet.training.progress import finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,7 +17,6 @@ from nflows_iresnet.experiments.adapters import DensityModel
 from nflows_iresnet.experiments.config import RunConfig, describe, in_any_folder, slug
 from nflows_iresnet.experiments.data import ImageTask, RowTask, Task
 from nflows_iresnet.experiments.evaluation import Array, Evaluation, Metrics, evaluate
-from nflows_iresnet.experiments.files import CheckpointError
 from nflows_iresnet.experiments.models import (
     IMAGE_MODELS,
     MODELS,
@@ -29,14 +28,11 @@ from nflows_iresnet.experiments.models import (
 from nflows_iresnet.experiments.parallel import NOBODY, Watch
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result, Trial
 from nflows_iresnet.files import WriteError
-from nflows_iresnet.training import (
-    History,
-    Seconds,
-    Steps,
-    Training,
-    TrainingPlan,
-    seed_everything,
-)
+from nflows_iresnet.training import History
+from nflows_iresnet.training.checkpoints import CheckpointError
+from nflows_iresnet.training.loop import Training
+from nflows_iresnet.training.processes import seed_everything
+from nflows_iresnet.training.progress import Seconds, Steps, TrainingPlan
 
 AVERAGE_DECAY = 0.999
 WARMUP = 0.02

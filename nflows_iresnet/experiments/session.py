@@ -18,16 +18,12 @@ import torch
 from nflows_iresnet import interruption
 from nflows_iresnet.experiments import parallel
 from nflows_iresnet.experiments.config import UsageError, resolve_device
-from nflows_iresnet.experiments.files import (
-    CheckpointError,
-    Keeper,
-    describe_os_error,
-    prepare_folder,
-)
+from nflows_iresnet.experiments.files import describe_os_error, prepare_folder
 from nflows_iresnet.experiments.options import OnDevice, Options, Training
 from nflows_iresnet.experiments.parallel import Job, Order, Watch
 from nflows_iresnet.experiments.record import Folder, RunRecord, flags
 from nflows_iresnet.files import WriteError
+from nflows_iresnet.training.checkpoints import CheckpointError, Keeper
 
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.progress import LiveProgress
@@ -135,9 +131,10 @@ class Session(ABC, Generic[Kept]):
 
     def keeper(self, job: Job) -> Keeper:
         """Return what keeps the checkpoints of a job."""
-        identity = [self.record.arguments, job.key]
         path = self.folder.checkpoint(job.key)
-        return Keeper(path, identity, 60.0 * self.parsed.checkpoint_minutes)
+        settings = {**flags(self.record.arguments), "job": job.key}
+        every = 60.0 * self.parsed.checkpoint_minutes
+        return Keeper(path, settings, every, otherwise="choose another --out")
 
     @property
     def kept(self) -> str:

@@ -7,11 +7,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,28 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nflows_iresnet.files import read_intact, write_atomically
 from nflows_iresnet.graphs import Loss, negative_log_likelihood, trainable
 from nflows_iresnet.interruption import Noted
-from nflows_iresnet.training.loop import (
-    Interruption,
-    Keeper,
-    Stepper,
-    Training,
-    WeightAverage,
-    adam,
-    close,
-    run,
-    set_learning_rate,
-)
-from nflows_iresnet.training.processes import (
-    Processes,
-    random_state,
-    seed_everything,
-    seeded,
-    set_random_state,
-    synchronize,
-)
+from nflows_iresnet.training.checkpoints import Keeper
+from nflows_iresnet.training.loop import Training, close, run
+from nflows_iresnet.training.processes import Processes, seed_everything, seeded
 from nflows_iresnet.training.progress import (
     CLIP_NORM,
     CurvePoint,
@@ -53,42 +34,15 @@ from nflows_iresnet.training.progress import (
     Steps,
     TrainingDivergedError,
     TrainingPlan,
-    check_finite,
-    finite,
 )
-from nflows_iresnet.training.rows import Batches, GivenRows, Rows, Validator
+from nflows_iresnet.training.rows import GivenRows, Rows, Validator
 from nflows_iresnet.validation import validated_size
 
-__all__ = [
-    "Batches",
-    "CurvePoint",
-    "FirstOf",
-    "History",
-    "Interruption",
-    "Keeper",
-    "Seconds",
-    "Stepper",
-    "Steps",
-    "Training",
-    "TrainingDivergedError",
-    "TrainingPlan",
-    "WeightAverage",
-    "adam",
-    "check_finite",
-    "finite",
-    "fit",
-    "random_state",
-    "run",
-    "seed_everything",
-    "set_learning_rate",
-    "set_random_state",
-    "synchronize",
-]
+__all__ = ["CurvePoint", "History", "TrainingDivergedError", "fit"]
 
 START_ROWS = 5_000
 """Rows that a flow is started from."""
 MAX_STEPS = 5_000
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
 _NOT_THE_PLAN = {"clock", "validates_start"}
 """What a training that goes on may have otherwise."""
 
@@ -247,7 +201,7 @@ def fit(
         keeper = None
         if checkpoint is not None:
             settings = {"batch_size": size, "seed": seed, "training rows": str(given)}
-            keeper = _Checkpoint(Path(checkpoint), training, settings)
+            keeper = _keeper(Path(checkpoint), training, settings)
         shown = processes.rank == 0 and (sys.stderr.isatty() if progress is None else progress)
         display = _Display(training.progress, on_step, shown=shown)
         try:
@@ -256,59 +210,24 @@ def fit(
             return close(training)
 
 
-class _Checkpoint:
-    """The file of a training of `fit`: written whole or not at all, read without running code.
+def _keeper(path: Path, training: Training, settings: dict[str, Any]) -> Keeper:
+    """Return what keeps the checkpoint of a training of `fit`.
 
     Raises:
         ValueError: there can be no such file.
     """
-
-    def __init__(self, path: Path, training: Training, settings: dict[str, Any]) -> None:
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(f"checkpoint {str(path)!r} must be a file in a folder that exists")
-        plan, model = vars(training.plan), training.model
-        shapes = [(name, list(each.shape)) for name, each in model.named_parameters()]
-        about = {
-            **{name: plan[name] for name in sorted(plan.keys() - _NOT_THE_PLAN)},
-            **settings,
-            "optimizer": type(training.optimizer).__name__,
-            "flow": f"{type(model).__name__} {zlib.crc32(repr(shapes).encode()):08x}",
-            "processes": training.processes.count,
-        }
-        self._settings = {name: repr(value) for name, value in about.items()}
-        self._path, self._last = path, time.monotonic()
-
-    @property
-    def due(self) -> bool:
-        return time.monotonic() - self._last >= SECONDS_BETWEEN_CHECKPOINTS
-
-    def save(self, state: dict[str, Any]) -> None:
-        content = io.BytesIO()
-        torch.save({"settings": self._settings, "state": state}, content)
-        write_atomically(self._path, content.getvalue())
-        self._last = time.monotonic()
-
-    def load(self) -> dict[str, Any] | None:
-        if not self._path.exists():
-            return None
-        try:
-            found = torch.load(read_intact(self._path), map_location="cpu", weights_only=True)
-            settings, state = dict(found["settings"]), dict(found["state"])
-        except Exception as error:  # a damaged file may raise anything
-            raise self.damaged() from error
-        for name, value in self._settings.items():
-            if settings.get(name) != value:
-                raise ValueError(
-                    f"checkpoint {str(self._path)!r} is of another training, whose {name} was "
-                    f"{settings.get(name)} and not {value}: delete it, or give another path"
-                )
-        return state
-
-    def damaged(self) -> ValueError:
-        return ValueError(
-            f"checkpoint {str(self._path)!r} is damaged, or no checkpoint of fit: delete it, or "
-            "give another path"
-        )
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"checkpoint {str(path)!r} must be a file in a folder that exists")
+    plan, model = vars(training.plan), training.model
+    shapes = [(name, list(each.shape)) for name, each in model.named_parameters()]
+    about = {
+        **{name: plan[name] for name in sorted(plan.keys() - _NOT_THE_PLAN)},
+        **settings,
+        "optimizer": type(training.optimizer).__name__,
+        "flow": f"{type(model).__name__} {zlib.crc32(repr(shapes).encode()):08x}",
+        "processes": training.processes.count,
+    }
+    return Keeper(path, about)
 
 
 def _length(max_steps: int | None, max_seconds: float | None) -> Length:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nflows_iresnet import precision
 from nflows_iresnet.graphs import EagerStep, GraphedStep, Loss, negative_log_likelihood, trainable
+from nflows_iresnet.training.checkpoints import Keeper
 from nflows_iresnet.training.processes import ALONE, Processes, random_state, set_random_state
 from nflows_iresnet.training.progress import (
     REMEDY,
@@ -148,23 +149,6 @@ class Stepper:
             first, *_ = str(error).splitlines() or ["no message"]
             self._refused = f"{type(error).__name__}: {first}"
             return step
-
-
-class Keeper(Protocol):
-    """Keeps the last checkpoint of a training."""
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time for another one."""
-
-    def save(self, state: dict[str, Any], /) -> None:
-        """Replace the checkpoint."""
-
-    def load(self) -> dict[str, Any] | None:
-        """Return the checkpoint, None if there is none."""
-
-    def damaged(self) -> Exception:
-        """Return the error that says that the checkpoint is damaged."""
 
 
 class Interruption(AbstractContextManager[object], Protocol):

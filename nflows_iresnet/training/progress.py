@@ -103,12 +103,8 @@ class TrainingPlan:
     clock: Callable[[], float] = time.perf_counter
     validates_start: bool = False
 
-    def learning_rate_at(self, progress: float) -> float:
-        """Return the learning rate, warmed up and annealed by a cosine."""
-        return self.learning_rate * self.factor_at(progress)
-
     def factor_at(self, progress: float) -> float:
-        """Return the learning rate as a fraction of the initial one."""
+        """Return the part of the learning rate that is used, by warm-up and a cosine."""
         rising = 1.0 if progress >= self.warmup else max(0.1, progress / self.warmup)
         return 0.5 * rising * (1.0 + math.cos(math.pi * progress))
 

@@ -31,7 +31,10 @@ from nflows_iresnet.linearization import ResidualFunction
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged, Solver
-from nflows_iresnet.training import Batches, Training, TrainingPlan, run, seed_everything
+from nflows_iresnet.training.loop import Training, run
+from nflows_iresnet.training.processes import seed_everything
+from nflows_iresnet.training.progress import TrainingPlan
+from nflows_iresnet.training.rows import Batches
 from nflows_iresnet.transforms import ResidualTransform
 
 # --- networks -------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ from nflows_iresnet.experiments.data import training_batches
 from nflows_iresnet.experiments.evaluation import exact_nll
 from nflows_iresnet.experiments.models import MODELS, Architecture
 from nflows_iresnet.experiments.options import BenchOptions
-from nflows_iresnet.training import Training, TrainingPlan, seed_everything
+from nflows_iresnet.training.loop import Training
+from nflows_iresnet.training.processes import seed_everything
+from nflows_iresnet.training.progress import TrainingPlan
 
 # --- estimates ------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.flows import ImageResidualFlow
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.nn import LipschitzCNN, LipschitzMLP
-from nflows_iresnet.training import seed_everything
+from nflows_iresnet.training.processes import seed_everything
 from nflows_iresnet.transforms import CompositeTransform, ResidualTransform
 
 # --- models beside those of `compare` -------------------------------------------------------------

@@ -24,7 +24,9 @@ from nflows_iresnet.experiments.figures import Drawing
 from nflows_iresnet.experiments.pictures import DATA, INK, STYLE, as_png
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn import LipschitzMLP
-from nflows_iresnet.training import Steps, Training, TrainingPlan, run, seed_everything
+from nflows_iresnet.training.loop import Training, run
+from nflows_iresnet.training.processes import seed_everything
+from nflows_iresnet.training.progress import Steps, TrainingPlan
 
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.figures.command import Stage

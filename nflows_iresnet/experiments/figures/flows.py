@@ -31,7 +31,7 @@ from nflows_iresnet.experiments.pictures import (
     tile,
 )
 from nflows_iresnet.experiments.record import DatasetSummary, Result
-from nflows_iresnet.training import seed_everything
+from nflows_iresnet.training.processes import seed_everything
 
 if TYPE_CHECKING:
     from nflows_iresnet.experiments.figures.command import Stage

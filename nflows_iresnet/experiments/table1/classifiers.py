@@ -14,21 +14,17 @@ from torch.nn.functional import cross_entropy
 from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
 from nflows_iresnet.datasets import ImageDataset, load_images
 from nflows_iresnet.experiments.config import describe, in_any_folder
-from nflows_iresnet.experiments.files import CheckpointError
 from nflows_iresnet.experiments.models import count_parameters
 from nflows_iresnet.experiments.parallel import NOBODY, Watch
 from nflows_iresnet.experiments.table1 import Settings
 from nflows_iresnet.files import WriteError
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged, Solution
-from nflows_iresnet.training import (
-    Batches,
-    History,
-    Seconds,
-    Steps,
-    Training,
-    TrainingPlan,
-    seed_everything,
-)
+from nflows_iresnet.training import History
+from nflows_iresnet.training.checkpoints import CheckpointError
+from nflows_iresnet.training.loop import Training
+from nflows_iresnet.training.processes import seed_everything
+from nflows_iresnet.training.progress import Seconds, Steps, TrainingPlan
+from nflows_iresnet.training.rows import Batches
 from nflows_iresnet.transforms import InjectivePadding, ResidualTransform
 
 SOLVER = FixedPointIteration()

@@ -1,0 +1,95 @@
+"""The checkpoint of a training: a file that is whole, and says which training it is of."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nflows_iresnet.files import WriteError, read_intact, write_atomically
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be gone on with; the message names the file and the remedy."""
+
+
+@dataclass
+class Keeper:
+    """Keeps the last checkpoint of one training; reading it runs no code.
+
+    Args:
+        path: the file.
+        settings: what the training depends on, by name; a checkpoint of another one is refused.
+        every: seconds between checkpoints.
+        otherwise: what can be done instead of deleting a file that is refused.
+    """
+
+    path: Path
+    settings: Mapping[str, object] = field(default_factory=dict)
+    every: float = 60.0
+    otherwise: str = "give another path"
+    _last: float = field(default_factory=time.monotonic, init=False)
+
+    @property
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough for another one."""
+        return time.monotonic() - self._last >= self.every
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint, whole or not at all."""
+        content = io.BytesIO()
+        torch.save({"settings": self._named, "state": state}, content)
+        write_atomically(self.path, content.getvalue())
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state of the checkpoint, None if there is none.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another training.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            found = torch.load(read_intact(self.path), map_location="cpu", weights_only=True)
+            settings, state = dict(found["settings"]), dict(found["state"])
+        except Exception as error:  # a damaged file may raise anything
+            raise self.damaged() from error
+        for name, value in self._named.items():
+            if settings.get(name) != value:
+                raise self._refused(
+                    f"of another training, whose {name} was {settings.get(name)} and not {value}"
+                )
+        return state
+
+    def damaged(self) -> CheckpointError:
+        """Return the error that says that the file is damaged."""
+        return self._refused("damaged, or no checkpoint")
+
+    def discard(self) -> None:
+        """Delete the checkpoint.
+
+        Raises:
+            WriteError: the folder cannot be written.
+        """
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(f"cannot delete {str(self.path)!r}: {error.strerror}") from error
+
+    def _refused(self, why: str) -> CheckpointError:
+        delete = f"delete it (rm {shlex.quote(str(self.path))})"
+        return CheckpointError(
+            f"checkpoint {str(self.path)!r} is {why}: {delete} to train from the start, or "
+            f"{self.otherwise}"
+        )
+
+    @property
+    def _named(self) -> dict[str, str]:
+        return {name: repr(value) for name, value in self.settings.items()}
