@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all."""
+"""Files that a reader sees whole or not at all, and errors of the system in words."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise WriteError(f"cannot write {str(path)!r}: {reason}") from error
 
 
-def moved_away(path: Path, suffix: str = ".moved") -> str:
+def moved_away(path: Path) -> str:
     """Return the command that moves something out of the way."""
-    return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}{suffix}')}"
+    return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.moved')}"
 
 
 def read_intact(path: Path) -> io.BytesIO:
@@ -58,6 +58,13 @@ def read_intact(path: Path) -> io.BytesIO:
         raise zipfile.BadZipFile(f"{damaged!r} does not have the sum that the file says")
     content.seek(0)
     return content
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say which file and why, without the number of the error."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename!r}: {error.strerror}"
 
 
 def _replace(path: Path, content: bytes) -> None:

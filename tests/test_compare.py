@@ -16,8 +16,9 @@ from nflows_iresnet.experiments.adapters import NflowsModel
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.evaluation import exact_log_prob, peak_megabytes
+from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec, count_parameters
-from nflows_iresnet.experiments.record import Folder, Record
+from nflows_iresnet.experiments.record import Record
 from nflows_iresnet.experiments.report import render
 from nflows_iresnet.training.processes import seed_everything
 from nflows_iresnet.training.progress import Steps, TrainingPlan

@@ -18,8 +18,9 @@ from nflows_iresnet.experiments import models, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import RowTask
+from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.options import COMMANDS
-from nflows_iresnet.experiments.record import Folder, Record
+from nflows_iresnet.experiments.record import Record
 from nflows_iresnet.experiments.runs import Run
 
 pytest.importorskip("matplotlib")

@@ -181,6 +181,16 @@ def test_a_folder_in_the_way_is_said_before_anything_is_trained(
     assert main(command) == 0
 
 
+@pytest.mark.parametrize("command", ["figures", "bench"])
+def test_a_folder_in_the_way_is_said_before_anything_is_measured(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    line = complaint(main([command, "--quick", "--out", str(tmp_path / "out")]), 2, capsys)
+    assert "report.html' is a folder" in line
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
 def test_a_file_in_the_way_of_the_weights_is_said_before_results_are_taken_back(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,28 @@ def roulette(rank: int, folder: str) -> dict[str, Any]:
     return {**found, "drawn": torch.stack(drawn)}
 
 
+def random_gradients(rank: int, folder: str) -> dict[str, Any]:
+    """Beside the gradients of both: those of the rows and the random numbers of this process."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def loss(flow: Any, rows: Tensor) -> Tensor:
+        seen.append((torch.get_rng_state(), rows))
+        value: Tensor = -flow.log_prob(rows).mean()
+        return value
+
+    flow, alone = (flow_of(estimator=logdet.RussianRoulette()) for _ in range(2))
+    for each in (flow, alone):
+        each.initialize(ROWS)
+    found = one_step(flow, loss=loss, validation=lambda flow: 0.0)
+    state, rows = seen[0]
+    alone.train()
+    with torch.random.fork_rng():
+        torch.set_rng_state(state)
+        (-alone.log_prob(rows).mean()).backward()
+    own = {name: each.grad for name, each in alone.named_parameters() if each.grad is not None}
+    return {**found, "own": own}
+
+
 def buffers(rank: int, folder: str) -> dict[str, Any]:
     return trained(Line())
 
@@ -108,6 +130,10 @@ def sampler(rank: int, folder: str) -> dict[str, Any]:
 
 def uneven_rows(rank: int, folder: str) -> dict[str, Any]:
     return raised_by(lambda: trained(flow_of(), ROWS[: 100 + rank]))
+
+
+def other_rows(rank: int, folder: str) -> dict[str, Any]:
+    return raised_by(lambda: trained(flow_of(), ROWS[rank : 100 + rank]))
 
 
 def too_few_rows(rank: int, folder: str) -> dict[str, Any]:
@@ -191,10 +217,12 @@ SCENARIOS = (
     whole,
     from_other_weights,
     roulette,
+    random_gradients,
     buffers,
     loaders_of_uneven_length,
     sampler,
     uneven_rows,
+    other_rows,
     too_few_rows,
     seconds,
     objects_gathered,
@@ -239,6 +267,14 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(both: Both) -> N
     assert len(expected["gradients"]) == len(list(flow_of().parameters()))
     for found in both("gradients"):
         assert_near(found["gradients"], expected["gradients"])
+
+
+def test_gradients_of_a_random_loss_are_the_mean_of_those_of_each_process(both: Both) -> None:
+    first, second = both("random_gradients")
+    expected = {name: (each + second["own"][name]) / 2 for name, each in first["own"].items()}
+    assert max(float((first["own"][name] - expected[name]).abs().max()) for name in expected) > 1e-3
+    for found in (first, second):
+        assert_near(found["gradients"], expected)
 
 
 def test_a_training_is_that_of_one_process(both: Both) -> None:
@@ -296,7 +332,8 @@ def test_one_validation_ends_the_training_of_all(both: Both) -> None:
 @pytest.mark.parametrize(
     ("scenario", "message"),
     [
-        ("uneven_rows", "ValueError: processes have 100, 101 training rows: give all rows"),
+        ("uneven_rows", "ValueError: processes have different training rows ([(100, 3)] with sums"),
+        ("other_rows", "ValueError: processes have different training rows ([(100, 3)] with sums"),
         ("too_few_rows", "ValueError: 2 processes cannot share a batch of 1 rows"),
         ("loss_that_breaks_in_one_process", "TrainingDivergedError: the training loss was nan at"),
         ("validation_that_fails", "ZeroDivisionError: integer division"),

@@ -21,8 +21,9 @@ from torch import nn
 from nflows_iresnet import datasets, load_run, logdet, transforms
 from nflows_iresnet.experiments import saved
 from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.models import Architecture, find_model
-from nflows_iresnet.experiments.record import Folder, Record, RunRecord
+from nflows_iresnet.experiments.record import Record, RunRecord
 from tests.optional import named
 
 pytest.importorskip("matplotlib")
@@ -373,7 +374,7 @@ def test_what_follows_from_a_record_is_written_and_not_read() -> None:
 
 def test_settings_are_there_before_torch() -> None:
     script = (
-        "import sys, nflows_iresnet.experiments.config, nflows_iresnet.experiments.files\n"
+        "import sys, nflows_iresnet.experiments.config, nflows_iresnet.files\n"
         "print(sorted({'torch', 'pandas', 'tensorboard'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -30,8 +30,7 @@ import torch
 
 import nflows_iresnet
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.files import prepare_folder
-from nflows_iresnet.experiments.record import Folder
+from nflows_iresnet.experiments.folder import Folder, prepare_folder
 from nflows_iresnet.files import write_atomically
 from nflows_iresnet.training.checkpoints import CheckpointError, Keeper
 from tests.test_compare_disk import COMMANDS

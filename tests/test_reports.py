@@ -13,7 +13,8 @@ from rich.console import Console
 from nflows_iresnet.datasets.tables import COMPARABLE
 from nflows_iresnet.experiments import tables
 from nflows_iresnet.experiments.evaluation import Metrics
-from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result
+from nflows_iresnet.experiments.folder import Folder
+from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
 from nflows_iresnet.experiments.report import (
     Page,
     Section,

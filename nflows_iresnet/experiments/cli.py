@@ -47,7 +47,7 @@ def _run(argv: Sequence[str]) -> int:
 
         from nflows_iresnet.experiments import options
         from nflows_iresnet.experiments.config import UsageError, check_extra
-        from nflows_iresnet.experiments.files import describe_os_error
+        from nflows_iresnet.files import describe_os_error
     try:
         with EndsTheProcess():
             parsed = options.parse(argv)

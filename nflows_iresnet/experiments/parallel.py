@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from nflows_iresnet.experiments.config import UsageError, describe, describe_environment
-from nflows_iresnet.experiments.record import Key
+from nflows_iresnet.experiments.folder import Key
 from nflows_iresnet.interruption import Ignored, Postponed
 from nflows_iresnet.training import History
 from nflows_iresnet.training.checkpoints import Keeper

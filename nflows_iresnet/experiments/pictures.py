@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Array
-from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result
+from nflows_iresnet.experiments.folder import Folder
+from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
 from nflows_iresnet.experiments.tables import Row, rows_of
 
 INK = "#1b1b3a"

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from nflows_iresnet.datasets.tables import COMPARABLE
 from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.evaluation import MEMORY_MEASURE
-from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record
+from nflows_iresnet.experiments.folder import Folder
+from nflows_iresnet.experiments.record import DatasetSummary, Record
 from nflows_iresnet.experiments.tables import (
     Column,
     caption,

@@ -18,8 +18,9 @@ from nflows_iresnet.experiments.adapters import (
     StartedModel,
 )
 from nflows_iresnet.experiments.config import versions
+from nflows_iresnet.experiments.folder import Folder, Key
 from nflows_iresnet.experiments.models import Architecture, ImageArchitecture, find_model
-from nflows_iresnet.experiments.record import Folder, Key, Record
+from nflows_iresnet.experiments.record import Record
 from nflows_iresnet.files import read_intact
 
 FORMAT = "weights-1"

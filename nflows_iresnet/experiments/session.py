@@ -18,11 +18,11 @@ import torch
 from nflows_iresnet import interruption
 from nflows_iresnet.experiments import parallel
 from nflows_iresnet.experiments.config import UsageError, resolve_device
-from nflows_iresnet.experiments.files import describe_os_error, prepare_folder
+from nflows_iresnet.experiments.folder import Folder, flags, prepare_folder
 from nflows_iresnet.experiments.options import OnDevice, Options, Training
 from nflows_iresnet.experiments.parallel import Job, Order, Watch
-from nflows_iresnet.experiments.record import Folder, RunRecord, flags
-from nflows_iresnet.files import WriteError
+from nflows_iresnet.experiments.record import RunRecord
+from nflows_iresnet.files import WriteError, describe_os_error
 from nflows_iresnet.training.checkpoints import CheckpointError, Keeper
 
 if TYPE_CHECKING:
@@ -225,7 +225,9 @@ def run_at_once(
     """
     with _value_errors_are_the_users():
         options = replace(parsed, device=resolve_device(parsed.device))
-        folder = folder_of(parsed, Path(results).stem).path
+        place = folder_of(parsed, Path(results).stem)
+        place.refuse_obstacles()
+        folder = place.path
         if (folder / results).exists():
             raise ValueError(f"{str(folder)!r} already holds results: choose another --out")
         prepare_folder(folder)

@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nflows_iresnet.experiments.evaluation import Array, Metrics
-from nflows_iresnet.experiments.record import DatasetSummary, Folder, Record, Result
+from nflows_iresnet.experiments.folder import Folder
+from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
 
 _WIDE = 124
 

@@ -114,7 +114,7 @@ class GivenRows:
         processes: that share them out.
 
     Raises:
-        ValueError: they are nothing of that, none, not finite, or not as many in each process.
+        ValueError: they are nothing of that, none, not finite, or not the same in each process.
     """
 
     def __init__(self, rows: Any, like: Tensor, what: str, processes: Processes = ALONE) -> None:
@@ -151,11 +151,10 @@ class GivenRows:
                     f"{self.what} rows, got shape {tuple(each.shape)}"
                 )
             _require_finite(each, f"{self.what} rows")
-        counts = self.processes.of_all(tensors[0].shape[0])
-        if len(set(counts)) > 1:
+        if self.processes.count > 1 and len(found := set(self.processes.of_all(str(self)))) > 1:
             raise ValueError(
-                f"processes have {', '.join(map(str, counts))} {self.what} rows: give all rows to "
-                "each, which then takes its share, or a data loader of its own rows"
+                f"processes have different {self.what} rows ({'; '.join(sorted(found))}): give all "
+                "rows to each, which then takes its share, or a data loader of its own rows"
             )
 
     def __str__(self) -> str:
