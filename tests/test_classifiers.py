@@ -13,7 +13,7 @@ from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
 from nflows_iresnet.experiments import parallel
 from nflows_iresnet.experiments.table1 import Settings, classifiers
 from nflows_iresnet.experiments.table1.classifiers import Outcome, invert
-from nflows_iresnet.experiments.table1.command import DataSummary, Record, columns_for
+from nflows_iresnet.experiments.table1.command import DataSummary, TableRecord, columns_for
 from nflows_iresnet.solvers import FixedPointIteration, FixedPointNotConverged
 
 pytest.importorskip("matplotlib")
@@ -108,7 +108,7 @@ def outcome_of(model: Any) -> Outcome:
 def row_of(*outcomes: Outcome) -> dict[str, str]:
     """Return the cells that a model gets."""
     data = DataSummary("tested", "", "", (1, 8, 8), 17, 10, 1, 1, 1)
-    record = Record({"repeats": 1, "steps": 1}, {}, "", data, {}, tuple(outcomes))
+    record = TableRecord({"repeats": 1, "steps": 1}, {}, "", data, {}, tuple(outcomes))
     (row,) = record.rows()
     return {column.title: column.text(row) for column in columns_for(record)}
 
@@ -181,7 +181,7 @@ def test_a_classifier_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> No
         raise ArithmeticError("it exploded")
 
     monkeypatch.setattr(parallel, "run_training", explode)
-    outcome = classifiers.Job("c=0.9", 0, replace(SIZE.settings, num_train=32)).do()
+    outcome = classifiers.ClassifierJob("c=0.9", 0, replace(SIZE.settings, num_train=32)).do()
     assert outcome.failure == "ArithmeticError: it exploded"
     assert row_of(outcome)["guaranteed\ninverse"] == "no"
 

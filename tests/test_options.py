@@ -17,7 +17,7 @@ from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import UsageError
 from nflows_iresnet.experiments.figures import DESCRIPTIONS
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS
-from nflows_iresnet.experiments.options import CompareOptions, Training, parse, to_config
+from nflows_iresnet.experiments.options import CompareOptions, TrainingOptions, parse, to_config
 from nflows_iresnet.experiments.table1 import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -165,11 +165,11 @@ def test_the_help_says_what_holds_by_default(name: str, capsys: pytest.CaptureFi
 
 
 def test_the_same_option_has_one_name_and_one_kind_everywhere() -> None:
-    shared = {each.name for each in fields(Training)}
+    shared = {each.name for each in fields(TrainingOptions)}
     for command in options.COMMANDS.values():
         own = {each.name for each in fields(command.options)}
         assert {"list", "seed", "quick", "out", "quiet"} <= own
-        if isinstance(command.options, Training):
+        if isinstance(command.options, TrainingOptions):
             assert shared <= own
 
 

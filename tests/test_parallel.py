@@ -23,7 +23,7 @@ from nflows_iresnet.experiments import parallel, runs
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig, UsageError
 from nflows_iresnet.experiments.table1 import Settings
-from nflows_iresnet.experiments.table1.classifiers import Job, load
+from nflows_iresnet.experiments.table1.classifiers import ClassifierJob, load
 from nflows_iresnet.training.checkpoints import Keeper
 
 pytest.importorskip("matplotlib")
@@ -128,7 +128,7 @@ def test_an_order_holds_no_data_and_can_be_done_in_any_folder(
 
 def test_the_order_of_a_classifier_holds_no_images(tmp_path: Path) -> None:
     settings = Settings(num_train=32, steps=2, num_blocks=1, hidden_channels=4, data_dir="data")
-    job = Job("resnet", 0, settings, load(settings, 0))
+    job = ClassifierJob("resnet", 0, settings, load(settings, 0))
     sent = pickle.dumps(parallel.Order.of(job, Keeper(tmp_path / "run.pt")))
     assert len(sent) < 2_000
     order = pickle.loads(sent)

@@ -23,7 +23,7 @@ from nflows_iresnet.experiments.progress import LiveProgress
 from nflows_iresnet.experiments.record import Record as DensityRecord
 from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, classifiers
 from nflows_iresnet.experiments.table1.classifiers import Inversion
-from nflows_iresnet.experiments.table1.command import Record
+from nflows_iresnet.experiments.table1.command import TableRecord
 from nflows_iresnet.experiments.tables import columns_for as density_columns
 from nflows_iresnet.experiments.tables import rows_of
 
@@ -116,15 +116,15 @@ def test_table1_classes_are_named(table1: tuple[Path, str]) -> None:
 
 
 def test_a_record_survives_its_json(table1: tuple[Path, str]) -> None:
-    record = Record.from_json((table1[0] / "results.json").read_text())
+    record = TableRecord.from_json((table1[0] / "results.json").read_text())
     lost = Inversion(6, 6, math.inf, math.nan, 1.0)
-    again = Record.from_json(
+    again = TableRecord.from_json(
         replace(record, outcomes=(replace(record.outcomes[1], inversion=lost),)).as_json()
     )
     (row,) = again.rows()
     assert row.inversion is not None
     assert math.isnan(row.inversion.error_max)
-    assert Record.from_json(record.as_json()) == record
+    assert TableRecord.from_json(record.as_json()) == record
 
 
 def test_table1_goes_on_where_it_was(

@@ -111,7 +111,7 @@ class OnDevice(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(OnDevice):
+class TrainingOptions(OnDevice):
     """What commands can be told that train one model after the other, and can be resumed."""
 
     data_dir: str | None = option(
@@ -190,7 +190,7 @@ once).
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(Training):
+class CompareOptions(TrainingOptions):
     """What `compare` and `table2` can be told; their presets hold the defaults."""
 
     preset: Preset = COMPARE
@@ -342,7 +342,7 @@ step; again, it stops at once.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table1Options(Training):
+class Table1Options(TrainingOptions):
     """What `table1` can be told; `Settings` holds the defaults."""
 
     dataset: str = Settings.dataset

@@ -19,7 +19,7 @@ from nflows_iresnet import interruption
 from nflows_iresnet.experiments import parallel
 from nflows_iresnet.experiments.config import UsageError, resolve_device
 from nflows_iresnet.experiments.folder import Folder, flags, prepare_folder
-from nflows_iresnet.experiments.options import OnDevice, Options, Training
+from nflows_iresnet.experiments.options import OnDevice, Options, TrainingOptions
 from nflows_iresnet.experiments.parallel import Job, Order, Watch
 from nflows_iresnet.experiments.record import RunRecord
 from nflows_iresnet.files import WriteError, describe_os_error
@@ -41,7 +41,7 @@ class Session(ABC, Generic[Kept]):
         folder: keeps everything.
     """
 
-    parsed: Training
+    parsed: TrainingOptions
     record: Kept
     folder: Folder
     cluster: Any = None
@@ -183,7 +183,7 @@ class Session(ABC, Generic[Kept]):
             parallel.on_cluster(orders, self.cluster, self.record.started, progress, take_in)
 
 
-def run(open_session: Callable[[Any], Session[Any]], parsed: Training) -> int:
+def run(open_session: Callable[[Any], Session[Any]], parsed: TrainingOptions) -> int:
     """Run a command, and return its exit status.
 
     Args:
@@ -247,7 +247,7 @@ def folder_of(parsed: Options, command: str) -> Folder:
     return Folder(Path(parsed.out or f"results/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
 
 
-def check_places(parsed: Training, device: str) -> None:
+def check_places(parsed: TrainingOptions, device: str) -> None:
     """Check that jobs can be done where they are to be done.
 
     Raises:

@@ -39,7 +39,7 @@ class Figure(Protocol):
 
 
 @dataclass(frozen=True)
-class Record(RunRecord):
+class FiguresRecord(RunRecord):
     """The content of figures.json: what is known of each figure, by its name."""
 
     figures: dict[str, dict[str, Any]]
@@ -54,7 +54,7 @@ def _work(options: FiguresOptions, folder: Path) -> int:
         name: resolve_name(f"{__package__}.{FIGURES[name]}")(options) for name in names
     }
     chosen = {name: getattr(options, name) for name in _USUAL}
-    record = Record.begin({"only": names, **chosen}, options.device, figures={})
+    record = FiguresRecord.begin({"only": names, **chosen}, options.device, figures={})
     drawings: dict[str, Drawing] = {}
     total = sum(figure.num_models for figure in figures.values())
     with CaseProgress(total, quiet=options.quiet) as progress:
@@ -88,7 +88,7 @@ _USUAL = {"steps": None, "seed": None, "quick": False, "device": "cpu", "threads
 """What need not be said to repeat it; the seed always is."""
 
 
-def _render(record: Record, drawings: dict[str, Drawing]) -> str:
+def _render(record: FiguresRecord, drawings: dict[str, Drawing]) -> str:
     """Render the page of what figures.json holds."""
     from nflows_iresnet.experiments.report import Page, Section, command_of
 

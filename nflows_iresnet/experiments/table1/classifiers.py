@@ -216,7 +216,7 @@ _load_once = lru_cache(maxsize=8)(load)
 
 
 @dataclass(frozen=True)
-class Job:
+class ClassifierJob:
     """One classifier to be trained and examined, on its images."""
 
     model: str
@@ -234,11 +234,11 @@ class Job:
         """Name it for people."""
         return f"{self.model} · repeat {self.repeat + 1}"
 
-    def without_data(self) -> Job:
+    def without_data(self) -> ClassifierJob:
         """Return what another process is sent, which may run in another folder."""
         return replace(self, data=None, config=in_any_folder(self.config))
 
-    def with_data(self) -> Job:
+    def with_data(self) -> ClassifierJob:
         """Load the images of a job that was sent."""
         return replace(self, data=_load_once(self.config, self.repeat))
 

@@ -25,8 +25,8 @@ from nflows_iresnet.experiments.report import Page, Section, command_of
 from nflows_iresnet.experiments.session import Session
 from nflows_iresnet.experiments.table1 import QUICK, TUNED, Settings
 from nflows_iresnet.experiments.table1.classifiers import (
+    ClassifierJob,
     Inversion,
-    Job,
     Outcome,
     Size,
     builders,
@@ -85,7 +85,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Record(RunRecord):
+class TableRecord(RunRecord):
     """The content of results.json; published are test errors in percent, by row and data set."""
 
     FORMAT = "table1-1"
@@ -196,14 +196,14 @@ def open_session(parsed: Table1Options) -> TableSession:
     data = [load(settings, repeat) for repeat in range(settings.repeats)]
     for build in builders(settings.coeffs).values():
         build(Size.of(data[0], settings))  # an impossible size is said before anything is trained
-    record = Record.begin(
+    record = TableRecord.begin(
         settings.as_arguments(),
         settings.device,
         data=_described(data),
         published=published.CLASSIFICATION_ERROR,
     )
     jobs = [
-        Job(model, repeat, settings, each)
+        ClassifierJob(model, repeat, settings, each)
         for model in builders(settings.coeffs)
         for repeat, each in enumerate(data)
     ]
@@ -232,22 +232,22 @@ def _described(data: Sequence[ImageDataset]) -> DataSummary:
 
 
 @dataclass(kw_only=True)
-class TableSession(Session[Record]):
+class TableSession(Session[TableRecord]):
     """A table under way, with every row and every repeat."""
 
-    jobs: Sequence[Job]
+    jobs: Sequence[ClassifierJob]
 
     @property
     def runs(self) -> tuple[int, int]:
         """How many runs are finished, and how many there are."""
         return len(self.record.outcomes), len(self.jobs)
 
-    def to_do(self) -> Sequence[Job]:
+    def to_do(self) -> Sequence[ClassifierJob]:
         """Return the runs without an outcome."""
         finished = {outcome.key for outcome in self.record.outcomes}
         return [job for job in self.jobs if job.key not in finished]
 
-    def take_in(self, job: Job, found: Outcome) -> str:
+    def take_in(self, job: ClassifierJob, found: Outcome) -> str:
         """Keep an outcome, in the order of the table, and return a line about it."""
         places = {each.key: place for place, each in enumerate(self.jobs)}
         outcomes = sorted((*self.record.outcomes, found), key=lambda each: places[each.key])
@@ -281,7 +281,7 @@ class TableSession(Session[Record]):
 # --- the columns ----------------------------------------------------------------------------------
 
 
-def columns_for(record: Record) -> list[Column[Row]]:
+def columns_for(record: TableRecord) -> list[Column[Row]]:
     """Return the columns: what is measured, then what was published."""
     names = dict.fromkeys(name for row in record.published.values() for name in row)
     return [*COLUMNS, *map(_published, names)]
@@ -362,7 +362,7 @@ COLUMNS: tuple[Column[Row], ...] = (
 # --- the picture ----------------------------------------------------------------------------------
 
 
-def draw(record: Record) -> bytes:
+def draw(record: TableRecord) -> bytes:
     """Draw test errors, and what the inverse misses, against the bound c, as a PNG.
 
     Certified classifiers are red, those without guarantee grey.
@@ -422,7 +422,7 @@ FAIRNESS = (
 )
 
 
-def render(record: Record, picture: bytes) -> str:
+def render(record: TableRecord, picture: bytes) -> str:
     """Render the page."""
     rows, columns = record.rows(), columns_for(record)
     arguments = dict(record.arguments)
