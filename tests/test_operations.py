@@ -12,7 +12,7 @@ from nflows_iresnet.flows import ImageResidualFlow, ResidualFlow
 
 LIMITS = {
     "d = 2": 806,
-    "d = 64": 1083,
+    "d = 64": 1588,
     "d = 2, blocks and ActNorm": 708,
     "d = 64, blocks and ActNorm": 985,
     "images": 1096,

@@ -273,6 +273,15 @@ def test_gradients_that_the_optimizer_does_not_take_do_not_pile_up_in_the_norm()
     assert lengths == pytest.approx([rate * plan.factor_at(k / 10) for k in range(10)], rel=1e-3)
 
 
+def test_weights_that_are_strided_are_trained_as_others() -> None:
+    plain, strided = Line(), Line()
+    strided.weight = nn.Parameter(torch.zeros(4)[::2])
+    for model in (plain, strided):
+        quick(model)
+    assert float(plain.weight.detach().abs().min()) > 0
+    torch.testing.assert_close(strided.weight, plain.weight, rtol=1e-6, atol=0)
+
+
 def test_an_optimizer_has_its_learning_rates_again_afterwards() -> None:
     model = Line()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.25)

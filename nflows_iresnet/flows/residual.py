@@ -23,9 +23,8 @@ from nflows_iresnet.transforms import (
 )
 from nflows_iresnet.validation import validated_size
 
-_TABLES = range(3, 33)
-"""Numbers of features for which splines before blocks are worth their time."""
 _BLOCK_BINS = 8
+"""Of splines before blocks, which are worth their time from three features."""
 
 
 def start_from_data(
@@ -65,9 +64,9 @@ class ResidualFlow(Flow):
     1. `ActNorm`, so that rows of any scale are of unit scale;
     2. a spline of each feature that starts at the quantiles: marginals become normal, or nearly;
     3. a `LinearTransform` that starts by whitening, then the first block;
-    4. before each other block a `LinearTransform`, started as the identity, and from 3 to 32
-       features another spline (`block_bins`): in two dimensions, where a step would take a third
-       longer, and in many, where networks take most of it, they gain little;
+    4. before each other block a `LinearTransform`, started as the identity, and from three
+       features another spline (`block_bins`): in two dimensions they gain little, and a step would
+       take a third longer;
     5. `ActNorm`, so that what the blocks return starts with the scale of the noise.
 
     The start comes from the first batch in training mode, or better from some thousand rows by
@@ -111,8 +110,8 @@ class ResidualFlow(Flow):
         marginal_bins: bins of the spline of each feature; 0 leaves the splines out.
         linear: whether there are linear maps; without, there is an ActNorm before each block.
         block_bins: bins of a further spline of each feature before each block but the first, after
-            its linear map; 0 for none. By default 8 from 3 to 32 features, and none elsewhere, nor
-            where one of the two above is left out.
+            its linear map; 0 for none. By default 8 from three features, and none in two, nor where
+            one of the two above is left out.
 
     Raises:
         ValueError: if a size is not positive or another argument is none of its kind.
@@ -146,8 +145,8 @@ class ResidualFlow(Flow):
     ) -> None:
         features = validated_size("features", features)
         if block_bins is None:
-            is_table = features in _TABLES and linear and marginal_bins != 0
-            block_bins = _BLOCK_BINS if is_table else 0
+            are_worth_it = features > 2 and linear and marginal_bins != 0
+            block_bins = _BLOCK_BINS if are_worth_it else 0
         hidden = validated_size("hidden_features", hidden_features)
         depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
         if isinstance(net, nn.Module) or not callable(net):

@@ -78,13 +78,19 @@ class WeightAverage(AveragedModel):
 
 
 def adam(parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.Adam:
-    """Return Adam; on a GPU one that a graph can hold, with the learning rate in a tensor."""
+    """Return Adam: on a CPU one operation, on a GPU one that a graph can hold."""
     trained = trainable(parameters)
     device = trained[0].device
     if device.type != "cuda":
-        return torch.optim.Adam(trained, lr=learning_rate)
+        return torch.optim.Adam(trained, lr=learning_rate, fused=all(map(_can_be_fused, trained)))
     rate = torch.tensor(learning_rate, device=device)
     return torch.optim.Adam(trained, lr=rate, capturable=True, foreach=True)
+
+
+def _can_be_fused(parameter: Parameter) -> bool:
+    """Whether one operation may step all: on a CPU it ignores strides, and rounds halves anew."""
+    is_exact = parameter.dtype in (torch.float32, torch.float64)
+    return parameter.device.type == "cpu" and is_exact and parameter.is_contiguous()
 
 
 def set_learning_rate(group: dict[str, Any], learning_rate: float) -> None:
