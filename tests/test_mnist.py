@@ -235,6 +235,26 @@ def test_a_start_starts_all_once_and_keeps_the_mode() -> None:
     assert bits(copy, pixels(20)) == pytest.approx(bits(flow, pixels(20)), abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("options", "splines"),
+    [
+        ({"marginal_bins": 4, "linear": True}, [(1, 8, 8), *[(4, 4, 4)] * 2, *[(8, 2, 2)] * 2]),
+        ({"marginal_bins": 4, "linear": True, "block_bins": 0}, [(1, 8, 8)]),
+        ({"marginal_bins": 4}, [(1, 8, 8)]),
+        ({"linear": True}, []),
+        ({"block_bins": 5, "alpha": None}, [*[(4, 4, 4)] * 2, *[(8, 2, 2)] * 2]),
+    ],
+)
+def test_splines_stand_before_blocks_where_all_else_starts_from_data(
+    options: Any, splines: list[tuple[int, ...]]
+) -> None:
+    flow = ImageResidualFlow((1, 8, 8), 8, 2, **options)
+    found = [each for each in flow.modules() if isinstance(each, PixelwiseSpline)]
+    assert [each.shape for each in found] == splines
+    bins = [each.sizes.shape[2] for each in found if each.shape != (1, 8, 8)]
+    assert set(bins) <= {options.get("block_bins", 8)}
+
+
 def test_a_flow_without_them_is_as_before() -> None:
     names = list(ImageResidualFlow((1, 8, 8), 8, 1).state_dict())
     assert not any("factors" in name or "sizes" in name for name in names)
@@ -246,6 +266,8 @@ def test_starts_that_cannot_be_are_refused() -> None:
         ImageResidualFlow((1, 8, 8), 8, 1, alpha=None, marginal_bins=8)
     with pytest.raises(ValueError, match="marginal_bins"):
         ImageResidualFlow((1, 8, 8), 8, 1, marginal_bins=-1)
+    with pytest.raises(ValueError, match="block_bins"):
+        ImageResidualFlow((1, 8, 8), 8, 1, block_bins=-1)
     flow = ImageResidualFlow((1, 8, 8), 8, 1, marginal_bins=8)
     with pytest.raises(ValueError, match="at least one"):
         flow.initialize(pixels()[:0])

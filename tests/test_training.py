@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nflows_iresnet import ResidualFlow, interruption, logdet, transforms
 from nflows_iresnet.nn import PowerIteration
 from nflows_iresnet.training import History, TrainingDivergedError, fit
-from nflows_iresnet.training.loop import Training, run
+from nflows_iresnet.training.loop import Training, adam, run
 from nflows_iresnet.training.progress import FirstOf, Seconds, Steps, TrainingPlan
 from nflows_iresnet.training.rows import Batches
 
@@ -280,6 +280,16 @@ def test_weights_that_are_strided_are_trained_as_others() -> None:
         quick(model)
     assert float(plain.weight.detach().abs().min()) > 0
     torch.testing.assert_close(strided.weight, plain.weight, rtol=1e-6, atol=0)
+
+
+def test_adam_is_one_operation_where_that_is_exact() -> None:
+    plain, strided, hooked, half = (nn.Parameter(torch.ones(2, 3)) for _ in range(4))
+    strided.data = torch.ones(3, 2).t()
+    hooked.register_post_accumulate_grad_hook(lambda parameter: None)
+    half.data = half.data.bfloat16()
+    assert adam([plain, nn.Parameter(torch.ones(2).double())], 0.1).param_groups[0]["fused"]
+    for other in (strided, hooked, half):
+        assert not adam([plain, other], 0.1).param_groups[0]["fused"]
 
 
 def test_an_optimizer_has_its_learning_rates_again_afterwards() -> None:

@@ -60,6 +60,9 @@ class Comparison(Session[Record]):
         shown: the data sets that were drawn and printed.
     """
 
+    FILES = ("results.csv", "report.html")
+    FOLDERS = ("weights",)
+
     config: RunConfig
     prepared: Sequence[Run]
     shown: set[str] = field(default_factory=set)

@@ -58,23 +58,23 @@ class Folder:
         """The file that everything else can be rendered from."""
         return self.path / "results.json"
 
-    def refuse_obstacles(self) -> None:
+    def refuse_obstacles(self, files: Iterable[str], folders: Iterable[str] = ()) -> None:
         """Make sure that nothing is in the way of what is written at the end.
+
+        Args:
+            files: names of those that are written.
+            folders: likewise.
 
         Raises:
             ValueError: a folder lies where a file is to be, or a file where a folder is.
         """
-        for path in (self.path / "results.csv", self.path / "report.html"):
-            if path.is_dir():
-                raise ValueError(
-                    f"{str(path)!r} is a folder, and a file of that name is to be written: move it "
-                    f"away ({moved_away(path)}), or choose another --out"
-                )
-        weights = self.path / "weights"
-        if weights.is_file():
+        wrong = [(each, "folder", "file") for each in files if (self.path / each).is_dir()]
+        wrong += [(each, "file", "folder") for each in folders if (self.path / each).is_file()]
+        for name, found, wanted in wrong:
+            path = self.path / name
             raise ValueError(
-                f"{str(weights)!r} is a file, and a folder of that name is to be made: move it "
-                f"away ({moved_away(weights)}), or choose another --out"
+                f"{str(path)!r} is a {found}, and a {wanted} of that name is to be written: move "
+                f"it away ({moved_away(path)}), or choose another --out"
             )
 
     def create(self) -> None:

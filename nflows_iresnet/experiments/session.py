@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -40,6 +40,10 @@ class Session(ABC, Generic[Kept]):
         record: what is found so far; it is in the folder, too.
         folder: keeps everything.
     """
+
+    FILES: ClassVar[tuple[str, ...]]
+    """Written at the end, as far as their names are known before."""
+    FOLDERS: ClassVar[tuple[str, ...]] = ()
 
     parsed: TrainingOptions
     record: Kept
@@ -91,7 +95,7 @@ class Session(ABC, Generic[Kept]):
         Raises:
             ValueError: it cannot; the message says why.
         """
-        self.folder.refuse_obstacles()
+        self.folder.refuse_obstacles(self.FILES, self.FOLDERS)
         if self.parsed.resume:
             self.go_on()
         else:
@@ -134,7 +138,8 @@ class Session(ABC, Generic[Kept]):
         path = self.folder.checkpoint(job.key)
         settings = {**flags(self.record.arguments), "job": job.key}
         every = 60.0 * self.parsed.checkpoint_minutes
-        return Keeper(path, settings, every, otherwise="choose another --out")
+        remedy = "and go on with --resume: that run alone is trained from its start"
+        return Keeper(path, settings, every, remedy)
 
     @property
     def kept(self) -> str:
@@ -210,7 +215,12 @@ def run(open_session: Callable[[Any], Session[Any]], parsed: TrainingOptions) ->
 
 
 def run_at_once(
-    work: Callable[[Any, Path], int], parsed: OnDevice, *, results: str, kept: str
+    work: Callable[[Any, Path], int],
+    parsed: OnDevice,
+    *,
+    results: str,
+    files: Iterable[str],
+    kept: str,
 ) -> int:
     """Run a command that is not gone on with after its end, and return its exit status.
 
@@ -218,6 +228,7 @@ def run_at_once(
         work: is given the options, with a device that is there, and an empty folder.
         parsed: what the command is told.
         results: the file of its results, COMMAND.json.
+        files: what else it writes at its end.
         kept: what the folder has after an early end, and a verb.
 
     Raises:
@@ -226,7 +237,7 @@ def run_at_once(
     with _value_errors_are_the_users():
         options = replace(parsed, device=resolve_device(parsed.device))
         place = folder_of(parsed, Path(results).stem)
-        place.refuse_obstacles()
+        place.refuse_obstacles(files)
         folder = place.path
         if (folder / results).exists():
             raise ValueError(f"{str(folder)!r} already holds results: choose another --out")

@@ -21,7 +21,7 @@ from torch import Tensor
 from nflows_iresnet.graphs import Loss, negative_log_likelihood, trainable
 from nflows_iresnet.interruption import Noted
 from nflows_iresnet.training.checkpoints import Keeper
-from nflows_iresnet.training.loop import Training, close, run
+from nflows_iresnet.training.loop import Training, close, options_of, run
 from nflows_iresnet.training.processes import Processes, seed_everything, seeded
 from nflows_iresnet.training.progress import (
     CLIP_NORM,
@@ -150,8 +150,8 @@ def fit(
         Steps, seconds, the validations and the best of them, and why it stopped.
 
     Raises:
-        ValueError: an argument is out of range, there are no rows, or some are not finite; the
-            checkpoint is damaged, or of another training.
+        ValueError: an argument is out of range, there are no rows, or some are not finite, or not
+            the same tensors in every process; the checkpoint is damaged, or of another training.
         TrainingDivergedError: a loss, or every validation, was not finite; it names the step.
 
     Example:
@@ -224,6 +224,7 @@ def _keeper(path: Path, training: Training, settings: dict[str, Any]) -> Keeper:
         **{name: plan[name] for name in sorted(plan.keys() - _NOT_THE_PLAN)},
         **settings,
         "optimizer": type(training.optimizer).__name__,
+        "options of the optimizer": options_of(training.optimizer),
         "flow": f"{type(model).__name__} {zlib.crc32(repr(shapes).encode()):08x}",
         "processes": training.processes.count,
     }

@@ -27,13 +27,13 @@ class Keeper:
         path: the file.
         settings: what the training depends on, by name; a checkpoint of another one is refused.
         every: seconds between checkpoints.
-        otherwise: what can be done instead of deleting a file that is refused.
+        remedy: what follows where a file that is refused is deleted, or what else can be done.
     """
 
     path: Path
     settings: Mapping[str, object] = field(default_factory=dict)
     every: float = 60.0
-    otherwise: str = "give another path"
+    remedy: str = "to train from the start, or give another path"
     _last: float = field(default_factory=time.monotonic, init=False)
 
     @property
@@ -61,16 +61,15 @@ class Keeper:
             settings, state = dict(found["settings"]), dict(found["state"])
         except Exception as error:  # a damaged file may raise anything
             raise self.damaged() from error
-        for name, value in self._named.items():
-            if settings.get(name) != value:
-                raise self._refused(
-                    f"of another training, whose {name} was {settings.get(name)} and not {value}"
-                )
+        for name, then in settings.items():
+            now = self._named.get(name)
+            if then != now:
+                raise self._refused(f"of another training, whose {name} was {then} and not {now}")
         return state
 
     def damaged(self) -> CheckpointError:
         """Return the error that says that the file is damaged."""
-        return self._refused("damaged, or no checkpoint")
+        return self._refused("damaged, or of another version")
 
     def discard(self) -> None:
         """Delete the checkpoint.
@@ -85,10 +84,7 @@ class Keeper:
 
     def _refused(self, why: str) -> CheckpointError:
         delete = f"delete it (rm {shlex.quote(str(self.path))})"
-        return CheckpointError(
-            f"checkpoint {str(self.path)!r} is {why}: {delete} to train from the start, or "
-            f"{self.otherwise}"
-        )
+        return CheckpointError(f"checkpoint {str(self.path)!r} is {why}: {delete} {self.remedy}")
 
     @property
     def _named(self) -> dict[str, str]:

@@ -28,6 +28,7 @@ from nflows_iresnet.training.progress import (
     TrainingPlan,
 )
 
+_HOW_IT_IS_COMPUTED = {"params", "lr", "initial_lr", "fused", "foreach", "capturable"}
 STEPS_BETWEEN_LOOKS = 8
 """On a GPU, which is let run ahead: to look at a loss is to wait for it."""
 
@@ -82,15 +83,21 @@ def adam(parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.A
     trained = trainable(parameters)
     device = trained[0].device
     if device.type != "cuda":
-        return torch.optim.Adam(trained, lr=learning_rate, fused=all(map(_can_be_fused, trained)))
+        is_fused = all(map(_can_be_fused, trained))
+        return torch.optim.Adam(trained, lr=learning_rate, fused=is_fused or None)
     rate = torch.tensor(learning_rate, device=device)
     return torch.optim.Adam(trained, lr=rate, capturable=True, foreach=True)
 
 
 def _can_be_fused(parameter: Parameter) -> bool:
-    """Whether one operation may step all: on a CPU it ignores strides, and rounds halves anew."""
-    is_exact = parameter.dtype in (torch.float32, torch.float64)
-    return parameter.device.type == "cpu" and is_exact and parameter.is_contiguous()
+    """Whether one operation of a CPU may step all parameters: it ignores their strides.
+
+    It also rounds half precision otherwise. A gradient has the strides of its parameter, unless a
+    hook puts another in its place.
+    """
+    is_plain = parameter.device.type == "cpu" and parameter.is_contiguous()
+    has_hooks = bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return is_plain and not has_hooks and parameter.dtype in (torch.float32, torch.float64)
 
 
 def set_learning_rate(group: dict[str, Any], learning_rate: float) -> None:
@@ -291,8 +298,9 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved training."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        for name in ("model", "optimizer", "progress"):
+        for name in ("model", "progress"):
             getattr(self, name).load_state_dict(state[name])
+        self.optimizer.load_state_dict(_with_options_of(self.optimizer, state["optimizer"]))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # a number on the device stays there; each step sets it
         if self.average is not None:
@@ -305,6 +313,20 @@ class Training:
         """Give the optimiser a part of the learning rates that it had before the schedule."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             set_learning_rate(group, rate * factor)
+
+
+def _with_options_of(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved state with the options of now: which can be used depends on the parameters."""
+    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    return {**saved, "param_groups": [{**own, "params": then["params"]} for own, then in pairs]}
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the options of its groups, but for learning rates and how a step is computed."""
+    return [
+        {name: value for name, value in sorted(group.items()) if name not in _HOW_IT_IS_COMPUTED}
+        for group in optimizer.param_groups
+    ]
 
 
 def _require_no_closure(optimizer: torch.optim.Optimizer) -> None:

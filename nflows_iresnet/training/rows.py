@@ -121,13 +121,24 @@ class GivenRows:
         self.what, self.processes = what, processes
         self._like, self.loader = like, rows
         self._tensors: tuple[Tensor, ...] = ()
+        error: ValueError | None = None
+        try:
+            self._take(rows)
+        except ValueError as raised:
+            error = raised
+        if processes.count > 1:
+            self._agree(error)
+        if error is not None:
+            raise error
+
+    def _take(self, rows: Any) -> None:
         if isinstance(rows, Tensor | tuple):
             given = rows if isinstance(rows, tuple) else (rows,)
             self._tensors = tuple(self._moved(each) for each in given if each is not None)
             self._check()
         elif not isinstance(rows, Iterable):
             raise ValueError(
-                f"the {what} rows must be a tensor, a tuple of rows and context, or a data "
+                f"the {self.what} rows must be a tensor, a tuple of rows and context, or a data "
                 f"loader, got {type(rows).__name__}"
             )
 
@@ -151,10 +162,19 @@ class GivenRows:
                     f"{self.what} rows, got shape {tuple(each.shape)}"
                 )
             _require_finite(each, f"{self.what} rows")
-        if self.processes.count > 1 and len(found := set(self.processes.of_all(str(self)))) > 1:
+
+    def _agree(self, error: ValueError | None) -> None:
+        """Raise in every process what is wrong in one of them, or between them."""
+        own = str(self) if self._tensors else "a data loader"
+        told = self.processes.of_all((own, None if error is None else str(error)))
+        wrong = next((each for _, each in told if each is not None), None)
+        if error is None and wrong is not None:
+            raise ValueError(f"another process was given what cannot be trained on: {wrong}")
+        found = sorted({kind for kind, _ in told})
+        if error is None and len(found) > 1:
             raise ValueError(
-                f"processes have different {self.what} rows ({'; '.join(sorted(found))}): give all "
-                "rows to each, which then takes its share, or a data loader of its own rows"
+                f"processes have different {self.what} rows ({'; '.join(found)}): give all rows to "
+                "each, which then takes its share, or a data loader of its own rows"
             )
 
     def __str__(self) -> str:

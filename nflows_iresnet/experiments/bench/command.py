@@ -48,5 +48,11 @@ def _work(options: BenchOptions, folder: Path) -> int:
     return 0
 
 
-run = partial(session.run_at_once, _work, results=RESULTS, kept="what is measured is kept")
+run = partial(
+    session.run_at_once,
+    _work,
+    results=RESULTS,
+    files=("bench.png", "quality.png"),
+    kept="what is measured is kept",
+)
 """Run the subcommand and return the exit status."""

@@ -82,7 +82,13 @@ def _work(options: FiguresOptions, folder: Path) -> int:
     return 0 if len(drawings) == len(figures) else 1
 
 
-run = partial(session.run_at_once, _work, results=RESULTS, kept="the figures that were done are")
+run = partial(
+    session.run_at_once,
+    _work,
+    results=RESULTS,
+    files=("report.html", *(f"{name}.png" for name in DESCRIPTIONS)),
+    kept="the figures that were done are",
+)
 """Run the subcommand and return the exit status."""
 _USUAL = {"steps": None, "seed": None, "quick": False, "device": "cpu", "threads": 1}
 """What need not be said to repeat it; the seed always is."""

@@ -235,6 +235,8 @@ def _described(data: Sequence[ImageDataset]) -> DataSummary:
 class TableSession(Session[TableRecord]):
     """A table under way, with every row and every repeat."""
 
+    FILES = ("table1.png", "report.html")
+
     jobs: Sequence[ClassifierJob]
 
     @property
