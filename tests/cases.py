@@ -130,9 +130,9 @@ def _preset(flow: nn.Module) -> nn.Module:
     return transform
 
 
-def _spline() -> nn.Module:
+def _spline(features: int = 3) -> nn.Module:
     torch.manual_seed(3)
-    spline = transforms.ElementwiseRationalQuadraticSpline(3, num_bins=4, bound=2.0)
+    spline = transforms.ElementwiseRationalQuadraticSpline(features, num_bins=4, bound=2.0)
     for parameter in spline.parameters():
         nn.init.normal_(parameter)
     return spline
@@ -313,6 +313,7 @@ CASES: dict[str, Case] = {
         lambda: transforms.ElementwiseRationalQuadraticSpline(3, 4, initialization="quantiles"),
         is_variant=True,
     ),
+    "marginal-spline-images": Case(lambda: _spline(2), shape=(2, 2, 3)),
     "linear": Case(_linear),
     "linear-images": Case(
         lambda: transforms.LinearTransform(2, initialization="whitening"),

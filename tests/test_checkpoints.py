@@ -199,6 +199,7 @@ def test_checkpoints_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
     keeper = Keeper(tmp_path / "run.pt", {"of": "test"}, every=3600)
     assert keeper.load() is None
     assert not keeper.due
+    assert Keeper(tmp_path / "run.pt").every == 60, "a minute, as fit says"
     keeper.save({"step": 1})
 
     def disk_full(*_: object) -> None:

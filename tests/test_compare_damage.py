@@ -181,14 +181,17 @@ def test_a_folder_in_the_way_is_said_before_anything_is_trained(
     assert main(command) == 0
 
 
-@pytest.mark.parametrize("command", ["figures", "bench"])
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [("figures", "report.html"), ("figures", "dynamics.png"), ("bench", "bench.png")],
+)
 def test_a_folder_in_the_way_is_said_before_anything_is_measured(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    (tmp_path / "out" / file).mkdir(parents=True)
     line = complaint(main([command, "--quick", "--out", str(tmp_path / "out")]), 2, capsys)
-    assert "report.html' is a folder" in line
-    assert [each.name for each in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert f"{file}' is a folder" in line
+    assert [each.name for each in (tmp_path / "out").iterdir()] == [file]
 
 
 def test_a_file_in_the_way_of_the_weights_is_said_before_results_are_taken_back(
@@ -207,16 +210,23 @@ def test_a_file_in_the_way_of_the_weights_is_said_before_results_are_taken_back(
     assert main([*command, "--resume"]) == 0
 
 
-@pytest.mark.parametrize(("name", "file"), [("compare", "moons.png"), ("table1", "table1.png")])
+@pytest.mark.parametrize(
+    ("name", "file", "status"), [("compare", "moons.png", 1), ("table1", "table1.png", 2)]
+)
 def test_a_folder_that_gets_in_the_way_is_said_with_the_remedy(
-    name: str, file: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    file: str,
+    status: int,
+    runs: Runs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = runs.copy(name, tmp_path / "out")
     (tmp_path / "out" / file).unlink()
     (tmp_path / "out" / file).mkdir()
     capsys.readouterr()
-    line = complaint(main([*command, "--resume"]), 1, capsys)
-    assert f"cannot write '{tmp_path / 'out' / file}': a folder is in the way" in line
+    line = complaint(main([*command, "--resume"]), status, capsys)
+    assert f"'{tmp_path / 'out' / file}'" in line
     follow(line)
     assert main([*command, "--resume"]) == 0
 

@@ -136,6 +136,17 @@ def other_rows(rank: int, folder: str) -> dict[str, Any]:
     return raised_by(lambda: trained(flow_of(), ROWS[rank : 100 + rank]))
 
 
+def rows_that_are_not_finite_in_one(rank: int, folder: str) -> dict[str, Any]:
+    rows = ROWS.clone()
+    rows[7] = float("nan") if rank == 1 else 0.0
+    return raised_by(lambda: trained(flow_of(), rows))
+
+
+def rows_and_a_loader(rank: int, folder: str) -> dict[str, Any]:
+    loader = DataLoader(TensorDataset(ROWS), 7)
+    return raised_by(lambda: trained(flow_of(), loader if rank else ROWS))
+
+
 def too_few_rows(rank: int, folder: str) -> dict[str, Any]:
     return raised_by(lambda: trained(Line(), ROWS[:1]))
 
@@ -223,6 +234,8 @@ SCENARIOS = (
     sampler,
     uneven_rows,
     other_rows,
+    rows_that_are_not_finite_in_one,
+    rows_and_a_loader,
     too_few_rows,
     seconds,
     objects_gathered,
@@ -334,6 +347,8 @@ def test_one_validation_ends_the_training_of_all(both: Both) -> None:
     [
         ("uneven_rows", "ValueError: processes have different training rows ([(100, 3)] with sums"),
         ("other_rows", "ValueError: processes have different training rows ([(100, 3)] with sums"),
+        ("rows_that_are_not_finite_in_one", "1 of 101 training rows are not finite, first row 7"),
+        ("rows_and_a_loader", "processes have different training rows ([(101, 3)] with sums"),
         ("too_few_rows", "ValueError: 2 processes cannot share a batch of 1 rows"),
         ("loss_that_breaks_in_one_process", "TrainingDivergedError: the training loss was nan at"),
         ("validation_that_fails", "ZeroDivisionError: integer division"),

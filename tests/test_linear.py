@@ -150,7 +150,7 @@ SHAPES = [(5, 2), (5,), (), (5, 3, 4), (5, 4, 4, 3), (5, 3, 2, 2, 2)]
 def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     linear, inputs = LinearTransform(3), torch.zeros(shape)
     for call in (linear, linear.inverse, linear.initialize):
-        with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), got \("):
+        with pytest.raises(ValueError, match=r"expected inputs of shape \(batch, 3\b.*, got \("):
             call(inputs)
 
 

@@ -49,7 +49,7 @@ def test_layers_that_repeat_are_written_once() -> None:
         "StandardNormal",
     ]
     images = PRESETS["image"]().summary()
-    spline = "PixelwiseSpline(features=256, num_bins=8, bound=4.0)"
+    spline = "ElementwiseRationalQuadraticSpline(features=16, num_bins=8, bound=4.0)"
     mixed = f"2 x [ActNorm, LinearTransform(features=16, bias=True), {spline}, ResidualTransform]"
     assert f"scale 3: SqueezeTransform, {mixed}, ActNorm" in images
     hybrid = flows.HybridFlow(4, 16, 6).summary()

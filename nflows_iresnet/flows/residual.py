@@ -23,8 +23,8 @@ from nflows_iresnet.transforms import (
 )
 from nflows_iresnet.validation import validated_size
 
-_BLOCK_BINS = 8
-"""Of splines before blocks, which are worth their time from three features."""
+BLOCK_BINS = 8
+"""Of splines before blocks."""
 
 
 def start_from_data(
@@ -43,12 +43,13 @@ def start_from_data(
     Raises:
         ValueError: if a size is not positive, or `marginal_bins` negative.
     """
-    splines = _quantile_splines("marginal_bins", features, marginal_bins)
+    splines = quantile_splines("marginal_bins", features, marginal_bins)
     whitening = [LinearTransform(features, initialization="whitening")] if linear else []
     return [ActNorm(features), *splines, *whitening]
 
 
-def _quantile_splines(name: str, features: int, num_bins: int) -> list[Transform]:
+def quantile_splines(name: str, features: int, num_bins: int) -> list[Transform]:
+    """Return the spline of each feature, or channel, that starts at the quantiles; none for 0."""
     if num_bins == 0 and not isinstance(num_bins, bool):
         return []
     bins = validated_size(name, num_bins)
@@ -146,7 +147,7 @@ class ResidualFlow(Flow):
         features = validated_size("features", features)
         if block_bins is None:
             are_worth_it = features > 2 and linear and marginal_bins != 0
-            block_bins = _BLOCK_BINS if are_worth_it else 0
+            block_bins = BLOCK_BINS if are_worth_it else 0
         hidden = validated_size("hidden_features", hidden_features)
         depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
         if isinstance(net, nn.Module) or not callable(net):
@@ -193,7 +194,7 @@ class _Between:
 
     def before_next(self) -> list[Transform]:
         mixing = LinearTransform(self.features) if self.linear else ActNorm(self.features)
-        splines = _quantile_splines("block_bins", self.features, self.block_bins)
+        splines = quantile_splines("block_bins", self.features, self.block_bins)
         return [mixing, *splines, *self._conditional()]
 
     def after_last(self) -> list[Transform]:

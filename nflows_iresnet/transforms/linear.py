@@ -18,13 +18,19 @@ from nflows_iresnet.precision import (
     like_weights,
     training_precision,
 )
+from nflows_iresnet.transforms.channels import (
+    as_rows,
+    for_each_input,
+    like_inputs,
+    require_channels,
+)
 from nflows_iresnet.transforms.normalization import (
     ENOUGH_ROWS,
     depends_on,
     likely_moments,
     over_processes,
 )
-from nflows_iresnet.validation import require_tensor, validated_size
+from nflows_iresnet.validation import validated_size
 
 Initialization = Literal["identity", "whitening"]
 
@@ -143,13 +149,13 @@ class LinearTransform(Transform):
             weight: W where it is computed already, as `weights_together` returns it.
         """
         inputs = self._checked(inputs)
-        rows = _as_rows(inputs)
+        rows = as_rows(inputs)
         if self.training and not self._has_started:
             self._start(rows)
         with training_precision(self, inputs.device):
             matrix, logabsdet = weights_together([self])[0] if weight is None else weight
             outputs = F.linear(rows, matrix, self.bias)
-        return _like_inputs(outputs, inputs), _for_each_row(logabsdet, inputs)
+        return like_inputs(outputs, inputs), for_each_input(logabsdet, inputs)
 
     @property
     def takes_weight(self) -> bool:
@@ -164,7 +170,7 @@ class LinearTransform(Transform):
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (W^-1 (y - b), minus the sum of log d over pixels), shapes (B, *) and (B,)."""
         inputs = self._checked(inputs)
-        rows = _as_rows(inputs)
+        rows = as_rows(inputs)
         if self.bias is not None:
             rows = rows - self.bias
         with full_precision(inputs.device):
@@ -173,7 +179,7 @@ class LinearTransform(Transform):
             solve = torch.linalg.solve_triangular
             columns = solve(lower, rows.mT, upper=False, unitriangular=True)
             columns = solve(upper, columns, upper=True)
-        return _like_inputs(columns.mT, inputs), -_for_each_row(log_diagonal.sum(), inputs)
+        return like_inputs(columns.mT, inputs), -for_each_input(log_diagonal.sum(), inputs)
 
     def weight(self) -> Tensor:
         """Return W, shape (F, F)."""
@@ -189,17 +195,8 @@ class LinearTransform(Transform):
         return _lower_and_upper(self.factors, log_diagonal)
 
     def _checked(self, inputs: Tensor) -> Tensor:
-        self._check_shape(inputs)
+        require_channels(inputs, self.factors.shape[0])
         return like_weights(inputs, self)
-
-    def _check_shape(self, inputs: Tensor) -> None:
-        require_tensor("inputs", inputs)
-        features = self.factors.shape[0]
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != features:
-            raise ValueError(
-                f"expected inputs of shape (batch, {features}) or (batch, {features}, height, "
-                f"width), got {tuple(inputs.shape)}"
-            )
 
     def initialize(self, rows: Tensor) -> None:
         """Start by whitening rows that are given, whatever the parameters are.
@@ -211,8 +208,8 @@ class LinearTransform(Transform):
         Raises:
             ValueError: if the shape is another, there is no row, or a value is not finite.
         """
-        self._check_shape(rows)
-        if not self._whiten(_as_rows(rows)):
+        require_channels(rows, self.factors.shape[0])
+        if not self._whiten(as_rows(rows)):
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
 
     def _start(self, rows: Tensor) -> None:
@@ -334,21 +331,6 @@ class _Products(torch.autograd.Function):
         diagonals.mul_(upper.diagonal(dim1=-2, dim2=-1)).add_(of_logabsdets[:, None])
         diagonals.addcmul_(diagonals * bent, bent, value=-1)
         return found
-
-
-def _as_rows(inputs: Tensor) -> Tensor:
-    return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
-
-
-def _for_each_row(logabsdet: Tensor, inputs: Tensor) -> Tensor:
-    """Return the log-determinant of one row, or pixel, for each row of the inputs."""
-    pixels = math.prod(inputs.shape[2:])
-    return (logabsdet if pixels == 1 else pixels * logabsdet).expand(inputs.shape[0])
-
-
-def _like_inputs(rows: Tensor, inputs: Tensor) -> Tensor:
-    batch, features, *size = inputs.shape
-    return rows.reshape(batch, *size, features).movedim(-1, 1).contiguous()
 
 
 class _Moments(NamedTuple):

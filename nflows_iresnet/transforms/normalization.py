@@ -10,7 +10,8 @@ from nflows.transforms.normalization import ActNorm as _NflowsActNorm
 from torch import Tensor, distributed
 
 from nflows_iresnet.precision import like_weights
-from nflows_iresnet.validation import require_tensor, validated_size
+from nflows_iresnet.transforms.channels import as_rows, for_each_input, require_channels
+from nflows_iresnet.validation import validated_size
 
 _ROUNDING_UNITS = 4.0
 """A feature whose standard deviation is less than so many units in the last place is constant."""
@@ -75,13 +76,13 @@ class ActNorm(_NflowsActNorm):
         if self.training and not self._has_started:
             self._start(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
-        return scale * inputs + shift, self._logabsdet(inputs)
+        return scale * inputs + shift, for_each_input(self.log_scale.sum(), inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, minus the sum of s over what was scaled), shapes (B, *) and (B,)."""
         inputs = self._checked(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
-        return (inputs - shift) / scale, -self._logabsdet(inputs)
+        return (inputs - shift) / scale, -for_each_input(self.log_scale.sum(), inputs)
 
     def lipschitz_constants(self) -> tuple[float, float]:
         """Return bounds of the Lipschitz constants of forward and inverse: the extreme scales."""
@@ -104,18 +105,8 @@ class ActNorm(_NflowsActNorm):
         self._has_started = True
 
     def _checked(self, inputs: Tensor) -> Tensor:
-        require_tensor("inputs", inputs)
-        features = self.shift.shape[0]
-        if inputs.dim() in (2, 4) and inputs.shape[1] == features:
-            return like_weights(inputs, self)
-        vectors, images = f"(batch, {features})", f"(batch, {features}, height, width)"
-        kinds = {2: vectors, 4: images}
-        expected = kinds.get(inputs.dim(), f"{vectors}, or {images} for images")
-        raise ValueError(f"expected inputs of shape {expected}, got {tuple(inputs.shape)}")
-
-    def _logabsdet(self, inputs: Tensor) -> Tensor:
-        logabsdet, pixels = self.log_scale.sum(), inputs.shape[2:].numel()
-        return (logabsdet if pixels == 1 else pixels * logabsdet).expand(inputs.shape[0])
+        require_channels(inputs, self.shift.shape[0])
+        return like_weights(inputs, self)
 
     def _start(self, inputs: Tensor) -> None:
         states = (self.initialized, self.log_scale.any(), self.shift.any())
@@ -127,7 +118,7 @@ class ActNorm(_NflowsActNorm):
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
-        rows = inputs.movedim(1, -1).reshape(-1, inputs.shape[1]).double()
+        rows = as_rows(inputs).double()
         peak = _largest_over_processes(rows, inputs)
         if peak is None:
             return

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.settings import SettingsInState
+from nflows_iresnet.transforms.channels import as_rows, like_inputs, require_channels, sum_of_each
 from nflows_iresnet.transforms.normalization import depends_on, over_processes
 from nflows_iresnet.transforms.rational_quadratic import (
     MAX_LOG_SLOPE,
@@ -24,7 +25,7 @@ from nflows_iresnet.transforms.rational_quadratic import (
     split,
     table_of,
 )
-from nflows_iresnet.validation import require_tensor, validated_size
+from nflows_iresnet.validation import validated_size
 
 Initialization = Literal["identity", "quantiles"]
 
@@ -55,7 +56,9 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         y = y_k + h (s t^2 + d_0 t (1 - t)) / (s + (d_0 + d_1 - 2 s) t (1 - t)),
 
     continuously differentiable, and inverted by solving a quadratic equation. It expects features
-    of about unit scale, as `ActNorm` returns them: put one in front.
+    of about unit scale, as `ActNorm` returns them: put one in front. Images (B, C, H, W) have a
+    spline for each channel, as they have a scale in `ActNorm`; `PixelwiseSpline` has one for each
+    value.
 
     A network that starts with a dense layer has to build a function of one coordinate out of
     projections of all, which with few rows it learns by heart. Where marginals are far from normal
@@ -91,7 +94,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
 
     Args:
-        features: number of features of x.
+        features: number of features, or channels, of x.
         num_bins: K.
         bound: b.
         initialization: "identity", or "quantiles" of the first batch in training mode.
@@ -147,22 +150,25 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         return {"bound": self.bound}
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (y, sum_j log S_j'(x_j)), shapes (B, features) and (B,)."""
+        """Return (y, sum_j log S_j'(x_j)), shapes (B, *) and (B,)."""
         inputs = self._checked(inputs)
+        rows = as_rows(inputs)
         if self.training and not self._has_started:
-            self._start(inputs)
-        return rational_quadratic_spline(inputs, self.sizes, self.log_slopes, self.bound)
+            self._start(rows)
+        outputs, logs = rational_quadratic_spline(rows, self.sizes, self.log_slopes, self.bound)
+        return like_inputs(outputs, inputs), sum_of_each(logs, inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (x, -sum_j log S_j'(x_j)), shapes (B, features) and (B,)."""
+        """Return (x, -sum_j log S_j'(x_j)), shapes (B, *) and (B,)."""
         inputs = self._checked(inputs)
-        inside, beyond = split(inputs, self.bound)
+        inside, beyond = split(as_rows(inputs), self.bound)
         knots = self._knots()
         bins = self._bins(inside, knots, knots[1])
         part = bins.part_at(inside)
         outputs = bins.left + bins.width * part + beyond
-        logabsdet = -bins.value_and_log_slope(part)[1].sum(1)
-        return outputs.to(inputs.dtype), logabsdet.to(inputs.dtype)
+        logs = -bins.value_and_log_slope(part)[1].sum(1)
+        outputs, logs = outputs.to(inputs.dtype), logs.to(inputs.dtype)
+        return like_inputs(outputs, inputs), sum_of_each(logs, inputs)
 
     @torch.no_grad()
     def lipschitz_constants(self) -> tuple[float, float]:
@@ -192,14 +198,14 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         """Start from the quantiles of rows that are given, whatever the parameters are.
 
         Args:
-            rows: shape (N, features), of any dtype, of about unit scale. Where several processes
-                train one model, each gives its own, at the same time.
+            rows: shape (N, features) or (N, features, H, W), of any dtype, of about unit scale.
+                Where several processes train one model, each gives its own, at the same time.
 
         Raises:
             ValueError: if the shape is another, there is no row, or a value is not finite.
         """
-        self._check_shape(rows)
-        if not self._start_from(rows):
+        require_channels(rows, self.sizes.shape[1])
+        if not self._start_from(as_rows(rows)):
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
 
     def _start(self, inputs: Tensor) -> None:
@@ -254,16 +260,8 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         self._has_started = not self.initialized.is_meta and bool(self.initialized)
 
     def _checked(self, inputs: Tensor) -> Tensor:
-        self._check_shape(inputs)
+        require_channels(inputs, self.sizes.shape[1])
         return like_weights(inputs, self)
-
-    def _check_shape(self, inputs: Tensor) -> None:
-        require_tensor("inputs", inputs)
-        features = self.sizes.shape[1]
-        if inputs.dim() != 2 or inputs.shape[1] != features:
-            raise ValueError(
-                f"expected inputs of shape (batch, {features}), got {tuple(inputs.shape)}"
-            )
 
     def _knots(self) -> Tensor:
         """Return the knots and their images, (2, features, K + 1)."""

@@ -1825,6 +1825,27 @@ FAULTS: tuple[Fault, ...] = (
         "training::test_a_flow_that_was_trained_before_does_not_come_back_worse",
     ),
     Fault(
+        "Adam is one operation for weights with strides",
+        "training/loop.py",
+        'parameter.device.type == "cpu" and parameter.is_contiguous()',
+        'parameter.device.type == "cpu"',
+        "training::test_weights_that_are_strided_are_trained_as_others",
+    ),
+    Fault(
+        "a training that goes on steps as it did elsewhere",
+        "training/loop.py",
+        '_with_options_of(self.optimizer, state["optimizer"])',
+        'state["optimizer"]',
+        "fit_checkpoint::test_a_training_goes_on_with_weights_that_lie_otherwise_in_memory",
+    ),
+    Fault(
+        "processes may be given other rows",
+        "training/rows.py",
+        "        if error is None and len(found) > 1:\n",
+        "        if False:\n",
+        "fit_distributed::test_what_fails_fails_in_both",
+    ),
+    Fault(
         "patience counts from the start",
         "training/progress.py",
         "return [point for point in self.curve if point.step > 0]",
