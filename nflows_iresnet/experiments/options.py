@@ -215,8 +215,9 @@ class CompareOptions(TrainingOptions):
         "distance from black and white of the logit", positive_float, "X"
     )
     marginal_bins: int | None = of_images(
-        "bins of a spline for each pixel in residual-flow, which then has 1x1 convolutions, too, "
-        "and starts from training images; 0 for none of this",
+        "bins of a spline for each pixel in residual-flow, which then has 1x1 convolutions and a "
+        "spline of each channel before each block, too, and starts from training images; 0 for "
+        "none of this",
         natural_int,
     )
     num_terms: int | None = of_images(

@@ -67,7 +67,8 @@ class ResidualFlow(Flow):
     3. a `LinearTransform` that starts by whitening, then the first block;
     4. before each other block a `LinearTransform`, started as the identity, and from three
        features another spline (`block_bins`): in two dimensions they gain little, and a step would
-       take a third longer;
+       take a third longer; so it does in 784, where the start from 5,000 rows takes 11 seconds
+       instead of 4, but there they gain most;
     5. `ActNorm`, so that what the blocks return starts with the scale of the noise.
 
     The start comes from the first batch in training mode, or better from some thousand rows by

@@ -101,14 +101,15 @@ def fit(
     **Several processes**, under `torchrun --nproc-per-node=2 script.py` for example, train one flow
     where the script has called `torch.distributed.init_process_group` before ("gloo" on CPUs,
     "nccl" on GPUs, one for each process, told by `torch.cuda.set_device`). Every process gives the
-    same arguments. They start from the first one's flow, share out each batch of `batch_size` rows
-    (rounded down to a multiple of their number) and average their gradients (torch's
-    DistributedDataParallel): steps are those of one process on the whole batch, if the loss is a
-    mean over rows. A data loader is each process's own (`torch.utils.data.DistributedSampler`), and
-    its batches count alike. Where a loss is random, as under the roulette, each process draws
-    numbers of its own (with `seed=None` those of its global generators), and the average is as
-    unbiased. The first process alone validates, writes the checkpoint, tells the time and shows the
-    progress; weights, history and the decision to stop are the same in all.
+    same arguments and rows. They start from the first one's flow, share out each batch of
+    `batch_size` rows (rounded down to a multiple of their number) and average their gradients
+    (torch's DistributedDataParallel): steps are those of one process on the whole batch, if the
+    loss is a mean over rows. A data loader is each process's own
+    (`torch.utils.data.DistributedSampler`), and its batches count alike. Where a loss is random, as
+    under the roulette, each process draws numbers of its own (with `seed=None` those of its global
+    generators), and the average is as unbiased. The first process alone validates, writes the
+    checkpoint, tells the time and shows the progress; weights, history and the decision to stop are
+    the same in all.
 
     References:
         Kingma, Ba. Adam: a method for stochastic optimization, 2015.
