@@ -1841,8 +1841,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "processes may be given other rows",
         "training/rows.py",
-        "        if error is None and len(found) > 1:\n",
-        "        if False:\n",
+        "sums = [zlib.crc32(each.view(torch.uint8).numpy().data) for each in on_host]",
+        "sums = [0 for _ in on_host]",
         "fit_distributed::test_what_fails_fails_in_both",
     ),
     Fault(
