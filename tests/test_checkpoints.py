@@ -218,7 +218,7 @@ def test_checkpoints_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     Keeper(path, {"seed": 0}).save({})
-    with pytest.raises(ValueError, match="another training, whose seed was 0 and not 1"):
+    with pytest.raises(ValueError, match="another training: seed was 0 there and is 1"):
         Keeper(path, {"seed": 1}).load()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is damaged"):

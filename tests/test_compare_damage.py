@@ -166,7 +166,7 @@ def test_the_way_out_of_damaged_results_works(
     assert main([*command, "--resume"]) == 0
 
 
-@pytest.mark.parametrize("file", ["report.html", "results.csv"])
+@pytest.mark.parametrize("file", ["report.html", "results.csv", "moons.png"])
 def test_a_folder_in_the_way_is_said_before_anything_is_trained(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,13 +183,19 @@ def test_a_folder_in_the_way_is_said_before_anything_is_trained(
 
 @pytest.mark.parametrize(
     ("command", "file"),
-    [("figures", "report.html"), ("figures", "dynamics.png"), ("bench", "bench.png")],
+    [
+        ("figures --quick", "report.html"),
+        ("figures --quick", "dynamics.png"),
+        ("bench --quick", "bench.png"),
+        ("compare moons --race 9s", "race.md"),
+        ("compare moons --race 9s", "moons--race.png"),
+    ],
 )
 def test_a_folder_in_the_way_is_said_before_anything_is_measured(
     command: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out" / file).mkdir(parents=True)
-    line = complaint(main([command, "--quick", "--out", str(tmp_path / "out")]), 2, capsys)
+    line = complaint(main([*command.split(), "--out", str(tmp_path / "out")]), 2, capsys)
     assert f"{file}' is a folder" in line
     assert [each.name for each in (tmp_path / "out").iterdir()] == [file]
 
@@ -211,7 +217,7 @@ def test_a_file_in_the_way_of_the_weights_is_said_before_results_are_taken_back(
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "status"), [("compare", "moons.png", 1), ("table1", "table1.png", 2)]
+    ("name", "file", "status"), [("table2", "moons--bars.png", 1), ("table1", "table1.png", 2)]
 )
 def test_a_folder_that_gets_in_the_way_is_said_with_the_remedy(
     name: str,

@@ -173,8 +173,43 @@ def test_the_options_of_an_optimizer_are_its_own(tmp_path: Path) -> None:
 
     adam()
     adam(foreach=True)
-    with pytest.raises(ValueError, match=r"whose options of the optimizer was .*: delete it"):
+    with pytest.raises(ValueError, match=r"training: options of the optimizer was .*: delete it"):
         adam(weight_decay=0.1)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a number in its group that each step depends on, as Prodigy and others do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["count"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        group = self.param_groups[0]
+        group["count"] += 1
+        for each in group["params"]:
+            each.grad.mul_(1 / group["count"])
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_in_its_groups_goes_on(tmp_path: Path) -> None:
+    def counted(path: Path | None, press_after: float) -> tuple[int, float]:
+        torch.manual_seed(0)
+        flow = ResidualFlow(2, 8, 2)
+        optimizer = Counting(flow.parameters())
+
+        def look(done: float, loss: float) -> None:
+            if done > press_after:
+                press()
+
+        given: dict[str, Any] = {"max_steps": STEPS, "validations": 3, "on_step": look}
+        history = fit(flow, ROWS, ROWS[:20], optimizer=optimizer, checkpoint=path, **given)
+        return optimizer.param_groups[0]["count"], history.curve[-1].validation
+
+    straight = counted(None, 2.0)
+    counted(tmp_path / "fit.pt", 0.5)
+    assert counted(tmp_path / "fit.pt", 2.0) == straight
+    assert straight[0] == STEPS
 
 
 def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
@@ -216,7 +251,7 @@ def test_a_checkpoint_of_another_training_is_refused(
 ) -> None:
     path = tmp_path / "fit.pt"
     trained(path, stop_after=1)
-    with pytest.raises(ValueError, match=f"another training, whose {name} was .*: delete it"):
+    with pytest.raises(ValueError, match=f"another training: {name} was .*: delete it"):
         trained(path, **options)
 
 

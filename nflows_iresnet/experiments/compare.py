@@ -60,12 +60,23 @@ class Comparison(Session[Record]):
         shown: the data sets that were drawn and printed.
     """
 
-    FILES = ("results.csv", "report.html")
-    FOLDERS = ("weights",)
-
     config: RunConfig
     prepared: Sequence[Run]
     shown: set[str] = field(default_factory=set)
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The rows, the page, a picture of each data set, and what else a race has."""
+        names = [dataset.name for dataset in self.record.datasets]
+        files = ["results.csv", "report.html", *(self.folder.picture(name).name for name in names)]
+        if self.record.is_race:
+            files += ["race.md", *(self.folder.picture(name, "race").name for name in names)]
+        return files
+
+    @property
+    def folders(self) -> Sequence[str]:
+        """That of the weights."""
+        return ("weights",)
 
     @property
     def runs(self) -> tuple[int, int]:

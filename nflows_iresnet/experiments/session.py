@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -41,10 +41,6 @@ class Session(ABC, Generic[Kept]):
         folder: keeps everything.
     """
 
-    FILES: ClassVar[tuple[str, ...]]
-    """Written at the end, as far as their names are known before."""
-    FOLDERS: ClassVar[tuple[str, ...]] = ()
-
     parsed: TrainingOptions
     record: Kept
     folder: Folder
@@ -56,6 +52,16 @@ class Session(ABC, Generic[Kept]):
     @abstractmethod
     def runs(self) -> tuple[int, int]:
         """How many runs are finished, and how many there are."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Sequence[str]:
+        """What is written at the end, as far as its names are known before."""
+
+    @property
+    def folders(self) -> Sequence[str]:
+        """Likewise of folders."""
+        return ()
 
     @property
     def trials(self) -> tuple[int, int]:
@@ -95,7 +101,7 @@ class Session(ABC, Generic[Kept]):
         Raises:
             ValueError: it cannot; the message says why.
         """
-        self.folder.refuse_obstacles(self.FILES, self.FOLDERS)
+        self.folder.refuse_obstacles(self.files, self.folders)
         if self.parsed.resume:
             self.go_on()
         else:

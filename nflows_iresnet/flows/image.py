@@ -41,7 +41,8 @@ class ImageResidualFlow(Flow):
     others: with `marginal_bins` a spline of each pixel takes over the shape of the marginals, with
     `linear` a 1x1 convolution follows each ActNorm and takes over correlations of channels (the
     first of a scale starts by whitening), and with both (`block_bins`) there is a spline of each
-    channel before each block, too. `initialize` starts all of it from training images.
+    channel before each block, too. `initialize` starts all of it from dequantised
+    training images.
 
     On MNIST, where most pixels are at either end, the start is worth more than large networks: 300
     steps of two blocks a scale, 32 channels, reach 3.59 bits per dimension (validation) with
@@ -87,7 +88,7 @@ class ImageResidualFlow(Flow):
 
     Raises:
         ValueError: if a size is not positive, the images cannot be squeezed so often, or there are
-            splines without a logit; from
+            splines of pixels without a logit; from
             `log_prob`, if images have another shape or are whole numbers by their type.
         OutsideRangeError: from `log_prob`, if pixels are NaN or outside [0, levels], on a CPU; on a
             GPU, which is not waited for, NaN stays, and so does what the logit makes NaN.

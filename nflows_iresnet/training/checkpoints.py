@@ -25,7 +25,8 @@ class Keeper:
 
     Args:
         path: the file.
-        settings: what the training depends on, by name; a checkpoint of another one is refused.
+        settings: what the training depends on, by name; a checkpoint of another one is refused, as
+            far as it names them: those of earlier versions lack some.
         every: seconds between checkpoints.
         remedy: what follows where a file that is refused is deleted, or what else can be done.
     """
@@ -64,7 +65,7 @@ class Keeper:
         for name, then in settings.items():
             now = self._named.get(name)
             if then != now:
-                raise self._refused(f"of another training, whose {name} was {then} and not {now}")
+                raise self._refused(f"of another training: {name} was {then} there and is {now}")
         return state
 
     def damaged(self) -> CheckpointError:

@@ -316,9 +316,14 @@ class Training:
 
 
 def _with_options_of(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved state with the options of now: which can be used depends on the parameters."""
-    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
-    return {**saved, "param_groups": [{**own, "params": then["params"]} for own, then in pairs]}
+    """Return a saved state that is computed as now: how it can be depends on the parameters."""
+    groups = [
+        {name: value for name, value in then.items() if name not in _HOW_IT_IS_COMPUTED}
+        | {name: value for name, value in own.items() if name in _HOW_IT_IS_COMPUTED}
+        | {"params": then["params"]}
+        for own, then in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    ]
+    return {**saved, "param_groups": groups}
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -121,15 +121,10 @@ class GivenRows:
         self.what, self.processes = what, processes
         self._like, self.loader = like, rows
         self._tensors: tuple[Tensor, ...] = ()
-        error: ValueError | None = None
-        try:
+        if processes.count == 1:
             self._take(rows)
-        except ValueError as raised:
-            error = raised
-        if processes.count > 1:
-            self._agree(error)
-        if error is not None:
-            raise error
+        else:
+            self._agree_to_take(rows)
 
     def _take(self, rows: Any) -> None:
         if isinstance(rows, Tensor | tuple):
@@ -163,15 +158,22 @@ class GivenRows:
                 )
             _require_finite(each, f"{self.what} rows")
 
-    def _agree(self, error: ValueError | None) -> None:
-        """Raise in every process what is wrong in one of them, or between them."""
-        own = str(self) if self._tensors else "a data loader"
+    def _agree_to_take(self, rows: Any) -> None:
+        """Take them, and raise in every process what is wrong in one of them, or between them."""
+        own, error = "", None
+        try:
+            self._take(rows)
+            own = str(self) if self._tensors else "a data loader"
+        except Exception as raised:  # whatever it is, the others wait to be told
+            error = raised
         told = self.processes.of_all((own, None if error is None else str(error)))
+        if error is not None:
+            raise error
         wrong = next((each for _, each in told if each is not None), None)
-        if error is None and wrong is not None:
+        if wrong is not None:
             raise ValueError(f"another process was given what cannot be trained on: {wrong}")
         found = sorted({kind for kind, _ in told})
-        if error is None and len(found) > 1:
+        if len(found) > 1:
             raise ValueError(
                 f"processes have different {self.what} rows ({'; '.join(found)}): give all rows to "
                 "each, which then takes its share, or a data loader of its own rows"

@@ -235,9 +235,12 @@ def _described(data: Sequence[ImageDataset]) -> DataSummary:
 class TableSession(Session[TableRecord]):
     """A table under way, with every row and every repeat."""
 
-    FILES = ("table1.png", "report.html")
-
     jobs: Sequence[ClassifierJob]
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The picture and the page."""
+        return "table1.png", "report.html"
 
     @property
     def runs(self) -> tuple[int, int]:
