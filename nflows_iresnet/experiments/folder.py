@@ -68,14 +68,12 @@ class Folder:
         Raises:
             ValueError: a folder lies where a file is to be, or a file where a folder is.
         """
-        wrong = [(each, "folder", "file") for each in files if (self.path / each).is_dir()]
-        wrong += [(each, "file", "folder") for each in folders if (self.path / each).is_file()]
-        for name, found, wanted in wrong:
-            path = self.path / name
-            raise ValueError(
-                f"{str(path)!r} is a {found}, and a {wanted} of that name is to be written: move "
-                f"it away ({moved_away(path)}), or choose another --out"
-            )
+        for path in map(self.path.joinpath, files):
+            if path.is_dir():
+                raise _in_the_way(path, "folder", "file")
+        for path in map(self.path.joinpath, folders):
+            if path.is_file():
+                raise _in_the_way(path, "file", "folder")
 
     def create(self) -> None:
         """Make the folder and prove that it can be written.
@@ -231,6 +229,13 @@ class Folder:
     def resume(self, command_line: str) -> str:
         """Return the command that goes on with the one that filled the folder."""
         return f"{command_line} --out {shlex.quote(str(self.path))} --resume"
+
+
+def _in_the_way(path: Path, found: str, wanted: str) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} is a {found}, and a {wanted} of that name is to be written: move it away "
+        f"({moved_away(path)}), or choose another --out"
+    )
 
 
 def flags(arguments: dict[str, Any]) -> dict[str, Any]:

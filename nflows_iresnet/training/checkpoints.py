@@ -62,9 +62,9 @@ class Keeper:
             settings, state = dict(found["settings"]), dict(found["state"])
         except Exception as error:  # a damaged file may raise anything
             raise self.damaged() from error
+        named = self._named
         for name, then in settings.items():
-            now = self._named.get(name)
-            if then != now:
+            if then != (now := named.get(name)):
                 raise self._refused(f"of another training: {name} was {then} there and is {now}")
         return state
 

@@ -28,7 +28,8 @@ from nflows_iresnet.training.progress import (
     TrainingPlan,
 )
 
-_HOW_IT_IS_COMPUTED = {"params", "lr", "initial_lr", "fused", "foreach", "capturable"}
+_OF_NOW = {"lr", "initial_lr", "fused", "foreach", "capturable"}
+"""Of the groups of an optimiser: what no checkpoint decides."""
 STEPS_BETWEEN_LOOKS = 8
 """On a GPU, which is let run ahead: to look at a loss is to wait for it."""
 
@@ -317,19 +318,15 @@ class Training:
 
 def _with_options_of(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """Return a saved state that is computed as now: how it can be depends on the parameters."""
-    groups = [
-        {name: value for name, value in then.items() if name not in _HOW_IT_IS_COMPUTED}
-        | {name: value for name, value in own.items() if name in _HOW_IT_IS_COMPUTED}
-        | {"params": then["params"]}
-        for own, then in zip(optimizer.param_groups, saved["param_groups"], strict=True)
-    ]
+    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    groups = [{**then, **{name: own[name] for name in _OF_NOW & own.keys()}} for own, then in pairs]
     return {**saved, "param_groups": groups}
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return the options of its groups, but for learning rates and how a step is computed."""
     return [
-        {name: value for name, value in sorted(group.items()) if name not in _HOW_IT_IS_COMPUTED}
+        {name: group[name] for name in sorted(group.keys() - _OF_NOW - {"params"})}
         for group in optimizer.param_groups
     ]
 

@@ -20,11 +20,13 @@ def require_channels(inputs: Tensor, features: int) -> None:
 
 def as_rows(inputs: Tensor) -> Tensor:
     """Return features (B, F), or the channels of images (B, F, H, W), as rows (N, F)."""
-    return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
+    return inputs if inputs.dim() == 2 else inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
 
 
 def like_inputs(rows: Tensor, inputs: Tensor) -> Tensor:
     """Return rows (N, F) in the shape of the inputs that they were made of."""
+    if inputs.dim() == 2:
+        return rows.contiguous()
     batch, features, *size = inputs.shape
     return rows.reshape(batch, *size, features).movedim(-1, 1).contiguous()
 
