@@ -152,12 +152,12 @@ def _coupling() -> nn.Module:
     )
 
 
-def _spline_coupling() -> nn.Module:
+def _by_splines(partner: Callable[..., nn.Module]) -> nn.Module:
     torch.manual_seed(3)
-    coupling = flows.spline_coupling(1, 3, 8, 1, 2, num_bins=4, bound=2.0)
-    for parameter in coupling.parameters():
+    transform = partner(1, 3, 8, 1, 2, num_bins=4, bound=2.0)
+    for parameter in transform.parameters():
         nn.init.normal_(parameter, std=0.7)
-    return coupling
+    return transform
 
 
 def _maf() -> nn.Module:
@@ -345,7 +345,10 @@ CASES: dict[str, Case] = {
         excluded=_AUTOCAST,
         is_variant=True,
     ),
-    "spline-coupling": Case(_spline_coupling, context_features=2),
+    "spline-coupling": Case(lambda: _by_splines(flows.spline_coupling), context_features=2),
+    "spline-autoregressive": Case(
+        lambda: _by_splines(flows.spline_autoregressive), context_features=2
+    ),
     "nflows-lu": Case(
         lambda: nflows_transforms.LULinear(3, identity_init=False), excluded=_AUTOCAST
     ),

@@ -12,14 +12,16 @@ import torch
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import (
     IdentityTransform,
+    MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
     PiecewiseRationalQuadraticCouplingTransform,
     Transform,
 )
 from torch import Tensor, nn
 
 from nflows_iresnet import flows, logdet, transforms
-from nflows_iresnet.flows.hybrid import SplineCoupling
+from nflows_iresnet.flows.partners import SplineAutoregressive, SplineCoupling
 from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning
+from nflows_iresnet.transforms.conditional_splines import Family
 from tests.emulated_graph import EmulatedRecorder, recorder
 
 __all__ = ["recorder"]
@@ -28,6 +30,7 @@ PARTNERS = {
     "spline-coupling": flows.spline_coupling,
     "affine-coupling": flows.affine_coupling,
     "autoregressive": flows.masked_autoregressive,
+    "spline-autoregressive": flows.spline_autoregressive,
 }
 every_partner = pytest.mark.parametrize("partner", PARTNERS.values(), ids=PARTNERS)
 
@@ -56,25 +59,49 @@ def log_prob_by_slogdet(flow: flows.Flow, rows: Tensor) -> Tensor:
     return base + torch.linalg.slogdet(jacobians).logabsdet
 
 
-def wild(coupling: Any) -> Any:
+def wild(transform: Any) -> Any:
     torch.manual_seed(4)
-    for parameter in coupling.parameters():
+    for parameter in transform.parameters():
         nn.init.normal_(parameter, std=0.5)
-    return coupling.double()
+    return transform.double()
 
 
-def nflows_twin(coupling: Any) -> Any:
-    width = coupling.transform_net.hidden_features
-    mask = torch.zeros(coupling.features)
-    mask[coupling.transform_features] = 1
-    twin = PiecewiseRationalQuadraticCouplingTransform(
-        mask,
-        lambda inputs, outputs: ResidualNet(inputs, outputs, width, num_blocks=1),
-        num_bins=coupling.num_bins,
-        tails="linear",
-        tail_bound=coupling.tail_bound,
-    )
-    twin.load_state_dict(coupling.state_dict())
+def spline_coupling(parity: int = 0, features: int = 3, **options: Any) -> Any:
+    return flows.spline_coupling(parity, features, 8, 1, **options)
+
+
+def spline_autoregressive(features: int = 3, **options: Any) -> Any:
+    """Return it without the reversal in front."""
+    transform: Any = flows.spline_autoregressive(0, features, 8, 1, **options)
+    return transform._transforms[1]
+
+
+SPLINES: dict[str, Callable[..., Any]] = {
+    "coupling": spline_coupling,
+    "coupling-odd": partial(spline_coupling, 1),
+    "autoregressive": spline_autoregressive,
+}
+by_splines = pytest.mark.parametrize("make", SPLINES.values(), ids=SPLINES)
+
+
+def nflows_twin(transform: Any) -> Any:
+    options = {
+        "num_bins": transform.num_bins,
+        "tails": "linear",
+        "tail_bound": transform.tail_bound,
+    }
+    if isinstance(transform, SplineAutoregressive):
+        features = transform.autoregressive_net.initial_layer.in_features
+        twin = MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+            features, 8, num_blocks=1, **options
+        )
+    else:
+        mask = torch.zeros(transform.features)
+        mask[transform.transform_features] = 1
+        twin = PiecewiseRationalQuadraticCouplingTransform(
+            mask, lambda inputs, outputs: ResidualNet(inputs, outputs, 8, num_blocks=1), **options
+        )
+    twin.load_state_dict(transform.state_dict())
     return twin.double()
 
 
@@ -244,11 +271,14 @@ def test_a_training_step_is_captured(recorder: EmulatedRecorder, partner: flows.
     assert step.is_captured, step.reason
 
 
-def test_the_spline_couplings_of_nflows_are_not(recorder: EmulatedRecorder) -> None:
+@by_splines
+def test_the_splines_of_nflows_are_not(
+    recorder: EmulatedRecorder, make: Callable[..., Any]
+) -> None:
     torch.manual_seed(0)
 
     def partner(*sizes: int | None) -> Transform:
-        return nflows_twin(flows.spline_coupling(*sizes))  # type: ignore[arg-type]
+        return nflows_twin(make())
 
     flow = flows.HybridFlow(3, 8, 2, 1, partner=partner).double()
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, capturable=True, foreach=True)
@@ -256,46 +286,85 @@ def test_the_spline_couplings_of_nflows_are_not(recorder: EmulatedRecorder) -> N
         assert not GraphedStep(flow, optimizer, table(16).double()).is_captured
 
 
-# --- the coupling by splines ----------------------------------------------------------------------
+# --- splines of each value ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parity", [0, 1])
-def test_the_spline_coupling_is_that_of_nflows(parity: int) -> None:
-    coupling = wild(flows.spline_coupling(parity, 5, 8, 1, num_bins=6, bound=2.0))
-    twin = nflows_twin(coupling)
+@by_splines
+def test_the_splines_are_those_of_nflows(make: Callable[..., Any]) -> None:
+    transform = wild(make(features=5, num_bins=6, bound=2.0))
+    twin = nflows_twin(transform)
     rows = 2 * torch.randn(400, 5).double()
-    for mine, its in ((coupling, twin), (coupling.inverse, twin.inverse)):
+    for mine, its in ((transform, twin), (transform.inverse, twin.inverse)):
         for found, expected in zip(mine(rows), its(rows), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_of_the_spline_coupling_are_right_within_and_beyond_the_bound() -> None:
-    coupling = wild(flows.spline_coupling(0, 3, 4, 1, num_bins=4, bound=1.0))
+@by_splines
+def test_gradients_of_the_splines_are_right_within_and_beyond_the_bound(
+    make: Callable[..., Any],
+) -> None:
+    transform = wild(make(num_bins=4, bound=1.0))
     rows = torch.tensor([[0.3, -0.2, 0.8], [-4.0, 0.5, 3.0]]).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda inputs: coupling(inputs), (rows,))
-    outputs = coupling(rows)[0].detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda inputs: coupling.inverse(inputs), (outputs,))
+    assert torch.autograd.gradcheck(lambda inputs: transform(inputs), (rows,))
+    outputs = transform(rows)[0].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda inputs: transform.inverse(inputs), (outputs,))
 
 
-def test_the_inverse_of_the_spline_coupling_survives_rounding() -> None:
+@pytest.mark.parametrize("bins", [1, 2, 5])
+def test_the_node_is_its_slow_twin_with_both_derivatives(bins: int) -> None:
+    family = Family(bins, 2.0, 0.7, 1e-3, 2e-3, 3e-3)
+    torch.manual_seed(bins)
+    inputs = (1.5 * torch.randn(6, 4)).double().requires_grad_()
+    numbers = torch.randn(6, 4 * (3 * bins - 1)).double().requires_grad_()
+    assert torch.autograd.gradcheck(family.forward, (inputs, numbers))
+    assert torch.autograd.gradgradcheck(family.forward, (inputs, numbers))
+    slow = family.differentiable(inputs, numbers.reshape(6, 4, -1).movedim(-1, 0))
+    for mine, its in zip(family.forward(inputs, numbers), slow, strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=0)
+
+
+def test_a_spline_has_the_widths_heights_and_slopes_that_its_numbers_say() -> None:
+    """Two bins of known sizes: 1/4 and 3/4 of the widths, half of the heights, slope 3."""
+    family = Family(2, 1.0, 1.0, 0.0, 0.0, 0.0)
+    quarter = torch.tensor([0.25, 0.75]).double().log()
+    slope = torch.tensor([3.0]).double().expm1().log()
+    numbers = torch.cat([quarter, torch.zeros(2).double(), slope])[None]
+    values, log_slope = family.forward(torch.tensor([[-0.5]]).double(), numbers)
+    torch.testing.assert_close(values, torch.zeros(1, 1).double())
+    torch.testing.assert_close(log_slope.exp(), torch.tensor([3.0]).double())
+
+
+@by_splines
+def test_the_inverse_of_the_splines_survives_rounding(make: Callable[..., Any]) -> None:
     """In float32 the discriminant of nflows can be negative, which is an AssertionError there."""
-    coupling = wild(flows.spline_coupling(0, 4, 16, 1)).float()
-    for parameter in coupling.parameters():
+    transform = wild(make(features=4)).float()
+    for parameter in transform.parameters():
         parameter.data.mul_(6)
     rows = 3 * torch.randn(20_000, 4)
     with torch.no_grad():
-        outputs, logabsdet = coupling.inverse(rows)
+        outputs, logabsdet = transform.inverse(rows)
     assert outputs.isfinite().all()
     assert logabsdet.isfinite().all()
     assert bool((outputs.abs() <= torch.maximum(rows.abs(), torch.tensor(5.0)) + 1e-4).all())
 
 
-def test_values_at_the_bound_and_at_knots_are_finite_with_finite_gradients() -> None:
-    coupling = flows.spline_coupling(0, 2, 8, 1, num_bins=4, bound=2.0)
+@by_splines
+def test_values_at_the_bound_and_at_knots_are_finite_with_finite_gradients(
+    make: Callable[..., Any],
+) -> None:
+    transform = make(features=2, num_bins=4, bound=2.0)
     places = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 2.0 + 1e-6, 1e20])
     rows = torch.stack([places, torch.zeros(7)], dim=1).requires_grad_()
-    for direction in (coupling, coupling.inverse):
+    for direction in (transform, transform.inverse):
         outputs, logabsdet = direction(rows)
         (gradient,) = torch.autograd.grad(outputs.sum() + logabsdet.sum(), rows)
         for each in (outputs, logabsdet, gradient):
             assert each.isfinite().all()
+
+
+@by_splines
+def test_an_empty_batch_stays_empty(make: Callable[..., Any]) -> None:
+    transform = make(features=4)
+    for direction in (transform, transform.inverse):
+        outputs, logabsdet = direction(torch.empty(0, 4))
+        assert (outputs.shape, logabsdet.shape) == ((0, 4), (0,))

@@ -52,8 +52,12 @@ def test_layers_that_repeat_are_written_once() -> None:
     spline = "ElementwiseRationalQuadraticSpline(features=16, num_bins=8, bound=4.0)"
     mixed = f"2 x [ActNorm, LinearTransform(features=16, bias=True), {spline}, ResidualTransform]"
     assert f"scale 3: SqueezeTransform, {mixed}, ActNorm" in images
-    hybrid = flows.HybridFlow(4, 16, 6).summary()
-    assert "3 x [LinearTransform(features=4, bias=True), ResidualTransform, Linear" in hybrid
+    hybrid = flows.HybridFlow(4, 16, 7).summary()
+    linear, spline = "LinearTransform(features=4, bias=True)", "ElementwiseRationalQuadraticSpline"
+    coupling = "SplineCoupling(num_bins=8, bound=5.0)"
+    before = f"{spline}(features=4, num_bins=8, bound=4.0)"
+    mixed = f"3 x [{linear}, {coupling}, {linear}, {before}, ResidualTransform]"
+    assert mixed in hybrid
 
 
 def test_layers_that_all_differ_are_shortened_and_counted() -> None:

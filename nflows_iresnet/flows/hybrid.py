@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from nflows.nn.nets import ResidualNet
-from nflows.transforms import (
-    AffineCouplingTransform,
-    MaskedAffineAutoregressiveTransform,
-    PiecewiseRationalQuadraticCouplingTransform,
-    ReversePermutation,
-    Transform,
-)
-from torch import Tensor, nn
-from torch.nn import functional as F
+from nflows.transforms import Transform
+from torch import nn
 
-from nflows_iresnet.conditioning import check_context
 from nflows_iresnet.flows.base import Expected, Flow, StandardNormal
-from nflows_iresnet.flows.residual import start_from_data
+from nflows_iresnet.flows.partners import Partner, spline_coupling
+from nflows_iresnet.flows.residual import BLOCK_BINS, quantile_splines, start_from_data
 from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.nn import LipschitzMLP, MatrixNorm
-from nflows_iresnet.precision import context_like_weights, like_weights, training_precision
 from nflows_iresnet.solvers import Solver
 from nflows_iresnet.transforms import (
     ActNorm,
@@ -32,12 +22,7 @@ from nflows_iresnet.transforms import (
     LinearTransform,
     ResidualTransform,
 )
-from nflows_iresnet.transforms.rational_quadratic import Bins
 from nflows_iresnet.validation import validated_size
-
-Partner = Callable[[int, int, int, int, int | None], Transform]
-"""Makes the i-th transform that is no residual block from its index i, features, hidden_features,
-num_blocks_per_layer and context_features."""
 
 
 class HybridFlow(Flow):
@@ -90,6 +75,8 @@ class HybridFlow(Flow):
         norm: the norm that weights of each g are divided by, see `ResidualFlow`.
         recompute: trade time for memory, see `transforms.CompositeTransform`.
         marginal_bins: bins of the spline of each feature in the start; 0 leaves it out.
+        block_bins: bins of a further spline of each feature before each residual block but the
+            first, see `ResidualFlow`, whose default this is; 0 for none.
 
     Raises:
         ValueError: if a size is not positive, features cannot be split by the partner, or another
@@ -122,6 +109,7 @@ class HybridFlow(Flow):
         norm: MatrixNorm | None = None,
         recompute: bool = False,
         marginal_bins: int = 16,
+        block_bins: int | None = None,
     ) -> None:
         features = validated_size("features", features)
         hidden = validated_size("hidden_features", hidden_features)
@@ -129,6 +117,9 @@ class HybridFlow(Flow):
         make_partner = spline_coupling if partner is None else partner
         _require_maker("net", net, "a network for each block, as the class LipschitzMLP")
         _require_maker("partner", make_partner, "a transform, as the function spline_coupling")
+
+        if block_bins is None:
+            block_bins = BLOCK_BINS if features > 2 and marginal_bins != 0 else 0
 
         def residual() -> list[Transform]:
             branch = net(
@@ -142,12 +133,11 @@ class HybridFlow(Flow):
                 return [block]
             return [ConditionalAffine(features, context_features), block]
 
-        layers = start_from_data(features, marginal_bins)
-        for layer in range(validated_size("num_layers", num_layers)):
-            if layer > 0:
-                layers.append(LinearTransform(features))
+        layers = [*start_from_data(features, marginal_bins), *residual()]
+        for layer in range(1, validated_size("num_layers", num_layers)):
+            layers.append(LinearTransform(features))
             if layer % 2 == 0:
-                layers += residual()
+                layers += [*quantile_splines("block_bins", features, block_bins), *residual()]
             else:
                 sizes = (features, hidden, depth, context_features)
                 layers.append(_built(make_partner, layer // 2, *sizes))
@@ -174,216 +164,3 @@ def _built(make: Partner, *sizes: Any) -> Transform:
             f"partner must return a Transform of nflows, but partner returned {partner!r}"
         )
     return partner if device.type == "cpu" else partner.to(device)
-
-
-class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
-    """nflows' rational-quadratic coupling with linear tails, evaluated without masks and checks.
-
-    The same parameters, state_dict and values. nflows selects what is inside of the bound by
-    boolean masks, which wait for a GPU and cannot be captured in a graph, raises an AssertionError
-    where rounding makes the discriminant of its inverse negative, refuses an empty batch, and
-    computes in bfloat16 inside autocast. Here all are evaluated at values within the bound, what is
-    outside stays as it is, and the discriminant is at least zero.
-
-    Args:
-        features: number of features, at least 2.
-        hidden_features: width of its network.
-        num_blocks: residual blocks of its network, of two layers each.
-        context_features: number of context values, or None.
-        parity: 0 to transform the features 0, 2, ... given the others, 1 to transform 1, 3, ...
-        num_bins: bins of each spline.
-        bound: the splines act within [-bound, bound].
-
-    Raises:
-        ValueError: if there is one feature, which cannot be split.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        hidden_features: int,
-        num_blocks: int,
-        context_features: int | None,
-        *,
-        parity: int,
-        num_bins: int,
-        bound: float,
-    ) -> None:
-        if not 0 < bound < math.inf:
-            raise ValueError(f"bound must be positive and finite, got {bound}; try 5.0")
-        super().__init__(
-            _alternating_mask(features, parity),
-            _conditioner(hidden_features, num_blocks, context_features),
-            num_bins=validated_size("num_bins", num_bins),
-            tails="linear",
-            tail_bound=float(bound),
-        )
-        self.context_features = context_features
-
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
-        inputs, context = self._given(inputs, context)
-        with training_precision(self, inputs.device, "anything"):
-            outputs, logabsdet = super().forward(inputs, context)
-        return outputs, logabsdet
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
-        inputs, context = self._given(inputs, context)
-        with training_precision(self, inputs.device, "anything"):
-            outputs, logabsdet = super().inverse(inputs, context)
-        return outputs, logabsdet
-
-    def _given(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        check_context(context, self.context_features)
-        return like_weights(inputs, self), context_like_weights(context, self)
-
-    def _coupling_transform(
-        self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return the values and the sum of the logarithms of the slopes, (B, F) and (B,)."""
-        bins, bound = self.num_bins, self.tail_bound
-        of_each = transform_params.reshape(*inputs.shape, 3 * bins - 1)
-        widths, heights, slopes = of_each.split([bins, bins, bins - 1], dim=-1)
-        scale = math.sqrt(self.transform_net.hidden_features)
-        across = _knots(widths / scale, bound, self.min_bin_width)
-        along = _knots(heights / scale, bound, self.min_bin_height)
-        slopes = F.pad(self.min_derivative + F.softplus(slopes), (1, 1), value=1.0)
-        inside = inputs.clamp(-bound, bound)
-        found = _bins(inside, along if inverse else across, across, along, slopes)
-        if inverse:
-            part = found.part_at(inside)
-            values = found.left + part * found.width
-            log_slopes = -found.value_and_log_slope(part)[1]
-        else:
-            values, log_slopes = found.value_and_log_slope((inside - found.left) / found.width)
-        is_inside = inputs.abs() <= bound
-        logabsdet = torch.where(is_inside, log_slopes, 0.0).sum(dim=1)
-        return torch.where(is_inside, values, inputs), logabsdet
-
-
-def _knots(raw: Tensor, bound: float, smallest: float) -> Tensor:
-    """Return increasing knots from -bound to bound, (..., K + 1), from any numbers (..., K)."""
-    parts = smallest + (1 - smallest * raw.shape[-1]) * raw.softmax(dim=-1)
-    inner = 2 * bound * parts[..., :-1].cumsum(dim=-1) - bound
-    return F.pad(F.pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
-
-
-def _bins(values: Tensor, knots: Tensor, across: Tensor, along: Tensor, slopes: Tensor) -> Bins:
-    """Return the bins of values (...) between knots (..., K + 1), of one spline for each value.
-
-    Args:
-        values: x, or y for the inverse.
-        knots: `across` for x, `along` for y.
-        across: knots along x, shape (..., K + 1).
-        along: their images, shape (..., K + 1).
-        slopes: there, shape (..., K + 1).
-    """
-    index = (values[..., None] >= knots[..., 1:-1]).sum(dim=-1)[..., None, None]
-    ends = [across[..., :-1], across.diff(), along[..., :-1], along.diff()]
-    table = torch.stack([*ends, slopes[..., :-1], slopes[..., 1:]], dim=-1)
-    found = table.gather(-2, index.expand(*values.shape, 1, 6))
-    left, width, bottom, height, first, last = found.squeeze(-2).unbind(-1)
-    mean = height / width
-    return Bins(left, width, bottom, height, first, last, mean, first + last - 2 * mean)
-
-
-def spline_coupling(
-    index: int,
-    features: int,
-    hidden_features: int,
-    num_blocks: int,
-    context_features: int | None = None,
-    *,
-    num_bins: int = 8,
-    bound: float = 5.0,
-) -> Transform:
-    """Make a coupling by rational-quadratic splines, as in neural spline flows.
-
-    References:
-        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
-
-    Args:
-        index: which features it transforms alternates with it.
-        features: number of features, at least 2.
-        hidden_features: width of its network.
-        num_blocks: residual blocks of its network, of two layers each.
-        context_features: number of context values, or None.
-        num_bins: bins of each spline.
-        bound: the splines act within [-bound, bound], beyond is the identity.
-
-    Raises:
-        ValueError: if there is one feature.
-    """
-    return SplineCoupling(
-        *(features, hidden_features, num_blocks, context_features),
-        parity=index % 2,
-        num_bins=num_bins,
-        bound=bound,
-    )
-
-
-def affine_coupling(
-    index: int,
-    features: int,
-    hidden_features: int,
-    num_blocks: int,
-    context_features: int | None = None,
-) -> Transform:
-    """Make an affine coupling of nflows, as in Real NVP; for the arguments see `spline_coupling`.
-
-    References:
-        Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP, 2017.
-
-    Raises:
-        ValueError: if there is one feature.
-    """
-    return AffineCouplingTransform(
-        _alternating_mask(features, index % 2),
-        _conditioner(hidden_features, num_blocks, context_features),
-    )
-
-
-def masked_autoregressive(
-    index: int,
-    features: int,
-    hidden_features: int,
-    num_blocks: int,
-    context_features: int | None = None,
-) -> Transform:
-    """Make a masked affine autoregressive transform of nflows, after a reversal of the features.
-
-    For the arguments see `spline_coupling`; what is given what alternates by the reversals. Its
-    inverse, and so sampling, evaluates its network once for each feature.
-
-    References:
-        Papamakarios, Pavlakou, Murray. Masked autoregressive flow for density estimation, 2017.
-    """
-    masked = MaskedAffineAutoregressiveTransform(
-        features, hidden_features, context_features, num_blocks=num_blocks
-    )
-    return CompositeTransform([ReversePermutation(features), masked])
-
-
-def _alternating_mask(features: int, parity: int) -> Tensor:
-    if features < 2:
-        raise ValueError(
-            f"a coupling transforms one part of the features given the others, and features is "
-            f"{features}: use partner=masked_autoregressive, or ResidualFlow"
-        )
-    return (torch.arange(features) % 2 == parity).long()
-
-
-def _conditioner(
-    hidden_features: int, num_blocks: int, context_features: int | None
-) -> Callable[[int, int], nn.Module]:
-    """Return what makes the network of a coupling from its numbers of inputs and outputs."""
-
-    def make(in_features: int, out_features: int) -> nn.Module:
-        return ResidualNet(
-            *(in_features, out_features, hidden_features),
-            context_features=context_features,
-            num_blocks=num_blocks,
-        )
-
-    return make

@@ -227,7 +227,7 @@ class _Spline(torch.autograd.Function):
         (shares, knots, bent, inner_slopes, beyond, index, slope), rest = kept[:7], kept[7:]
         bins, at = Bins(*rest[: len(Bins._fields)]), Point(*rest[len(Bins._fields) :])
         of_outputs, of_logs = of_outputs.double(), of_logabsdet.double()[:, None]
-        of_inside, of_bins = _of_values(bins, at, slope, of_outputs, of_logs)
+        of_inside, of_bins = of_values(bins, at, slope, of_outputs, of_logs)
         summed = of_bins.new_zeros(of_bins.shape[0], shares[0].numel())
         each = of_bins.reshape(of_bins.shape[0], index.shape[0])
         summed = summed.index_add(1, index, each).reshape(-1, *shares.shape[1:])
@@ -243,7 +243,7 @@ class _Spline(torch.autograd.Function):
         )
 
 
-def _of_values(
+def of_values(
     bins: Bins, at: Point, slope: Tensor, of_outputs: Tensor, of_logs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return G, and what each value gives its bin: G, Y, G t, Y R, S, to d_0 and to d_1."""
@@ -267,7 +267,7 @@ def _of_shares(summed: Tensor, sizes: Tensor, shares: Tensor) -> Tensor:
     """Return what the sizes before the softmax receive, but for the factor of `_growth`.
 
     Args:
-        summed: of the seven that `_of_values` returns the sums over each bin, (7, F, K).
+        summed: of the seven that `of_values` returns the sums over each bin, (7, F, K).
         sizes: w and h, shape (2, F, K).
         shares: the softmax, shape (2, F, K).
     """

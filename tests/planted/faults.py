@@ -391,6 +391,27 @@ FAULTS: tuple[Fault, ...] = (
         "flows_lipschitz::test_the_constants_of_a_spline_are_tight",
     ),
     Fault(
+        "the softmax of conditional splines is differentiated without its mean",
+        "transforms/conditional_splines.py",
+        "of_shares.sub_(mean[:, None]).mul_(",
+        "of_shares.mul_(",
+        "hybrid::test_the_node_is_its_slow_twin_with_both_derivatives[2]",
+    ),
+    Fault(
+        "values beyond the bound of conditional splines pass their slope on",
+        "transforms/conditional_splines.py",
+        "return torch.where(is_inside, of_inside, of_outputs), of_numbers, None",
+        "return of_inside, of_numbers, None",
+        "hybrid::test_the_node_is_its_slow_twin_with_both_derivatives[5]",
+    ),
+    Fault(
+        "the slope of conditional splines at the lower bound is the network's",
+        "transforms/conditional_splines.py",
+        "first = torch.where(chosen.which == 0, 1.0, first)",
+        "first = torch.where(chosen.which < 0, 1.0, first)",
+        "hybrid::test_the_splines_are_those_of_nflows[autoregressive]",
+    ),
+    Fault(
         "quantiles are half a row too far",
         "transforms/splines.py",
         "(probabilities * rows.shape[0] - 0.5)",

@@ -1,0 +1,297 @@
+"""What can stand between residual blocks: couplings and autoregressive transforms of nflows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import (
+    AffineCouplingTransform,
+    MaskedAffineAutoregressiveTransform,
+    MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+    PiecewiseRationalQuadraticCouplingTransform,
+    ReversePermutation,
+    Transform,
+)
+from torch import Tensor, nn
+
+from nflows_iresnet.conditioning import check_context
+from nflows_iresnet.precision import context_like_weights, like_weights, training_precision
+from nflows_iresnet.transforms import CompositeTransform
+from nflows_iresnet.transforms.conditional_splines import Family
+from nflows_iresnet.validation import validated_size
+
+Partner = Callable[[int, int, int, int, int | None], Transform]
+"""Makes the i-th transform that is no residual block from its index i, features, hidden_features,
+num_blocks_per_layer and context_features."""
+
+
+class _ConditionalSplines(Transform):
+    """A transform of nflows by rational-quadratic splines, with its masks and checks mended.
+
+    nflows selects what is inside of the bound by boolean masks, which wait for a GPU and cannot be
+    captured in a graph, raises an AssertionError where rounding makes the discriminant of its
+    inverse negative, refuses an empty batch, and computes in bfloat16 inside autocast. Here all are
+    evaluated at values within the bound by `Family`, what is outside stays as it is, and the
+    discriminant is at least zero. Parameters, state_dict and values are the same.
+    """
+
+    context_features: int | None
+    num_bins: int
+    tail_bound: float
+    min_bin_width: float
+    min_bin_height: float
+    min_derivative: float
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
+        inputs, context = self._given(inputs, context)
+        with training_precision(self, inputs.device, "anything"):
+            outputs, logabsdet = super().forward(inputs, context)
+        return outputs, logabsdet
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
+        inputs, context = self._given(inputs, context)
+        with training_precision(self, inputs.device, "anything"):
+            outputs, logabsdet = super().inverse(inputs, context)
+        return outputs, logabsdet
+
+    def extra_repr(self) -> str:
+        """Describe the splines."""
+        return f"num_bins={self.num_bins}, bound={self.tail_bound}"
+
+    def _given(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        check_context(context, self.context_features)
+        return like_weights(inputs, self), context_like_weights(context, self)
+
+    def _splines(
+        self, inputs: Tensor, numbers: Tensor, *, inverse: bool, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return splines of values, and the sums of the logarithms of their slopes.
+
+        Args:
+            inputs: values, shape (B, F).
+            numbers: of the network, shape (B, F (3 K - 1)).
+            inverse: whether the values are splines, and what they are splines of is looked for.
+            scale: what the logits of sizes are multiplied by.
+        """
+        least = (self.min_bin_width, self.min_bin_height, self.min_derivative)
+        family = Family(self.num_bins, self.tail_bound, scale, *least)
+        return family.inverse(inputs, numbers) if inverse else family.forward(inputs, numbers)
+
+
+class SplineCoupling(_ConditionalSplines, PiecewiseRationalQuadraticCouplingTransform):
+    """nflows' rational-quadratic coupling with linear tails, see `_ConditionalSplines`.
+
+    Args:
+        features: number of features, at least 2.
+        hidden_features: width of its network.
+        num_blocks: residual blocks of its network, of two layers each.
+        context_features: number of context values, or None.
+        parity: 0 to transform the features 0, 2, ... given the others, 1 to transform 1, 3, ...
+        num_bins: bins of each spline.
+        bound: the splines act within [-bound, bound].
+
+    Raises:
+        ValueError: if there is one feature, which cannot be split.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int,
+        num_blocks: int,
+        context_features: int | None,
+        *,
+        parity: int,
+        num_bins: int,
+        bound: float,
+    ) -> None:
+        super().__init__(
+            _alternating_mask(features, parity),
+            _conditioner(hidden_features, num_blocks, context_features),
+            num_bins=validated_size("num_bins", num_bins),
+            tails="linear",
+            tail_bound=_validated_bound(bound),
+        )
+        self.context_features = context_features
+
+    def _coupling_transform(
+        self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        scale = 1 / math.sqrt(self.transform_net.hidden_features)
+        return self._splines(inputs, transform_params, inverse=inverse, scale=scale)
+
+
+class SplineAutoregressive(
+    _ConditionalSplines, MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+):
+    """nflows' rational-quadratic autoregressive transform, see `_ConditionalSplines`.
+
+    Its inverse evaluates its network once for each feature.
+
+    Args:
+        features: number of features.
+        hidden_features: width of its network.
+        num_blocks: residual blocks of its network, of two layers each.
+        context_features: number of context values, or None.
+        num_bins: bins of each spline.
+        bound: the splines act within [-bound, bound].
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int,
+        num_blocks: int,
+        context_features: int | None,
+        *,
+        num_bins: int,
+        bound: float,
+    ) -> None:
+        super().__init__(
+            *(features, hidden_features, context_features),
+            num_bins=validated_size("num_bins", num_bins),
+            tails="linear",
+            tail_bound=_validated_bound(bound),
+            num_blocks=num_blocks,
+        )
+        self.context_features = context_features
+
+    def _elementwise(
+        self, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return self._splines(inputs, autoregressive_params, inverse=inverse)
+
+
+def _validated_bound(bound: float) -> float:
+    if not 0 < bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, got {bound}; try 5.0")
+    return float(bound)
+
+
+def spline_coupling(
+    index: int,
+    features: int,
+    hidden_features: int,
+    num_blocks: int,
+    context_features: int | None = None,
+    *,
+    num_bins: int = 8,
+    bound: float = 5.0,
+) -> Transform:
+    """Make a coupling by rational-quadratic splines, as in neural spline flows.
+
+    References:
+        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
+
+    Args:
+        index: which features it transforms alternates with it.
+        features: number of features, at least 2.
+        hidden_features: width of its network.
+        num_blocks: residual blocks of its network, of two layers each.
+        context_features: number of context values, or None.
+        num_bins: bins of each spline.
+        bound: the splines act within [-bound, bound], beyond is the identity.
+
+    Raises:
+        ValueError: if there is one feature.
+    """
+    return SplineCoupling(
+        *(features, hidden_features, num_blocks, context_features),
+        parity=index % 2,
+        num_bins=num_bins,
+        bound=bound,
+    )
+
+
+def affine_coupling(
+    index: int,
+    features: int,
+    hidden_features: int,
+    num_blocks: int,
+    context_features: int | None = None,
+) -> Transform:
+    """Make an affine coupling of nflows, as in Real NVP; for the arguments see `spline_coupling`.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP, 2017.
+
+    Raises:
+        ValueError: if there is one feature.
+    """
+    return AffineCouplingTransform(
+        _alternating_mask(features, index % 2),
+        _conditioner(hidden_features, num_blocks, context_features),
+    )
+
+
+def masked_autoregressive(
+    index: int,
+    features: int,
+    hidden_features: int,
+    num_blocks: int,
+    context_features: int | None = None,
+) -> Transform:
+    """Make a masked affine autoregressive transform of nflows, after a reversal of the features.
+
+    For the arguments see `spline_coupling`; what is given what alternates by the reversals. Its
+    inverse, and so sampling, evaluates its network once for each feature.
+
+    References:
+        Papamakarios, Pavlakou, Murray. Masked autoregressive flow for density estimation, 2017.
+    """
+    masked = MaskedAffineAutoregressiveTransform(
+        features, hidden_features, context_features, num_blocks=num_blocks
+    )
+    return CompositeTransform([ReversePermutation(features), masked])
+
+
+def spline_autoregressive(
+    index: int,
+    features: int,
+    hidden_features: int,
+    num_blocks: int,
+    context_features: int | None = None,
+    *,
+    num_bins: int = 8,
+    bound: float = 5.0,
+) -> Transform:
+    """Make a masked autoregressive transform by splines, after a reversal of the features.
+
+    For the arguments see `spline_coupling`, for its inverse `masked_autoregressive`; one feature
+    is enough.
+
+    References:
+        Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
+    """
+    sizes = (features, hidden_features, num_blocks, context_features)
+    masked = SplineAutoregressive(*sizes, num_bins=num_bins, bound=bound)
+    return CompositeTransform([ReversePermutation(features), masked])
+
+
+def _alternating_mask(features: int, parity: int) -> Tensor:
+    if features < 2:
+        raise ValueError(
+            f"a coupling transforms one part of the features given the others, and features is "
+            f"{features}: use partner=masked_autoregressive, or ResidualFlow"
+        )
+    return (torch.arange(features) % 2 == parity).long()
+
+
+def _conditioner(
+    hidden_features: int, num_blocks: int, context_features: int | None
+) -> Callable[[int, int], nn.Module]:
+    """Return what makes the network of a coupling from its numbers of inputs and outputs."""
+
+    def make(in_features: int, out_features: int) -> nn.Module:
+        return ResidualNet(
+            *(in_features, out_features, hidden_features),
+            context_features=context_features,
+            num_blocks=num_blocks,
+        )
+
+    return make
