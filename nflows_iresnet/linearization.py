@@ -44,6 +44,22 @@ def is_traced() -> bool:
     )
 
 
+def pulled_back(
+    outputs: Tensor | Sequence[Tensor],
+    cotangents: Tensor | Sequence[Tensor],
+    given: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Return what comes back from outputs to what was given, with a graph; None where none is due.
+
+    A hand-written backward pass is differentiated so, through the outputs of its slow twin.
+    """
+    needed = [each for each in given if each.requires_grad]
+    found = iter(
+        torch.autograd.grad(outputs, needed, cotangents, create_graph=True, allow_unused=True)
+    )
+    return [next(found) if each.requires_grad else None for each in given]
+
+
 def is_forward_over_forward() -> bool:
     """Whether forward mode differentiates forward mode, as in `jacfwd(jacfwd(...))`."""
     if torch.compiler.is_compiling():

@@ -389,6 +389,12 @@ def _normflows_residual(size: Architecture, *, linear: bool = False) -> nn.Modul
     return normflows.NormalizingFlow(base, flows)
 
 
+def _hybrid_autoregressive(size: Architecture) -> nn.Module:
+    from nflows_iresnet.flows import HybridFlow, spline_autoregressive
+
+    return HybridFlow(*size.as_tuple(), partner=spline_autoregressive)
+
+
 _OURS, _NFLOWS = "nflows_iresnet.flows:", "nflows.flows:"
 MODELS: dict[str, ModelSpec] = {
     "residual-flow": ModelSpec(
@@ -401,6 +407,11 @@ MODELS: dict[str, ModelSpec] = {
     "hybrid": ModelSpec(
         "HybridFlow of this library: half of it spline couplings",
         _class(_OURS + "HybridFlow"),
+        has_start=True,
+    ),
+    "hybrid-autoregressive": ModelSpec(
+        "the same with autoregressive splines",
+        _hybrid_autoregressive,
         has_start=True,
     ),
     "i-resnet": ModelSpec("InvertibleResNet of this library", _class(_OURS + "InvertibleResNet")),

@@ -30,22 +30,21 @@ class HybridFlow(Flow):
 
     From data to noise, with T = `num_layers`:
 
-        start, B_0, LU, P_0, LU, B_1, LU, P_1, ..., ActNorm    (T blocks B and P in all),
+        start, B_0, LU, P_0, LU, S, B_1, LU, P_1, ..., ActNorm    (T blocks B and P in all),
 
-    where B_i is y = x + g(x), P_i = `partner(i, ...)`, LU a `LinearTransform`, and the start
-    ActNorm, a spline of each feature from its quantiles, and whitening. An odd T ends with
-    a residual block. What one kind cannot do, the other can: a residual block moves all features at
-    once, by less than their distances; a coupling stretches without limit, but half of the features
-    given the other half, whose roles alternate from one to the next. With a context it enters each
-    g and each partner, and a `ConditionalAffine` map precedes each residual block; to forget it is
-    an error.
+    where B_i is y = x + g(x), P_i = `partner(i, ...)`, LU a `LinearTransform`, S a spline of each
+    feature, and the start ActNorm, a spline of each feature from its quantiles, and whitening. An
+    odd T ends with a residual block. What one kind cannot do, the other can: a residual block moves
+    all features at once, by less than their distances; a coupling stretches without limit, but half
+    of the features given the other half, whose roles alternate from one to the next. With a context
+    it enters each g and each partner, and a `ConditionalAffine` map precedes each residual block;
+    to forget it is an error.
 
-    **When to pick it.** On tables, where a residual flow alone needs many blocks for what must be
-    stretched. With 100,000 parameters and 150 CPU-seconds on CASP (45,730 x 10) 3 + 3 blocks
-    reached -6.01 nats; with the same start and as many parameters spline couplings alone -5.39,
-    residual blocks alone -5.62 to -5.74. On MAGIC, with 19,020 rows, residual blocks alone were
-    better (3.70 against 3.85), and on 2-D densities, too. There is no Lipschitz constant of the
-    whole: `lipschitz_bound()` certifies the residual blocks, and says infinity for all.
+    **When to pick it.** On tables, beside a residual flow alone, and with short budgets: its step
+    takes two thirds of the time. Which of the two is ahead depends on the data, and so does the
+    partner: `spline_autoregressive` where the features are few and the rows not many. The races of
+    docs/benchmarks.md say by how much. There is no Lipschitz constant of the whole:
+    `lipschitz_bound()` certifies the residual blocks, and says infinity for all.
 
     **Cost.** A residual block costs as in `ResidualFlow`, a coupling one evaluation of its network
     both ways: half of the solves in sampling. An autoregressive partner samples with `features`
@@ -64,9 +63,9 @@ class HybridFlow(Flow):
             networks of the ready-made partners.
         context_features: number of context values, or None.
         partner: makes the transforms between the residual blocks: `spline_coupling`,
-            `affine_coupling`, `masked_autoregressive`, one of them with other options by
-            `functools.partial`, or your own, called with (index, features, hidden_features,
-            num_blocks_per_layer, context_features), all by position.
+            `affine_coupling`, `spline_autoregressive`, `masked_autoregressive`, one of them with
+            other options by `functools.partial`, or your own, called with (index, features,
+            hidden_features, num_blocks_per_layer, context_features), all by position.
         net: makes each g, see `ResidualFlow`.
         estimator: strategy for the log-determinant of residual blocks; `logdet.Auto()` by default.
         solver: strategy for their inverse; `solvers.Anderson()` by default.
@@ -89,7 +88,7 @@ class HybridFlow(Flow):
         >>> flow.log_prob(torch.zeros(5, 3)).shape, flow.sample(3).shape
         (torch.Size([5]), torch.Size([3, 3]))
         >>> finer = HybridFlow(3, 16, 4, partner=partial(spline_coupling, num_bins=16))
-        >>> autoregressive = HybridFlow(3, 16, 4, partner=masked_autoregressive)
+        >>> autoregressive = HybridFlow(3, 16, 4, partner=spline_autoregressive)
     """
 
     def __init__(

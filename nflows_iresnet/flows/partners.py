@@ -258,12 +258,12 @@ def spline_autoregressive(
     context_features: int | None = None,
     *,
     num_bins: int = 8,
-    bound: float = 5.0,
+    bound: float = 3.0,
 ) -> Transform:
     """Make a masked autoregressive transform by splines, after a reversal of the features.
 
     For the arguments see `spline_coupling`, for its inverse `masked_autoregressive`; one feature
-    is enough.
+    is enough. The bound is that of the paper for tables.
 
     References:
         Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.

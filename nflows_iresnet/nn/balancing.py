@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.conditioning import MAX_LOG_SCALE, bounded_exp
-from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.linearization import is_traced, pulled_back
 
 
 class Balanced(NamedTuple):
@@ -179,11 +179,7 @@ def _derivatives(
     """Return what comes back to what was given, with a graph."""
     pairs = [pair for group in map(zip, made, of_made) for pair in group]
     outputs, cotangents = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
-    needed = [each for each in given if each.requires_grad]
-    found = iter(
-        torch.autograd.grad(outputs, needed, cotangents, create_graph=True, allow_unused=True)
-    )
-    return [next(found) if each.requires_grad else None for each in given]
+    return pulled_back(outputs, cotangents, given)
 
 
 def _pull_back(

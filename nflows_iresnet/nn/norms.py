@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import first_derivative_only, is_traced
+from nflows_iresnet.linearization import first_derivative_only, is_traced, pulled_back
 from nflows_iresnet.precision import full_precision, is_foreign
 from nflows_iresnet.tensor_float import Work, in_full_products
 
@@ -180,9 +180,7 @@ class _Norms(torch.autograd.Function):
         stacks, gradients = saved[: ctx.num_stacks], saved[ctx.num_stacks :]
         if torch.is_grad_enabled():
             values = _differentiable(stacks, ctx.norms, ctx.states)
-            needed = [stack for stack in stacks if stack.requires_grad]
-            found = iter(torch.autograd.grad(values, needed, cotangent, create_graph=True))
-            return None, None, *[next(found) if stack.requires_grad else None for stack in stacks]
+            return None, None, *pulled_back(values, cotangent, stacks)
         return (
             None,
             None,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.linearization import is_traced, pulled_back
 from nflows_iresnet.transforms.rational_quadratic import Bins, Point, of_values
 
 
@@ -187,12 +187,8 @@ class _Splines(torch.autograd.Function):
         inputs, numbers, is_inside, slope, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():
             outputs = family.differentiable(inputs, numbers)
-            needed = [each for each in (inputs, numbers) if each.requires_grad]
-            cotangents = [of_outputs, of_logabsdet]
-            found = iter(torch.autograd.grad(outputs, needed, cotangents, create_graph=True))
-            first, second = (
-                next(found) if each.requires_grad else None for each in (inputs, numbers)
-            )
+            given = [inputs, numbers]
+            first, second = pulled_back(outputs, [of_outputs, of_logabsdet], given)
             return first, second, None
         chosen, rest = Choice(*rest[: len(Choice._fields)]), rest[len(Choice._fields) :]
         bins, at = Bins(*rest[: len(Bins._fields)]), Point(*rest[len(Bins._fields) :])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.linearization import is_traced, pulled_back
 
 MIN_SIZE = 0.01
 """Smallest width and height of a bin, as a part of the mean."""
@@ -219,10 +219,7 @@ class _Spline(torch.autograd.Function):
         if torch.is_grad_enabled():
             outputs = differentiable(inputs, sizes, log_slopes, ctx.bound)
             given = [inputs, sizes, log_slopes]
-            needed = [each for each in given if each.requires_grad]
-            cotangents = [of_outputs, of_logabsdet]
-            found = iter(torch.autograd.grad(outputs, needed, cotangents, create_graph=True))
-            first, second, third = [next(found) if each.requires_grad else None for each in given]
+            first, second, third = pulled_back(outputs, [of_outputs, of_logabsdet], given)
             return first, second, third, None
         (shares, knots, bent, inner_slopes, beyond, index, slope), rest = kept[:7], kept[7:]
         bins, at = Bins(*rest[: len(Bins._fields)]), Point(*rest[len(Bins._fields) :])

@@ -215,6 +215,11 @@ ITEMS: dict[str, Item] = {
             ),
         ),
     ),
+    "step-splines": Item(
+        "training step of six couplings, or autoregressive transforms, by a spline of each value",
+        _imported("steps:of_splines"),
+        columns=(OPERATIONS,),
+    ),
     "step-compiled": Item(
         "training step of six blocks through torch.compile (compiling takes minutes)",
         _imported("steps:compiled"),

@@ -22,6 +22,7 @@ from nflows_iresnet.experiments.adapters import (
     DensityModel,
     NormflowsResidualModel,
     ResidualModel,
+    as_density_model,
     residual_blocks,
 )
 from nflows_iresnet.experiments.bench import items
@@ -30,7 +31,7 @@ from nflows_iresnet.experiments.bench.measure import Case, Run, Work, time_once
 from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture
 from nflows_iresnet.experiments.options import BenchOptions
-from nflows_iresnet.flows import ImageResidualFlow
+from nflows_iresnet.flows import ImageResidualFlow, spline_autoregressive, spline_coupling
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.nn import LipschitzCNN, LipschitzMLP
 from nflows_iresnet.training.processes import seed_everything
@@ -403,6 +404,48 @@ def of_operations(options: BenchOptions) -> list[Case]:
 
 def _image_flow() -> DensityModel:
     return ResidualModel(ImageResidualFlow((1, 8, 8), 32, 4, num_scales=1))
+
+
+_SPLINES = Architecture(features=10, hidden_features=64, num_layers=6, num_blocks_per_layer=2)
+
+
+def of_splines(options: BenchOptions) -> list[Case]:
+    """Return the cases of transforms by a spline of each value, theirs by the formula of nflows."""
+    return [_spline_case(is_autoregressive=each) for each in (False, True)]
+
+
+def _spline_case(*, is_autoregressive: bool) -> Case:
+    builds = {
+        OURS: partial(_our_splines, is_autoregressive=is_autoregressive),
+        BASELINE: partial(_normflows_splines, is_autoregressive=is_autoregressive),
+    }
+    ready = {name: partial(build, _SPLINES) for name, build in builds.items()}
+    draw = partial(torch.randn, 512, _SPLINES.features)
+    parameters = {**_parameters(_SPLINES, 512), "autoregressive": int(is_autoregressive)}
+    return Case.timed(partial(_step_runs, ready, draw, _operations), **parameters)
+
+
+def _our_splines(size: Architecture, *, is_autoregressive: bool) -> DensityModel:
+    make = spline_autoregressive if is_autoregressive else spline_coupling
+    sizes = (size.features, size.hidden_features, size.num_blocks_per_layer)
+    transforms = [make(index, *sizes) for index in range(size.num_layers)]
+    return as_density_model(Flow(CompositeTransform(transforms), StandardNormal([size.features])))
+
+
+def _normflows_splines(size: Architecture, *, is_autoregressive: bool) -> DensityModel:
+    import normflows
+
+    sizes = (size.features, size.num_blocks_per_layer, size.hidden_features)
+    splines = {"num_bins": 8, "tail_bound": 5.0}
+    made = normflows.flows
+    flows = [
+        made.AutoregressiveRationalQuadraticSpline(*sizes, **splines)
+        if is_autoregressive
+        else made.CoupledRationalQuadraticSpline(*sizes, **splines, reverse_mask=bool(index % 2))
+        for index in range(size.num_layers)
+    ]
+    base = normflows.distributions.DiagGaussian(size.features, trainable=False)
+    return as_density_model(normflows.NormalizingFlow(base, flows))
 
 
 def _random_pixels(*shape: int, generator: torch.Generator) -> Tensor:
