@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 STATUS = 130
 """What shells report of a command that Ctrl-C ended."""
-BEFORE_TRAINING = "nflows-iresnet: interrupted before anything was trained"
+BEFORE_TRAINING = "nflows-iresnet: interrupted before training began"
 _POSTPONED = "finishing this step, then saving a checkpoint"
 SECONDS_OF_ONE_PRESS = 0.5
 """Launchers pass on to their processes what the terminal has told those already."""

@@ -23,6 +23,12 @@ def validated_size(name: str, value: int) -> int:
     return size
 
 
+def validated_bins(name: str, value: int) -> int:
+    """Return a number of bins as an int: a size, or 0 for no spline."""
+    is_none = not isinstance(value, bool) and value == 0
+    return 0 if is_none else validated_size(name, value)
+
+
 def require_tensor(name: str, values: object) -> None:
     """Raise unless values are a tensor.
 

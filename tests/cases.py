@@ -156,7 +156,7 @@ def _by_splines(partner: Callable[..., nn.Module]) -> nn.Module:
     torch.manual_seed(3)
     transform = partner(1, 3, 8, 1, 2, num_bins=4, bound=2.0)
     for parameter in transform.parameters():
-        nn.init.normal_(parameter, std=0.7)
+        nn.init.normal_(parameter, std=0.4)
     return transform
 
 

@@ -236,7 +236,7 @@ def test_interrupt_while_preparing(
 
     monkeypatch.setattr(runs, "prepare", interrupted)
     assert main(["compare", "moons"]) == 130
-    assert "before anything was trained" in capsys.readouterr().err
+    assert "before training began" in capsys.readouterr().err
 
 
 # --- whole ----------------------------------------------------------------------------------------

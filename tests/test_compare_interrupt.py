@@ -50,7 +50,7 @@ def test_an_interrupted_import_is_one_line(name: str) -> None:
     command = [sys.executable, "-c", IMPORTS, name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 130
-    assert done.stderr == "nflows-iresnet: interrupted before anything was trained\n"
+    assert done.stderr == "nflows-iresnet: interrupted before training began\n"
 
 
 @pytest.mark.parametrize("seconds", [0.2, 0.5, 1.0, 2.0])

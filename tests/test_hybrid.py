@@ -223,7 +223,7 @@ def test_a_partner_of_ones_own_is_told_its_index_and_the_sizes() -> None:
 
 def test_one_feature_works_with_what_need_not_split_it_and_is_refused_by_what_must() -> None:
     for partner in (flows.spline_coupling, flows.affine_coupling):
-        with pytest.raises(ValueError, match=r"features is 1: use partner=masked_autoregressive"):
+        with pytest.raises(ValueError, match=r"features is 1: use partner=spline_autoregressive"):
             flows.HybridFlow(1, 8, 2, partner=partner)
     flow = flows.HybridFlow(1, 8, 2, partner=flows.masked_autoregressive)
     flow.initialize(table(100, 1))
@@ -249,6 +249,12 @@ def test_one_feature_works_with_what_need_not_split_it_and_is_refused_by_what_mu
             partial(flows.HybridFlow, partner=partial(flows.spline_coupling, num_bins=0)),
             "num_bins must be at least 1, got 0",
         ),
+        (
+            partial(flows.HybridFlow, partner=partial(flows.spline_autoregressive, num_bins=1000)),
+            "num_bins must be less than 1000",
+        ),
+        (partial(flows.HybridFlow, block_bins=-1), "block_bins must be at least 1, got -1"),
+        (partial(flows.HybridFlow, block_bins=True), "block_bins must be a whole number"),
     ],
 )
 def test_mistakes_are_named(build: Callable[..., flows.Flow], message: str) -> None:
@@ -312,20 +318,90 @@ def test_gradients_of_the_splines_are_right_within_and_beyond_the_bound(
 
 @pytest.mark.parametrize("bins", [1, 2, 5])
 def test_the_node_is_its_slow_twin_with_both_derivatives(bins: int) -> None:
-    family = Family(bins, 2.0, 0.7, 1e-3, 2e-3, 3e-3)
+    family = Family(bins, 2.0, 0.7, 2e-3, 3e-3)
     torch.manual_seed(bins)
     inputs = (1.5 * torch.randn(6, 4)).double().requires_grad_()
     numbers = torch.randn(6, 4 * (3 * bins - 1)).double().requires_grad_()
     assert torch.autograd.gradcheck(family.forward, (inputs, numbers))
     assert torch.autograd.gradgradcheck(family.forward, (inputs, numbers))
-    slow = family.differentiable(inputs, numbers.reshape(6, 4, -1).movedim(-1, 0))
+    slow = family.differentiable(inputs, family.numbers_first(numbers, inputs))
     for mine, its in zip(family.forward(inputs, numbers), slow, strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=0)
 
 
+def steep(count: int, scale: float) -> Tensor:
+    """Return numbers of `count` splines of eight bins, with widths and slopes of all sizes."""
+    torch.manual_seed(0)
+    return scale * torch.randn(count, 3 * 8 - 1)
+
+
+@pytest.mark.parametrize("scale", [2.0, 6.0])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_values_at_knots_and_beside_them_have_finite_slopes(direction: str, scale: float) -> None:
+    """Rounding leaves no value outside of its bin, where the formula may have no logarithm."""
+    count, family = 20_000, Family(8, 5.0, 1.0, 1e-3, 1e-3)
+    numbers = steep(count, scale)
+    chosen = family.choose(
+        torch.empty(count, 1).uniform_(-5, 5),
+        family.numbers_first(numbers, torch.empty(count, 1)),
+        by_height=direction == "inverse",
+    )
+    knots = chosen.starts[int(direction == "inverse")]
+    for beside in (-torch.inf, None, torch.inf):
+        values = knots if beside is None else torch.nextafter(knots, torch.full_like(knots, beside))
+        for found in getattr(family, direction)(values, numbers):
+            assert found.isfinite().all()
+
+
+def test_at_the_bound_a_spline_is_the_identity() -> None:
+    family, numbers = Family(8, 5.0, 1.0, 1e-3, 1e-3), steep(5_000, 2.0)
+    for place in (-5.0, 5.0):
+        inputs = torch.full((5_000, 1), place)
+        outputs, log_slopes = family.forward(inputs, numbers)
+        torch.testing.assert_close(outputs, inputs, rtol=0, atol=2e-6)
+        torch.testing.assert_close(log_slopes, torch.zeros(5_000), rtol=0, atol=0)
+
+
+def test_values_beyond_the_bound_ask_nothing_of_the_network() -> None:
+    numbers = steep(4, 2.0).requires_grad_()
+    inputs = torch.tensor([[6.0], [-1e3], [1e8], [torch.inf]]).requires_grad_()
+    outputs, log_slopes = Family(8, 5.0, 1.0, 1e-3, 1e-3).forward(inputs, numbers)
+    cotangent = torch.tensor([[1.0], [1e6], [1e20], [torch.inf]])
+    torch.autograd.backward([outputs, log_slopes], [cotangent, torch.ones(4)])
+    assert inputs.grad is not None
+    assert numbers.grad is not None
+    assert torch.equal(inputs.grad, cotangent)
+    assert torch.equal(numbers.grad, torch.zeros_like(numbers))
+
+
+def test_gradients_of_the_node_in_float32_are_those_in_float64() -> None:
+    family, numbers = Family(8, 5.0, 1.0, 1e-3, 1e-3), steep(2_000, 1.0)
+    inputs = 2 * torch.randn(2_000, 1)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        given = [each.to(dtype).requires_grad_() for each in (inputs, numbers)]
+        outputs, log_slopes = family.forward(*given)
+        found.append(torch.autograd.grad(outputs.square().sum() - log_slopes.sum(), given))
+    for single, double in zip(*found, strict=True):
+        error = (single - double).norm() / double.norm()
+        assert float(error) < 1e-4
+
+
+def test_many_cotangents_at_once_come_back_as_one_by_one() -> None:
+    family, inputs = Family(3, 2.0, 1.0, 1e-3, 1e-3), torch.randn(2, 3)
+    numbers = torch.randn(2, 3 * 8, requires_grad=True)
+    outputs, _ = family.forward(inputs, numbers)
+    each = torch.eye(6).reshape(6, 2, 3)
+    (together,) = torch.autograd.grad(
+        outputs, numbers, each, is_grads_batched=True, retain_graph=True
+    )
+    apart = [torch.autograd.grad(outputs, numbers, one, retain_graph=True)[0] for one in each]
+    torch.testing.assert_close(together, torch.stack(apart))
+
+
 def test_a_spline_has_the_widths_heights_and_slopes_that_its_numbers_say() -> None:
     """Two bins of known sizes: 1/4 and 3/4 of the widths, half of the heights, slope 3."""
-    family = Family(2, 1.0, 1.0, 0.0, 0.0, 0.0)
+    family = Family(2, 1.0, 1.0, 0.0, 0.0)
     quarter = torch.tensor([0.25, 0.75]).double().log()
     slope = torch.tensor([3.0]).double().expm1().log()
     numbers = torch.cat([quarter, torch.zeros(2).double(), slope])[None]

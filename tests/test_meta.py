@@ -18,7 +18,7 @@ FLOWS: dict[str, Callable[[], Any]] = {
     "conditional": lambda: ResidualFlow(2, 16, 2, context_features=2),
     "iresnet": lambda: flows.InvertibleResNet(2, 16, 2),
     "hybrid": lambda: flows.HybridFlow(2, 8, 2),
-    "hybrid-autoregressive": lambda: flows.HybridFlow(2, 8, 2, partner=flows.masked_autoregressive),
+    "hybrid-masked": lambda: flows.HybridFlow(2, 8, 2, partner=flows.masked_autoregressive),
     "image": lambda: flows.ImageResidualFlow((1, 4, 4), 4, 1, num_scales=1, levels=4),
     "image-without-logit": lambda: flows.ImageResidualFlow(
         (1, 4, 4), 4, 1, num_scales=1, levels=4, alpha=None

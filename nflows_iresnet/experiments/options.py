@@ -411,7 +411,7 @@ class BenchOptions(OnDevice):
     """What `bench` can be told."""
 
     only: tuple[str, ...] | None = option(
-        "items to measure (default: all but quality)",
+        "items to measure (default: all but step-compiled and quality)",
         nonempty,
         "NAME",
         many=True,

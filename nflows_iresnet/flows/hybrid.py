@@ -11,7 +11,7 @@ from torch import nn
 
 from nflows_iresnet.flows.base import Expected, Flow, StandardNormal
 from nflows_iresnet.flows.partners import Partner, spline_coupling
-from nflows_iresnet.flows.residual import BLOCK_BINS, quantile_splines, start_from_data
+from nflows_iresnet.flows.residual import block_bins_of, quantile_splines, start_from_data
 from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.nn import LipschitzMLP, MatrixNorm
 from nflows_iresnet.solvers import Solver
@@ -40,11 +40,11 @@ class HybridFlow(Flow):
     it enters each g and each partner, and a `ConditionalAffine` map precedes each residual block;
     to forget it is an error.
 
-    **When to pick it.** On tables, beside a residual flow alone, and with short budgets: its step
-    takes two thirds of the time. Which of the two is ahead depends on the data, and so does the
-    partner: `spline_autoregressive` where the features are few and the rows not many. The races of
-    docs/benchmarks.md say by how much. There is no Lipschitz constant of the whole:
-    `lipschitz_bound()` certifies the residual blocks, and says infinity for all.
+    **When to pick it.** On tables, beside a residual flow alone, and with short budgets: its steps
+    are shorter. Which of the two is ahead depends on the data, and so does the best partner: the
+    races of docs/benchmarks.md and the table of docs/measurements.md say by how much. There is no
+    Lipschitz constant of the whole: `lipschitz_bound()` certifies the residual blocks, and says
+    infinity for all.
 
     **Cost.** A residual block costs as in `ResidualFlow`, a coupling one evaluation of its network
     both ways: half of the solves in sampling. An autoregressive partner samples with `features`
@@ -83,6 +83,7 @@ class HybridFlow(Flow):
 
     Example:
         >>> from functools import partial
+        >>> from nflows_iresnet.flows import spline_autoregressive, spline_coupling
         >>> flow = HybridFlow(features=3, hidden_features=16, num_layers=4)
         >>> flow.initialize(torch.randn(2000, 3) * 5 + 2)
         >>> flow.log_prob(torch.zeros(5, 3)).shape, flow.sample(3).shape
@@ -117,8 +118,7 @@ class HybridFlow(Flow):
         _require_maker("net", net, "a network for each block, as the class LipschitzMLP")
         _require_maker("partner", make_partner, "a transform, as the function spline_coupling")
 
-        if block_bins is None:
-            block_bins = BLOCK_BINS if features > 2 and marginal_bins != 0 else 0
+        block_bins = block_bins_of(block_bins, pays=features > 2 and marginal_bins != 0)
 
         def residual() -> list[Transform]:
             branch = net(

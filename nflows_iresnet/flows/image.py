@@ -7,7 +7,7 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 
 from nflows_iresnet.flows.base import Expected, Flow, StandardNormal
-from nflows_iresnet.flows.residual import BLOCK_BINS, quantile_splines
+from nflows_iresnet.flows.residual import block_bins_of, quantile_splines
 from nflows_iresnet.logdet import LogDetEstimator
 from nflows_iresnet.nn import LipschitzCNN
 from nflows_iresnet.solvers import Solver
@@ -27,7 +27,7 @@ from nflows_iresnet.transforms.image import (
     validated_levels,
     validated_shape,
 )
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import validated_bins, validated_size
 
 
 class ImageResidualFlow(Flow):
@@ -127,8 +127,7 @@ class ImageResidualFlow(Flow):
     ) -> None:
         depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
         layers = validated_size("num_layers", num_layers)
-        if block_bins is None:
-            block_bins = BLOCK_BINS if linear and marginal_bins != 0 else 0
+        block_bins = block_bins_of(block_bins, pays=linear and marginal_bins != 0)
 
         def steps(scale: Shape) -> list[Transform]:
             transforms: list[Transform] = []
@@ -224,9 +223,8 @@ def _preprocessing(levels: int, alpha: float | None) -> Transform:
 
 
 def _marginals(shape: Shape, first: Transform, num_bins: int) -> list[Transform]:
-    if num_bins == 0 and not isinstance(num_bins, bool):
+    if (bins := validated_bins("marginal_bins", num_bins)) == 0:
         return []
-    bins = validated_size("marginal_bins", num_bins)
     if not isinstance(first, LogitTransform):
         raise ValueError(
             "marginal_bins needs the logit, within whose bound the splines are: give alpha, such "

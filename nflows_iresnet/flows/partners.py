@@ -39,11 +39,18 @@ class _ConditionalSplines(Transform):
     """
 
     context_features: int | None
-    num_bins: int
-    tail_bound: float
-    min_bin_width: float
-    min_bin_height: float
-    min_derivative: float
+    _family: Family
+
+    def _settle(self, context_features: int | None, scale: float = 1.0) -> None:
+        """Take note of what the two kinds have in common, and check it.
+
+        Args:
+            context_features: number of context values, or None.
+            scale: what the numbers for widths and heights are multiplied by.
+        """
+        self.context_features = context_features
+        least = (self.min_bin_width, self.min_derivative)
+        self._family = Family(self.num_bins, self.tail_bound, scale, *least)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
@@ -61,26 +68,15 @@ class _ConditionalSplines(Transform):
 
     def extra_repr(self) -> str:
         """Describe the splines."""
-        return f"num_bins={self.num_bins}, bound={self.tail_bound}"
+        return f"num_bins={self._family.num_bins}, bound={self._family.bound}"
 
     def _given(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         check_context(context, self.context_features)
         return like_weights(inputs, self), context_like_weights(context, self)
 
-    def _splines(
-        self, inputs: Tensor, numbers: Tensor, *, inverse: bool, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Return splines of values, and the sums of the logarithms of their slopes.
-
-        Args:
-            inputs: values, shape (B, F).
-            numbers: of the network, shape (B, F (3 K - 1)).
-            inverse: whether the values are splines, and what they are splines of is looked for.
-            scale: what the logits of sizes are multiplied by.
-        """
-        least = (self.min_bin_width, self.min_bin_height, self.min_derivative)
-        family = Family(self.num_bins, self.tail_bound, scale, *least)
-        return family.inverse(inputs, numbers) if inverse else family.forward(inputs, numbers)
+    def _splines(self, values: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Return splines of values, or what they are splines of, and the sums of log-slopes."""
+        return (self._family.inverse if inverse else self._family.forward)(values, numbers)
 
 
 class SplineCoupling(_ConditionalSplines, PiecewiseRationalQuadraticCouplingTransform):
@@ -117,13 +113,12 @@ class SplineCoupling(_ConditionalSplines, PiecewiseRationalQuadraticCouplingTran
             tails="linear",
             tail_bound=_validated_bound(bound),
         )
-        self.context_features = context_features
+        self._settle(context_features, 1 / math.sqrt(hidden_features))
 
     def _coupling_transform(
         self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
-        scale = 1 / math.sqrt(self.transform_net.hidden_features)
-        return self._splines(inputs, transform_params, inverse=inverse, scale=scale)
+        return self._splines(inputs, transform_params, inverse)
 
 
 class SplineAutoregressive(
@@ -159,12 +154,12 @@ class SplineAutoregressive(
             tail_bound=_validated_bound(bound),
             num_blocks=num_blocks,
         )
-        self.context_features = context_features
+        self._settle(context_features)
 
     def _elementwise(
         self, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
-        return self._splines(inputs, autoregressive_params, inverse=inverse)
+        return self._splines(inputs, autoregressive_params, inverse)
 
 
 def _validated_bound(bound: float) -> float:
@@ -277,7 +272,7 @@ def _alternating_mask(features: int, parity: int) -> Tensor:
     if features < 2:
         raise ValueError(
             f"a coupling transforms one part of the features given the others, and features is "
-            f"{features}: use partner=masked_autoregressive, or ResidualFlow"
+            f"{features}: use partner=spline_autoregressive, or ResidualFlow"
         )
     return (torch.arange(features) % 2 == parity).long()
 

@@ -21,10 +21,7 @@ from nflows_iresnet.transforms import (
     LinearTransform,
     ResidualTransform,
 )
-from nflows_iresnet.validation import validated_size
-
-BLOCK_BINS = 8
-"""Of splines before blocks."""
+from nflows_iresnet.validation import validated_bins, validated_size
 
 
 def start_from_data(
@@ -50,10 +47,16 @@ def start_from_data(
 
 def quantile_splines(name: str, features: int, num_bins: int) -> list[Transform]:
     """Return the spline of each feature, or channel, that starts at the quantiles; none for 0."""
-    if num_bins == 0 and not isinstance(num_bins, bool):
+    if (bins := validated_bins(name, num_bins)) == 0:
         return []
-    bins = validated_size(name, num_bins)
     return [ElementwiseRationalQuadraticSpline(features, bins, initialization="quantiles")]
+
+
+def block_bins_of(given: int | None, *, pays: bool) -> int:
+    """Return the bins of the splines before blocks: what was given, or 8 where they pay."""
+    if given is None:
+        return 8 if pays else 0
+    return validated_bins("block_bins", given)
 
 
 class ResidualFlow(Flow):
@@ -146,9 +149,8 @@ class ResidualFlow(Flow):
         block_bins: int | None = None,
     ) -> None:
         features = validated_size("features", features)
-        if block_bins is None:
-            are_worth_it = features > 2 and linear and marginal_bins != 0
-            block_bins = BLOCK_BINS if are_worth_it else 0
+        pays = features > 2 and linear and marginal_bins != 0
+        block_bins = block_bins_of(block_bins, pays=pays)
         hidden = validated_size("hidden_features", hidden_features)
         depth = validated_size("num_blocks_per_layer", num_blocks_per_layer)
         if isinstance(net, nn.Module) or not callable(net):

@@ -1,20 +1,20 @@
 r"""Monotone rational-quadratic splines, another one for each value, as ONE node of the graph.
 
-A network returns 3 K - 1 numbers for each value x: logits of K widths, logits of K heights, and
-K - 1 slopes. With shares p = softmax(logits), a width is 2 b (l + (1 - K l) p_j) for the least
-share l, and the left end of bin k is -b and the widths before it; likewise for heights. One bin is
-needed, the one that x falls into: its w, h, x_k, y_k and slopes are picked first, and what follows
-is the arithmetic of `rational_quadratic` on numbers of the shape of x.
+A network returns 3 K - 1 numbers for each value x: K for widths, K for heights, and K - 1 for the
+slopes between bins. With shares p, the softmax of c times the first K, widths are
+2 b (l + (1 - K l) p_j) for the least share l; likewise heights. Knots are what they sum up to from
+-b, the last one b; slopes there are d + softplus, and 1 at the ends. One bin is needed, that which
+x falls into: its x_k, y_k, w, h and slopes are picked first, and what follows is the arithmetic of
+`rational_quadratic` on numbers of the shape of x.
 
 Backwards, a cotangent U of the left end and V of the width are U for each share before the k-th and
-V for the k-th itself, times g = 2 b (1 - K l). Through the softmax the logits receive
+V for the k-th itself, times g = 2 b (1 - K l). Through the softmax the K numbers receive
 
-    g p_j (U [j < k] + V [j = k] - U sum_{i < k} p_i - V p_k).
+    c g p_j (U [j < k] + V [j = k] - U sum_{i < k} p_i - V p_k).
 
-Values beyond the bounds are taken to be there, where a spline has no choice: nothing comes back.
-Automatic differentiation keeps every knot and walks back through it instead, which takes three
-times as long as the network. The slow twin, which second derivatives are those of, is
-`Family.differentiable`.
+Values beyond the bounds stay as they are: nothing comes back to their splines. Automatic
+differentiation keeps every knot and walks back through it instead. The slow twin, which second
+derivatives are those of, is `Family.differentiable`.
 
 References:
     Durkan, Bekasov, Murray, Papamakarios. Neural spline flows, 2019.
@@ -39,16 +39,16 @@ class Choice(NamedTuple):
     Attributes:
         which: k, shape (B, F).
         shares: those of widths and of heights, shape (2, K, B, F).
-        before: the sums of the shares before the k-th, shape (2, B, F).
-        own: the k-th shares, shape (2, B, F).
+        starts: x_k and y_k, shape (2, B, F).
+        sizes: w and h, shape (2, B, F).
         slopes: the numbers of the network for the slopes at both ends, shape (2, B, F); anything
             at the bounds.
     """
 
     which: Tensor
     shares: Tensor
-    before: Tensor
-    own: Tensor
+    starts: Tensor
+    sizes: Tensor
     slopes: Tensor
 
 
@@ -59,18 +59,26 @@ class Family:
     Args:
         num_bins: K.
         bound: b; beyond [-b, b] a spline is the identity.
-        scale: what the logits are multiplied by first.
-        least_width: smallest width of a bin, as a share of 2 b.
-        least_height: smallest height, as a share of 2 b.
-        least_slope: smallest slope at a knot, to which a softplus is added.
+        scale: c, what the numbers for widths and heights are multiplied by.
+        least_size: l, the smallest width and height of a bin as a share of 2 b.
+        least_slope: d, the smallest slope between bins.
+
+    Raises:
+        ValueError: if so many bins of the least size do not fit.
     """
 
     num_bins: int
     bound: float
     scale: float
-    least_width: float
-    least_height: float
+    least_size: float
     least_slope: float
+
+    def __post_init__(self) -> None:
+        if self.num_bins * self.least_size >= 1:
+            raise ValueError(
+                f"num_bins must be less than {1 / self.least_size:g}, as no bin is smaller than "
+                f"{self.least_size:g} of all, got {self.num_bins}"
+            )
 
     def forward(self, inputs: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return the splines of values and the sums of their log-slopes, (B, F) and (B,).
@@ -79,27 +87,38 @@ class Family:
             inputs: x, shape (B, F).
             numbers: of the network, shape (B, F (3 K - 1)).
         """
-        numbers = self._first(numbers, inputs)
+        numbers = self.numbers_first(numbers, inputs)
         if is_traced():
             return self.differentiable(inputs, numbers)
         found: tuple[Tensor, Tensor] = _Splines.apply(inputs, numbers, self)
         return found
 
     def inverse(self, outputs: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the values whose splines are y, and the sums of minus their log-slopes."""
-        numbers = self._first(numbers, outputs)
+        """Return the values whose splines are y, and the sums of minus their log-slopes.
+
+        Args:
+            outputs: y, shape (B, F).
+            numbers: of the network, shape (B, F (3 K - 1)).
+        """
+        numbers = self.numbers_first(numbers, outputs)
         inside = outputs.clamp(-self.bound, self.bound)
         bins = self.bins_of(self.choose(inside, numbers, by_height=True))
         part = bins.part_at(inside)
+        part = part + (part.clamp(0, 1) - part).detach()  # rounding may leave the bin
         log_slopes = -bins.value_and_log_slope(part)[1]
         return self._joined(outputs, bins.left + part * bins.width, log_slopes)
 
-    def _first(self, numbers: Tensor, values: Tensor) -> Tensor:
-        """Put the 3 K - 1 numbers of each value first: what is done along them is faster then."""
+    def numbers_first(self, numbers: Tensor, values: Tensor) -> Tensor:
+        """Return (3 K - 1, B, F) of (B, F (3 K - 1)): what is done along bins is faster then."""
         return numbers.reshape(*values.shape, 3 * self.num_bins - 1).movedim(-1, 0).contiguous()
 
     def differentiable(self, inputs: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `forward` does, by operations that are differentiated any number of times."""
+        """Return what `forward` does, by operations that are differentiated any number of times.
+
+        Args:
+            inputs: x, shape (B, F).
+            numbers: of the network, shape (3 K - 1, B, F).
+        """
         inside = inputs.clamp(-self.bound, self.bound)
         bins = self.bins_of(self.choose(inside, numbers))
         values, log_slopes = bins.value_and_log_slope((inside - bins.left) / bins.width)
@@ -113,28 +132,35 @@ class Family:
     def choose(self, values: Tensor, numbers: Tensor, *, by_height: bool = False) -> Choice:
         """Find the bins of x, or of y, within the bounds.
 
+        Starts and ends are the very knots that values are compared with, and the last one is b, so
+        that no value is outside of its bin by rounding.
+
         Args:
             values: x, or y if `by_height`, shape (B, F).
             numbers: of the network, shape (3 K - 1, B, F).
             by_height: whether the bins along y are looked at.
         """
-        bins, sizes = self.num_bins, 2 * self.num_bins
-        shares = (self.scale * numbers[:sizes]).unflatten(0, (2, bins)).softmax(dim=1)
-        sums = shares.cumsum(dim=1)
-        least = self.least_height if by_height else self.least_width
-        ends = least * torch.arange(1, bins, dtype=values.dtype, device=values.device)
-        growing = sums[int(by_height), :-1]
-        ends = torch.add(ends[:, None, None], growing, alpha=1 - bins * least)
-        index = ((values + self.bound) / (2 * self.bound) >= ends).sum(dim=0)
-        at = index.expand(2, 1, *index.shape)
-        own = shares.gather(1, at).squeeze(1)
-        before = sums.gather(1, at).squeeze(1) - own
-        slopes = F.pad(numbers[sizes:], (0, 0, 0, 0, 1, 1)).gather(0, _ends(index))
-        return Choice(index, shares, before, own, slopes)
+        split = 2 * self.num_bins
+        shares = (self.scale * numbers[:split]).unflatten(0, (2, self.num_bins)).softmax(dim=1)
+        knots = self._knots(shares)
+        which = (values >= knots[int(by_height), 1:-1]).sum(dim=0)
+        ends = torch.stack([which, which + 1])
+        starts, stops = knots.gather(1, ends.expand(2, *ends.shape)).unbind(1)
+        slopes = F.pad(numbers[split:], (0, 0, 0, 0, 1, 1)).gather(0, ends)
+        return Choice(which, shares, starts, stops - starts, slopes)
+
+    def _knots(self, shares: Tensor) -> Tensor:
+        """Return the knots along x and y, (2, K + 1, B, F)."""
+        count, bound = self.num_bins, self.bound
+        inner = torch.arange(1, count, dtype=shares.dtype, device=shares.device)
+        inner = (self._least * inner - bound)[:, None, None]
+        inner = torch.add(inner, shares.cumsum(dim=1)[:, :-1], alpha=self.growth)
+        left, right = ((0, 0, 0, 0, 1, 0), (0, 0, 0, 0, 0, 1))
+        return F.pad(F.pad(inner, left, value=-bound), right, value=bound)
 
     def bins_of(self, chosen: Choice) -> Bins:
         """Return the bins that were chosen."""
-        (left, width), (bottom, height) = self._along(chosen, 0), self._along(chosen, 1)
+        (left, bottom), (width, height) = chosen.starts.unbind(0), chosen.sizes.unbind(0)
         first, last = (self.least_slope + F.softplus(chosen.slopes)).unbind(0)
         first = torch.where(chosen.which == 0, 1.0, first)
         last = torch.where(chosen.which == self.num_bins - 1, 1.0, last)
@@ -142,27 +168,21 @@ class Family:
         bend = (first + last).sub(mean, alpha=2)
         return Bins(left, width, bottom, height, first, last, mean, bend)
 
-    def _along(self, chosen: Choice, axis: int) -> tuple[Tensor, Tensor]:
-        """Return where bins start along x or y, and how far they go."""
-        least, growth = self._leasts[axis] * 2 * self.bound, self.growths[axis]
-        before, own = chosen.before[axis], chosen.own[axis]
-        start = least * chosen.which.to(before.dtype) - self.bound
-        return torch.add(start, before, alpha=growth), least + growth * own
+    @property
+    def _least(self) -> float:
+        """The smallest width and height."""
+        return 2 * self.bound * self.least_size
 
     @property
-    def _leasts(self) -> tuple[float, float]:
-        return self.least_width, self.least_height
+    def growth(self) -> float:
+        """What shares are multiplied by, g."""
+        return 2 * self.bound * (1 - self.num_bins * self.least_size)
 
-    @property
-    def growths(self) -> tuple[float, float]:
-        """What shares of widths and of heights are multiplied by, g."""
-        width, height = (2 * self.bound * (1 - self.num_bins * least) for least in self._leasts)
-        return width, height
-
-
-def _ends(index: Tensor) -> Tensor:
-    """Return the numbers of the knots at both ends of bins."""
-    return torch.stack([index, index + 1])
+    def shares_of(self, chosen: Choice) -> tuple[Tensor, Tensor]:
+        """Return the sums of the shares before the bins that were chosen, and their own."""
+        count = chosen.which.to(chosen.starts.dtype)
+        before = (chosen.starts + self.bound).sub(count, alpha=self._least)
+        return before / self.growth, (chosen.sizes - self._least) / self.growth
 
 
 class _Splines(torch.autograd.Function):
@@ -192,7 +212,9 @@ class _Splines(torch.autograd.Function):
             return first, second, None
         chosen, rest = Choice(*rest[: len(Choice._fields)]), rest[len(Choice._fields) :]
         bins, at = Bins(*rest[: len(Bins._fields)]), Point(*rest[len(Bins._fields) :])
-        of_inside, of_bins = of_values(bins, at, slope, of_outputs, of_logabsdet[:, None])
+        within = torch.where(is_inside, of_outputs, 0.0)
+        of_logs = torch.where(is_inside, of_logabsdet[:, None], 0.0)
+        of_inside, of_bins = of_values(bins, at, slope, within, of_logs)
         of_numbers = _of_numbers(family, chosen, bins, of_bins)
         return torch.where(is_inside, of_inside, of_outputs), of_numbers, None
 
@@ -209,15 +231,17 @@ def _of_numbers(family: Family, chosen: Choice, found: Bins, of_bins: Tensor) ->
     start, of_bottom, part, of_height, of_mean, of_first, of_last = of_bins.unbind(0)
     by_width = of_mean / found.width
     of_width = torch.addcmul(part, by_width, found.mean)
-    by_widths, by_heights = family.growths
-    of_starts = torch.stack([-by_widths * start, by_heights * of_bottom])
-    of_sizes = torch.stack([-by_widths * of_width, by_heights * (of_height + by_width)])
-    mean = torch.addcmul(of_starts * chosen.before, of_sizes, chosen.own)
-    bins = torch.arange(family.num_bins, device=mean.device)[:, None, None]
-    of_shares = torch.where(bins < chosen.which, of_starts[:, None], 0.0)
-    of_shares.scatter_(1, chosen.which.expand(2, 1, *mean.shape[1:]), of_sizes[:, None])
-    of_logits = of_shares.sub_(mean[:, None]).mul_(chosen.shares).mul_(family.scale)
+    of_starts = torch.stack([-start, of_bottom])
+    of_sizes = torch.stack([-of_width, of_height + by_width])
+    before, own = family.shares_of(chosen)
+    mean = torch.addcmul(of_starts * before, of_sizes, own)
+    which, count = chosen.which, family.num_bins
+    is_before = torch.arange(count, device=mean.device)[:, None, None] < which
+    of_shares = torch.where(is_before, of_starts[:, None], 0.0)
+    of_shares.scatter_(1, which.expand(2, 1, *which.shape), of_sizes[:, None])
+    of_shares = of_shares.sub_(mean[:, None]).mul_(chosen.shares)
+    of_sizes = of_shares.mul_(family.scale * family.growth).reshape(2 * count, *which.shape)
     of_slopes = torch.stack([of_first, of_last]) * chosen.slopes.sigmoid()
-    of_knots = of_slopes.new_zeros(family.num_bins + 1, *mean.shape[1:])
-    of_knots.scatter_(0, _ends(chosen.which), of_slopes)
-    return torch.cat([of_logits.flatten(0, 1), of_knots[1:-1]])
+    of_knots = of_slopes.new_zeros(count + 1, *which.shape)
+    of_knots.scatter_(0, torch.stack([which, which + 1]), of_slopes)
+    return torch.cat([of_sizes, of_knots[1:-1]])

@@ -398,6 +398,20 @@ FAULTS: tuple[Fault, ...] = (
         "hybrid::test_the_node_is_its_slow_twin_with_both_derivatives[2]",
     ),
     Fault(
+        "values beyond the bound of conditional splines ask for other splines",
+        "transforms/conditional_splines.py",
+        "within = torch.where(is_inside, of_outputs, 0.0)",
+        "within = of_outputs",
+        "hybrid::test_values_beyond_the_bound_ask_nothing_of_the_network",
+    ),
+    Fault(
+        "bins of conditional splines end where their sizes say",
+        "transforms/conditional_splines.py",
+        "return F.pad(F.pad(inner, left, value=-bound), right, value=bound)",
+        "return F.pad(F.pad(inner, left, value=-bound), right, value=bound * (1 + 1e-6))",
+        "hybrid::test_at_the_bound_a_spline_is_the_identity",
+    ),
+    Fault(
         "values beyond the bound of conditional splines pass their slope on",
         "transforms/conditional_splines.py",
         "return torch.where(is_inside, of_inside, of_outputs), of_numbers, None",

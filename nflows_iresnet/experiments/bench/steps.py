@@ -407,6 +407,7 @@ def _image_flow() -> DensityModel:
 
 
 _SPLINES = Architecture(features=10, hidden_features=64, num_layers=6, num_blocks_per_layer=2)
+_BOUND = 5.0
 
 
 def of_splines(options: BenchOptions) -> list[Case]:
@@ -428,24 +429,26 @@ def _spline_case(*, is_autoregressive: bool) -> Case:
 def _our_splines(size: Architecture, *, is_autoregressive: bool) -> DensityModel:
     make = spline_autoregressive if is_autoregressive else spline_coupling
     sizes = (size.features, size.hidden_features, size.num_blocks_per_layer)
-    transforms = [make(index, *sizes) for index in range(size.num_layers)]
+    transforms = [make(index, *sizes, bound=_BOUND) for index in range(size.num_layers)]
     return as_density_model(Flow(CompositeTransform(transforms), StandardNormal([size.features])))
 
 
 def _normflows_splines(size: Architecture, *, is_autoregressive: bool) -> DensityModel:
-    import normflows
+    from normflows import NormalizingFlow, distributions, flows
 
     sizes = (size.features, size.num_blocks_per_layer, size.hidden_features)
-    splines = {"num_bins": 8, "tail_bound": 5.0}
-    made = normflows.flows
-    flows = [
-        made.AutoregressiveRationalQuadraticSpline(*sizes, **splines)
-        if is_autoregressive
-        else made.CoupledRationalQuadraticSpline(*sizes, **splines, reverse_mask=bool(index % 2))
-        for index in range(size.num_layers)
-    ]
-    base = normflows.distributions.DiagGaussian(size.features, trainable=False)
-    return as_density_model(normflows.NormalizingFlow(base, flows))
+    splines = {"num_bins": 8, "tail_bound": _BOUND}
+    transforms = []
+    for index in range(size.num_layers):
+        if is_autoregressive:
+            each = flows.AutoregressiveRationalQuadraticSpline(*sizes, **splines)
+        else:
+            mask = bool(index % 2)
+            each = flows.CoupledRationalQuadraticSpline(*sizes, **splines, reverse_mask=mask)
+            each.prqct.unconditional_transform = None  # of the other half, which ours leaves alone
+        transforms.append(each)
+    base = distributions.DiagGaussian(size.features, trainable=False)
+    return as_density_model(NormalizingFlow(base, transforms))
 
 
 def _random_pixels(*shape: int, generator: torch.Generator) -> Tensor:
