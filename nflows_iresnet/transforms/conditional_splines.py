@@ -141,7 +141,8 @@ class Family:
             by_height: whether the bins along y are looked at.
         """
         split = 2 * self.num_bins
-        shares = (self.scale * numbers[:split]).unflatten(0, (2, self.num_bins)).softmax(dim=1)
+        sizes = (self.scale * numbers[:split]).reshape(2, self.num_bins, *values.shape)
+        shares = sizes.softmax(dim=1)
         knots = self._knots(shares)
         which = (values >= knots[int(by_height), 1:-1]).sum(dim=0)
         ends = torch.stack([which, which + 1])
