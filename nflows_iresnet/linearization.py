@@ -45,19 +45,32 @@ def is_traced() -> bool:
 
 
 def pulled_back(
-    outputs: Tensor | Sequence[Tensor],
+    function: Callable[..., Tensor | Sequence[Tensor]],
     cotangents: Tensor | Sequence[Tensor],
     given: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Return what comes back from outputs to what was given, with a graph; None where none is due.
+    """Return what comes back through a function to what is given to it, with a graph.
 
-    A hand-written backward pass is differentiated so, through the outputs of its slow twin.
+    A hand-written backward pass is differentiated so, through its slow twin. One of what is given
+    may have been made from another, as the numbers of a spline by a network from its inputs: what
+    comes back to that one on this way is the engine's to find, and would count twice here. So the
+    function gets them under names of their own.
+
+    Args:
+        function: the slow twin.
+        cotangents: of what it returns.
+        given: its arguments.
+
+    Returns:
+        One for each that is given; None where nothing is due.
     """
-    needed = [each for each in given if each.requires_grad]
+    own = [each.view_as(each) for each in given]
+    needed = [each for each in own if each.requires_grad]
+    outputs = function(*own)
     found = iter(
         torch.autograd.grad(outputs, needed, cotangents, create_graph=True, allow_unused=True)
     )
-    return [next(found) if each.requires_grad else None for each in given]
+    return [next(found) if each.requires_grad else None for each in own]
 
 
 def is_forward_over_forward() -> bool:

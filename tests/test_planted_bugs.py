@@ -98,6 +98,9 @@ PLANTED: dict[str, dict[str, Factory]] = {
             Wave(), estimator=planted_logdet.Surrogate(as_value=False)
         ),
     },
+    "gradients_with_a_graph": {
+        "what is made from an argument is an argument": _wave(planted.CountsTwiceWithAGraph),
+    },
     "every_parameter_learns": {
         "unused parameter": lambda: ResidualTransform(planted.UnusedParameter()),
         "infinite gradient": lambda: ResidualTransform(planted.InfiniteGradient()),

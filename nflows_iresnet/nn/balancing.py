@@ -157,8 +157,7 @@ class _Balanced(torch.autograd.Function):
         weights, shifts, log_scales, *used, (share,), rows, columns = _grouped(saved, sizes)
         stored, of_used = Stored(weights, shifts, log_scales), _grouped(cotangents, ctx.sizes)
         if torch.is_grad_enabled():
-            made = differentiable(stored, norms, ctx.log_budget)
-            return None, None, *_derivatives(made, of_used, [norms, *saved[: sum(ctx.sizes)]])
+            return None, None, *_derivatives(ctx, of_used, [norms, *saved[: sum(ctx.sizes)]])
         of_weights, of_shifts = [
             [torch.zeros_like(each) if rate is None else rate for each, rate in pairs]
             for pairs in map(zip, used[:2], of_used[:2])
@@ -174,12 +173,17 @@ class _Balanced(torch.autograd.Function):
 
 
 def _derivatives(
-    made: Balanced, of_made: Sequence[Sequence[Tensor | None]], given: Sequence[Tensor]
+    ctx: Any, of_used: Sequence[Sequence[Tensor | None]], given: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return what comes back to what was given, with a graph."""
-    pairs = [pair for group in map(zip, made, of_made) for pair in group]
-    outputs, cotangents = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
-    return pulled_back(outputs, cotangents, given)
+    """Return what comes back to the norms and to what is stored, with a graph."""
+    cotangents = [each for group in of_used for each in group]
+
+    def balance(norms: Tensor, *stored: Tensor) -> list[Tensor]:
+        made = differentiable(Stored(*_grouped(stored, ctx.sizes)), norms, ctx.log_budget)
+        outputs = [each for group in made for each in group]
+        return [each for each, of in zip(outputs, cotangents, strict=True) if of is not None]
+
+    return pulled_back(balance, [each for each in cotangents if each is not None], given)
 
 
 def _pull_back(

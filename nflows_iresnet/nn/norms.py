@@ -179,8 +179,11 @@ class _Norms(torch.autograd.Function):
         saved = ctx.saved_tensors
         stacks, gradients = saved[: ctx.num_stacks], saved[ctx.num_stacks :]
         if torch.is_grad_enabled():
-            values = _differentiable(stacks, ctx.norms, ctx.states)
-            return None, None, *pulled_back(values, cotangent, stacks)
+
+            def again(*stacks: Tensor) -> Tensor:
+                return _differentiable(stacks, ctx.norms, ctx.states)
+
+            return None, None, *pulled_back(again, cotangent, stacks)
         return (
             None,
             None,

@@ -140,11 +140,39 @@ def weighted_gradient(subject: Subject) -> None:
     require_mean(torch.stack(draws), expected, subject, "gradient of a weighted logabsdet")
 
 
-def _flat_gradient(loss: Tensor, targets: list[Any]) -> Tensor:
+def _flat_gradient(loss: Tensor, targets: list[Any], *, create_graph: bool = False) -> Tensor:
     if not loss.requires_grad:
         return torch.cat([torch.zeros_like(each).flatten() for each in targets])
-    gradients = torch.autograd.grad(loss, targets, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        loss,
+        targets,
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
     return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def gradients_with_a_graph(subject: Subject) -> None:
+    """First derivatives are the same where they are recorded, as scores and penalties need them.
+
+    Of both results both ways, with respect to the inputs, the context and the parameters.
+    """
+    context = None if subject.context is None else subject.context.clone().requires_grad_()
+    given = replace(subject, context=context)
+    outputs = subject.forward()[0].detach()
+    for name, values in (("forward", subject.inputs), ("inverse", outputs)):
+        start = values.clone().requires_grad_()
+        if name == "forward":
+            found, logabsdet = replace(given, inputs=start).forward()
+        else:
+            found, logabsdet = given.inverse(start)
+        loss = (found * drawn(found.shape, found, seed=1)).sum() + logabsdet.sum()
+        targets = [start, *subject.parameters, *([] if context is None else [context])]
+        expected = _flat_gradient(loss, targets)
+        recorded = _flat_gradient(loss, targets, create_graph=True)
+        require_close(recorded, expected, subject.atol, f"gradient of the {name} with a graph")
 
 
 def every_parameter_learns(subject: Subject) -> None:

@@ -25,6 +25,7 @@ CLAUSES: dict[str, Clause] = {
         of.forgotten_context,
         of.few_rows,
         of.weighted_gradient,
+        of.gradients_with_a_graph,
         of.every_parameter_learns,
         of.frozen_parameters,
         of.inverse_gradients,

@@ -104,7 +104,6 @@ class Family:
         inside = outputs.clamp(-self.bound, self.bound)
         bins = self.bins_of(self.choose(inside, numbers, by_height=True))
         part = bins.part_at(inside)
-        part = part + (part.clamp(0, 1) - part).detach()  # rounding may leave the bin
         log_slopes = -bins.value_and_log_slope(part)[1]
         return self._joined(outputs, bins.left + part * bins.width, log_slopes)
 
@@ -179,12 +178,6 @@ class Family:
         """What shares are multiplied by, g."""
         return 2 * self.bound * (1 - self.num_bins * self.least_size)
 
-    def shares_of(self, chosen: Choice) -> tuple[Tensor, Tensor]:
-        """Return the sums of the shares before the bins that were chosen, and their own."""
-        count = chosen.which.to(chosen.starts.dtype)
-        before = (chosen.starts + self.bound).sub(count, alpha=self._least)
-        return before / self.growth, (chosen.sizes - self._least) / self.growth
-
 
 class _Splines(torch.autograd.Function):
     @staticmethod
@@ -207,9 +200,8 @@ class _Splines(torch.autograd.Function):
         family = ctx.family
         inputs, numbers, is_inside, slope, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():
-            outputs = family.differentiable(inputs, numbers)
-            given = [inputs, numbers]
-            first, second = pulled_back(outputs, [of_outputs, of_logabsdet], given)
+            cotangents, given = [of_outputs, of_logabsdet], [inputs, numbers]
+            first, second = pulled_back(family.differentiable, cotangents, given)
             return first, second, None
         chosen, rest = Choice(*rest[: len(Choice._fields)]), rest[len(Choice._fields) :]
         bins, at = Bins(*rest[: len(Bins._fields)]), Point(*rest[len(Bins._fields) :])
@@ -234,13 +226,12 @@ def _of_numbers(family: Family, chosen: Choice, found: Bins, of_bins: Tensor) ->
     of_width = torch.addcmul(part, by_width, found.mean)
     of_starts = torch.stack([-start, of_bottom])
     of_sizes = torch.stack([-of_width, of_height + by_width])
-    before, own = family.shares_of(chosen)
-    mean = torch.addcmul(of_starts * before, of_sizes, own)
     which, count = chosen.which, family.num_bins
-    is_before = torch.arange(count, device=mean.device)[:, None, None] < which
+    is_before = torch.arange(count, device=which.device)[:, None, None] < which
     of_shares = torch.where(is_before, of_starts[:, None], 0.0)
     of_shares.scatter_(1, which.expand(2, 1, *which.shape), of_sizes[:, None])
-    of_shares = of_shares.sub_(mean[:, None]).mul_(chosen.shares)
+    mean = (of_shares * chosen.shares).sum(dim=1, keepdim=True)
+    of_shares = of_shares.sub_(mean).mul_(chosen.shares)
     of_sizes = of_shares.mul_(family.scale * family.growth).reshape(2 * count, *which.shape)
     of_slopes = torch.stack([of_first, of_last]) * chosen.slopes.sigmoid()
     of_knots = of_slopes.new_zeros(count + 1, *which.shape)

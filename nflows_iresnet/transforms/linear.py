@@ -11,7 +11,7 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.linearization import is_traced, pulled_back
 from nflows_iresnet.precision import (
     full_precision,
     in_full_precision,
@@ -316,13 +316,10 @@ class _Products(torch.autograd.Function):
         return torch.baddbmm(upper, lower, upper), logabsdets
 
     @staticmethod
-    def backward(ctx: Any, of_matrices: Tensor, of_logabsdets: Tensor) -> Tensor:
+    def backward(ctx: Any, of_matrices: Tensor, of_logabsdets: Tensor) -> Tensor | None:
         factors, lower, upper, bent = ctx.saved_tensors
         if torch.is_grad_enabled():
-            cotangents = [of_matrices, of_logabsdets]
-            (found,) = torch.autograd.grad(
-                _products(factors), factors, cotangents, create_graph=True
-            )
+            (found,) = pulled_back(_products, [of_matrices, of_logabsdets], [factors])
             return found
         of_upper = torch.baddbmm(of_matrices, lower.mT, of_matrices)
         of_lower = torch.bmm(of_matrices, upper.mT)

@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -89,15 +90,23 @@ class Bins(NamedTuple):
         return value, slope.log()
 
     def part_at(self, value: Tensor) -> Tensor:
-        """Return the t whose value is given, (l - s) t^2 - l t + u s = 0, without cancellation."""
+        """Return the t in [0, 1] whose value is given, without cancellation.
+
+        With u = (y - y_k) / h and a = d_0 (1 - u) - d_1 u it solves a quadratic equation,
+
+            t = 2 u s / (2 u s + a + sqrt(a^2 + 4 s^2 u (1 - u))),
+
+        and where a is negative, the sum of the last two is that under the root less a^2, divided by
+        their difference: only sums of what is not negative are left.
+        """
         share = (value - self.bottom) / self.height
-        linear = self.first - share * self.bend
-        constant = share * self.mean
-        discriminant = linear * linear - 4 * (linear - self.mean) * constant
-        root = discriminant.clamp_min(torch.finfo(discriminant.dtype).tiny).sqrt()
-        is_late = linear < 0
-        above = torch.where(is_late, root - linear, 2 * constant)
-        return above / torch.where(is_late, 2 * (self.mean - linear), linear + root)
+        left, mixed = 1 - share, 2 * share * self.mean
+        lead = self.first * left - self.last * share
+        product = 2 * self.mean * left * mixed
+        is_positive = lead >= 0
+        root = (lead * lead + product).sqrt()
+        total = root + torch.where(is_positive, lead, -lead)
+        return mixed / (mixed + torch.where(is_positive, total, product / total))
 
 
 def split(inputs: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -217,9 +226,9 @@ class _Spline(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         inputs, sizes, log_slopes, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            outputs = differentiable(inputs, sizes, log_slopes, ctx.bound)
-            given = [inputs, sizes, log_slopes]
-            first, second, third = pulled_back(outputs, [of_outputs, of_logabsdet], given)
+            again = partial(differentiable, bound=ctx.bound)
+            given, cotangents = [inputs, sizes, log_slopes], [of_outputs, of_logabsdet]
+            first, second, third = pulled_back(again, cotangents, given)
             return first, second, third, None
         (shares, knots, bent, inner_slopes, beyond, index, slope), rest = kept[:7], kept[7:]
         bins, at = Bins(*rest[: len(Bins._fields)]), Point(*rest[len(Bins._fields) :])

@@ -349,3 +349,29 @@ class InfiniteGradient(Wave):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(inputs) * (1 + self.corner.sqrt())
+
+
+class _Joined(torch.autograd.Function):
+    """a + b, whose recorded derivative goes through b to a as well."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second)
+        return first + second
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
+        if not torch.is_grad_enabled():
+            return cotangent, cotangent
+        given = ctx.saved_tensors
+        return torch.autograd.grad(sum(given), given, cotangent, create_graph=True)
+
+
+class CountsTwiceWithAGraph(ResidualTransform):
+    """A node whose second argument is made from the first."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        outputs, logabsdet = super().forward(inputs, context)
+        double = 2 * outputs
+        joined: Tensor = _Joined.apply(double, -double / 2)
+        return joined, logabsdet
