@@ -400,7 +400,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "the softmax of conditional splines is differentiated without its mean",
         "transforms/conditional_splines.py",
-        "of_shares.sub_(mean[:, None]).mul_(",
+        "of_shares.sub_(mean).mul_(",
         "of_shares.mul_(",
         "hybrid::test_the_node_is_its_slow_twin_with_both_derivatives[2]",
     ),
