@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import TypeVar
 
@@ -27,6 +28,13 @@ def validated_bins(name: str, value: int) -> int:
     """Return a number of bins as an int: a size, or 0 for no spline."""
     is_none = not isinstance(value, bool) and value == 0
     return 0 if is_none else validated_size(name, value)
+
+
+def validated_bound(bound: float, usual: float) -> float:
+    """Return the bound of a spline as a float, if it is positive and finite."""
+    if not 0 < bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, got {bound}; try {usual}")
+    return float(bound)
 
 
 def require_tensor(name: str, values: object) -> None:

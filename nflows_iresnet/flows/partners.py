@@ -21,7 +21,7 @@ from nflows_iresnet.conditioning import check_context
 from nflows_iresnet.precision import context_like_weights, like_weights, training_precision
 from nflows_iresnet.transforms import CompositeTransform
 from nflows_iresnet.transforms.conditional_splines import Family
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import validated_bound, validated_size
 
 Partner = Callable[[int, int, int, int, int | None], Transform]
 """Makes the i-th transform that is no residual block from its index i, features, hidden_features,
@@ -111,7 +111,7 @@ class SplineCoupling(_ConditionalSplines, PiecewiseRationalQuadraticCouplingTran
             _conditioner(hidden_features, num_blocks, context_features),
             num_bins=validated_size("num_bins", num_bins),
             tails="linear",
-            tail_bound=_validated_bound(bound),
+            tail_bound=validated_bound(bound, 5.0),
         )
         self._settle(context_features, 1 / math.sqrt(hidden_features))
 
@@ -151,7 +151,7 @@ class SplineAutoregressive(
             *(features, hidden_features, context_features),
             num_bins=validated_size("num_bins", num_bins),
             tails="linear",
-            tail_bound=_validated_bound(bound),
+            tail_bound=validated_bound(bound, 5.0),
             num_blocks=num_blocks,
         )
         self._settle(context_features)
@@ -160,12 +160,6 @@ class SplineAutoregressive(
         self, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         return self._splines(inputs, autoregressive_params, inverse)
-
-
-def _validated_bound(bound: float) -> float:
-    if not 0 < bound < math.inf:
-        raise ValueError(f"bound must be positive and finite, got {bound}; try 5.0")
-    return float(bound)
 
 
 def spline_coupling(

@@ -25,7 +25,7 @@ from nflows_iresnet.transforms.rational_quadratic import (
     split,
     table_of,
 )
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import validated_bound, validated_size
 
 Initialization = Literal["identity", "quantiles"]
 
@@ -130,15 +130,13 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         super().__init__()
         features = validated_size("features", features)
         num_bins = validated_size("num_bins", num_bins)
-        if not 0 < bound < math.inf:
-            raise ValueError(f"bound must be positive and finite, got {bound}; try 4.0")
+        self.bound = validated_bound(bound, 4.0)
         if initialization not in get_args(Initialization):
             known = " or ".join(map(repr, get_args(Initialization)))
             raise ValueError(
                 f"initialization must be {known}, got {initialization!r}; "
                 "for a start from rows call initialize(rows)"
             )
-        self.bound = float(bound)
         self.sizes = nn.Parameter(torch.zeros(2, features, num_bins))
         self.log_slopes = nn.Parameter(torch.zeros(features, num_bins - 1))
         self.starts_from_rows = initialization == "quantiles"
