@@ -17,6 +17,7 @@ from nflows_iresnet.linearization import (
     ResidualFunction,
     bind,
     linearize,
+    pulled_back,
 )
 
 HIDDEN: dict[str, list[int]] = {"0": [], "1": [7], "2": [7, 6], "3": [5, 6, 7]}
@@ -158,3 +159,10 @@ def test_a_claim_that_is_no_contraction_is_refused(claim: object) -> None:
     net.lipschitz = claim  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"lipschitz must be a number in \[0, 1\)"):
         bind(net)
+
+
+def test_what_comes_back_is_counted_once_where_one_argument_was_made_from_another() -> None:
+    values = torch.tensor([2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    squares = values.square()
+    found = pulled_back(torch.mul, torch.ones_like(values), [values, squares])
+    torch.testing.assert_close(found, [squares, values], rtol=0, atol=0)
