@@ -160,7 +160,7 @@ def test_a_started_model_that_loads_an_unstarted_one_starts_again() -> None:
 
 def test_a_step_that_samples_and_scores_sees_one_model() -> None:
     flow = vector_flow()
-    samples, log_prob = flow.sample_and_log_prob(6)
+    samples, log_prob = flow.sample_and_log_prob(64)
     torch.testing.assert_close(flow.log_prob(samples), log_prob, rtol=0, atol=1e-4)
     frozen = samples.clone()
     flow.requires_grad_(False)

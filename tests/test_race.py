@@ -79,6 +79,16 @@ def test_a_race_tries_three_learning_rates_unless_told_otherwise() -> None:
     assert (config.steps, config.budget, config.race, config.patience) == (None, None, 120, 3)
 
 
+def test_all_models_with_one_seed_come_before_any_with_the_next() -> None:
+    config = config_of("moons", "circles", "--models", "realnvp", "maf", "--repeats", "2")
+    assert [run.key for run in runs.prepare(config)] == [
+        (dataset, model, repeat)
+        for dataset in ("moons", "circles")
+        for repeat in (0, 1)
+        for model in ("realnvp", "maf")
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -164,7 +164,8 @@ def prepare(config: RunConfig) -> list[Run]:
     """Load every data set and size every model, so that nothing foreseeable fails later.
 
     Returns:
-        The runs, data set by data set and model by model.
+        The runs, data set by data set, and all models with one seed before any with the next: a
+        machine that slows down meanwhile slows all of them.
 
     Raises:
         ValueError: something in the configuration cannot work; the message names it.
@@ -175,11 +176,16 @@ def prepare(config: RunConfig) -> list[Run]:
     found = {name: load_task(name, config) for name in mistakes_first}
     tasks = {name: found[name] for name in config.datasets}
     _check_distinct([task.name for task in tasks.values()])
-    return [
-        Run(task, model, _size(model, task.reference(config)), repeat, source)
+    sizes = {
+        (source, model): _size(model, task.reference(config))
         for source, task in tasks.items()
         for model in config.models
+    }
+    return [
+        Run(task, model, sizes[source, model], repeat, source)
+        for source, task in tasks.items()
         for repeat in range(config.repeats)
+        for model in config.models
     ]
 
 
