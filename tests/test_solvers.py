@@ -210,8 +210,12 @@ def test_a_row_is_accepted_at_the_first_point_within_its_tolerance(
 @pytest.mark.usefixtures("values_are_seen")
 @pytest.mark.parametrize("history", [1, 2, 3])
 def test_as_many_differences_as_dimensions_solve_a_linear_map(history: int) -> None:
-    """Two evaluations give the first difference, each later one another; one more for rounding."""
+    """Two evaluations give the first difference, each later one another; one more for rounding.
+
+    The map is not conformal: of one that is, differences are orthogonal by themselves.
+    """
     problem = Contraction(0.97, features=history)
+    problem.matrix = problem.matrix * torch.linspace(1, 0.5, history, dtype=torch.float64)
     solver = solvers.Anderson(history=history, atol=1e-9, rtol=0.0)
     solution = solver(problem, problem.offset)
     assert int(solution.num_steps.max()) <= history + 3
