@@ -56,7 +56,7 @@ class GraphedStep:
 
     A step sets the gradients to zero, computes the loss and its gradients, clips them, and lets the
     optimiser step. On a GPU nearly all of its time goes to launching kernels one by one; as one
-    graph it is some ten times faster.
+    graph six vector blocks took 4.5 to 8.3 times less on an H200, an image flow 1.4 times less.
 
     **The constructor trains nothing.** It runs a few steps on the batch it is given and undoes them
     in place: weights, buffers, the optimiser's state and the random generators are as before. Only

@@ -47,7 +47,7 @@ class MonotoneTransform(ResidualTransform):
     g, in a trained flow 3.5 times. On a GPU the solver waits for the device.
 
     References:
-        Ahn, Kim, Chung, Lee, Yun. Invertible monotone operators for normalizing flows, 2022.
+        Ahn, Kim, Hong, Kim. Invertible monotone operators for normalizing flows, 2022.
         Ryu, Boyd. A primer on monotone operator methods, 2016 (the Cayley operator).
 
     Args:

@@ -118,7 +118,7 @@ def _affords_jacobian(size: Architecture, batch: int) -> bool:
 _estimated = partial(_imported, "steps:with_estimator")
 STEP_MODELS: dict[str, StepModel] = {
     OURS: StepModel(
-        "this library, ResidualFlow's defaults (splines in quality only)",
+        "this library: residual blocks and ActNorm alone",
         MODELS["residual-flow-plain"].build,
     ),
     "ours-exact": StepModel("logdet.Exact", _estimated("Exact"), _affords_jacobian),
