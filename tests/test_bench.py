@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nflows_iresnet.experiments.bench.items import BASELINE, ITEMS, OURS, Column, Item, our_speed
+from nflows_iresnet.experiments.bench import BASELINE, ITEMS, OURS, Column, Item, our_speed
 from nflows_iresnet.experiments.bench.measure import (
     Benchmark,
     Case,

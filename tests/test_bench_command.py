@@ -15,9 +15,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from nflows_iresnet.experiments.bench import inverses, quality, steps
-from nflows_iresnet.experiments.bench.inverses import FrozenNet, SlowestMap, default_block
-from nflows_iresnet.experiments.bench.items import (
+from nflows_iresnet.experiments.bench import (
     BASELINE,
     FLOOR,
     ITEMS,
@@ -25,7 +23,11 @@ from nflows_iresnet.experiments.bench.items import (
     STEP_MODELS,
     Item,
     chosen_items,
+    inverses,
+    quality,
+    steps,
 )
+from nflows_iresnet.experiments.bench.inverses import FrozenNet, SlowestMap, default_block
 from nflows_iresnet.experiments.bench.measure import Case
 from nflows_iresnet.experiments.bench.steps import (
     IMAGE_MODELS,
@@ -228,7 +230,7 @@ def test_list_and_help_name_everything(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_items_are_listed_without_torch() -> None:
     code = (
-        "import sys; from nflows_iresnet.experiments.bench.items import describe_items; "
+        "import sys; from nflows_iresnet.experiments.bench import describe_items; "
         "assert 'step-dimension' in describe_items(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

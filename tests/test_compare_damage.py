@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.progress import LiveProgress
+from nflows_iresnet.experiments.session import LiveProgress
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

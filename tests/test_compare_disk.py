@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nflows_iresnet.experiments.bench.items import ITEMS, Item
+from nflows_iresnet.experiments.bench import ITEMS, Item
 from nflows_iresnet.experiments.bench.steps import step_case
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.models import Architecture
@@ -136,7 +136,7 @@ def test_a_folder_that_is_gone_is_named(
 ) -> None:
     import shutil
 
-    from nflows_iresnet.experiments.progress import LiveProgress
+    from nflows_iresnet.experiments.session import LiveProgress
 
     out = tmp_path / "out"
     monkeypatch.setattr(LiveProgress, "step", lambda *_: shutil.rmtree(out, ignore_errors=True))
@@ -147,7 +147,7 @@ def test_a_folder_that_is_gone_is_named(
 def test_a_folder_that_became_read_only_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nflows_iresnet.experiments.progress import LiveProgress
+    from nflows_iresnet.experiments.session import LiveProgress
 
     locked, out = tmp_path / "locked", tmp_path / "out"
     locked.mkdir(mode=0o500)

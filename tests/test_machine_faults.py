@@ -283,7 +283,7 @@ def obeys_modes() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_read_only_folder_is_one_line(when: str, tmp_path: Path) -> None:
-    from nflows_iresnet.experiments.progress import LiveProgress
+    from nflows_iresnet.experiments.session import LiveProgress
 
     out, said = tmp_path / "out", tmp_path / "said"
     (out / "runs").mkdir(parents=True)

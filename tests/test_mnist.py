@@ -23,9 +23,14 @@ from nflows_iresnet.experiments.adapters import TruncatedModel
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.models import IMAGE_MODELS, MODELS, Architecture, ImageArchitecture
-from nflows_iresnet.experiments.options import CompareOptions, Table1Options, parse, to_config
-from nflows_iresnet.experiments.presets import COMPARE
-from nflows_iresnet.experiments.progress import LiveProgress
+from nflows_iresnet.experiments.options import (
+    COMPARE,
+    CompareOptions,
+    Table1Options,
+    parse,
+    to_config,
+)
+from nflows_iresnet.experiments.session import LiveProgress
 from nflows_iresnet.experiments.table1 import TUNED, classifiers
 from nflows_iresnet.experiments.table1 import command as table1
 from nflows_iresnet.flows.image import ImageResidualFlow

@@ -18,9 +18,9 @@ from nflows_iresnet.experiments import published
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import RowTask
-from nflows_iresnet.experiments.presets import TABLE2 as TABLE2_PRESET
-from nflows_iresnet.experiments.progress import LiveProgress
+from nflows_iresnet.experiments.options import TABLE2 as TABLE2_PRESET
 from nflows_iresnet.experiments.record import Record as DensityRecord
+from nflows_iresnet.experiments.session import LiveProgress
 from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, classifiers
 from nflows_iresnet.experiments.table1.classifiers import Inversion
 from nflows_iresnet.experiments.table1.command import TableRecord

@@ -20,7 +20,7 @@ from nflows_iresnet.files import write_atomically
 from nflows_iresnet.training import History
 
 if TYPE_CHECKING:
-    from nflows_iresnet.experiments.progress import LiveProgress
+    from nflows_iresnet.experiments.session import LiveProgress
 
 
 def open_session(parsed: CompareOptions) -> Comparison:

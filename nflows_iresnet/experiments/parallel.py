@@ -33,7 +33,7 @@ from nflows_iresnet.training.loop import Interruption, Training
 from nflows_iresnet.training.loop import run as run_training
 
 if TYPE_CHECKING:
-    from nflows_iresnet.experiments.progress import LiveProgress
+    from nflows_iresnet.experiments.session import LiveProgress
 
 TakeIn = Callable[[int, Any], None]
 OnStep = Callable[[float, float], None]

@@ -1,27 +1,57 @@
-"""`nflows-iresnet bench`: check everything, measure, save after each case, and report."""
+"""`nflows-iresnet bench`: check everything, measure, save after each case, print tables, draw."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 from nflows_iresnet.experiments import session
-from nflows_iresnet.experiments.bench.items import chosen_items
-from nflows_iresnet.experiments.bench.measure import Benchmark, CaseResult, trusts_cpu_time
+from nflows_iresnet.experiments.bench import (
+    BASELINE,
+    FLOOR,
+    ITEMS,
+    OURS,
+    STEP_MODELS,
+    Column,
+    Item,
+    chosen_items,
+)
+from nflows_iresnet.experiments.bench.measure import (
+    Benchmark,
+    CaseResult,
+    CheckedTarget,
+    Fit,
+    Spread,
+    check_targets,
+    fits,
+    trusts_cpu_time,
+)
 from nflows_iresnet.experiments.options import BenchOptions
+from nflows_iresnet.experiments.pictures import STYLE, as_png
+from nflows_iresnet.experiments.session import CaseProgress
+from nflows_iresnet.experiments.tables import make_console, number
 from nflows_iresnet.files import write_atomically
 
 RESULTS = "bench.json"
+TIME_COLUMNS = ("ms", "q1 q3", "wall\nratio", "q1 q3", "cpu\nratio")
+WIDTH = 160
+"""Of the tables without a terminal."""
 
 
 def _work(options: BenchOptions, folder: Path) -> int:
     """Measure what was asked for, and return the exit status."""
-    from nflows_iresnet.experiments.bench import report
-    from nflows_iresnet.experiments.progress import CaseProgress
-    from nflows_iresnet.experiments.tables import make_console
-
     items = chosen_items(options.only, quality=options.quality)
     chosen = ("device", "threads", "quick", "repeats", "seed", "seconds", "learning_rate")
     arguments = {**{name: getattr(options, name) for name in chosen}, "items": list(items)}
@@ -40,8 +70,8 @@ def _work(options: BenchOptions, folder: Path) -> int:
                     write_atomically(folder / RESULTS, record.as_json().encode())
             if not options.quiet:
                 with progress.paused():
-                    report.print_item(make_console(report.WIDTH), name, item, record.of(name))
-    for name, picture in report.draw(record).items():
+                    print_item(make_console(WIDTH), name, item, record.of(name))
+    for name, picture in draw(record).items():
         write_atomically(folder / name, picture)
     path = folder / RESULTS
     print(path if options.quiet else f"\nresults: {path}")
@@ -56,3 +86,162 @@ run = partial(
     kept="what is measured is kept",
 )
 """Run the subcommand and return the exit status."""
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def print_item(console: Console, name: str, item: Item, results: Sequence[CaseResult]) -> None:
+    """Print one item: a row per case and model, the fits, the targets."""
+    console.print(f"\n[bold]{name}[/]: {item.description}", highlight=False)
+    console.print(_item_table(item, results))
+    for fit in fits(item, results):
+        console.print(f"  {_in_words(fit)}", highlight=False)
+    checked = check_targets(item, results)
+    if checked:
+        console.print(_target_table(checked))
+
+
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+    """Return an empty table with a last column for remarks."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in left:
+        table.add_column(title, vertical="bottom", no_wrap=left[0] == "case")
+    for title in right:
+        table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
+    table.add_column("", vertical="bottom")
+    return table
+
+
+def _item_table(item: Item, results: Sequence[CaseResult]) -> Table:
+    has_times = any(each.seconds for result in results for each in result.measurements)
+    titles = [*TIME_COLUMNS] if has_times else []
+    for column in item.columns:
+        titles += [column.title] if column.baseline is None else [column.title, "x"]
+    table = _table(("case", "model"), titles)
+    for result in results:
+        names = [each.model for each in result.measurements]
+        for name in names:
+            times = _times(result, name) if has_times else []
+            numbers = [text for column in item.columns for text in _number(result, name, column)]
+            label = result.case if name == names[0] else ""
+            row = (label, name, *times, *numbers, result.of(name).note or "")
+            table.add_row(*row, end_section=name == names[-1])
+    return table
+
+
+def _times(result: CaseResult, model: str) -> list[str]:
+    wall = result.time_ratio(BASELINE, model, cpu=False)
+    processor = result.time_ratio(BASELINE, model, cpu=True) if result.on_cpu_time else None
+    return [*_spread(result.milliseconds(model)), *_spread(wall), _spread(processor)[0]]
+
+
+def _spread(value: Spread | None) -> list[str]:
+    if value is None:
+        return ["-", "-"]
+    return [_rounded(value.median), f"{_rounded(value.low)} {_rounded(value.high)}"]
+
+
+def _rounded(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _number(result: CaseResult, model: str, column: Column) -> list[str]:
+    value, ratio = result.value_of(model, column), result.ratio_of(model, column)
+    text = number(value, column.style)
+    return [text] if column.baseline is None else [text, _rounded(ratio)]
+
+
+def _in_words(fit: Fit) -> str:
+    error = "" if fit.standard_error is None else f" ± {fit.standard_error:.2f}"
+    power = f"{fit.quantity} ~ {fit.variable}^{fit.exponent:.2f}{error}"
+    return f"{fit.model}: {power} ({len(fit.points)} points)"
+
+
+def _target_table(checked: Sequence[CheckedTarget]) -> Table:
+    table = _table(("target", "case"), ("promised", "measured"))
+    for target in checked:
+        table.add_row(
+            target.target,
+            target.case,
+            f"{'≥' if target.at_least else '≤'} {target.bound:g}",
+            _rounded(target.measured),
+            "[green]met[/]" if target.is_met else "[red]not met[/]",
+        )
+    return table
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+COLOURS = ("#1b1b3a", "#c8385a", "#7b8299", "#2a9d8f", "#e9a03b", "#8e5fb5", "#4c8bd6")
+_PANELS_PER_ROW = 3
+
+
+def draw(record: Benchmark) -> dict[str, bytes]:
+    """Return the pictures that the results allow, as PNG files by name."""
+    groups = record.by_item().items()
+    panels = [found for name, results in groups if (found := fits(ITEMS[name], results))]
+    trained = [each for each in record.results if any("nll" in m.raw for m in each.measurements)]
+    with mpl.rc_context(STYLE):
+        pictures = {"bench.png": _scaling(panels), "quality.png": _quality(trained)}
+        return {name: as_png(figure) for name, figure in pictures.items() if figure is not None}
+
+
+def _scaling(panels: Sequence[Sequence[Fit]]) -> Figure | None:
+    if not panels:
+        return None
+    columns = min(len(panels), _PANELS_PER_ROW)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for ax, found in zip(axes, panels, strict=False):
+        _panel(ax, found)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def _panel(ax: Axes, found: Sequence[Fit]) -> None:
+    for fit in found:
+        x, y = zip(*fit.points, strict=True)
+        label = f"{fit.model}  ~ {fit.variable}^{fit.exponent:.2f}"
+        ax.plot(x, y, "o-", markersize=3, color=_colour(fit.model), label=label)
+    ax.set(title=found[0].item, xlabel=found[0].variable, ylabel=found[0].quantity)
+    ax.set(xscale="log", yscale="log")
+    for axis in (ax.xaxis, ax.yaxis):
+        _label_decades(axis)
+    ax.legend(fontsize=7, frameon=False)
+
+
+def _label_decades(axis: Axis) -> None:
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _colour(model: str) -> str:
+    """Return the same colour for the same model in every panel."""
+    first = [BASELINE, OURS, FLOOR]
+    names = [*first, *sorted({*STEP_MODELS, "ours-picard"} - set(first))]
+    return COLOURS[names.index(model) % len(COLOURS)] if model in names else "#000000"
+
+
+def _quality(results: Sequence[CaseResult]) -> Figure | None:
+    names = list(dict.fromkeys(result.case.split()[0] for result in results))
+    if not names:
+        return None
+    figure = Figure(figsize=(3.6 * len(names), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for ax, name in zip(axes, names, strict=True):
+        _curves(ax, name, [result for result in results if result.case.split()[0] == name])
+    return figure
+
+
+def _curves(ax: Axes, name: str, results: Sequence[CaseResult]) -> None:
+    for first, result in enumerate(results):
+        for each in result.measurements:
+            label, colour = None if first else each.model, _colour(each.model)
+            ax.semilogx(each.raw["seconds"], each.raw["nll"], color=colour, label=label)
+    ax.set(title=name, xlabel="seconds of training", ylabel="exact test NLL (nats)")
+    _label_decades(ax.xaxis)
+    ax.legend(fontsize=7, frameon=False)

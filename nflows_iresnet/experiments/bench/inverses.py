@@ -20,8 +20,15 @@ from torch.nn import functional as F
 
 from nflows_iresnet import datasets
 from nflows_iresnet.experiments.adapters import DensityModel, residual_blocks, value_and_jacobian
-from nflows_iresnet.experiments.bench import items
-from nflows_iresnet.experiments.bench.items import BASELINE, OURS
+from nflows_iresnet.experiments.bench import (
+    BASELINE,
+    ERROR,
+    EVALUATIONS,
+    GRADIENT_ERROR,
+    MEMORY,
+    OURS,
+    TOLERANCE,
+)
 from nflows_iresnet.experiments.bench.measure import Case, Run
 from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture
@@ -320,9 +327,9 @@ def _run(name: str, reached: Reached | None, targets: Tensor, error: float) -> R
             return reached.inverse(targets)
 
     numbers = {
-        items.ERROR.key: reached.error,
-        items.EVALUATIONS.key: reached.evaluations,
-        items.TOLERANCE.key: reached.tolerance,
+        ERROR.key: reached.error,
+        EVALUATIONS.key: reached.evaluations,
+        TOLERANCE.key: reached.tolerance,
     }
     return Run(name, work, lambda: numbers)
 
@@ -436,9 +443,9 @@ def _gradient_run(
     def numbers() -> dict[str, float]:
         found, gradient = work()
         return {
-            items.ERROR.key: problem.error(found),
-            items.GRADIENT_ERROR.key: float((gradient.double() - truth).norm() / truth.norm()),
-            items.MEMORY.key: peak_megabytes(work, problem.targets.device),
+            ERROR.key: problem.error(found),
+            GRADIENT_ERROR.key: float((gradient.double() - truth).norm() / truth.norm()),
+            MEMORY.key: peak_megabytes(work, problem.targets.device),
         }
 
     return Run(name, work, numbers)

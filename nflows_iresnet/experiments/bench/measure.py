@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils import benchmark
 
-from nflows_iresnet.experiments.bench.items import BASELINE, ITEMS, Column, Item
+from nflows_iresnet.experiments.bench import BASELINE, ITEMS, Column, Item
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.experiments.record import RunRecord

@@ -13,14 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet import datasets, logdet
-from nflows_iresnet.experiments.bench import items
+from nflows_iresnet.experiments.bench import (
+    BASELINE,
+    GRADIENT_MSE,
+    NLL,
+    OURS,
+    REACH,
+    STEPS,
+    VALUE_BASELINE,
+    VALUE_BIAS,
+    VALUE_STD,
+)
 from nflows_iresnet.experiments.bench.inverses import (
     ConstantRate,
     FrozenNet,
     default_block,
     trained_branch,
 )
-from nflows_iresnet.experiments.bench.items import BASELINE, OURS
 from nflows_iresnet.experiments.bench.measure import Case, Measurement, Run, trusts_cpu_time
 from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.data import training_batches
@@ -61,7 +70,7 @@ def estimates() -> dict[str, Estimate]:
         "ours-series": _our_estimate(logdet.PowerSeries()),
         "ours-roulette": _our_estimate(logdet.RussianRoulette()),
         BASELINE: _normflows_estimate(neumann=True),
-        items.VALUE_BASELINE: _normflows_estimate(neumann=False),
+        VALUE_BASELINE: _normflows_estimate(neumann=False),
         _EVALUATION: _normflows_estimate(neumann=False, training=False),
     }
 
@@ -94,11 +103,11 @@ def scatter(draws: list[Draw], truth: Draw) -> dict[str, float]:
     """
     values = torch.stack([each.values for each in draws]).double()
     numbers = {
-        items.VALUE_STD.key: float(values.var(dim=0).mean().sqrt()),
-        items.VALUE_BIAS.key: float(values.mean() - truth.values.double().mean()),
+        VALUE_STD.key: float(values.var(dim=0).mean().sqrt()),
+        VALUE_BIAS.key: float(values.mean() - truth.values.double().mean()),
     }
     errors = _squared_errors(draws, truth)
-    return {**numbers, items.GRADIENT_MSE.key: sum(errors) / len(errors)} if errors else numbers
+    return {**numbers, GRADIENT_MSE.key: sum(errors) / len(errors)} if errors else numbers
 
 
 def _squared_errors(draws: list[Draw], truth: Draw) -> list[float]:
@@ -233,11 +242,11 @@ def train_side_by_side(name: str, seed: int, options: BenchOptions) -> tuple[Mea
 
 def _measurement(name: str, curve: Curve, steps: int, goal: float) -> Measurement:
     reached = curve.seconds_to(goal)
-    numbers = {items.NLL.key: curve.best.test, items.STEPS.key: float(steps)}
+    numbers = {NLL.key: curve.best.test, STEPS.key: float(steps)}
     seconds, validation, nll = (tuple(point[axis] for point in curve.points) for axis in range(3))
     return Measurement(
         name,
-        numbers=numbers if reached is None else {**numbers, items.REACH.key: reached},
+        numbers=numbers if reached is None else {**numbers, REACH.key: reached},
         raw={"seconds": seconds, "validation": validation, "nll": nll},
         note=_note(curve, reached),
     )

@@ -25,8 +25,15 @@ from nflows_iresnet.experiments.adapters import (
     as_density_model,
     residual_blocks,
 )
-from nflows_iresnet.experiments.bench import items
-from nflows_iresnet.experiments.bench.items import BASELINE, FLOOR, OURS, STEP_MODELS
+from nflows_iresnet.experiments.bench import (
+    BASELINE,
+    COMPILE_SECONDS,
+    FLOOR,
+    MEMORY,
+    OPERATIONS,
+    OURS,
+    STEP_MODELS,
+)
 from nflows_iresnet.experiments.bench.measure import Case, Run, Work, time_once
 from nflows_iresnet.experiments.evaluation import peak_megabytes
 from nflows_iresnet.experiments.models import MODELS, Architecture
@@ -245,7 +252,7 @@ def _time_alone(model: Trainable, batch: Tensor, step: Work) -> dict[str, float]
 
 
 def _peak_memory(model: Trainable, batch: Tensor, step: Work) -> dict[str, float]:
-    return {items.MEMORY.key: peak_megabytes(step, batch.device)}
+    return {MEMORY.key: peak_megabytes(step, batch.device)}
 
 
 def _operations(model: Trainable, batch: Tensor, step: Work) -> dict[str, float]:
@@ -253,7 +260,7 @@ def _operations(model: Trainable, batch: Tensor, step: Work) -> dict[str, float]
         (-model.log_prob(batch).mean()).backward()
         model.after_step()
 
-    return {items.OPERATIONS.key: float(counted_operations(add_gradients))}
+    return {OPERATIONS.key: float(counted_operations(add_gradients))}
 
 
 def _step_runs(
@@ -360,7 +367,7 @@ def _compiled(size: Architecture, batch: int) -> Case:
         assert last.work is not None
         last.work()
         seconds = time_once(last.work).seconds
-        return [*others, replace(last, numbers=lambda: {items.COMPILE_SECONDS.key: seconds})]
+        return [*others, replace(last, numbers=lambda: {COMPILE_SECONDS.key: seconds})]
 
     return Case.timed(prepare, **_parameters(size, batch))
 

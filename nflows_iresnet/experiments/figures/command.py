@@ -47,7 +47,7 @@ class FiguresRecord(RunRecord):
 
 def _work(options: FiguresOptions, folder: Path) -> int:
     """Draw what can be drawn, and return the exit status."""
-    from nflows_iresnet.experiments.progress import CaseProgress
+    from nflows_iresnet.experiments.session import CaseProgress
 
     names = [name for name in DESCRIPTIONS if not options.only or name in options.only]
     figures: dict[str, Figure] = {
