@@ -204,6 +204,11 @@ def like_weights(values: Tensor, module: nn.Module, name: str = "inputs") -> Ten
     return values.to(parameter.dtype)
 
 
+def at_least_single(values: Tensor) -> Tensor:
+    """Return values in float32 where they are of half precision, else as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 def require_precision(values: Tensor, dtype: torch.dtype, name: str) -> None:
     """Raise unless values have the precision of the weights, or half of it as autocast gives.
 

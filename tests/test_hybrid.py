@@ -469,3 +469,26 @@ def test_an_empty_batch_stays_empty(make: Callable[..., Any]) -> None:
     for direction in (transform, transform.inverse):
         outputs, logabsdet = direction(torch.empty(0, 4))
         assert (outputs.shape, logabsdet.shape) == ((0, 4), (0,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_splines_of_half_precision_have_no_empty_bins(dtype: torch.dtype) -> None:
+    """The smallest bins are narrower than what half precision tells apart."""
+    torch.manual_seed(0)
+    transform = SplineAutoregressive(4, 16, 2, None, num_bins=8, bound=5.0)
+    for parameter in transform.parameters():
+        parameter.data.mul_(6)
+    inputs = (2 * torch.randn(2000, 4)).to(dtype)
+    outputs, logabsdet = transform.to(dtype)(inputs)
+    back, of_inverse = transform.inverse(outputs)
+    for values in (outputs, logabsdet, back, of_inverse):
+        assert values.dtype == dtype
+        assert bool(values.isfinite().all())
+
+
+def test_a_bound_that_is_set_later_counts() -> None:
+    coupling = SplineCoupling(4, 16, 2, None, parity=0, num_bins=8, bound=5.0)
+    inputs = torch.full((3, 4), 2.0)
+    assert not torch.equal(coupling(inputs)[0], inputs)
+    coupling.tail_bound = 1.5
+    assert torch.equal(coupling(inputs)[0], inputs)

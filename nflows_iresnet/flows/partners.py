@@ -39,7 +39,7 @@ class _ConditionalSplines(Transform):
     """
 
     context_features: int | None
-    _family: Family
+    _scale: float
 
     def _settle(self, context_features: int | None, scale: float = 1.0) -> None:
         """Take note of what the two kinds have in common, and check it.
@@ -48,9 +48,13 @@ class _ConditionalSplines(Transform):
             context_features: number of context values, or None.
             scale: what the numbers for widths and heights are multiplied by.
         """
-        self.context_features = context_features
-        least = (self.min_bin_width, self.min_derivative)
-        self._family = Family(self.num_bins, self.tail_bound, scale, *least)
+        self.context_features, self._scale = context_features, scale
+        _ = self._family
+
+    @property
+    def _family(self) -> Family:
+        least = self.min_bin_width, self.min_derivative
+        return Family(self.num_bins, self.tail_bound, self._scale, *least)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, logabsdet), shapes (B, features) and (B,)."""

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nflows_iresnet.linearization import is_traced, pulled_back
+from nflows_iresnet.precision import at_least_single
 from nflows_iresnet.transforms.rational_quadratic import Bins, Point, of_values
 
 
@@ -87,11 +88,12 @@ class Family:
             inputs: x, shape (B, F).
             numbers: of the network, shape (B, F (3 K - 1)).
         """
-        numbers = self.numbers_first(numbers, inputs)
+        numbers, values = self.numbers_first(numbers, inputs), at_least_single(inputs)
         if is_traced():
-            return self.differentiable(inputs, numbers)
-        found: tuple[Tensor, Tensor] = _Splines.apply(inputs, numbers, self)
-        return found
+            outputs, logabsdet = self.differentiable(values, numbers)
+        else:
+            outputs, logabsdet = _Splines.apply(values, numbers, self)
+        return outputs.to(inputs.dtype), logabsdet.to(inputs.dtype)
 
     def inverse(self, outputs: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values whose splines are y, and the sums of minus their log-slopes.
@@ -100,16 +102,21 @@ class Family:
             outputs: y, shape (B, F).
             numbers: of the network, shape (B, F (3 K - 1)).
         """
-        numbers = self.numbers_first(numbers, outputs)
-        inside = outputs.clamp(-self.bound, self.bound)
+        numbers, values = self.numbers_first(numbers, outputs), at_least_single(outputs)
+        inside = values.clamp(-self.bound, self.bound)
         bins = self.bins_of(self.choose(inside, numbers, by_height=True))
         part = bins.part_at(inside)
         log_slopes = -bins.value_and_log_slope(part)[1]
-        return self._joined(outputs, bins.left + part * bins.width, log_slopes)
+        found, logabsdet = self._joined(values, bins.left + part * bins.width, log_slopes)
+        return found.to(outputs.dtype), logabsdet.to(outputs.dtype)
 
     def numbers_first(self, numbers: Tensor, values: Tensor) -> Tensor:
-        """Return (3 K - 1, B, F) of (B, F (3 K - 1)): what is done along bins is faster then."""
-        return numbers.reshape(*values.shape, 3 * self.num_bins - 1).movedim(-1, 0).contiguous()
+        """Return (3 K - 1, B, F) of (B, F (3 K - 1)): what is done along bins is faster then.
+
+        In float32 at least: bins may be smaller than what half precision tells apart.
+        """
+        numbers = at_least_single(numbers).reshape(*values.shape, 3 * self.num_bins - 1)
+        return numbers.movedim(-1, 0).contiguous()
 
     def differentiable(self, inputs: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `forward` does, by operations that are differentiated any number of times.

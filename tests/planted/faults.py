@@ -398,6 +398,13 @@ FAULTS: tuple[Fault, ...] = (
         "linearization::test_what_comes_back_is_counted_once_where_one_argument_was_made_from_another",
     ),
     Fault(
+        "splines of half precision are computed in half precision",
+        "precision.py",
+        "return values.float() if",
+        "return values if",
+        "hybrid::test_splines_of_half_precision_have_no_empty_bins",
+    ),
+    Fault(
         "the softmax of conditional splines is differentiated without its mean",
         "transforms/conditional_splines.py",
         "of_shares.sub_(mean).mul_(",
