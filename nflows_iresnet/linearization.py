@@ -18,8 +18,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -344,6 +344,13 @@ def _vjp(function: Function, inputs: Tensor) -> tuple[Tensor, Function]:
         with unrecorded(), _out_of_inference_mode():
             value, pullback = torch.func.vjp(function, inputs)[:2]
     except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            raise ValueError(
+                "a network that is differentiated automatically cannot be evaluated where hooks "
+                "change what is saved for the backward pass, as recompute=True, "
+                "torch.utils.checkpoint and save_on_cpu do: leave them out, or use a network of "
+                "nflows_iresnet.nn with its unit-wise activations"
+            ) from error
         if "mutate a captured Tensor" not in str(error):
             raise
         raise ValueError(
@@ -438,28 +445,53 @@ class OpaqueFunction(ResidualFunction):
     Its `lipschitz` is the attribute `lipschitz` of the callable, where it has one.
     """
 
-    def __init__(self, net: Callable[..., Tensor], context: Tensor | None = None) -> None:
-        self._net = net
-        self._context = context
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        context: Tensor | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._net, self._context, self._state = net, context, state
         self.lipschitz = _validated_claim(net)
 
     @in_full_products("anything")
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return net(inputs), with the context where there is one."""
-        return self._net(inputs) if self._context is None else self._net(inputs, self._context)
+        arguments = (inputs,) if self._context is None else (inputs, self._context)
+        if self._state is None:
+            return self._net(*arguments)
+        return torch.func.functional_call(cast(nn.Module, self._net), self._state, arguments)
 
     def split(self) -> tuple[list[Tensor], Rebuild]:
-        """Return the context, and how to replace it; the callable stays as it is."""
-        if self._context is None:
-            return [], lambda _: self
-        net = self._net
-        return [self._context], lambda tensors: OpaqueFunction(net, tensors[0])
+        """Return the context and what a module is made of now, which it may not be later.
+
+        `functional_call` takes back what it lent, and weights may be loaded. A module that is as it
+        was is called as it is.
+        """
+        net, state = self._net, self._state or _state_of(self._net)
+        contexts = [] if self._context is None else [self._context]
+
+        def rebuild(tensors: Sequence[Tensor]) -> OpaqueFunction:
+            context = tensors[0] if contexts else None
+            then = dict(zip(state, tensors[len(contexts) :], strict=True))
+            now = _state_of(net)
+            is_as_it_was = all(now.get(name) is each for name, each in then.items())
+            return OpaqueFunction(net, context, None if is_as_it_was else then)
+
+        return [*contexts, *state.values()], rebuild
 
     def select(self, rows: Tensor | slice) -> OpaqueFunction:
         """Return the same function with the context of `rows` only."""
         if self._context is None:
             return self
-        return OpaqueFunction(self._net, select_rows(self._context, rows))
+        return OpaqueFunction(self._net, select_rows(self._context, rows), self._state)
+
+
+def _state_of(net: object) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module by their names."""
+    if not isinstance(net, nn.Module):
+        return {}
+    return dict(chain(net.named_parameters(), net.named_buffers()))
 
 
 def _validated_claim(net: object) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from nflows_iresnet import ResidualFlow, logdet, nn, solvers, transforms
 
@@ -378,3 +378,121 @@ class _Expanding(torch.nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.weight * inputs
+
+
+# --- weights that are others when gradients come back ---------------------------------------------
+
+
+class Scaled(torch.nn.Module):
+    """g(x) = w sin(x), differentiated automatically."""
+
+    lipschitz = 0.9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.weight * inputs.sin()
+
+
+def of_scaled(kind: type[transforms.ResidualTransform]) -> Callable[[], torch.nn.Module]:
+    return lambda: _Inverse(kind(Scaled(), estimator=logdet.Exact()))
+
+
+class _Inverse(torch.nn.Module):
+    def __init__(self, transform: transforms.ResidualTransform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        values, logabsdet = self.transform.inverse(inputs)
+        return values.sum() + logabsdet.sum()
+
+
+INVERSES: dict[str, Callable[[], torch.nn.Module]] = {
+    "residual": of_scaled(transforms.ResidualTransform),
+    "monotone": of_scaled(transforms.MonotoneTransform),
+    "parameter-of-an-activation": lambda: _Inverse(block(nn.CLipSwish())),
+    "activation-of-torch": lambda: _Inverse(block(torch.nn.Tanh())),
+}
+
+
+@pytest.mark.parametrize("make", INVERSES.values(), ids=INVERSES)
+def test_lent_weights_are_those_that_gradients_come_back_to(
+    make: Callable[[], torch.nn.Module],
+) -> None:
+    """`functional_call` has taken them back by then, and an ensemble has none of its own."""
+    module, at = make(), torch.linspace(-1, 2, 6, dtype=torch.float64).reshape(3, 2)
+    buffers = dict(module.named_buffers())
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return functional_call(module, {**weights, **buffers}, (at,))
+
+    own = {name: each.detach() for name, each in module.named_parameters()}
+    stacks = {name: torch.stack([each, 1.5 * each, 2 * each]) for name, each in own.items()}
+    together = vmap(grad(loss))(stacks)
+    for index in range(3):
+        lent = {name: each[index].clone().requires_grad_() for name, each in stacks.items()}
+        lent_gradients = gradients(loss(lent), lent)
+        module.load_state_dict({**lent, **buffers})
+        owned = gradients(module(at), dict(module.named_parameters()))
+        for name in own:
+            torch.testing.assert_close(lent_gradients[name], owned[name])
+            torch.testing.assert_close(together[name][index], owned[name])
+
+
+def gradients(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(of.values()), materialize_grads=True, allow_unused=True)
+    return dict(zip(of, found, strict=True))
+
+
+@pytest.mark.parametrize("make", INVERSES.values(), ids=INVERSES)
+def test_weights_that_are_overwritten_before_the_backward_pass_are_noticed_or_do_not_matter(
+    make: Callable[[], torch.nn.Module],
+) -> None:
+    """A normalised weight has its own memory; what is used as it is has not."""
+    module = make().requires_grad_(False)
+    at = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(module(at), at)
+    noticed = set()
+    for name, weight in module.named_parameters():
+        loss, before = module(at), weight.clone()
+        weight.mul_(1.5)
+        try:
+            torch.testing.assert_close(torch.autograd.grad(loss, at)[0], expected)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            noticed.add(name.rpartition(".")[2])
+        weight.copy_(before)
+    assert noticed & {"weight", "bias", "unconstrained_beta"}
+
+
+def test_lent_weights_are_those_that_are_recomputed() -> None:
+    def gradient(*, recompute: bool) -> Tensor:
+        torch.manual_seed(0)
+        flow = ResidualFlow(2, 8, 2, activation=nn.CLipSwish(), recompute=recompute).eval().double()
+        lent = {name: 1.5 * each.detach() for name, each in flow.named_parameters()}
+        beta = next(each for name, each in lent.items() if "beta" in name).requires_grad_()
+        score = _Score(flow)
+        named = {f"flow.{name}": each for name, each in lent.items()}
+        loss = functional_call(score, named, (torch.ones(3, 2, dtype=torch.float64),))
+        return torch.autograd.grad(loss.sum(), beta)[0]
+
+    torch.testing.assert_close(gradient(recompute=True), gradient(recompute=False))
+
+
+class _Score(torch.nn.Module):
+    def __init__(self, flow: ResidualFlow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.flow.log_prob(inputs)
+
+
+def test_what_cannot_be_recomputed_is_named_with_the_remedy() -> None:
+    flow = ResidualFlow(2, 8, 2, activation=torch.nn.Tanh(), recompute=True)
+    with pytest.raises(ValueError, match=r"recompute=True.*leave them out"):
+        flow.log_prob(torch.randn(8, 2))

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -116,6 +118,35 @@ def _has_hooks(module: nn.Module | None) -> bool:
     return module is not None and (
         is_hooked(module) or any(map(_has_hooks, module._modules.values()))
     )
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module and its parts, in order."""
+    own = chain(module._parameters.values(), module._buffers.values())
+    parts = (each for each in module._modules.values() if each is not None)
+    return [
+        *(each for each in own if each is not None),
+        *chain.from_iterable(map(tensors_of, parts)),
+    ]
+
+
+def made_of(module: nn.Module, tensors: Iterator[Tensor]) -> nn.Module:
+    """Return a copy of a module that is made of other tensors, in the order of `tensors_of`."""
+    made = copy(module)
+    for kind in ("_parameters", "_buffers"):
+        own = getattr(module, kind).items()
+        made.__dict__[kind] = {n: None if each is None else next(tensors) for n, each in own}
+    parts = module._modules.items()
+    made.__dict__["_modules"] = {
+        name: None if part is None else made_of(part, tensors) for name, part in parts
+    }
+    return made
+
+
+def held(module: nn.Module) -> nn.Module:
+    """Return a module that keeps the tensors that it has now; itself, if it has none."""
+    tensors = tensors_of(module)
+    return made_of(module, iter(tensors)) if tensors else module
 
 
 def widening_of(activation: nn.Module) -> int:

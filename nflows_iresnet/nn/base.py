@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from nflows_iresnet.conditioning import bounded_exp, check_context, context_mlp
 from nflows_iresnet.linearization import (
     AutogradLinearization,
     Linearization,
+    Rebuild,
     ResidualFunction,
     is_hooked,
     select_rows,
@@ -27,6 +29,8 @@ from nflows_iresnet.nn.activations import (
     SmoothAbs,
     called,
     is_unit_wise,
+    made_of,
+    tensors_of,
     widening_of,
 )
 from nflows_iresnet.nn.balancing import Stored, balanced, balanced_weights
@@ -157,6 +161,20 @@ class LayeredFunction(ResidualFunction):
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return g(inputs), of the shape of the inputs."""
         return self.evaluate(inputs, with_slopes=False).value
+
+    def split(self) -> tuple[list[Tensor], Rebuild]:
+        """Return the tensors that the function is made of, those of activations last."""
+        tensors, rebuild = super().split()
+        of_activations = list(map(tensors_of, self.activations))
+
+        def rebuild_all(others: Sequence[Tensor]) -> ResidualFunction:
+            remaining = iter(others[len(tensors) :])
+            pairs = zip(self.activations, of_activations, strict=True)
+            activations = [made_of(each, remaining) if own else each for each, own in pairs]
+            rebuilt = cast(LayeredFunction, rebuild(others[: len(tensors)]))
+            return replace(rebuilt, activations=activations)
+
+        return [*tensors, *chain.from_iterable(of_activations)], rebuild_all
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_iresnet.linearization import ForwardLinearization, Linearization, is_traced
-from nflows_iresnet.nn.activations import widening_of
+from nflows_iresnet.nn.activations import held, widening_of
 from nflows_iresnet.nn.base import (
     Evaluation,
     LayeredFunction,
@@ -126,7 +126,7 @@ class LipschitzCNN(LayeredNet):
         return ConvFunction(
             weights,
             [shift if shift.dim() == 1 else shift[:, :, None, None] for shift in shifts],
-            list(self.activations),
+            list(map(held, self.activations)),
             lipschitz,
             [stretch[:, None, None, :] for stretch in stretches],
             self.padding_mode,

@@ -226,7 +226,8 @@ def inverse_gradients(subject: Subject) -> None:
     module, is_random = _Inverse(subject.transform), subject.is_random()
     parameters = dict(module.named_parameters())
     directions = {name: _direction(parameter) for name, parameter in parameters.items()}
-    offsets = [outputs.new_zeros((), requires_grad=True) for _ in parameters]
+    # away from the stored weights, which are there again when gradients come back
+    offsets = [outputs.new_full((), 0.1, requires_grad=True) for _ in parameters]
 
     def inverse(
         targets: Tensor, conditions: Tensor | None, *steps: Tensor
