@@ -391,8 +391,8 @@ class _CapturedStep:
         self._replays: dict[int, Body] = {}
         self._lengths_met: set[int] = set()
         self._rates = _LearningRates(step.optimizer, arguments[0].device)
-        self._blocks = [each for each in step.flow.modules() if isinstance(each, ResidualTransform)]
-        self._setting = _Setting.of(step, self._blocks)
+        self._modules = list(step.flow.modules())
+        self._setting = _Setting.of(step, self._modules)
         _require_known_to_work(step)
         self._older = held_by_graphs(step.parameters())
         random_state = _RandomState(recorder.generator)
@@ -503,7 +503,7 @@ class _CapturedStep:
         given, known = _kinds(arguments), _kinds(self._inputs)
         if given != known:
             return _Obstacle("shape", f"it is given {given}, and was captured for {known}")
-        return self._setting.obstacle(_Setting.of(self._step, self._blocks))
+        return self._setting.obstacle(_Setting.of(self._step, self._modules))
 
     def is_in_place(self) -> bool:
         """Whether the parameters are where the graphs read and write them."""
@@ -558,13 +558,13 @@ def _kinds(arguments: tuple[Tensor, ...]) -> str:
 class _Setting:
     """What a graph has in it that is no tensor."""
 
-    is_training: bool
+    modes: tuple[bool, ...]
     autocast: torch.dtype | None
     hyperparameters: tuple[tuple[tuple[str, object], ...], ...]
     strategies: tuple[tuple[object, object], ...]
 
     @staticmethod
-    def of(step: EagerStep, blocks: Sequence[ResidualTransform]) -> _Setting:
+    def of(step: EagerStep, modules: Sequence[nn.Module]) -> _Setting:
         kind = step.optimizer.param_groups[0]["params"][0].device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         names = sorted(step.optimizer.defaults.keys() - {"lr", "fused", "foreach", "capturable"})
@@ -572,16 +572,20 @@ class _Setting:
             tuple((name, _comparable(group.get(name))) for name in names)
             for group in step.optimizer.param_groups
         )
+        modes = tuple(bool(each.training) for each in modules)
+        blocks = (each for each in modules if isinstance(each, ResidualTransform))
         strategies = tuple((block.estimator, block.solver) for block in blocks)
-        return _Setting(bool(step.flow.training), autocast, hyperparameters, strategies)
+        return _Setting(modes, autocast, hyperparameters, strategies)
 
     def obstacle(self, present: _Setting) -> _Obstacle | None:
         if present == self:
             return None
-        if present.is_training != self.is_training:
-            modes = {True: "training", False: "evaluation"}
-            then, now = modes[self.is_training], modes[present.is_training]
-            return _Obstacle("mode", f"the model is in {now} mode, and was captured in {then} mode")
+        if present.modes != self.modes:
+            what = "a part of the model" if present.modes[0] == self.modes[0] else "the model"
+            both = zip(self.modes, present.modes, strict=True)
+            was_training = next(then for then, now in both if then != now)
+            then, now = ("training", "evaluation")[:: 1 if was_training else -1]
+            return _Obstacle("mode", f"{what} is in {now} mode, and was captured in {then} mode")
         if present.autocast != self.autocast:
             text = f"autocast is to {present.autocast}, and was to {self.autocast} when captured"
             return _Obstacle("autocast", text)

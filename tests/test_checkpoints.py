@@ -228,12 +228,20 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
 def test_random_states_are_restored() -> None:
     seed_everything(3)
     np.random.randn()
-    state = random_state()
+    state = random_state(torch.device("cpu"))
     draws = [(torch.rand(()).item(), np.random.randn(), np.random.rand())]
     torch.rand(7), np.random.rand(700)
-    set_random_state(state)
+    set_random_state(state, torch.device("cpu"))
     draws.append((torch.rand(()).item(), np.random.randn(), np.random.rand()))
     assert draws[0] == draws[1]
+
+
+def test_a_checkpoint_of_a_gpu_is_taken_up_without_one() -> None:
+    cpu = torch.device("cpu")
+    state = {**random_state(cpu), "cuda": torch.zeros(16, dtype=torch.uint8)}
+    expected = torch.rand(3)
+    set_random_state(state, cpu)
+    assert torch.equal(torch.rand(3), expected)
 
 
 # --- the average of the weights -------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from nflows_iresnet import testing, transforms
+from nflows_iresnet import ResidualFlow, testing, transforms
 from nflows_iresnet.nn import LipschitzMLP
 from tests import device, pretended
 from tests.cases import CASES
@@ -101,6 +101,18 @@ class OnTheCPU(transforms.ActNorm):
 def test_a_tensor_that_is_made_elsewhere_is_seen() -> None:
     with pytest.raises(AssertionError, match="must be on pretended"):
         testing.check_transform(OnTheCPU(3), torch.randn(4, 3), clauses=("round_trip",))
+
+
+@pytest.mark.usefixtures("on_pretended")
+def test_rows_to_start_from_are_moved_to_the_weights() -> None:
+    for rows in (torch.randn(200, 3), torch.randn(200, 3, device="cpu")):
+        flow, norm = ResidualFlow(3, 8, 1), transforms.ActNorm(3)
+        flow.initialize(100 * rows)
+        norm.initialize(100 * rows)
+        assert bool(flow.log_prob(torch.zeros(1, 3)).isfinite())
+        for part in (norm, *(each for each in flow.modules() if isinstance(each, type(norm)))):
+            assert bool(part.initialized)
+        assert float(norm.log_scale.max()) < -4
 
 
 @pytest.mark.usefixtures("on_pretended")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from nflows_iresnet import ResidualFlow, logdet
 from nflows_iresnet.training import History, fit
@@ -31,10 +31,25 @@ def shuffled_by_its_own_generator() -> DataLoader[Any]:
     return DataLoader(DATASET, 16, shuffle=True, generator=torch.Generator().manual_seed(7))
 
 
+def sampled(generator: torch.Generator) -> RandomSampler:
+    return RandomSampler(DATASET, generator=generator)
+
+
+def shuffled_by_its_sampler() -> DataLoader[Any]:
+    return DataLoader(DATASET, 16, sampler=sampled(torch.Generator().manual_seed(7)))
+
+
+def shuffled_by_the_sampler_of_batches() -> DataLoader[Any]:
+    sampler = sampled(torch.Generator().manual_seed(7))
+    return DataLoader(DATASET, batch_sampler=BatchSampler(sampler, 16, drop_last=False))
+
+
 SOURCES: dict[str, Callable[[], Any]] = {
     "rows": lambda: ROWS,
     "loader": shuffled,
     "loader with a generator": shuffled_by_its_own_generator,
+    "sampler with a generator": shuffled_by_its_sampler,
+    "sampler of batches": shuffled_by_the_sampler_of_batches,
     "list": lambda: list(ROWS.split(16)),
 }
 

@@ -278,6 +278,18 @@ def test_what_a_graph_does_not_serve_runs_eagerly_and_says_once_why(
     assert float(optimizer.state[next(iter(flow.parameters()))]["step"]) == 6
 
 
+def test_the_mode_of_a_part_is_that_of_its_capture(recorder: EmulatedRecorder) -> None:
+    """As that of an embedding whose batch normalisation is frozen."""
+    flow, batch = make_flow(), rows()[0]
+    step = GraphedStep(flow, adam(flow), batch)
+    step(batch)
+    step(batch)
+    assert step.is_captured
+    next(flow.children()).eval()
+    with pytest.warns(NotCapturedWarning, match="a part of the model is in evaluation mode"):
+        step(batch)
+
+
 def test_the_learning_rate_is_given_back_where_nothing_is_captured(
     recorder: EmulatedRecorder,
 ) -> None:

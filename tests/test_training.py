@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nflows_iresnet import ResidualFlow, interruption, logdet, transforms
+from nflows_iresnet.flows import Flow
 from nflows_iresnet.nn import PowerIteration
 from nflows_iresnet.training import History, TrainingDivergedError, fit
 from nflows_iresnet.training.loop import Training, adam, run
@@ -143,6 +145,58 @@ def test_a_flow_that_was_trained_before_does_not_come_back_worse() -> None:
     assert math.isnan(history.curve[0].train)
     for name, value in flow.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def learned_through_its_inverse() -> ResidualFlow:
+    flow = residual_flow()
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        samples, log_prob = flow.sample_and_log_prob(16)
+        (log_prob + (samples - 3).square().sum(1)).mean().backward()
+        optimizer.step()
+    return flow
+
+
+def parameters_of_another() -> ResidualFlow:
+    trained, flow = residual_flow(), residual_flow()
+    quick(trained, max_steps=40)
+    flow.load_state_dict(dict(trained.named_parameters()), strict=False)
+    return flow
+
+
+def half_of_it_new() -> Flow:
+    trained, flow = residual_flow(), residual_flow()
+    quick(trained, max_steps=40)
+    both = transforms.CompositeTransform([*trained._transform._transforms, transforms.ActNorm(2)])
+    return Flow(both, flow._distribution)
+
+
+@pytest.mark.parametrize("make", [learned_through_its_inverse, parameters_of_another])
+def test_what_was_learned_without_its_flag_is_not_started_anew(
+    make: Callable[[], ResidualFlow],
+) -> None:
+    flow, rows = make(), rows_of(20, seed=1)
+    with torch.no_grad(), transforms.using(flow, estimator=logdet.Exact()):
+        expected = -float(flow.eval().log_prob(rows).double().mean())
+    history = quick(flow.train(), validation=rows, learning_rate=1e-9)
+    assert history.curve[0].step == 0
+    for point in history.curve:
+        assert point.validation == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_new_part_does_not_have_the_others_started_anew() -> None:
+    flow = half_of_it_new()
+    before = {name: value.clone() for name, value in flow.named_parameters()}
+    history = quick(flow, learning_rate=1e-9, max_steps=2, validations=1)
+    assert history.curve[0].step == 2, "there is nothing to validate before its first batch"
+    *learned, last = (module for module in flow.modules() if isinstance(module, transforms.ActNorm))
+    assert learned
+    assert bool(last.initialized)
+    assert bool(last.log_scale.any())
+    for name, value in flow.named_parameters():
+        if value is not last.log_scale and value is not last.shift:
+            torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
 
 
 def test_patience_does_not_count_from_the_start() -> None:
@@ -381,7 +435,39 @@ def test_a_net_that_is_no_flow_of_ours_keeps_its_buffers() -> None:
     assert int(model.norm.num_batches_tracked) == 10  # type: ignore[arg-type]
 
 
+def test_a_part_in_evaluation_mode_stays_there() -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.line = nn.BatchNorm1d(2), Line()
+
+        def log_prob(self, rows: Tensor) -> Tensor:
+            return self.line.log_prob(self.norm(rows))
+
+    for frozen, expected in ((True, 0), (False, 10)):
+        model = Embedding()
+        model.norm.train(not frozen)
+        quick(model)
+        assert int(model.norm.num_batches_tracked) == expected  # type: ignore[arg-type]
+    quick(model.eval())
+    assert int(model.norm.num_batches_tracked) == 20  # type: ignore[arg-type]
+
+
 # --- seeds, records, interruption -----------------------------------------------------------------
+
+
+def test_a_training_on_one_device_leaves_the_generators_of_others_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Noise drawn on a GPU between trainings on the CPU would be the same each time."""
+    touched: list[str] = []
+    given = [residual_flow() for _ in range(2)]
+    for name in ("manual_seed", "manual_seed_all", "get_rng_state_all", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: touched.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for index, flow in enumerate(given):
+        quick(flow, seed=3, checkpoint=tmp_path / f"{index}.pt")
+    assert touched == []
 
 
 def test_one_seed_reproduces_everything_and_nothing_global_is_touched() -> None:

@@ -97,6 +97,25 @@ def test_the_inverse_saves_no_more_for_more_steps() -> None:
     assert saved_elements(quick) == saved_elements(slow)
 
 
+class Nothing(torch.nn.Module):
+    """g(x) = 0, as a gated network starts."""
+
+    lipschitz = 0.9
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.zeros_like(inputs)
+
+
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_what_an_inverse_returns_is_no_memory_of_the_caller(has_gradient: bool) -> None:
+    outputs = torch.randn(3, 2)
+    kept = outputs.clone()
+    with torch.set_grad_enabled(has_gradient):
+        found, _ = transforms.ResidualTransform(Nothing()).inverse(outputs)
+    found += 1
+    assert torch.equal(outputs, kept)
+
+
 def test_inside_nflows_and_inverted() -> None:
     torch.manual_seed(0)
     block = stretched_block(3)

@@ -27,6 +27,7 @@ from nflows_iresnet.experiments.evaluation import (
 )
 from nflows_iresnet.experiments.models import Architecture, ImageArchitecture
 from nflows_iresnet.experiments.record import DatasetSummary
+from nflows_iresnet.training.processes import seeded
 from nflows_iresnet.training.rows import Batches
 from nflows_iresnet.transforms import dequantize
 
@@ -235,9 +236,7 @@ class ImageTask(_Task):
         """Estimate the NLL of the first validation images in nats, without moving a generator."""
         images = self.data.validation[:NUM_VALIDATION_ROWS]
         rows = _with_noise(images, _VALIDATION_NOISE).to(config.device)
-        devices = [rows.device] if rows.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(_VALIDATION_NOISE)
+        with seeded(_VALIDATION_NOISE, rows.device):
             return -float(estimated_log_prob(model, rows, _VALIDATION_CHUNK).double().mean())
 
     def evaluation_data(self, config: RunConfig) -> EvaluationData:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from nflows_iresnet.nn.layers import NormedLayer
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.transforms import ResidualTransform
-from nflows_iresnet.transforms.initialization import starts_from_rows
+from nflows_iresnet.transforms.initialization import is_waiting, starts_from_rows
 
 _MOST_LAYERS, _MOST_KINDS = 12, 2
 """How many lines there are for the layers, and for the networks, estimators and solvers each."""
@@ -150,16 +150,16 @@ def _describe_bound(net: nn.Module) -> str:
 
 def _start(transform: nn.Module) -> str:
     parts = [each for each in transform.modules() if starts_from_rows(each)]
-    flags = [each.initialized for each in parts if isinstance(each.initialized, torch.Tensor)]
-    if not flags:
+    if not parts:
         return "nothing depends on data"
-    if any(flag.is_meta for flag in flags):
+    flags = [getattr(each, "initialized", None) for each in parts]
+    if any(isinstance(flag, torch.Tensor) and flag.is_meta for flag in flags):
         return "unknown on the meta device"
-    waiting = len(flags) - int(torch.stack(flags).sum())
+    waiting = sum(map(is_waiting, parts))
     if not waiting:
-        return f"made from data, in all {len(flags)} parts that depend on it"
+        return f"made from data, in all {len(parts)} parts that depend on it"
     return (
-        f"{waiting} of {len(flags)} parts wait for data: initialize(rows), or the first batch in "
+        f"{waiting} of {len(parts)} parts wait for data: initialize(rows), or the first batch in "
         "training mode"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -184,7 +184,7 @@ def _constant(make: Callable[..., Tensor], matrices: Tensor) -> Tensor:
     return make(size, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=16)
+@cache  # for ever: CUDA graphs read it
 @torch.inference_mode(False)
 def _made_once(
     make: Callable[..., Tensor], size: int, dtype: torch.dtype, device: torch.device

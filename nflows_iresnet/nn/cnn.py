@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -385,7 +385,7 @@ class Regions(NamedTuple):
     is_pixel: Tensor
 
 
-@lru_cache(maxsize=64)
+@cache  # for ever: CUDA graphs read it
 @torch.inference_mode(False)
 def regions_of(
     size: tuple[int, int],

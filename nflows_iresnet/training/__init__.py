@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nflows_iresnet.graphs import Loss, negative_log_likelihood, trainable
 from nflows_iresnet.interruption import Noted
 from nflows_iresnet.training.checkpoints import Keeper
 from nflows_iresnet.training.loop import Training, close, options_of, run
-from nflows_iresnet.training.processes import Processes, seed_everything, seeded
+from nflows_iresnet.training.processes import Processes, seed_generators, seeded
 from nflows_iresnet.training.progress import (
     CLIP_NORM,
     CurvePoint,
@@ -36,6 +36,7 @@ from nflows_iresnet.training.progress import (
     TrainingPlan,
 )
 from nflows_iresnet.training.rows import GivenRows, Rows, Validator
+from nflows_iresnet.transforms.initialization import is_waiting, starts_from_rows
 from nflows_iresnet.validation import validated_size
 
 __all__ = ["CurvePoint", "History", "TrainingDivergedError", "fit"]
@@ -118,7 +119,8 @@ def fit(
 
     Args:
         flow: any flow of nflows or of this library, or any module with `log_prob(rows)` or
-            `log_prob(rows, context)` in nats; with a `loss`, any module. Trained in place.
+            `log_prob(rows, context)` in nats; with a `loss`, any module. Trained in place. Where
+            it is in training mode, its parts in evaluation mode stay there meanwhile.
         train: rows (N, *), or rows and their context ((N, *), (N, C)), shuffled afresh in each
             epoch; or a data loader of such batches, which is run through again and again. They are
             moved to the device of the flow, and numbers that are not whole to its precision.
@@ -137,8 +139,8 @@ def fit(
         average_decay: in [0, 1); None validates and keeps the weights themselves.
         validations: how often the flow is validated, at equal intervals of the schedule.
         patience: validations without a new best after which training stops.
-        initialize: whether a flow with parts that start from data (`flow.initialize`), one of which
-            has not started, is started from the first 5,000 rows of `train`.
+        initialize: whether a flow with parts that start from data (`flow.initialize`), none of
+            which has started or learned, is started from the first 5,000 rows of `train`.
         seed: of all that is random in the training, so that the same call on the same weights gives
             the same result (bit for bit on a CPU); the global generators of torch and numpy are
             left as they were. None draws from them.
@@ -173,7 +175,7 @@ def fit(
     given = GivenRows(train, like, "training", processes)
     with seeded(seed, like.device):
         processes.agree_on_state(flow)
-        if initialize and hasattr(flow, "initialize") and not _has_started(flow):
+        if initialize and hasattr(flow, "initialize") and _is_new(flow):
             flow.initialize(*given.first(START_ROWS))
         plan = TrainingPlan(
             learning_rate,
@@ -183,7 +185,7 @@ def fit(
             patience=validated_size("patience", patience),
             average_decay=average_decay,
             warmup=warmup,
-            validates_start=_has_started(flow),
+            validates_start=not any(map(is_waiting, flow.modules())),
         )
         size = validated_size("batch_size", batch_size)
         validate = validation if callable(validation) else Validator(validation, like, loss)
@@ -198,7 +200,7 @@ def fit(
             processes=processes,
         )
         if seed is not None and processes.rank > 0:
-            seed_everything(int(torch.randint(2**31, ())) + processes.rank)
+            seed_generators(int(torch.randint(2**31, ())) + processes.rank, like.device)
         keeper = None
         if checkpoint is not None:
             settings = {"batch_size": size, "seed": seed, "training rows": str(given)}
@@ -257,10 +259,14 @@ def _number(value: Any) -> float:
         ) from None
 
 
-def _has_started(flow: Any) -> bool:
-    """Whether no part of a flow waits for its first rows."""
-    states = [getattr(module, "initialized", None) for module in flow.modules()]
-    return all(bool(state) for state in states if isinstance(state, Tensor))
+def _is_new(flow: nn.Module) -> bool:
+    """Whether parts of a flow wait for their first rows, and none has started or learned.
+
+    Where some have, those that wait start from the first batch: to start all would undo the others.
+    """
+    flagged = (each for each in flow.modules() if hasattr(each, "initialized"))
+    parts = [each for each in flagged if starts_from_rows(each) or is_waiting(each)]
+    return bool(parts) and all(map(is_waiting, parts))
 
 
 class _Display:

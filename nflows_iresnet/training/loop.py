@@ -27,6 +27,7 @@ from nflows_iresnet.training.progress import (
     TrainingDivergedError,
     TrainingPlan,
 )
+from nflows_iresnet.transforms.initialization import evaluating
 
 _OF_NOW = {"lr", "initial_lr", "fused", "foreach", "capturable"}
 """Of the groups of an optimiser: what no checkpoint decides."""
@@ -57,11 +58,15 @@ class WeightAverage(AveragedModel):
         self._decay, self._trained = decay, [trained]  # in a list: no part of the state
 
     def update(self) -> None:
-        """Take in the present parameters."""
+        """Take in the present parameters.
+
+        Not by `update_parameters`, which copies its count to the device, and waits for it.
+        """
         count = int(self.n_averaged)
         decay = min(self._decay, count / (count + 10))
-        self.multi_avg_fn = get_ema_multi_avg_fn(decay)
-        self.update_parameters(self._trained[0])
+        averages = list(self.module.parameters())
+        get_ema_multi_avg_fn(decay)(averages, list(self._trained[0]), self.n_averaged)
+        self.n_averaged += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -211,6 +216,7 @@ class Training:
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.stream, self.plan, self.processes = model, stream, plan, processes
+        self.device = trainable(model.parameters())[0].device
         self.optimizer = optimizer or adam(model.parameters(), plan.learning_rate)
         _require_no_closure(self.optimizer)
         _require_own(self.optimizer, model)
@@ -276,16 +282,15 @@ class Training:
 
     def validate(self) -> None:
         """Validate the average of the weights, in the first process; keep it if it is the best."""
-        with nullcontext() if self.average is None else self.average.applied():
-            self.model.train(False)
+        averaged = nullcontext() if self.average is None else self.average.applied()
+        with averaged, evaluating(self.model):
             self.processes.agree_on_state(self.model, of_buffers=True)
             self.progress.add_validation(self.model, self.processes.first(self._validate))
-            self.model.train()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs."""
         stream: Any = self.stream
-        own = {"stream": stream.state_dict(), "random": random_state()}
+        own = {"stream": stream.state_dict(), "random": random_state(self.device)}
         first, *others = self.processes.of_all(own)
         return {
             "model": self.model.state_dict(),
@@ -308,7 +313,7 @@ class Training:
             self.average.load_state_dict(state["average"])
         own, stream = [state, *state.get("others", [])][self.processes.rank], cast(Any, self.stream)
         stream.load_state_dict(own["stream"])
-        set_random_state(own["random"])
+        set_random_state(own["random"], self.device)
 
     def scale_rates(self, factor: float) -> None:
         """Give the optimiser a part of the learning rates that it had before the schedule."""
@@ -375,7 +380,8 @@ def run(
         _take_up(training, keeper)
     processes, progress = training.processes, training.progress
     is_alone = processes.count == 1
-    training.model.train()
+    if not training.model.training:  # else a part that is in evaluation mode is to stay there
+        training.model.train()
     wish = interruption or _Never()
     with wish:
         if training.plan.validates_start and not progress.curve and not progress.begun:

@@ -105,37 +105,46 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the global generators of the host and of one device, and none of other devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    np.random.seed(seed)
+
+
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seed the global generators for a block, and leave them as they were; None does nothing."""
+    """Seed the generators of a device for a block, and leave them as they were; not with None."""
     if seed is None:
         yield
         return
     state = np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seed_everything(seed)
+        seed_generators(seed, device)
         try:
             yield
         finally:
             np.random.set_state(state)
 
 
-def random_state() -> dict[str, Any]:
-    """Return the state of every global generator that models draw from."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of the global generators that a model on a device draws from."""
     numpy: dict[str, Any] = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()  # an array would need code to be read
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": numpy,
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Go on with the random numbers of `random_state`."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on with the random numbers of `random_state`, on the same device or another."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
     np.random.set_state(state["numpy"])
 
 

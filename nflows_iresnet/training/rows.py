@@ -126,6 +126,11 @@ class GivenRows:
         else:
             self._agree_to_take(rows)
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are moved."""
+        return self._like.device
+
     def _take(self, rows: Any) -> None:
         if isinstance(rows, Tensor | tuple):
             given = rows if isinstance(rows, tuple) else (rows,)
@@ -242,14 +247,27 @@ class _Cycle(Iterator[tuple[Tensor, ...]]):
         sampler: Any = getattr(self._given.loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        own = None if self._generator is None else self._generator.get_state()
-        self._start = {"epoch": epoch, "before": random_state(), "before_own": own}
+        own = [each.get_state() for each in self._generators]
+        self._start = {
+            "epoch": epoch,
+            "before": random_state(self._given.device),
+            "before_own": own,
+        }
         self._batches = self._given.batches()
 
     @property
-    def _generator(self) -> Generator | None:
-        found = getattr(self._given.loader, "generator", None)
-        return found if isinstance(found, Generator) else None
+    def _generators(self) -> list[Generator]:
+        """Those of the loader and of its samplers, each once."""
+        loader: Any = self._given.loader
+        batches = getattr(loader, "batch_sampler", None)
+        owners = (
+            loader,
+            getattr(loader, "sampler", None),
+            batches,
+            getattr(batches, "sampler", None),
+        )
+        found = (getattr(owner, "generator", None) for owner in owners)
+        return list({id(each): each for each in found if isinstance(each, Generator)}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, from which `load_state_dict` goes on."""
@@ -257,9 +275,9 @@ class _Cycle(Iterator[tuple[Tensor, ...]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Run through the epoch as far as it had come; the random state is then another."""
-        set_random_state(state["before"])
-        if self._generator is not None:
-            self._generator.set_state(state["before_own"])
+        set_random_state(state["before"], self._given.device)
+        for generator, before in zip(self._generators, state["before_own"], strict=True):
+            generator.set_state(before)
         self._start_epoch(state["epoch"])
         for _ in range(state["position"]):
             next(self)

@@ -11,12 +11,14 @@ import torch
 from nflows import transforms as nflows_transforms
 from torch import Tensor, nn
 
-from nflows_iresnet.linearization import bind
+from nflows_iresnet.linearization import bind, first_parameter
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.composite import CompositeTransform
+from nflows_iresnet.transforms.linear import LinearTransform
 from nflows_iresnet.transforms.normalization import ActNorm
 from nflows_iresnet.transforms.residual import ResidualTransform, using
+from nflows_iresnet.transforms.splines import ElementwiseRationalQuadraticSpline
 from nflows_iresnet.validation import validated_size
 
 
@@ -41,8 +43,8 @@ def initialize(
 
     Args:
         transform: any transform, data -> noise; for a flow of nflows its `_transform`.
-        rows: shape (N, *); some thousands are plenty. Where several processes train one model, each
-            gives its own, at the same time.
+        rows: shape (N, *); some thousands are plenty. They are moved to the device of the weights.
+            Where several processes train one model, each gives its own, at the same time.
         context: shape (N, C), or None; as the transform takes it, after an embedding.
         batch_size: how many rows go through a transform at a time.
 
@@ -62,6 +64,9 @@ def initialize(
     size = validated_size("batch_size", batch_size)
     _check(rows, context)
     rows = like_weights(rows, transform, "rows") if rows.is_floating_point() else rows
+    if (weight := first_parameter(transform)) is not None:
+        rows = rows.to(weight.device)
+        context = None if context is None else context.to(weight.device)
     with torch.no_grad(), evaluating(transform), _without_logabsdet(transform):
         _Pass(context, size).through(transform, rows)
 
@@ -143,6 +148,19 @@ def starts_from_rows(part: nn.Module) -> bool:
     if isinstance(part, nflows_transforms.ActNorm):
         return True
     return bool(getattr(part, "starts_from_rows", False)) and hasattr(part, "initialize")
+
+
+def is_waiting(part: nn.Module) -> bool:
+    """Whether a part has not started: its flag says so, and it has learned nothing meanwhile.
+
+    Parameters of this package's parts are zero until they start, or learn through the inverse, or
+    are loaded without the flag.
+    """
+    flag = getattr(part, "initialized", None)
+    if not isinstance(flag, Tensor) or bool(flag):
+        return False
+    is_own = isinstance(part, ActNorm | LinearTransform | ElementwiseRationalQuadraticSpline)
+    return not (is_own and any(bool(each.any()) for each in part.parameters()))
 
 
 def _start(part: Any, rows: Tensor) -> None:

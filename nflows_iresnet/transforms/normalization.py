@@ -118,7 +118,7 @@ class ActNorm(_NflowsActNorm):
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
-        rows = as_rows(inputs).double()
+        rows = as_rows(inputs).to(self.log_scale.device, torch.float64)
         peak = _largest_over_processes(rows, inputs)
         if peak is None:
             return

@@ -299,7 +299,8 @@ class _FixedPointMap:
 def solve_residual(function: ResidualFunction, inputs: Tensor, solver: Solver) -> Tensor:
     """Return x with x + g(x) = inputs, differentiable in all that g and the inputs depend on."""
     targets = inputs.detach()
-    solution = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value.detach()
+    found = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value
+    solution = found.detach().clone()  # it may be the targets themselves, which are the caller's
     if not torch.is_grad_enabled():
         return solution
     attached = inputs - first_derivative_only(function(solution), _NO_HIGHER_DERIVATIVE)

@@ -1834,8 +1834,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "validation moves the generator of the training",
         "experiments/data.py",
-        "with torch.random.fork_rng(devices=devices):",
-        "if True:",
+        "with seeded(_VALIDATION_NOISE, rows.device):",
+        "torch.manual_seed(_VALIDATION_NOISE)\n        if True:",
         "images_compare::test_validation_and_test_noise_are_fixed_and_leave_no_trace",
     ),
     Fault(
@@ -1958,6 +1958,48 @@ FAULTS: tuple[Fault, ...] = (
         "survivors::test_batches_follow_their_seed_and_go_on_with_their_noise",
     ),
     Fault(
+        "what was learned without its flag is started anew",
+        "transforms/initialization.py",
+        "return not (is_own and any(",
+        "return True or not (is_own and any(",
+        "training::test_what_was_learned_without_its_flag_is_not_started_anew",
+    ),
+    Fault(
+        "a new part has all others started anew",
+        "training/__init__.py",
+        "return bool(parts) and all(map(is_waiting, parts))",
+        "return any(map(is_waiting, parts))",
+        "training::test_a_new_part_does_not_have_the_others_started_anew",
+    ),
+    Fault(
+        "a training on one device seeds all of them",
+        "training/processes.py",
+        "torch.default_generator.manual_seed(seed)",
+        "torch.manual_seed(seed)",
+        "training::test_a_training_on_one_device_leaves_the_generators_of_others_alone",
+    ),
+    Fault(
+        "the sampler's generator goes on after an interruption",
+        "training/rows.py",
+        'getattr(batches, "sampler", None),',
+        "",
+        "fit_checkpoint::test_an_interrupted_training_goes_on",
+    ),
+    Fault(
+        "a part in evaluation mode trains",
+        "training/loop.py",
+        "if not training.model.training:",
+        "if True:",
+        "training::test_a_part_in_evaluation_mode_stays_there",
+    ),
+    Fault(
+        "an inverse returns the memory of the caller",
+        "transforms/residual.py",
+        "solution = found.detach().clone()",
+        "solution = found.detach()",
+        "transforms::test_what_an_inverse_returns_is_no_memory_of_the_caller",
+    ),
+    Fault(
         "batches are not shuffled by their seed",
         "training/rows.py",
         "self._shuffles = Generator().manual_seed(seed)",
@@ -2044,7 +2086,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "a replay in evaluation mode trains",
         "graphs.py",
-        "if present.is_training != self.is_training:",
+        "if present.modes != self.modes:",
         "if False:",
         "graphs::test_what_a_graph_does_not_serve_runs_eagerly_and_says_once_why",
     ),
