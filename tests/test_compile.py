@@ -7,12 +7,14 @@ import torch
 
 from nflows_iresnet import ResidualFlow, logdet
 from nflows_iresnet.flows import HybridFlow, spline_autoregressive
+from nflows_iresnet.nn import CLipSwish
 
 FLOWS = {
     "exact-2d": lambda: ResidualFlow(2, 8, 1),
     "exact-5d-context": lambda: ResidualFlow(5, 8, 1, context_features=2),
     "hybrid": lambda: HybridFlow(3, 8, 2),
     "hybrid-autoregressive": lambda: HybridFlow(3, 8, 2, partner=spline_autoregressive),
+    "parameter-of-an-activation": lambda: ResidualFlow(2, 8, 1, activation=CLipSwish()),
     "series": lambda: ResidualFlow(4, 8, 1, estimator=logdet.PowerSeries(num_terms=4)),
 }
 

@@ -144,8 +144,12 @@ def made_of(module: nn.Module, tensors: Iterator[Tensor]) -> nn.Module:
 
 
 def held(module: nn.Module) -> nn.Module:
-    """Return a module that keeps the tensors that it has now; itself, if it has none."""
-    tensors = tensors_of(module)
+    """Return a module that keeps the tensors that it has now; itself, if it has none.
+
+    So a block that is recomputed in the backward pass has the activations of the forward pass. A
+    compiler recomputes nothing by itself, nor does `torch.func`.
+    """
+    tensors = [] if is_traced() else tensors_of(module)
     return made_of(module, iter(tensors)) if tensors else module
 
 
