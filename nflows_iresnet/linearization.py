@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -460,7 +460,8 @@ class OpaqueFunction(ResidualFunction):
         arguments = (inputs,) if self._context is None else (inputs, self._context)
         if self._state is None:
             return self._net(*arguments)
-        return torch.func.functional_call(cast(nn.Module, self._net), self._state, arguments)
+        net = cast(nn.Module, self._net)
+        return torch.func.functional_call(net, self._state, arguments, tie_weights=False)
 
     def split(self) -> tuple[list[Tensor], Rebuild]:
         """Return the context and what a module is made of now, which it may not be later.
@@ -468,17 +469,19 @@ class OpaqueFunction(ResidualFunction):
         `functional_call` takes back what it lent, and weights may be loaded. A module that is as it
         was is called as it is.
         """
-        net, state = self._net, self._state or _state_of(self._net)
-        contexts = [] if self._context is None else [self._context]
+        net, has_context = self._net, self._context is not None
+        saved, rest = state_of(net) if self._state is None else (self._state, {})
+        names = list(saved)
 
         def rebuild(tensors: Sequence[Tensor]) -> OpaqueFunction:
-            context = tensors[0] if contexts else None
-            then = dict(zip(state, tensors[len(contexts) :], strict=True))
-            now = _state_of(net)
+            remaining = iter(tensors)
+            context = next(remaining) if has_context else None
+            then = {**rest, **dict(zip(names, remaining, strict=True))}
+            now = _tensors_by_name(net)
             is_as_it_was = all(now.get(name) is each for name, each in then.items())
             return OpaqueFunction(net, context, None if is_as_it_was else then)
 
-        return [*contexts, *state.values()], rebuild
+        return [*([] if self._context is None else [self._context]), *saved.values()], rebuild
 
     def select(self, rows: Tensor | slice) -> OpaqueFunction:
         """Return the same function with the context of `rows` only."""
@@ -487,11 +490,25 @@ class OpaqueFunction(ResidualFunction):
         return OpaqueFunction(self._net, select_rows(self._context, rows), self._state)
 
 
-def _state_of(net: object) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module by their names."""
+def state_of(net: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what a module is made of by names: what a graph is to save, and what only to refer to.
+
+    It saves parameters, and buffers that a derivative or `torch.func` goes through. Other buffers
+    may change in each pass, as running means do.
+    """
     if not isinstance(net, nn.Module):
-        return {}
-    return dict(chain(net.named_parameters(), net.named_buffers()))
+        return {}, {}
+    saved: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
+    rest: dict[str, Tensor] = {}
+    for name, buffer in net.named_buffers(remove_duplicate=False):
+        is_lent = torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+        (saved if is_lent or buffer.requires_grad else rest)[name] = buffer
+    return saved, rest
+
+
+def _tensors_by_name(net: object) -> dict[str, Tensor]:
+    saved, rest = state_of(net)
+    return {**saved, **rest}
 
 
 def _validated_claim(net: object) -> float | None:

@@ -23,11 +23,13 @@ FOUNDATIONS = BASE | {
     "settings",
     "validation",
     "renamed",
+    "constants",
 }
 ALLOWED: dict[str, set[str]] = {
     "linearization": BASE | {"renamed", "tensor_float"},
     "tensor_float": BASE,
     "renamed": BASE,
+    "constants": BASE,
     "datasets": BASE | {"sklearn"},
     "testing": BASE | {"linearization"},
     "validation": BASE,

@@ -492,6 +492,53 @@ class _Score(torch.nn.Module):
         return self.flow.log_prob(inputs)
 
 
+class Counting(nn.CLipSwish):
+    """Counts its calls, in a buffer and beside it."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = 0
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        self.seen += 1
+        return super().value_and_slope(inputs)
+
+
+def test_activations_may_change_what_no_gradient_goes_through() -> None:
+    def gradient(activation: torch.nn.Module) -> list[Tensor]:
+        part = block(activation)
+        at = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+        values, logabsdet = part.inverse(part.inverse(at)[0])
+        loss = values.sum() + logabsdet.sum() + part(at)[1].sum()
+        return list(torch.autograd.grad(loss, [at, *part.parameters()], allow_unused=True))
+
+    counting = Counting()
+    part = block(counting)
+    part.inverse(torch.ones(3, 2, dtype=torch.float64))
+    assert sum(each.seen for each in part.modules() if isinstance(each, Counting)) > 0
+    for found, expected in zip(gradient(counting), gradient(nn.CLipSwish()), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_activations_may_be_parametrised() -> None:
+    class Half(torch.nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return values / 2
+
+    activation = nn.LipSwish()
+    torch.nn.utils.parametrize.register_parametrization(activation, "unconstrained_beta", Half())
+    part = block(activation)
+    at = torch.ones(3, 2, dtype=torch.float64)
+    values, _ = part.inverse(at)
+    values.sum().backward()
+    torch.testing.assert_close(part(values)[0], at)
+    assert all(each.grad is not None for each in part.parameters())
+
+
 def test_what_cannot_be_recomputed_is_named_with_the_remedy() -> None:
     flow = ResidualFlow(2, 8, 2, activation=torch.nn.Tanh(), recompute=True)
     with pytest.raises(ValueError, match=r"recompute=True.*leave them out"):

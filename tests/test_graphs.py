@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from nflows.transforms import (
 from torch import Tensor, nn
 
 from nflows_iresnet import ResidualFlow, ResidualTransform, graphs, logdet
+from nflows_iresnet.constants import made_once
 from nflows_iresnet.flows import ImageResidualFlow
 from nflows_iresnet.flows.base import Flow, StandardNormal
 from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning, graph_length
@@ -823,3 +826,15 @@ def test_autocast_is_part_of_what_was_captured(recorder: EmulatedRecorder) -> No
         first, second = other(batches[0]), other(batches[0])
     assert float(second) < float(first)
     assert not torch.equal(before, first_layer.weight)
+
+
+def test_constants_that_a_graph_reads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = partial(made_once(1)(lambda device, size: torch.zeros(size)), torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    passing = weakref.ref(kept(2))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    read = weakref.ref(kept(3))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept(4)
+    assert passing() is None
+    assert read() is not None

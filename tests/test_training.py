@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 from nflows.flows import MaskedAutoregressiveFlow
+from nflows.transforms import LULinear
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nflows_iresnet import ResidualFlow, interruption, logdet, transforms
-from nflows_iresnet.flows import Flow
+from nflows_iresnet.flows import Flow, ImageResidualFlow, StandardNormal
 from nflows_iresnet.nn import PowerIteration
 from nflows_iresnet.training import History, TrainingDivergedError, fit
 from nflows_iresnet.training.loop import Training, adam, run
 from nflows_iresnet.training.progress import FirstOf, Seconds, Steps, TrainingPlan
 from nflows_iresnet.training.rows import Batches
+from nflows_iresnet.transforms.image import PixelwiseSpline
 
 
 def rows_of(count: int, features: int = 2, seed: int = 0) -> Tensor:
@@ -183,6 +185,40 @@ def test_what_was_learned_without_its_flag_is_not_started_anew(
     assert history.curve[0].step == 0
     for point in history.curve:
         assert point.validation == pytest.approx(expected, abs=1e-4)
+
+
+class PartOfAUser(LULinear):
+    """Its flag is no tensor."""
+
+    starts_from_rows, initialized, rows = True, False, 0
+
+    def initialize(self, rows: Tensor) -> None:
+        self.rows, self.initialized = len(rows), True
+
+
+def test_parts_of_users_and_pixels_are_started_from_the_rows() -> None:
+    rows = rows_of(6000)
+    part = PartOfAUser(2)
+    quick_on = {"max_steps": 1, "validations": 1}
+    fit(Flow(transforms.CompositeTransform([part]), StandardNormal([2])), rows, rows, **quick_on)  # type: ignore[arg-type]
+    assert part.rows == 5000
+    images = torch.rand(40, 1, 4, 4) ** 4 * 17
+    flow = ImageResidualFlow((1, 4, 4), 8, 1, num_scales=1, levels=17, alpha=1e-6, marginal_bins=8)
+    fit(flow, images, images[:10], **quick_on)  # type: ignore[arg-type]
+    pixels = next(each for each in flow.modules() if isinstance(each, PixelwiseSpline))
+    assert bool(pixels.log_slopes.abs().max() > 0.1)
+
+
+def test_what_others_keep_in_evaluation_mode_is_up_to_date() -> None:
+    """nflows' linear maps may keep their inverse there, until `train` is called."""
+    torch.manual_seed(0)
+    linear = LULinear(2, using_cache=True)
+    flow = Flow(transforms.CompositeTransform([linear]), StandardNormal([2]))
+    rows = rows_of(50)
+    history = fit(flow, 3 * rows, rows, max_steps=20, learning_rate=0.1, validations=4)
+    assert len({point.validation for point in history.curve}) > 2
+    kept = flow.log_prob(rows)
+    torch.testing.assert_close(flow.train().eval().log_prob(rows), kept)
 
 
 def test_a_new_part_does_not_have_the_others_started_anew() -> None:

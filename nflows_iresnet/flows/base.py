@@ -247,6 +247,8 @@ class Flow(_NflowsFlow):
         """
         self._check_given(rows, context)
         size = validated_size("batch_size", batch_size)
+        if context is not None and (weight := first_parameter(self)) is not None:
+            context = context.to(weight.device)
         with torch.no_grad(), evaluating(self):
             embedded = self._embedded_in_batches(context, size)
         initialize(self._transform, rows, embedded, batch_size=size)
@@ -308,7 +310,7 @@ class Flow(_NflowsFlow):
         the estimator and the solver; and whether the start from data has been made. Every module
         with its own name is in `print(flow._transform)`.
 
-        Cost: nothing is computed from the weights, and a GPU is waited for once.
+        Cost: nothing is computed from the weights, and a GPU is waited for a few times.
 
         Example:
             >>> from nflows_iresnet.flows import InvertibleResNet

@@ -24,7 +24,7 @@ _RESIDUAL = ResidualTransform.__name__
 def summarise(flow: Flow) -> str:
     """Return layers, parameters, bound, strategies and start of a flow in at most 25 lines.
 
-    Cost: nothing is computed from the weights, and a GPU is waited for once, for the start.
+    Cost: nothing is computed from the weights, and a GPU is waited for a few times, for the start.
     """
     transform, context = flow._transform, flow._embedding_net
     layers = _grouped(list(_layers(transform)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nflows_iresnet.constants import made_once
 from nflows_iresnet.linearization import Linearization, bind, is_traced
 from nflows_iresnet.tensor_float import in_full_products
 from nflows_iresnet.validation import validated_size
@@ -184,8 +184,7 @@ def _constant(make: Callable[..., Tensor], matrices: Tensor) -> Tensor:
     return make(size, dtype=dtype, device=device)
 
 
-@cache  # for ever: CUDA graphs read it
-@torch.inference_mode(False)
+@made_once(16)
 def _made_once(
     make: Callable[..., Tensor], size: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,37 +118,24 @@ def _has_hooks(module: nn.Module | None) -> bool:
     )
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Return the parameters and buffers of a module and its parts, in order."""
-    own = chain(module._parameters.values(), module._buffers.values())
-    parts = (each for each in module._modules.values() if each is not None)
-    return [
-        *(each for each in own if each is not None),
-        *chain.from_iterable(map(tensors_of, parts)),
-    ]
+def made_of(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> nn.Module:
+    """Return a copy of a module that is made of other tensors.
 
-
-def made_of(module: nn.Module, tensors: Iterator[Tensor]) -> nn.Module:
-    """Return a copy of a module that is made of other tensors, in the order of `tensors_of`."""
-    made = copy(module)
+    Args:
+        module: the original, which stays as it is.
+        state: the tensors by their names, each starting with `prefix`; others are shared.
+        prefix: where the module stands in what the names are about.
+    """
+    made = type(module).__new__(type(module))
+    made.__dict__.update(module.__dict__)
     for kind in ("_parameters", "_buffers"):
-        own = getattr(module, kind).items()
-        made.__dict__[kind] = {n: None if each is None else next(tensors) for n, each in own}
-    parts = module._modules.items()
+        own = module.__dict__[kind].items()
+        made.__dict__[kind] = {name: state.get(prefix + name, each) for name, each in own}
     made.__dict__["_modules"] = {
-        name: None if part is None else made_of(part, tensors) for name, part in parts
+        name: None if part is None else made_of(part, state, f"{prefix}{name}.")
+        for name, part in module._modules.items()
     }
     return made
-
-
-def held(module: nn.Module) -> nn.Module:
-    """Return a module that keeps the tensors that it has now; itself, if it has none.
-
-    So a block that is recomputed in the backward pass has the activations of the forward pass. A
-    compiler recomputes nothing by itself, nor does `torch.func`.
-    """
-    tensors = [] if is_traced() else tensors_of(module)
-    return made_of(module, iter(tensors)) if tensors else module
 
 
 def widening_of(activation: nn.Module) -> int:

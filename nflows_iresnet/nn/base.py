@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import cast
 
 import torch
@@ -21,6 +20,7 @@ from nflows_iresnet.linearization import (
     ResidualFunction,
     is_hooked,
     select_rows,
+    state_of,
 )
 from nflows_iresnet.nn.activations import (
     Activation,
@@ -30,7 +30,6 @@ from nflows_iresnet.nn.activations import (
     called,
     is_unit_wise,
     made_of,
-    tensors_of,
     widening_of,
 )
 from nflows_iresnet.nn.balancing import Stored, balanced, balanced_weights
@@ -165,16 +164,18 @@ class LayeredFunction(ResidualFunction):
     def split(self) -> tuple[list[Tensor], Rebuild]:
         """Return the tensors that the function is made of, those of activations last."""
         tensors, rebuild = super().split()
-        of_activations = list(map(tensors_of, self.activations))
+        activations, states = list(self.activations), [state_of(each) for each in self.activations]
+        names, rests = [list(saved) for saved, _ in states], [rest for _, rest in states]
+        count = len(tensors)
 
         def rebuild_all(others: Sequence[Tensor]) -> ResidualFunction:
-            remaining = iter(others[len(tensors) :])
-            pairs = zip(self.activations, of_activations, strict=True)
-            activations = [made_of(each, remaining) if own else each for each, own in pairs]
-            rebuilt = cast(LayeredFunction, rebuild(others[: len(tensors)]))
-            return replace(rebuilt, activations=activations)
+            remaining, made = iter(others[count:]), []
+            for activation, own, rest in zip(activations, names, rests, strict=True):
+                state = {**rest, **{name: next(remaining) for name in own}}
+                made.append(made_of(activation, state) if state else activation)
+            return replace(cast(LayeredFunction, rebuild(others[:count])), activations=made)
 
-        return [*tensors, *chain.from_iterable(of_activations)], rebuild_all
+        return [*tensors, *(each for saved, _ in states for each in saved.values())], rebuild_all
 
     def linearize(self, inputs: Tensor) -> Linearization:
         """Return g at `inputs`: structured if all activations are unit-wise, else by autograd."""

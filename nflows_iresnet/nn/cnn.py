@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet.constants import made_once
 from nflows_iresnet.linearization import ForwardLinearization, Linearization, is_traced
-from nflows_iresnet.nn.activations import held, widening_of
+from nflows_iresnet.nn.activations import widening_of
 from nflows_iresnet.nn.base import (
     Evaluation,
     LayeredFunction,
@@ -126,7 +126,7 @@ class LipschitzCNN(LayeredNet):
         return ConvFunction(
             weights,
             [shift if shift.dim() == 1 else shift[:, :, None, None] for shift in shifts],
-            list(map(held, self.activations)),
+            list(self.activations),
             lipschitz,
             [stretch[:, None, None, :] for stretch in stretches],
             self.padding_mode,
@@ -358,10 +358,10 @@ class ConvLinearization(ForwardLinearization):
 
     def _regions(self, kernel: Tensor) -> Regions:
         """Return the regions of the image for a kernel (out, in, k_1, k_2)."""
-        where = self.value.shape[2:], kernel.shape[2:], self._padding_mode
+        where: Any = self.value.shape[2:], kernel.shape[2:], self._padding_mode
         like = self.like
         is_plain = type(like) is Tensor and not like.is_meta and not is_traced()
-        make = regions_of if is_plain else regions_of.__wrapped__
+        make = regions_of if is_plain else _made_regions
         return make(*where, like.dtype, like.device)
 
 
@@ -385,9 +385,8 @@ class Regions(NamedTuple):
     is_pixel: Tensor
 
 
-@cache  # for ever: CUDA graphs read it
 @torch.inference_mode(False)
-def regions_of(
+def _made_regions(
     size: tuple[int, int],
     kernel: tuple[int, int],
     padding_mode: PaddingMode,
@@ -431,6 +430,9 @@ def regions_of(
         border=torch.stack(border) if border else index[None, :],
         is_pixel=(torch.stack(is_pixel) if is_pixel else index[None, :]).to(dtype),
     )
+
+
+regions_of = made_once(64)(_made_regions)
 
 
 def _together(images: Tensor) -> Tensor:

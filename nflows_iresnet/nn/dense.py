@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nflows_iresnet.conditioning import bounded_exp
 from nflows_iresnet.linearization import ForwardLinearization, Linearization
-from nflows_iresnet.nn.activations import held, widening_of
+from nflows_iresnet.nn.activations import widening_of
 from nflows_iresnet.nn.base import (
     Evaluation,
     LayeredFunction,
@@ -119,7 +119,7 @@ class LipschitzDenseNet(LipschitzNet):
             additions, factors = conditions
             shifts = [bias + addition for bias, addition in zip(shifts, additions, strict=True)]
             stretches = [scale * by for scale, by in zip(stretches, factors, strict=True)]
-        activations = list(map(held, self.activations))
+        activations = list(self.activations)
         return DenselyConnectedFunction(
             weights, shifts, activations, self.lipschitz, stretches, parts=parts
         )

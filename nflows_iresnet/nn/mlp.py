@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_iresnet.linearization import ForwardLinearization, Linearization, is_traced
-from nflows_iresnet.nn.activations import held, widening_of
+from nflows_iresnet.nn.activations import widening_of
 from nflows_iresnet.nn.base import (
     Evaluation,
     LayeredFunction,
@@ -118,7 +118,7 @@ class LipschitzMLP(LayeredNet):
         lipschitz: float | None,
     ) -> MLPFunction:
         """Return g for weights (out, in), shifts (out,) or (B, out), and stretches (B, out)."""
-        return MLPFunction(weights, shifts, list(map(held, self.activations)), lipschitz, stretches)
+        return MLPFunction(weights, shifts, list(self.activations), lipschitz, stretches)
 
     def norm_bound(self, weight: Tensor) -> float:
         """Return a certified upper bound of the spectral norm."""

@@ -227,7 +227,7 @@ def inverse_gradients(subject: Subject) -> None:
     parameters = dict(module.named_parameters())
     directions = {name: _direction(parameter) for name, parameter in parameters.items()}
     # away from the stored weights, which are there again when gradients come back
-    offsets = [outputs.new_full((), 0.1, requires_grad=True) for _ in parameters]
+    offsets = [outputs.new_full((), 0.01, requires_grad=True) for _ in parameters]
 
     def inverse(
         targets: Tensor, conditions: Tensor | None, *steps: Tensor

@@ -36,7 +36,7 @@ from nflows_iresnet.training.progress import (
     TrainingPlan,
 )
 from nflows_iresnet.training.rows import GivenRows, Rows, Validator
-from nflows_iresnet.transforms.initialization import is_waiting, starts_from_rows
+from nflows_iresnet.transforms.initialization import has_begun, is_waiting, starts_from_rows
 from nflows_iresnet.validation import validated_size
 
 __all__ = ["CurvePoint", "History", "TrainingDivergedError", "fit"]
@@ -120,7 +120,8 @@ def fit(
     Args:
         flow: any flow of nflows or of this library, or any module with `log_prob(rows)` or
             `log_prob(rows, context)` in nats; with a `loss`, any module. Trained in place. Where
-            it is in training mode, its parts in evaluation mode stay there meanwhile.
+            it is in training mode, its parts in evaluation mode stay there meanwhile. It is left
+            in evaluation mode.
         train: rows (N, *), or rows and their context ((N, *), (N, C)), shuffled afresh in each
             epoch; or a data loader of such batches, which is run through again and again. They are
             moved to the device of the flow, and numbers that are not whole to its precision.
@@ -264,9 +265,9 @@ def _is_new(flow: nn.Module) -> bool:
 
     Where some have, those that wait start from the first batch: to start all would undo the others.
     """
-    flagged = (each for each in flow.modules() if hasattr(each, "initialized"))
-    parts = [each for each in flagged if starts_from_rows(each) or is_waiting(each)]
-    return bool(parts) and all(map(is_waiting, parts))
+    transform: nn.Module = getattr(flow, "_transform", flow)
+    parts = [each for each in transform.modules() if starts_from_rows(each) or is_waiting(each)]
+    return any(map(is_waiting, parts)) and not any(map(has_begun, parts))
 
 
 class _Display:

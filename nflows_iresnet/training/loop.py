@@ -64,8 +64,10 @@ class WeightAverage(AveragedModel):
         """
         count = int(self.n_averaged)
         decay = min(self._decay, count / (count + 10))
-        averages = list(self.module.parameters())
-        get_ema_multi_avg_fn(decay)(averages, list(self._trained[0]), self.n_averaged)
+        pairs = zip(self.module.parameters(), self._trained[0], strict=True)
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        averages, trained = map(list, zip(*floating, strict=True))
+        get_ema_multi_avg_fn(decay)(averages, trained, self.n_averaged)
         self.n_averaged += 1
 
     @contextmanager
@@ -216,7 +218,7 @@ class Training:
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.stream, self.plan, self.processes = model, stream, plan, processes
-        self.device = trainable(model.parameters())[0].device
+        self.device = max(trainable(model.parameters()), key=Tensor.numel).device
         self.optimizer = optimizer or adam(model.parameters(), plan.learning_rate)
         _require_no_closure(self.optimizer)
         _require_own(self.optimizer, model)

@@ -106,8 +106,11 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the global generators of the host and of one device, and none of other devices."""
-    torch.default_generator.manual_seed(seed)
+    """Seed the global generators of the host and of one device, and of no other GPU."""
+    if device.type in ("cpu", "cuda"):
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)

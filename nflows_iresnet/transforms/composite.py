@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from nflows.transforms import CompositeTransform as _NflowsCompositeTransform
@@ -73,13 +74,22 @@ class CompositeTransform(_NflowsCompositeTransform):
             if transform in weights:
                 step = partial(transform, weight=weights[transform])
             elif transform in bound:
-                step = partial(transform, function=bound[transform], estimator=transform.estimator)
-                if self.recompute and torch.is_grad_enabled() and not is_traced():
-                    step = partial(checkpoint, as_used(as_now(step)), use_reentrant=False)
+                step = self._step(transform, bound[transform])
             with self._precision_of(transform):
                 outputs, logabsdet = step(outputs)
             parts.append(logabsdet)
         return outputs, _total(parts)
+
+    def _step(self, block: Any, function: ResidualFunction) -> Step:
+        """Return the forward pass of a block that is bound, recomputed where that is wished."""
+        recomputes = self.recompute and torch.is_grad_enabled() and not is_traced()
+        if recomputes:
+            tensors, rebuild = function.split()
+            function = rebuild(tensors)  # of the weights of now
+        step = partial(block, function=function, estimator=block.estimator)
+        if recomputes:
+            return partial(checkpoint, as_used(as_now(step)), use_reentrant=False)
+        return step
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""

@@ -151,16 +151,20 @@ def starts_from_rows(part: nn.Module) -> bool:
 
 
 def is_waiting(part: nn.Module) -> bool:
-    """Whether a part has not started: its flag says so, and it has learned nothing meanwhile.
+    """Whether a part has not started: its flag says so, and it has learned nothing meanwhile."""
+    flag = getattr(part, "initialized", None)
+    return isinstance(flag, Tensor | bool) and not bool(flag) and not has_begun(part)
+
+
+def has_begun(part: nn.Module) -> bool:
+    """Whether to start a part would undo something.
 
     Parameters of this package's parts are zero until they start, or learn through the inverse, or
-    are loaded without the flag.
+    are loaded without the flag. Of others the flag tells.
     """
-    flag = getattr(part, "initialized", None)
-    if not isinstance(flag, Tensor) or bool(flag):
-        return False
-    is_own = isinstance(part, ActNorm | LinearTransform | ElementwiseRationalQuadraticSpline)
-    return not (is_own and any(bool(each.any()) for each in part.parameters()))
+    if isinstance(part, ActNorm | LinearTransform | ElementwiseRationalQuadraticSpline):
+        return any(bool(each.any()) for each in part.parameters())
+    return bool(getattr(part, "initialized", False))
 
 
 def _start(part: Any, rows: Tensor) -> None:
@@ -189,12 +193,17 @@ def _check(rows: object, context: Tensor | None) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Let a module, and all in it, be in evaluation mode, and return each to its own mode."""
+    """Let a module, and all in it, be in evaluation mode, and return each to its own mode.
+
+    Through training mode: who keeps something in evaluation mode, as nflows' `LULinear` its inverse
+    on request, is told by a call of `train` that it is out of date.
+    """
     modes = [(each, each.training) for each in module.modules()]
     try:
         module.eval()
         yield
     finally:
+        module.train()
         for each, mode in modes:
             each.training = mode
 
