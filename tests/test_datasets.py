@@ -267,6 +267,16 @@ def test_numpy_header_is_understood(tmp_path: Path) -> None:
     assert datasets.load(tmp_path / "table.TXT").columns == ("a", "b", "c")
 
 
+def test_rows_behind_a_hash_are_left_out(tmp_path: Path) -> None:
+    lines = [f"{index},{index**2}" for index in range(30)]
+    for header in ("a,b", "# a,b", "# made by a program\n# a,b"):
+        text = "\n".join([header, *lines[:9], "#900,900", "  # 901,901"[2:], *lines[9:]])
+        loaded = datasets.load(_write(tmp_path / "table.csv", text))
+        assert loaded.columns == ("a", "b")
+        parts = (loaded.train, loaded.validation, loaded.test)
+        assert sum(map(len, parts)) == 30
+
+
 def test_repeats_and_quantised_columns_are_noted(tmp_path: Path) -> None:
     rows = np.concatenate([_rows(), _rows()[:2]])
     rows[:, 0] = rows[:, 0] > 5

@@ -141,6 +141,21 @@ class Spoiled(ResidualFunction):
         return self if self.spoiled == "select" else replace(self, shift=self.shift[rows])
 
 
+class Torn(torch.nn.Module):
+    """A call is another function than what `bind` returns."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 0.5 * inputs
+
+    def bind(self, context: Tensor | None = None) -> ResidualFunction:
+        return OpaqueFunction(lambda inputs: 0.9 * inputs)
+
+
+def test_a_call_that_is_another_function_is_found() -> None:
+    with pytest.raises(AssertionError, match="a call"):
+        testing.check_linearization(Torn(), torch.randn(5, 3))
+
+
 @pytest.mark.parametrize(
     ("spoiled", "message"),
     [("jvp", "jvp"), ("vjp", "vjp"), ("trace", "trace"), ("select", "shape|size|selected")],

@@ -152,6 +152,9 @@ def test_what_is_no_bijection_of_one_tensor_is_refused() -> None:
     chain = NN.MetropolisHastings(nn.Identity(), nn.Identity(), steps=1)
     with pytest.raises(ValueError, match="Markov chain"):
         FromNormflows(chain)
+    for block in (NN.Residual(_mlp(4, 4)), nf.flows.Composite([NN.Residual(_mlp(4, 4))])):
+        with pytest.raises(ValueError, match="another number than its log-determinant"):
+            FromNormflows(block)
     with pytest.raises(ValueError, match="maps to 2 tensors"):
         FromNormflows(NN.Split()).inverse(torch.randn(ROWS, 4))
     with pytest.raises(ValueError, match="needs a context"):

@@ -57,6 +57,7 @@ PLANTED: dict[str, dict[str, Factory]] = {
         "wrong sign, only without gradients": lambda: planted_logdet.changed(
             lambda values: values if torch.is_grad_enabled() else -values
         ),
+        "wrong sign, only in evaluation": _wave(planted.NegativeInEvaluation),
         "value of the surrogate": _steep(planted_logdet.Surrogate(as_value=True)),
         "roulette without weights": _steep(planted_logdet.Unweighted(lipschitz=0.8)),
         "roulette weights off by one": _steep(planted_logdet.OffByOne(lipschitz=0.8)),
@@ -131,6 +132,7 @@ PLANTED: dict[str, dict[str, Factory]] = {
     "survives_serialisation": {
         "cannot be pickled": _wave(planted.CannotBePickled),
         "state is lost": lambda: ResidualTransform(planted.LosesState()),
+        "the start is not kept": planted.KeepsItsStartToItself,
     },
     "autocast": {
         "half precision": lambda: planted.HalfPrecision(planted.steep()),

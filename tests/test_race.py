@@ -21,7 +21,7 @@ from nflows_iresnet.experiments.arguments import duration
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RACE_RATES, RunConfig
 from nflows_iresnet.experiments.data import RowTask, Task
-from nflows_iresnet.experiments.evaluation import Metrics
+from nflows_iresnet.experiments.evaluation import CHUNK, Metrics
 from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.models import Architecture
 from nflows_iresnet.experiments.options import CompareOptions, parse, to_config
@@ -261,6 +261,22 @@ def test_the_verdict_is_of_all_repeats(tmp_path: Path) -> None:
     assert text.startswith("two and one are level: they differ by 2.500 ± 4.0")
     first = replace(found, results=found.results[:2])
     assert tables.verdict(first, folder, "a").startswith("one is best: ahead of two by 1.000")
+
+
+def test_the_verdict_knows_that_rows_of_an_estimate_share_random_numbers(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.create()
+    shared = np.repeat(np.random.default_rng(0).normal(size=10), CHUNK)
+    for model, lead in (("one", 0.2), ("two", 0.0)):
+        rows = lead + (shared if lead else 0 * shared)
+        folder.save_arrays(("a", model, 0), {"test_log_prob": rows})
+    found = record(result("one", 0, 1.0), result("two", 0, 1.2))
+    for exact, expected in ((True, "is best"), (False, "are level")):
+        told = tuple(
+            replace(each, metrics=replace(each.metrics, test_nll_exact=exact))
+            for each in found.results
+        )
+        assert expected in tables.verdict(replace(found, results=told), folder, "a")
 
 
 # --- what is shown --------------------------------------------------------------------------------

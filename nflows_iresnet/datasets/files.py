@@ -168,10 +168,17 @@ def _split(file: SourceFile, comment: str) -> tuple[list[int], list[list[str]]]:
     text = file.content.decode("utf-8-sig", errors="replace")
     if "\0" in text:
         raise ValueError(f"{file.path} is not UTF-8 text: save it as .csv in UTF-8, or as .npy")
-    kept = {
-        number: line.lstrip("#")
+    lines = {
+        number: line
         for number, line in enumerate(text.splitlines(), start=1)
         if line.strip() and not (comment and line.startswith(comment))
+    }
+    first_row = next((number for number, line in lines.items() if line[0] != "#"), math.inf)
+    header = max((number for number in lines if number < first_row), default=None)
+    kept = {
+        number: line.lstrip("#")
+        for number, line in lines.items()
+        if line[0] != "#" or number == header
     }
     if not kept:
         raise ValueError(f"{file.path} is empty: give a file with at least ten rows of numbers")

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from nflows_iresnet.experiments.evaluation import Array, Metrics
+from nflows_iresnet.experiments.evaluation import CHUNK, Array, Metrics
 from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
 
@@ -387,6 +387,9 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
         return f"{first.model} is best; by how much, its arrays would say, and they are gone."
     ahead = pd.Series(better - worse)
     lead, over_rows = ahead.mean(), ahead.sem() if len(ahead) > 1 else 0.0
+    if False in (first.metrics.test_nll_exact, second.metrics.test_nll_exact):
+        chunks = ahead.groupby(ahead.index // CHUNK).mean()[: len(ahead) // CHUNK]
+        over_rows = max(over_rows, chunks.sem() if len(chunks) > 1 else 0.0)
     error = math.hypot(over_rows, first.repeats_se or 0.0, second.repeats_se or 0.0)
     gap = f"by {number(lead, error=error)} nats on the same test rows"
     if lead < 2 * error:

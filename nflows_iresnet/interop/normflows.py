@@ -25,6 +25,7 @@ from typing import Any
 
 import normflows as nf
 from nflows.transforms import InverseNotAvailable, Transform
+from normflows.flows.residual import iResBlock
 from torch import Tensor
 
 from nflows_iresnet.precision import training_products
@@ -95,7 +96,8 @@ class FromNormflows(Transform):
         flow: any flow of normflows that maps one tensor to one tensor.
 
     Raises:
-        ValueError: if the flow is a Markov chain, which is no bijection.
+        ValueError: if the flow is a Markov chain, which is no bijection, or has residual blocks of
+            normflows, whose log-determinants are none.
 
     Example:
         >>> import normflows as nf, torch
@@ -113,6 +115,12 @@ class FromNormflows(Transform):
         if isinstance(flow, _STOCHASTIC):
             raise ValueError(
                 f"{_name(flow)} is a Markov chain, not a bijection: it has no log-determinant"
+            )
+        if any(isinstance(each, iResBlock) for each in flow.modules()):
+            raise ValueError(
+                f"{_name(flow)} returns another number than its log-determinant in training, a "
+                "random one without its gradient in evaluation, and changes its inputs: use "
+                "ResidualTransform(nn.LipschitzMLP(...)), see docs/coming-from.md"
             )
         self.flow = flow
         self._forward_context = _context_parameter(flow.inverse)

@@ -361,8 +361,9 @@ class ConvLinearization(ForwardLinearization):
         where: Any = self.value.shape[2:], kernel.shape[2:], self._padding_mode
         like = self.like
         is_plain = type(like) is Tensor and not like.is_meta and not is_traced()
-        make = regions_of if is_plain else _made_regions
-        return make(*where, like.dtype, like.device)
+        make: Any = regions_of if is_plain else _made_regions
+        found: Regions = make(*where, like.dtype, like.device)
+        return found
 
 
 class Regions(NamedTuple):

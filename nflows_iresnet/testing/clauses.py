@@ -51,15 +51,20 @@ def round_trip(subject: Subject) -> None:
 
 
 def logabsdet_is_exact_or_unbiased(subject: Subject) -> None:
-    """The log-determinant is that of the Jacobian, both ways, with and without gradients."""
-    expected = exact_logabsdet(subject).detach()
-    outputs = subject.forward()[0].detach()
-    count = subject.num_draws if subject.is_random() else 1
-    for with_grad in (True, False):
+    """The log-determinant is that of the Jacobian, both ways, with and without gradients.
+
+    In training and, without gradients, in evaluation.
+    """
+    for training, with_grad in ((True, True), (True, False), (False, False)):
+        subject.transform.train(training)
+        expected = exact_logabsdet(subject).detach()
+        outputs = subject.forward()[0].detach()
+        count = subject.num_draws if subject.is_random() else 1
         with torch.set_grad_enabled(with_grad):
             forward = [subject.forward(seed)[1].detach() for seed in range(count)]
             inverse = [-subject.inverse(outputs, seed)[1].detach() for seed in range(min(count, 2))]
-        what = f"logabsdet with gradients {'on' if with_grad else 'off'}"
+        mode = "training" if training else "evaluation"
+        what = f"logabsdet in {mode} with gradients {'on' if with_grad else 'off'}"
         require_mean(torch.stack(forward), expected, subject, what)
         require_close(inverse[0], forward[0], subject.atol, what + ", inverse against forward")
 
@@ -324,9 +329,13 @@ def tensors_of_the_caller(subject: Subject) -> None:
 
 
 def survives_serialisation(subject: Subject) -> None:
-    """deepcopy, pickle and a state_dict into another instance give the same numbers."""
+    """deepcopy, pickle and a state_dict into another instance give the same numbers.
+
+    In evaluation; the other instance is one that has seen no batch, with other parameters.
+    """
+    subject.transform.eval()
     expected = subject.forward()
-    other = deepcopy(subject.transform)
+    other = deepcopy(subject.untouched).eval()
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(torch.randn_like(parameter))

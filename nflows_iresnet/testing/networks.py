@@ -63,7 +63,8 @@ def check_linearization(
 ) -> None:
     """Check what `bind(net, context)` returns against automatic differentiation, in float64.
 
-    The value, all products with the Jacobian, its trace, and the function of some rows alone.
+    The value, which is also that of a call where g is a module, all products with the Jacobian, its
+    trace, and the function of some rows alone.
 
     Args:
         net: g; a module is copied.
@@ -81,8 +82,12 @@ def check_linearization(
     if inputs.shape[0] < 2:
         raise ValueError(f"at least 2 rows are needed to check a network, got {inputs.shape[0]}")
     rows = inputs.detach().double()
-    function = bind(_in_double(net), None if context is None else context.detach().double())
+    conditions = () if context is None else (context.detach().double(),)
+    copy = _in_double(net)
+    function = bind(copy, *conditions)
     expected = _answers(AutogradLinearization(function, rows))
+    if isinstance(copy, nn.Module):
+        require_close(copy(rows, *conditions), expected["value"], atol, "a call")
     for name, value in _answers(function.linearize(rows)).items():
         require_close(value, expected[name], atol, name)
     some = torch.arange(rows.shape[0] - 1, 0, -1, device=rows.device)

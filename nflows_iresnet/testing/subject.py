@@ -22,6 +22,7 @@ class Subject:
         atol: how far an exact number may be off, in the units of the outputs or in nats.
         num_draws: how many draws a random log-determinant is averaged over.
         bias: nats by which the mean of a log-determinant may be off, for truncated estimators.
+        untouched: a copy of the transform that has seen no batch.
     """
 
     transform: Any
@@ -30,6 +31,7 @@ class Subject:
     atol: float = 1e-6
     num_draws: int = 200
     bias: float = 0.0
+    untouched: Any = None
 
     def forward(self, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Run the transform with a seed."""

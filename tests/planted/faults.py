@@ -2028,6 +2028,27 @@ FAULTS: tuple[Fault, ...] = (
         "graphs::test_constants_that_a_graph_reads_are_kept",
     ),
     Fault(
+        "rows of an estimate count as independent in the verdict",
+        "experiments/tables.py",
+        "if False in (first",
+        "if None in (first",
+        "race::test_the_verdict_knows_that_rows_of_an_estimate_share_random_numbers",
+    ),
+    Fault(
+        "rows behind a hash are data",
+        "datasets/files.py",
+        'if line[0] != "#" or number == header',
+        "if True",
+        "datasets::test_rows_behind_a_hash_are_left_out",
+    ),
+    Fault(
+        "residual blocks of normflows have a log-determinant",
+        "interop/normflows.py",
+        "if any(isinstance(each, iResBlock) for each in flow.modules()):",
+        "if False:",
+        "normflows_from::test_what_is_no_bijection_of_one_tensor_is_refused",
+    ),
+    Fault(
         "batches are not shuffled by their seed",
         "training/rows.py",
         "self._shuffles = Generator().manual_seed(seed)",

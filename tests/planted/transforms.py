@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from nflows.transforms import Transform
 from torch import Tensor, nn
 
 from nflows_iresnet import solvers
@@ -274,6 +275,35 @@ class LosesState(Wave):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         return None
+
+
+class KeepsItsStartToItself(Transform):
+    """Starts from its first batch, and leaves out of the state_dict where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3), persistent=False)
+        self.has_started = False
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        if self.training and not self.has_started:
+            self.mean, self.has_started = inputs.detach().mean(0) + 1, True
+        return inputs - self.mean, inputs.new_zeros(len(inputs))
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
+        return inputs + self.mean, inputs.new_zeros(len(inputs))
+
+
+class NegativeInEvaluation(ResidualTransform):
+    """Both log-determinants have the wrong sign in evaluation."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        outputs, logabsdet = super().forward(inputs, context)
+        return outputs, logabsdet if self.training else -logabsdet
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:  # type: ignore[override]
+        outputs, logabsdet = super().inverse(inputs, context)
+        return outputs, logabsdet if self.training else -logabsdet
 
 
 class HalfPrecision(ResidualTransform):

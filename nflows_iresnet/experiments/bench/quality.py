@@ -241,7 +241,7 @@ def train_side_by_side(name: str, seed: int, options: BenchOptions) -> tuple[Mea
 
 
 def _measurement(name: str, curve: Curve, steps: int, goal: float) -> Measurement:
-    reached = curve.seconds_to(goal)
+    reached = curve.seconds_to(goal) if math.isfinite(goal) else None
     numbers = {NLL.key: curve.best.test, STEPS.key: float(steps)}
     seconds, validation, nll = (tuple(point[axis] for point in curve.points) for axis in range(3))
     return Measurement(
