@@ -112,6 +112,19 @@ def test_training_restores_the_best_validated_state() -> None:
     assert torch.equal(next(model.parameters()), states[1])
 
 
+def test_what_follows_a_step_follows_the_average_of_the_weights_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """normflows' residual blocks keep vectors of the weights that they had then."""
+    calls: list[None] = []
+    model = MODELS["realnvp"].build(SMALL)
+    monkeypatch.setattr(model, "after_step", lambda: calls.append(None))
+    config = RunConfig(("moons",), ("realnvp",), 3, num_layers=2)
+    (run,) = runs.prepare(config)
+    log = runs.train_run(model, runs.Job(run, config))
+    assert len(calls) == log.steps + len(log.curve)
+
+
 def test_training_stops_early() -> None:
     model, values = MODELS["nice"].build(SMALL), iter(range(100))
     plan = TrainingPlan(1e-3, Steps(20), validations=20, patience=3)

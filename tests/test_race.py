@@ -361,8 +361,12 @@ def test_a_race_can_be_repeated_and_goes_on(
     line = command_line(Folder(raced).load(Record.from_json)).split()[1:]
     cut = tmp_path / "cut"
     shutil.copytree(raced, cut)
-    (cut / "results.json").write_text(json.dumps({**before, "results": before["results"][:1]}))
+    elsewhere = {**before["environment"], "device_name": "another machine"}
+    kept = {**before, "results": before["results"][:1], "environment": elsewhere}
+    (cut / "results.json").write_text(json.dumps(kept))
+    capsys.readouterr()
     assert main([*line, "--quiet", "--out", str(cut), "--resume"]) == 0
+    assert "warning: begun on another machine" in capsys.readouterr().err
     after = results(cut)
     assert after["trials"] == before["trials"]
     assert after["results"][0] == before["results"][0]

@@ -471,6 +471,17 @@ def test_a_net_that_is_no_flow_of_ours_keeps_its_buffers() -> None:
     assert int(model.norm.num_batches_tracked) == 10  # type: ignore[arg-type]
 
 
+def test_whether_steps_were_captured_is_known_without_another_step() -> None:
+    first, second = (
+        Training(Line(), Batches(rows_of(40), 8, 0), TrainingPlan(1e-2, Steps(4)), lambda: 0.0)
+        for _ in range(2)
+    )
+    state = first.state_dict()
+    assert state["capture"] == (False, None)
+    second.load_state_dict({**state, "capture": (True, None)})
+    assert second.capture == (True, None)
+
+
 def test_a_part_in_evaluation_mode_stays_there() -> None:
     class Embedding(nn.Module):
         def __init__(self) -> None:

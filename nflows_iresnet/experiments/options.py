@@ -338,7 +338,8 @@ class CompareOptions(TrainingOptions):
     same_start: bool = option(
         "compare every model twice, as it is and, as a row of its own, with the start of "
         "residual-flow in front of it (ActNorm, a spline of each feature, whitening, started from "
-        "5,000 training rows; its parameters count): what differs then is what the blocks do. "
+        "5,000 training rows; its parameters count): what differs then is what follows, the blocks "
+        "and what stands between them. "
         "Models that have this start themselves stay one row, and with a name such as "
         f"maf{SAME_START} --models takes one alone; not for --images"
     )
@@ -372,8 +373,8 @@ class CompareOptions(TrainingOptions):
     dequantisations: int | None = of_images("draws of noise in tests", positive_int)
     race: float | None = length(
         "the same seconds of the CPU for every model and repeat, on a GPU of the clock, such as "
-        "150s or 2.5min: the schedule follows the time, validation does not count, and the table "
-        "has means over the seeds, steps and learning rates",
+        "150s or 2.5min: the schedule follows the time, validation and the start from rows do "
+        "not count, and the table has means over the seeds, steps and learning rates",
         duration,
         "TIME",
     )

@@ -217,8 +217,8 @@ def _conditions(record: Record) -> str:
         f"{record.started}, {record.environment['device_name']}, torch "
         f"{record.environment['versions']['torch']}, {record.arguments['threads']} thread(s), "
         f"batches of {record.arguments['batch_size']}, {record.arguments['repeats']} seed(s). "
-        "Validation is not counted; states and learning rates are chosen on the validation rows "
-        "alone."
+        "Validation and the start from training rows are not counted; states and learning rates "
+        "are chosen on the validation rows alone."
     )
 
 

@@ -293,11 +293,16 @@ def build(run: Run, config: RunConfig) -> DensityModel:
 def train_run(model: DensityModel, job: Job, watch: Watch = NOBODY) -> History:
     """Train a model that was built for a run; it is left in its best state."""
     task, config = job.run.task, job.config
+
+    def validate() -> float:
+        model.after_step()  # the weights are their average now
+        return task.validate(model, config)
+
     training = Training(
         model,
         task.batches(config, job.seed),
         training_plan(config, job.rate),
-        partial(task.validate, model, config),
+        validate,
         after_step=model.after_step,
     )
     return watch.train(training)

@@ -142,6 +142,14 @@ class Session(ABC, Generic[Kept]):
                 f"cannot resume {str(self.folder.path)!r}: the data have changed since; choose "
                 "another --out"
             )
+        machines = [each.environment["device_name"] for each in (then, now)]
+        is_timed = any(then.arguments.get(name) is not None for name in ("race", "budget"))
+        if is_timed and machines[0] != machines[1]:
+            print(
+                f"warning: begun on {machines[0]}, goes on on {machines[1]}: equal seconds of "
+                "different machines are not equal, and the results name the first alone",
+                file=sys.stderr,
+            )
         self.record = then
 
     def save(self, record: Kept) -> None:

@@ -219,7 +219,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         "test NLL\n(nats)",
         "Mean negative log-likelihood of the test rows over the seeds, lower is better, ± the "
         "standard error of that mean over the seeds (none for one seed). The log-determinant is "
-        "exact.",
+        "exact, but for large images.",
         "metrics.test_nll",
         error="repeats_se",
         tables=("race",),

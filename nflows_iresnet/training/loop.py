@@ -231,6 +231,7 @@ class Training:
         self._validate, self._after_step = validate, after_step
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._unseen: list[Tensor] = []
+        self._capture_before: tuple[bool, str | None] = (False, None)
         self._since = 0.0
 
     def step(self) -> None:
@@ -289,6 +290,12 @@ class Training:
             self.processes.agree_on_state(self.model, of_buffers=True)
             self.progress.add_validation(self.model, self.processes.first(self._validate))
 
+    @property
+    def capture(self) -> tuple[bool, str | None]:
+        """Whether steps are one CUDA graph, and why not; as a checkpoint says before the first."""
+        own = self.stepper.is_captured, self.stepper.capture_reason
+        return self._capture_before if own == (False, None) else own
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs."""
         stream: Any = self.stream
@@ -299,6 +306,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "progress": self.progress.state_dict(),
+            "capture": self.capture,
             **first,
             "others": others,
         }
@@ -313,6 +321,7 @@ class Training:
             group["lr"] = rate  # a number on the device stays there; each step sets it
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self._capture_before = tuple(state["capture"])
         own, stream = [state, *state.get("others", [])][self.processes.rank], cast(Any, self.stream)
         stream.load_state_dict(own["stream"])
         set_random_state(own["random"], self.device)
@@ -423,7 +432,7 @@ def close(training: Training) -> History:
         KeyboardInterrupt: it was interrupted before there was one.
         TrainingDivergedError: there is none after a step.
     """
-    progress, stepper = training.progress, training.stepper
+    progress = training.progress
     training.scale_rates(1.0)
     is_finite = any(math.isfinite(point.validation) for point in progress.trained)
     if progress.stopped is not None and not is_finite:
@@ -432,6 +441,7 @@ def close(training: Training) -> History:
         raise KeyboardInterrupt
     training.model.load_state_dict(progress.best_state)
     training.model.train(False)
+    is_captured, capture_reason = training.capture
     return History(
         steps=len(progress.seconds),
         seconds=progress.elapsed,
@@ -439,8 +449,8 @@ def close(training: Training) -> History:
         best_step=progress.best.step,
         best_validation=progress.best.validation,
         curve=tuple(progress.curve),
-        is_captured=stepper.is_captured,
-        capture_reason=stepper.capture_reason,
+        is_captured=is_captured,
+        capture_reason=capture_reason,
         stopped=progress.stopped or "interrupted",
     )
 

@@ -268,7 +268,7 @@ ITEMS: dict[str, Item] = {
         ),
     ),
     "quality": Item(
-        "exact test NLL over training seconds, 6 blocks with ActNorm",
+        "exact test NLL over training seconds, 6 blocks, the default flows of both",
         _imported("quality:over_training_time"),
         columns=(NLL, REACH, STEPS),
         targets=(Target("time to normflows' likelihood, times less", 8.0, _ratio(REACH)),),
