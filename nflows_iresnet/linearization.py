@@ -498,12 +498,23 @@ def state_of(net: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """
     if not isinstance(net, nn.Module):
         return {}, {}
-    saved: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
+    saved: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
-    for name, buffer in net.named_buffers(remove_duplicate=False):
-        is_lent = torch._C._functorch.is_functorch_wrapped_tensor(buffer)
-        (saved if is_lent or buffer.requires_grad else rest)[name] = buffer
+    for place, module in net.named_modules():
+        prefix = f"{place}." if place else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                saved[prefix + name] = parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                (saved if _is_lent(buffer) else rest)[prefix + name] = buffer
     return saved, rest
+
+
+def _is_lent(buffer: Tensor) -> bool:
+    is_compiling = torch.compiler.is_compiling()
+    is_wrapped = not is_compiling and torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+    return is_wrapped or buffer.requires_grad
 
 
 def _tensors_by_name(net: object) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def test_what_follows_a_step_follows_the_average_of_the_weights_too(
     config = RunConfig(("moons",), ("realnvp",), 3, num_layers=2)
     (run,) = runs.prepare(config)
     log = runs.train_run(model, runs.Job(run, config))
-    assert len(calls) == log.steps + len(log.curve)
+    assert len(calls) == log.steps + len(log.curve) + 1, "and the best weights, too"
 
 
 def test_training_stops_early() -> None:

@@ -269,8 +269,9 @@ def test_numpy_header_is_understood(tmp_path: Path) -> None:
 
 def test_rows_behind_a_hash_are_left_out(tmp_path: Path) -> None:
     lines = [f"{index},{index**2}" for index in range(30)]
-    for header in ("a,b", "# a,b", "# made by a program\n# a,b"):
-        text = "\n".join([header, *lines[:9], "#900,900", "  # 901,901"[2:], *lines[9:]])
+    about = "# made by a program"
+    for header in ("a,b", "# a,b", f"{about}\n# a,b", f"{about}\na,b", "# a,b\n#----\n#"):
+        text = "\n".join([header, *lines[:9], "#900,900", "  # 901,901", *lines[9:]])
         loaded = datasets.load(_write(tmp_path / "table.csv", text))
         assert loaded.columns == ("a", "b")
         parts = (loaded.train, loaded.validation, loaded.test)

@@ -202,11 +202,30 @@ def test_parts_of_users_and_pixels_are_started_from_the_rows() -> None:
     quick_on = {"max_steps": 1, "validations": 1}
     fit(Flow(transforms.CompositeTransform([part]), StandardNormal([2])), rows, rows, **quick_on)  # type: ignore[arg-type]
     assert part.rows == 5000
+    torch.manual_seed(0)
     images = torch.rand(40, 1, 4, 4) ** 4 * 17
     flow = ImageResidualFlow((1, 4, 4), 8, 1, num_scales=1, levels=17, alpha=1e-6, marginal_bins=8)
     fit(flow, images, images[:10], **quick_on)  # type: ignore[arg-type]
     pixels = next(each for each in flow.modules() if isinstance(each, PixelwiseSpline))
     assert bool(pixels.log_slopes.abs().max() > 0.1)
+
+
+def test_parameters_of_every_kind_come_back_trained() -> None:
+    class Mixed(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+            self.count = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+
+        def log_prob(self, inputs: Tensor) -> Tensor:
+            if self.training:
+                self.count.add_(1)
+            return super().log_prob(inputs) + self.phase.real.sum()
+
+    model = Mixed()
+    quick(model, learning_rate=0.1)
+    assert float(model.phase.detach().real.min()) > 0.1
+    assert int(model.count.min()) == 10
 
 
 def test_what_others_keep_in_evaluation_mode_is_up_to_date() -> None:

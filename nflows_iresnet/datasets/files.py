@@ -163,6 +163,28 @@ def read_text(
     return names, values
 
 
+def _without_hashes(lines: dict[int, str]) -> dict[int, str]:
+    """Return the rows, and a header: what follows a hash is neither, but for names above rows.
+
+    Those are the last such line with as many commas, semicolons, tabs or words as the first row.
+    """
+
+    def size(line: str) -> int:
+        separator = next((each for each in ";,\t" if each in line), None)
+        return len(line.split(separator))
+
+    hidden = {number for number, line in lines.items() if line.lstrip()[0] == "#"}
+    rows = {number: line for number, line in lines.items() if number not in hidden}
+    if not rows:
+        return {number: line.lstrip(" #") for number, line in lines.items()}
+    first, row = next(iter(rows.items()))
+    names = {number: lines[number].lstrip(" #") for number in sorted(hidden) if number < first}
+    fitting = [number for number, line in names.items() if size(line) == size(row)]
+    has_header = re.search(r"\d", row) is None
+    header = {} if has_header or not fitting else {fitting[-1]: names[fitting[-1]]}
+    return {**header, **rows}
+
+
 def _split(file: SourceFile, comment: str) -> tuple[list[int], list[list[str]]]:
     """Return the numbers of the lines that are rows, from one, and their cells."""
     text = file.content.decode("utf-8-sig", errors="replace")
@@ -173,13 +195,7 @@ def _split(file: SourceFile, comment: str) -> tuple[list[int], list[list[str]]]:
         for number, line in enumerate(text.splitlines(), start=1)
         if line.strip() and not (comment and line.startswith(comment))
     }
-    first_row = next((number for number, line in lines.items() if line[0] != "#"), math.inf)
-    header = max((number for number in lines if number < first_row), default=None)
-    kept = {
-        number: line.lstrip("#")
-        for number, line in lines.items()
-        if line[0] != "#" or number == header
-    }
+    kept = _without_hashes(lines)
     if not kept:
         raise ValueError(f"{file.path} is empty: give a file with at least ten rows of numbers")
     first = next(iter(kept.values()))

@@ -295,8 +295,13 @@ def train_run(model: DensityModel, job: Job, watch: Watch = NOBODY) -> History:
     task, config = job.run.task, job.config
 
     def validate() -> float:
-        model.after_step()  # the weights are their average now
-        return task.validate(model, config)
+        """Validate the average of the weights with what the library computes of them."""
+        before = [each.clone() for each in model.buffers()]
+        model.after_step()
+        value = task.validate(model, config)
+        for buffer, kept in zip(model.buffers(), before, strict=True):
+            buffer.copy_(kept)
+        return value
 
     training = Training(
         model,
@@ -305,7 +310,9 @@ def train_run(model: DensityModel, job: Job, watch: Watch = NOBODY) -> History:
         validate,
         after_step=model.after_step,
     )
-    return watch.train(training)
+    log = watch.train(training)
+    model.after_step()
+    return log
 
 
 def training_plan(config: RunConfig, learning_rate: float | None = None) -> TrainingPlan:

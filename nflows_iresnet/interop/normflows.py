@@ -97,7 +97,7 @@ class FromNormflows(Transform):
 
     Raises:
         ValueError: if the flow is a Markov chain, which is no bijection, or has residual blocks of
-            normflows, whose log-determinants are none.
+            normflows, whose log-determinants may be none.
 
     Example:
         >>> import normflows as nf, torch
@@ -118,7 +118,7 @@ class FromNormflows(Transform):
             )
         if any(isinstance(each, iResBlock) for each in flow.modules()):
             raise ValueError(
-                f"{_name(flow)} returns another number than its log-determinant in training, a "
+                f"{_name(flow)} may return another number than its log-determinant in training, a "
                 "random one without its gradient in evaluation, and changes its inputs: use "
                 "ResidualTransform(nn.LipschitzMLP(...)), see docs/coming-from.md"
             )

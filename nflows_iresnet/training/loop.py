@@ -64,9 +64,14 @@ class WeightAverage(AveragedModel):
         """
         count = int(self.n_averaged)
         decay = min(self._decay, count / (count + 10))
-        pairs = zip(self.module.parameters(), self._trained[0], strict=True)
-        floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        averages, trained = map(list, zip(*floating, strict=True))
+        averages: list[Tensor] = []
+        trained: list[Tensor] = []
+        for average, parameter in zip(self.module.parameters(), self._trained[0], strict=True):
+            if parameter.is_floating_point() or parameter.is_complex():
+                averages.append(average)
+                trained.append(parameter)
+            else:
+                average.data.copy_(parameter.data)
         get_ema_multi_avg_fn(decay)(averages, trained, self.n_averaged)
         self.n_averaged += 1
 
@@ -292,9 +297,10 @@ class Training:
 
     @property
     def capture(self) -> tuple[bool, str | None]:
-        """Whether steps are one CUDA graph, and why not; as a checkpoint says before the first."""
-        own = self.stepper.is_captured, self.stepper.capture_reason
-        return self._capture_before if own == (False, None) else own
+        """Whether steps are one CUDA graph, and why not; as a checkpoint says before a step."""
+        if len(self.progress.seconds) == self.progress.begun:
+            return self._capture_before
+        return self.stepper.is_captured, self.stepper.capture_reason
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs."""
@@ -321,7 +327,7 @@ class Training:
             group["lr"] = rate  # a number on the device stays there; each step sets it
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self._capture_before = tuple(state["capture"])
+        self._capture_before = tuple(state.get("capture", (False, None)))
         own, stream = [state, *state.get("others", [])][self.processes.rank], cast(Any, self.stream)
         stream.load_state_dict(own["stream"])
         set_random_state(own["random"], self.device)

@@ -15,6 +15,7 @@ from nflows_iresnet.linearization import bind, first_parameter
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.composite import CompositeTransform
+from nflows_iresnet.transforms.image import PixelwiseSpline
 from nflows_iresnet.transforms.linear import LinearTransform
 from nflows_iresnet.transforms.normalization import ActNorm
 from nflows_iresnet.transforms.residual import ResidualTransform, using
@@ -153,18 +154,21 @@ def starts_from_rows(part: nn.Module) -> bool:
 def is_waiting(part: nn.Module) -> bool:
     """Whether a part has not started: its flag says so, and it has learned nothing meanwhile."""
     flag = getattr(part, "initialized", None)
-    return isinstance(flag, Tensor | bool) and not bool(flag) and not has_begun(part)
+    is_flag = isinstance(flag, Tensor) or (isinstance(flag, bool) and starts_from_rows(part))
+    return is_flag and not bool(flag) and not has_begun(part)
 
 
 def has_begun(part: nn.Module) -> bool:
     """Whether to start a part would undo something.
 
+    Its flag says so, but for that of splines of pixels, which start where they are told to alone.
     Parameters of this package's parts are zero until they start, or learn through the inverse, or
-    are loaded without the flag. Of others the flag tells.
+    are loaded without the flag.
     """
-    if isinstance(part, ActNorm | LinearTransform | ElementwiseRationalQuadraticSpline):
-        return any(bool(each.any()) for each in part.parameters())
-    return bool(getattr(part, "initialized", False))
+    if not isinstance(part, PixelwiseSpline) and bool(getattr(part, "initialized", False)):
+        return True
+    is_own = isinstance(part, ActNorm | LinearTransform | ElementwiseRationalQuadraticSpline)
+    return is_own and any(bool(each.any()) for each in part.parameters())
 
 
 def _start(part: Any, rows: Tensor) -> None:
@@ -204,6 +208,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train()
+        module.train(modes[0][1])
         for each, mode in modes:
             each.training = mode
 

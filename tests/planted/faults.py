@@ -1960,8 +1960,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "what was learned without its flag is started anew",
         "transforms/initialization.py",
-        "return any(bool(each.any()) for each in part.parameters())",
-        "return bool(part.initialized)",
+        "return is_own and any(bool(each.any()) for each in part.parameters())",
+        "return False",
         "training::test_what_was_learned_without_its_flag_is_not_started_anew",
     ),
     Fault(
@@ -2002,22 +2002,22 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "what others keep in evaluation mode stays after it",
         "transforms/initialization.py",
-        "        module.train()\n",
+        "        module.train()\n        module.train(modes[0][1])\n",
         "",
         "training::test_what_others_keep_in_evaluation_mode_is_up_to_date",
     ),
     Fault(
         "parts that no flag tells of keep a flow from being started",
         "transforms/initialization.py",
-        "isinstance(flag, Tensor | bool)",
-        "isinstance(flag, Tensor)",
+        "is_flag = isinstance(flag, Tensor) or (isinstance(flag, bool) and starts_from_rows(part))",
+        "is_flag = isinstance(flag, Tensor)",
         "training::test_parts_of_users_and_pixels_are_started_from_the_rows",
     ),
     Fault(
         "buffers may not change between an inverse and its backward pass",
         "linearization.py",
-        "(saved if is_lent or buffer.requires_grad else rest)[name] = buffer",
-        "saved[name] = buffer",
+        "(saved if _is_lent(buffer) else rest)[prefix + name] = buffer",
+        "saved[prefix + name] = buffer",
         "derivatives::test_activations_may_change_what_no_gradient_goes_through",
     ),
     Fault(
@@ -2037,8 +2037,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "rows behind a hash are data",
         "datasets/files.py",
-        'if line[0] != "#" or number == header',
-        "if True",
+        'if line.lstrip()[0] == "#"}',
+        "if False}",
         "datasets::test_rows_behind_a_hash_are_left_out",
     ),
     Fault(
