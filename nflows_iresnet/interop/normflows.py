@@ -97,7 +97,7 @@ class FromNormflows(Transform):
 
     Raises:
         ValueError: if the flow is a Markov chain, which is no bijection, or has residual blocks of
-            normflows, whose log-determinants may be none.
+            normflows, whose log-determinants may be none, without `brute_force=True` (for 2-D).
 
     Example:
         >>> import normflows as nf, torch
@@ -116,10 +116,12 @@ class FromNormflows(Transform):
             raise ValueError(
                 f"{_name(flow)} is a Markov chain, not a bijection: it has no log-determinant"
             )
-        if any(isinstance(each, iResBlock) for each in flow.modules()):
+        blocks = (each for each in flow.modules() if isinstance(each, iResBlock))
+        if not all(block.brute_force for block in blocks):
             raise ValueError(
                 f"{_name(flow)} may return another number than its log-determinant in training, a "
                 "random one without its gradient in evaluation, and changes its inputs: use "
+                "brute_force=True in two dimensions, or "
                 "ResidualTransform(nn.LipschitzMLP(...)), see docs/coming-from.md"
             )
         self.flow = flow

@@ -154,6 +154,11 @@ class Stepper:
         return self._step(*batch).detach().clone()  # a compiled loss may be overwritten
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has taken a step."""
+        return self._steps > 0
+
+    @property
     def is_captured(self) -> bool:
         """Whether a step is one graph."""
         return bool(getattr(self._step, "is_captured", False))
@@ -298,7 +303,7 @@ class Training:
     @property
     def capture(self) -> tuple[bool, str | None]:
         """Whether steps are one CUDA graph, and why not; as a checkpoint says before a step."""
-        if len(self.progress.seconds) == self.progress.begun:
+        if not self.stepper.has_begun:
             return self._capture_before
         return self.stepper.is_captured, self.stepper.capture_reason
 
