@@ -265,8 +265,9 @@ def _is_new(flow: nn.Module) -> bool:
 
     Where some have, those that wait start from the first batch: to start all would undo the others.
     """
-    transform: nn.Module = getattr(flow, "_transform", flow)
-    parts = [each for each in transform.modules() if starts_from_rows(each) or is_waiting(each)]
+    transform = getattr(flow, "_transform", None)
+    whole = transform if isinstance(transform, nn.Module) else flow
+    parts = [each for each in whole.modules() if starts_from_rows(each) or is_waiting(each)]
     return any(map(is_waiting, parts)) and not any(map(has_begun, parts))
 
 
