@@ -392,7 +392,8 @@ class _CapturedStep:
         self._lengths_met: set[int] = set()
         self._rates = _LearningRates(step.optimizer, arguments[0].device)
         self._modules = list(step.flow.modules())
-        self._setting = _Setting.of(step, self._modules)
+        self._blocks = [each for each in self._modules if isinstance(each, ResidualTransform)]
+        self._setting = self._present_setting()
         _require_known_to_work(step)
         self._older = held_by_graphs(step.parameters())
         random_state = _RandomState(recorder.generator)
@@ -503,7 +504,10 @@ class _CapturedStep:
         given, known = _kinds(arguments), _kinds(self._inputs)
         if given != known:
             return _Obstacle("shape", f"it is given {given}, and was captured for {known}")
-        return self._setting.obstacle(_Setting.of(self._step, self._modules))
+        return self._setting.obstacle(self._present_setting())
+
+    def _present_setting(self) -> _Setting:
+        return _Setting.of(self._step, self._modules, self._blocks)
 
     def is_in_place(self) -> bool:
         """Whether the parameters are where the graphs read and write them."""
@@ -564,7 +568,9 @@ class _Setting:
     strategies: tuple[tuple[object, object], ...]
 
     @staticmethod
-    def of(step: EagerStep, modules: Sequence[nn.Module]) -> _Setting:
+    def of(
+        step: EagerStep, modules: Sequence[nn.Module], blocks: Sequence[ResidualTransform]
+    ) -> _Setting:
         kind = step.optimizer.param_groups[0]["params"][0].device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         names = sorted(step.optimizer.defaults.keys() - {"lr", "fused", "foreach", "capturable"})
@@ -573,7 +579,6 @@ class _Setting:
             for group in step.optimizer.param_groups
         )
         modes = tuple(bool(each.training) for each in modules)
-        blocks = (each for each in modules if isinstance(each, ResidualTransform))
         strategies = tuple((block.estimator, block.solver) for block in blocks)
         return _Setting(modes, autocast, hyperparameters, strategies)
 

@@ -170,19 +170,23 @@ def _without_hashes(lines: dict[int, str]) -> dict[int, str]:
     """
 
     def size(line: str) -> int:
-        separator = next((each for each in ";,\t" if each in line), None)
-        return len(line.split(separator))
+        return len(line.split(_separator(line)))
 
-    hidden = {number for number, line in lines.items() if line.lstrip()[0] == "#"}
-    rows = {number: line for number, line in lines.items() if number not in hidden}
+    is_hidden = {number: line.lstrip()[0] == "#" for number, line in lines.items()}
+    rows = {number: line for number, line in lines.items() if not is_hidden[number]}
+    names = {number: line.lstrip(" #") for number, line in lines.items() if is_hidden[number]}
     if not rows:
-        return {number: line.lstrip(" #") for number, line in lines.items()}
+        return names
     first, row = next(iter(rows.items()))
-    names = {number: lines[number].lstrip(" #") for number in sorted(hidden) if number < first}
-    fitting = [number for number, line in names.items() if size(line) == size(row)]
+    fitting = [n for n, line in names.items() if n < first and size(line) == size(row)]
     has_header = re.search(r"\d", row) is None
     header = {} if has_header or not fitting else {fitting[-1]: names[fitting[-1]]}
     return {**header, **rows}
+
+
+def _separator(line: str) -> str | None:
+    """Return what is between the cells of a line; None for white space."""
+    return next((each for each in ";,\t" if each in line), None)
 
 
 def _split(file: SourceFile, comment: str) -> tuple[list[int], list[list[str]]]:
@@ -198,8 +202,7 @@ def _split(file: SourceFile, comment: str) -> tuple[list[int], list[list[str]]]:
     kept = _without_hashes(lines)
     if not kept:
         raise ValueError(f"{file.path} is empty: give a file with at least ten rows of numbers")
-    first = next(iter(kept.values()))
-    separator = next((each for each in ";,\t" if each in first), None)
+    separator = _separator(next(iter(kept.values())))
     with refusing(f"{file.path} is not a table of numbers", "give every cell less text"):
         rows = [
             next(csv.reader([line], delimiter=separator)) if separator else line.split()

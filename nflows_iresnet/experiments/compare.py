@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nflows_iresnet.experiments import runs, saved, session
 from nflows_iresnet.experiments.config import RunConfig
@@ -15,12 +14,9 @@ from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.options import CompareOptions, to_config
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result, Trial
 from nflows_iresnet.experiments.runs import Job, Outcome, Run
-from nflows_iresnet.experiments.session import Session
+from nflows_iresnet.experiments.session import LiveProgress, Session
 from nflows_iresnet.files import write_atomically
 from nflows_iresnet.training import History
-
-if TYPE_CHECKING:
-    from nflows_iresnet.experiments.session import LiveProgress
 
 
 def open_session(parsed: CompareOptions) -> Comparison:

@@ -373,11 +373,11 @@ class LiveProgress(TerminalBar):
         super().__init__(total, done, *columns, quiet=quiet)
         self._done = done
         self._shown = 0.0
-        self._describe: Callable[[float], str] = _plain
+        self._describe: Callable[[float], str] = str
 
-    def begin(self, label: str, describe: Callable[[float], str] | None = None) -> None:
+    def begin(self, label: str, describe: Callable[[float], str]) -> None:
         """Show what is under way, and how its loss in nats is to be described."""
-        self._describe = describe or _plain
+        self._describe = describe
         self._bar.update(self._task, description=label, loss="-")
 
     def step(self, done: float, loss: float) -> None:
@@ -392,10 +392,6 @@ class LiveProgress(TerminalBar):
         self._done += 1
         self._bar.update(self._task, completed=self._done)
         self._print_without_terminal(line)
-
-
-def _plain(loss: float) -> str:
-    return f"loss {loss:.3f}"
 
 
 class CaseProgress(TerminalBar):

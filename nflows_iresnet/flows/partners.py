@@ -72,7 +72,7 @@ class _ConditionalSplines(Transform):
 
     def extra_repr(self) -> str:
         """Describe the splines."""
-        return f"num_bins={self._family.num_bins}, bound={self._family.bound}"
+        return f"num_bins={self.num_bins}, bound={self.tail_bound}"
 
     def _given(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         check_context(context, self.context_features)

@@ -336,7 +336,7 @@ def survives_serialisation(subject: Subject) -> None:
     In evaluation; the other instance is one that has seen no batch, with other parameters.
     """
     subject.transform.eval()
-    other = deepcopy(subject.untouched).eval()
+    other = deepcopy(subject.untouched).double().eval()
     with torch.no_grad():
         expected = subject.forward()
         for parameter in other.parameters():

@@ -94,9 +94,9 @@ def _prepared(
     bias: float,
 ) -> Subject:
     """Return copies in float64, after one forward for what starts from its first batch."""
-    copy, untouched = deepcopy(transform).double(), deepcopy(transform).double()
+    copy = deepcopy(transform).double()
     rows = inputs.detach().double().clone()
     conditions = None if context is None else context.detach().double().clone()
     torch.manual_seed(0)
     copy.forward(rows.clone(), None if conditions is None else conditions.clone())
-    return Subject(copy, rows, conditions, atol, num_draws, bias, untouched)
+    return Subject(copy, rows, conditions, atol, num_draws, bias, transform)

@@ -22,7 +22,7 @@ class Subject:
         atol: how far an exact number may be off, in the units of the outputs or in nats.
         num_draws: how many draws a random log-determinant is averaged over.
         bias: nats by which the mean of a log-determinant may be off, for truncated estimators.
-        untouched: a copy of the transform that has seen no batch.
+        untouched: the transform that this is a copy of, which has seen no batch of it.
     """
 
     transform: Any

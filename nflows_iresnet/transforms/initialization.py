@@ -16,10 +16,8 @@ from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.composite import CompositeTransform
 from nflows_iresnet.transforms.image import PixelwiseSpline
-from nflows_iresnet.transforms.linear import LinearTransform
 from nflows_iresnet.transforms.normalization import ActNorm
 from nflows_iresnet.transforms.residual import ResidualTransform, using
-from nflows_iresnet.transforms.splines import ElementwiseRationalQuadraticSpline
 from nflows_iresnet.validation import validated_size
 
 
@@ -162,13 +160,12 @@ def has_begun(part: nn.Module) -> bool:
     """Whether to start a part would undo something.
 
     Its flag says so, but for that of splines of pixels, which start where they are told to alone.
-    Parameters of this package's parts are zero until they start, or learn through the inverse, or
-    are loaded without the flag.
+    Parts of this package may also have learned through the inverse, or been loaded without it.
     """
     if not isinstance(part, PixelwiseSpline) and bool(getattr(part, "initialized", False)):
         return True
-    is_own = isinstance(part, ActNorm | LinearTransform | ElementwiseRationalQuadraticSpline)
-    return is_own and any(bool(each.any()) for each in part.parameters())
+    has_learned = getattr(part, "has_learned", None)
+    return has_learned is not None and bool(has_learned())
 
 
 def _start(part: Any, rows: Tensor) -> None:

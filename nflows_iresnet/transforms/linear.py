@@ -213,14 +213,15 @@ class LinearTransform(Transform):
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
 
     def _start(self, rows: Tensor) -> None:
-        if self.initialized or self._has_learned():
+        if bool(self.initialized | self.has_learned()):
             self.initialized.fill_(True)
             self._has_started = True
         elif not depends_on(rows, tuple(self.parameters())):  # samples of its own are no data
             self._whiten(rows)
 
-    def _has_learned(self) -> bool:
-        return any(bool(each.any()) for each in self.parameters())
+    def has_learned(self) -> Tensor:
+        """Return whether a parameter is not zero, as all are until it starts: shape ()."""
+        return torch.stack([each.any() for each in self.parameters()]).any()
 
     @torch.no_grad()
     def _whiten(self, rows: Tensor) -> bool:

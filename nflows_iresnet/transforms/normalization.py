@@ -109,12 +109,15 @@ class ActNorm(_NflowsActNorm):
         return like_weights(inputs, self)
 
     def _start(self, inputs: Tensor) -> None:
-        states = (self.initialized, self.log_scale.any(), self.shift.any())
-        if bool(torch.stack(states).any()):
+        if bool(self.initialized | self.has_learned()):
             self.initialized.fill_(True)
             self._has_started = True
         elif not depends_on(inputs, (self.log_scale, self.shift)):
             self._initialize(inputs)
+
+    def has_learned(self) -> Tensor:
+        """Return whether scale or shift is not zero, as both are until it starts: shape ()."""
+        return self.log_scale.any() | self.shift.any()
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:

@@ -207,11 +207,15 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
 
     def _start(self, inputs: Tensor) -> None:
-        if self.initialized or bool(self.sizes.any() | self.log_slopes.any()):
+        if bool(self.initialized | self.has_learned()):
             self.initialized.fill_(True)
             self._has_started = True
         elif not depends_on(inputs, (self.sizes, self.log_slopes)):  # its own samples are no data
             self._start_from(inputs)
+
+    def has_learned(self) -> Tensor:
+        """Return whether a parameter is not zero, as all are until it starts: shape ()."""
+        return self.sizes.any() | self.log_slopes.any()
 
     @torch.no_grad()
     def _start_from(self, rows: Tensor) -> bool:

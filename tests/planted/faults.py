@@ -281,8 +281,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "ActNorm trained by its inverse alone starts anew",
         "transforms/normalization.py",
-        "(self.initialized, self.log_scale.any(), self.shift.any())",
-        "(self.initialized,)",
+        "if bool(self.initialized | self.has_learned()):",
+        "if bool(self.initialized):",
         "normalization::test_what_was_learned_through_the_inverse_is_kept",
     ),
     Fault(
@@ -358,7 +358,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "a linear map trained by its inverse alone starts anew",
         "transforms/linear.py",
-        "if self.initialized or self._has_learned():",
+        "if bool(self.initialized | self.has_learned()):",
         "if self.initialized:",
         "linear::test_what_was_learned_through_the_inverse_stays",
     ),
@@ -1575,8 +1575,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "the transform that is checked is no copy",
         "testing/contract.py",
-        "copy, untouched = deepcopy(transform).double()",
-        "copy, untouched = transform.double()",
+        "copy = deepcopy(transform).double()",
+        "copy = transform.double()",
         "planted_bugs::test_the_check_leaves_transform_and_generators_as_they_were",
     ),
     Fault(
@@ -1960,7 +1960,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "what was learned without its flag is started anew",
         "transforms/initialization.py",
-        "return is_own and any(bool(each.any()) for each in part.parameters())",
+        "return has_learned is not None and bool(has_learned())",
         "return False",
         "training::test_what_was_learned_without_its_flag_is_not_started_anew",
     ),
@@ -2037,8 +2037,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "rows behind a hash are data",
         "datasets/files.py",
-        'if line.lstrip()[0] == "#"}',
-        "if False}",
+        'line.lstrip()[0] == "#" for',
+        "False for",
         "datasets::test_rows_behind_a_hash_are_left_out",
     ),
     Fault(

@@ -41,6 +41,11 @@ class Column:
     baseline: str | None = BASELINE
     times_milliseconds: bool = False
 
+    @property
+    def quantity(self) -> str:
+        """What the file of results calls what it shows."""
+        return f"{self.key} * ms" if self.times_milliseconds else self.key
+
 
 @dataclass(frozen=True)
 class Target:

@@ -270,9 +270,7 @@ class CaseResult:
                 "wall_ratio": _plain(self.time_ratio(BASELINE, each.model, cpu=False)),
                 "cpu_ratio": _plain(self.time_ratio(BASELINE, each.model, cpu=True)),
                 "number_ratios": {
-                    column.key + " * ms" * column.times_milliseconds: self.ratio_of(
-                        each.model, column
-                    )
+                    column.quantity: self.ratio_of(each.model, column)
                     for column in ITEMS[self.item].columns
                     if column.baseline is not None and column.key in each.numbers
                 },

@@ -47,8 +47,6 @@ class FiguresRecord(RunRecord):
 
 def _work(options: FiguresOptions, folder: Path) -> int:
     """Draw what can be drawn, and return the exit status."""
-    from nflows_iresnet.experiments.session import CaseProgress
-
     names = [name for name in DESCRIPTIONS if not options.only or name in options.only]
     figures: dict[str, Figure] = {
         name: resolve_name(f"{__package__}.{FIGURES[name]}")(options) for name in names
@@ -57,7 +55,7 @@ def _work(options: FiguresOptions, folder: Path) -> int:
     record = FiguresRecord.begin({"only": names, **chosen}, options.device, figures={})
     drawings: dict[str, Drawing] = {}
     total = sum(figure.num_models for figure in figures.values())
-    with CaseProgress(total, quiet=options.quiet) as progress:
+    with session.CaseProgress(total, quiet=options.quiet) as progress:
         for name, figure in figures.items():
             started = time.perf_counter()
             try:
