@@ -5,8 +5,9 @@
 `ResidualFlow` is a whole model with the arguments of nflows' `SimpleRealNVP`; `ResidualTransform`
 is one block y = x + g(x) to put between other transforms. The rooms: `nn` (networks with a
 certified Lipschitz bound), `logdet` and `solvers` (strategies), `transforms`, `flows`,
-`classifiers`, `interop` (normflows), `datasets`, `graphs` (a training step as one CUDA graph),
+`classifiers`, `datasets`, `graphs` (a training step as one CUDA graph),
 `training` (training that stops by itself), `testing` (the contract, for your own transforms too).
+Adapters are imported by name: `nflows_iresnet.interop.normflows`, `.distributions`, `.sbi`.
 `load_run(folder)` returns a flow that the command `nflows-iresnet compare` has trained.
 """
 

@@ -44,6 +44,11 @@ def is_traced() -> bool:
     )
 
 
+def is_differentiated() -> bool:
+    """Whether derivatives may be asked for: by graphs, or forward mode, which ignores no_grad."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+
+
 def pulled_back(
     function: Callable[..., Tensor | Sequence[Tensor]],
     cotangents: Tensor | Sequence[Tensor],
@@ -178,7 +183,7 @@ class _FirstDerivativeOnlyTraced(torch.autograd.Function):
 
     @staticmethod
     def forward(values: Tensor, message: str) -> Tensor:
-        return values.view_as(values)
+        return values.clone()  # forward mode refuses a view of what it came from
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
@@ -554,6 +559,9 @@ def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualF
     Returns:
         The function x -> g(x; context).
 
+    Raises:
+        ValueError: if a subclass has another `forward`, and not the `bind` that goes with it.
+
     Example:
         >>> import torch
         >>> function = bind(torch.nn.Linear(3, 3))
@@ -563,8 +571,27 @@ def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualF
     if isinstance(net, ResidualFunction):
         return net
     if isinstance(net, nn.Module) and hasattr(net, "bind") and not is_hooked(net):
+        _refuse_forward_that_is_passed_by(net)
         return net.bind(context)  # type: ignore[operator]
     return OpaqueFunction(net, context)
+
+
+def _refuse_forward_that_is_passed_by(net: nn.Module) -> None:
+    """Refuse a network whose `forward` is not the one that its `bind` goes with."""
+    if "forward" in vars(net) or _passes_by(type(net)):
+        name = type(net).__name__
+        raise ValueError(
+            f"{name} has a `forward` of its own, which `bind` passes by: implement `bind`, too, or "
+            "make a network of its own with an attribute `lipschitz`, that calls this one"
+        )
+
+
+def _passes_by(kind: type[nn.Module]) -> bool:
+    """Whether a class replaces the `forward` of the one that has its `bind`, and not `bind`."""
+    owner = next(each for each in kind.__mro__ if "bind" in vars(each))
+    below = kind.__mro__[: kind.__mro__.index(owner)]
+    has_own = getattr(owner, "forward", None) is not nn.Module.forward
+    return has_own and any("forward" in vars(each) for each in below)
 
 
 def bind_all(
@@ -590,6 +617,8 @@ def bind_all(
     for index, net in enumerate(nets):
         binding_key = getattr(net, "binding_key", None)
         key = None if binding_key is None else binding_key()
+        if key is not None and isinstance(net, nn.Module):
+            _refuse_forward_that_is_passed_by(net)
         alike.setdefault(index if key is None else (type(net), key), []).append(index)
     bound: dict[int, ResidualFunction] = {}
     for indices in alike.values():

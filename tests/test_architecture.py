@@ -112,7 +112,7 @@ def test_import_is_light() -> None:
 )
 def test_checkers_are_content(command: list[str]) -> None:
     if importlib.util.find_spec(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed; pip install 'nflows-iresnet[dev]'")
+        pytest.skip(f"{command[0]} is not installed; pip install '.[dev]' in the clone")
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -11,6 +11,7 @@ import torch
 from nflows_iresnet import nn
 from nflows_iresnet.classifiers import InvertibleClassifier, ResidualClassifier
 from nflows_iresnet.experiments import parallel
+from nflows_iresnet.experiments.models import count_parameters
 from nflows_iresnet.experiments.table1 import Settings, classifiers
 from nflows_iresnet.experiments.table1.classifiers import Outcome, invert
 from nflows_iresnet.experiments.table1.command import DataSummary, TableRecord, columns_for
@@ -211,3 +212,12 @@ def test_pixels_are_centred_between_the_darkest_and_the_brightest() -> None:
     first = classifier().transform._transforms[0]
     ends = first(torch.tensor([[0.0, 8.0, 16.0]]))[0]
     torch.testing.assert_close(ends, torch.tensor([[-0.5, 0.0, 0.5]]))
+
+
+@pytest.mark.parametrize("hidden", [8, 512])
+def test_the_resnet_is_as_large_as_the_others(hidden: int) -> None:
+    settings = Settings(hidden_channels=hidden)
+    size = classifiers.Size((1, 8, 8), 10, 17, settings)
+    wanted = count_parameters(classifiers.vanilla(size))
+    found = count_parameters(classifiers.resnet(size))
+    assert abs(found - wanted) < 0.2 * wanted

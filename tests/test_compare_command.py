@@ -19,9 +19,10 @@ from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import RowTask
 from nflows_iresnet.experiments.folder import Folder
-from nflows_iresnet.experiments.options import COMMANDS
+from nflows_iresnet.experiments.options import COMMANDS, CompareOptions
 from nflows_iresnet.experiments.record import Record
 from nflows_iresnet.experiments.runs import Run
+from nflows_iresnet.experiments.session import LiveProgress, check_places
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -150,7 +151,7 @@ def test_a_package_that_is_missing_is_said_before_it_is_imported(name: str) -> N
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "matplotlib and rich not installed: pip install 'nflows-iresnet[compare]'" in line
+    assert "matplotlib and rich not installed: pip install '.[compare]' in the clone" in line
 
 
 def test_a_name_that_is_not_there_is_said_before_anything_is_loaded(
@@ -269,3 +270,49 @@ def test_default_run_is_complete_and_ours_wins(tmp_path: Path) -> None:
     for dataset in ("moons", "8-gaussians", "checkerboard"):
         assert nll[dataset, "residual-flow"] <= nll[dataset, "i-resnet"]
         assert nll[dataset, "residual-flow"] <= nll[dataset, "realnvp"]
+
+
+def test_resume_notices_one_value_in_one_test_row(
+    table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", table, "--models", "nice", *TINY]
+    out = ["--out", str(Path(table).parent / "out")]
+    assert main([*arguments, *out, "--quiet"]) == 0
+    capsys.readouterr()
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    rows = np.load(table)
+    rows[int(order[-1]), 0] += 1.0
+    np.save(table, rows)
+    assert_refused(main([*arguments, *out, "--resume"]), "the data have changed", capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-scales", "3"], "num_scales is for images"),
+        (["--marginal-bins", "4", "--alpha", "0.1"], "alpha and marginal_bins is for images"),
+        (["--learning-rate", "5e-4", "--learning-rates", "1e-3"], "would not be used beside"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(main(["compare", "moons", *words]), message, capsys)
+
+
+def test_jobs_that_share_cores_are_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    check_places(CompareOptions(jobs=2), "cpu")
+    assert capsys.readouterr().err == ""
+    check_places(CompareOptions(jobs=2, threads=2), "cpu")
+    assert "2 jobs of 2 threads share 2 cores" in capsys.readouterr().err
+
+
+def test_lines_about_runs_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "data[new] · maf: FAILED RuntimeError: [enforce fail at alloc.cpp:117] bad [/tmp/x]"
+    with LiveProgress(1, 0, quiet=False) as progress:
+        progress.begin("data[/x]", str)
+        progress.finish(line)
+    assert line in capsys.readouterr().err

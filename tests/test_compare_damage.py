@@ -280,7 +280,7 @@ def test_the_way_out_of_a_damaged_checkpoint_works(
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     capsys.readouterr()
     line = complaint(main([*command, "--resume"]), 2, capsys)
-    assert "is damaged, or of another version: delete it" in line
+    assert "is damaged, of another version, or none: delete it" in line
     assert str(checkpoint) in line
     follow(line)
     assert main([*command, "--resume"]) == 0

@@ -380,3 +380,16 @@ def test_no_image_and_wide_kernels_take_the_convolution() -> None:
     empty = convolve(torch.zeros(0, 9, 4, 4), torch.zeros(1, 9, 3, 3), "zeros")
     assert empty.shape == (0, 1, 4, 4)
     assert convolve(torch.zeros(0, 3, 4, 4), torch.zeros(2, 3, 1, 1), "zeros").shape == (0, 2, 4, 4)
+
+
+def test_the_certificate_is_above_the_slope_where_layers_differ_by_hundreds_of_decades() -> None:
+    """The squares of the first kernel vanish, and those of the others overflow."""
+    torch.manual_seed(0)
+    net = nn.LipschitzCNN(2, [4, 4], activation=nn.Tanh()).double()
+    with torch.no_grad():
+        for layer, factor in zip(net.normed_layers, (1e-170, 1e86, 1e86), strict=True):
+            layer.weight.mul_(factor)
+            layer.bias.zero_()  # type: ignore[operator]
+    point = torch.zeros(1, 2, 5, 5, dtype=torch.float64)
+    jacobian = net.bind().linearize(point).jacobian()[0].detach()
+    assert 0 < float(torch.linalg.matrix_norm(jacobian, ord=2)) <= net.lipschitz_bound() <= 0.97

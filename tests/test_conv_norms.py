@@ -484,3 +484,15 @@ def test_power_iteration_starts_where_the_weight_is_whatever_the_default_device(
         found = norm.initial_state(kernel)
     for name, vector in expected.items():
         torch.testing.assert_close(found[name], vector, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-170, 1e160, 1e300])
+def test_the_certificate_of_a_kernel_times_any_factor_is_that_times_the_factor(
+    factor: float,
+) -> None:
+    """The squares of its entries would be zero or infinite in float64."""
+    kernel = random_kernel((3, 2, 3, 3), 7)
+    bound = nn.conv_norm_bound(factor * kernel) / factor
+    assert bound == pytest.approx(nn.conv_norm_bound(kernel), rel=1e-12)
+    assert bound >= largest_true_norm(kernel)
+    assert nn.conv_norm_bound(torch.zeros_like(kernel)) == 0

@@ -462,5 +462,49 @@ def test_digits_without_sklearn_name_the_extra(monkeypatch: pytest.MonkeyPatch) 
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"pip install 'nflows-iresnet\[compare\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[compare\]'"):
         datasets.load("digits")
+
+
+def test_numbers_of_columns_as_pandas_writes_them_are_names(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(20, 3))
+    (tmp_path / "h.csv").write_text("0,1,2\n" + "\n".join(",".join(map(str, r)) for r in rows))
+    found = datasets.load(tmp_path / "h.csv")
+    assert (found.num_rows, found.columns) == (20, ("0", "1", "2"))
+    counts = np.random.default_rng(0).permutation(60).reshape(20, 3)
+    lines = ["0,1,2", *(",".join(map(str, row)) for row in counts.tolist())]
+    (tmp_path / "whole.csv").write_text("\n".join(lines))
+    assert datasets.load(tmp_path / "whole.csv").num_rows == 21
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "index"])
+def test_the_index_of_a_data_frame_is_no_feature(name: str, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(20, 2))
+    lines = [f"{name},a,b", *(f"{number},{a},{b}" for number, (a, b) in enumerate(rows))]
+    (tmp_path / "i.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"\(index 0\) numbers the rows .* index=False"):
+        datasets.load(tmp_path / "i.csv")
+
+
+@pytest.mark.parametrize(("value", "scale"), [(None, 1e-170), (1e60, 1.0)])
+def test_what_is_beyond_float32_in_units_of_the_rows_is_refused(
+    value: float | None, scale: float, tmp_path: Path
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 2)) * [1, scale]
+    if value is not None:
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+        rows[int(order[-1]), 1] = value
+    np.save(tmp_path / "rows.npy", rows)
+    with pytest.raises(ValueError, match="column 1 has values that are beyond float32"):
+        datasets.load(tmp_path / "rows.npy")
+
+
+def test_the_checksum_tells_rows_from_others(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 2))
+    found = set()
+    for changed in (rows, rows[:, ::-1], -rows, rows + 1.0, rows[::-1]):
+        np.save(tmp_path / "rows.npy", changed)
+        found.add(datasets.load(tmp_path / "rows.npy").checksum)
+    assert None not in found
+    assert len(found) == 5
+    assert datasets.load("moons").checksum is None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from nflows_iresnet import ResidualFlow, logdet, nn, solvers, transforms
@@ -543,3 +544,34 @@ def test_what_cannot_be_recomputed_is_named_with_the_remedy() -> None:
     flow = ResidualFlow(2, 8, 2, activation=torch.nn.Tanh(), recompute=True)
     with pytest.raises(ValueError, match=r"recompute=True.*leave them out"):
         flow.log_prob(torch.randn(8, 2))
+
+
+@pytest.mark.parametrize("estimator", [logdet.Exact(), logdet.PowerSeries(num_terms=30)])
+@pytest.mark.parametrize("kind", [transforms.ResidualTransform, transforms.MonotoneTransform])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_forward_mode_has_derivatives_without_gradients_too(
+    direction: str, kind: type[transforms.ResidualTransform], estimator: logdet.LogDetEstimator
+) -> None:
+    torch.manual_seed(0)
+    block = kind(nn.LipschitzMLP(3, [8, 8]), estimator=estimator).double()
+    function = getattr(block, direction)
+    point, tangent = torch.randn(2, 4, 3, dtype=torch.float64)
+
+    def pushed() -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        return jvp(function, (point,), (tangent,))[1]
+
+    def pushed_by_duals() -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        with forward_ad.dual_level():
+            outputs = function(forward_ad.make_dual(point, tangent))
+            return tuple(forward_ad.unpack_dual(each).tangent for each in outputs)
+
+    wanted = pushed()
+    assert min(float(each.abs().max()) for each in wanted) > 1e-3
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            torch.testing.assert_close(pushed(), wanted, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(pushed_by_duals(), wanted, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        torch.testing.assert_close(pushed_by_duals(), wanted, rtol=1e-9, atol=1e-11)

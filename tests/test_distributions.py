@@ -563,3 +563,14 @@ def test_a_distribution_is_a_prior_of_sbi() -> None:
     assert not is_numpy
     assert isinstance(prior, Distribution)
     checks.check_prior_batch_behavior(prior)
+
+
+def test_the_cache_forgets_what_begins_to_be_trained() -> None:
+    block = ResidualTransform(LipschitzMLP(2, [8]))
+    transform, x = ToTorchTransform(block, cache_size=1), torch.randn(4, 2)
+    parameter = next(transform.parameters())
+    parameter.requires_grad_(False)
+    transform(x)
+    parameter.requires_grad_(True)
+    transform(x).square().sum().backward()
+    assert parameter.grad is not None

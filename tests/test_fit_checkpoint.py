@@ -71,6 +71,7 @@ def trained(
     train: Any = ROWS,
     stop_after: int | None = None,
     stop: Callable[[], None] = press,
+    validation: Any = ROWS[:20],
     **options: Any,
 ) -> tuple[History, dict[str, Tensor]]:
     torch.manual_seed(0)
@@ -84,7 +85,7 @@ def trained(
             stop()
 
     given: dict[str, Any] = {"max_steps": STEPS, "validations": 3, "batch_size": 16, **options}
-    history = fit(flow, train, ROWS[:20], on_step=count, checkpoint=path, **given)
+    history = fit(flow, train, validation, on_step=count, checkpoint=path, **given)
     return history, flow.state_dict()
 
 
@@ -259,6 +260,7 @@ def test_a_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
         ({"average_decay": None}, "average_decay"),
         ({"train": ROWS + 1}, "training rows"),
         ({"train": list(ROWS.split(16))}, "training rows"),
+        ({"validation": ROWS[:20] + 1}, "validation rows"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused(
@@ -280,11 +282,17 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     for damaged in (content[:1000], b"", b"weights", flipped):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged, or of another version: delete it"):
+        with pytest.raises(ValueError, match="is damaged, of another version, or none: delete it"):
             trained(path)
-    torch.save(ResidualFlow(2, 8, 2).state_dict(), path)
-    with pytest.raises(ValueError, match="is damaged, or of another version"):
-        trained(path)
+
+
+def test_what_one_saved_oneself_is_not_to_be_deleted(tmp_path: Path) -> None:
+    path, flow = tmp_path / "flow.pt", ResidualFlow(2, 8, 2)
+    for saved in (flow.state_dict(), {"state": flow.state_dict()}, torch.zeros(3)):
+        torch.save(saved, path)
+        with pytest.raises(ValueError, match=r"is no checkpoint .* give another path") as caught:
+            trained(path)
+        assert "rm" not in str(caught.value)
 
 
 def test_a_place_where_nothing_can_be_written_is_named_before_the_training(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nflows_iresnet import ResidualFlow, transforms
+from nflows_iresnet import ResidualFlow, logdet, transforms
 from nflows_iresnet.flows import HybridFlow
+from nflows_iresnet.nn import LipschitzMLP
 
 
 class Forward(nn.Module):
@@ -64,3 +65,21 @@ def test_a_program_of_one_batch_serves_others(name: str, way: str) -> None:
         run = torch.jit.trace(module, batch(5), check_trace=False)
     for size in (5, 7):
         torch.testing.assert_close(run(*batch(size)), module(*batch(size)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_trace_that_would_verify_nothing_is_refused() -> None:
+    block: Any = transforms.ResidualTransform(LipschitzMLP(2, [8]), estimator=logdet.Exact())
+
+    class Inverse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, outputs: Tensor) -> Tensor:
+            return self.block.inverse(outputs)[0]
+
+    with pytest.raises(RuntimeError, match="verify nothing"):
+        torch.jit.trace(Inverse(), (torch.zeros(3, 2),), check_trace=False)
+    block.estimator = logdet.RussianRoulette()
+    with pytest.raises(RuntimeError, match="number of terms"):
+        torch.jit.trace(block, (torch.zeros(3, 2),), check_trace=False)

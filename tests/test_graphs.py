@@ -410,6 +410,32 @@ def test_a_replay_that_differs_from_an_eager_step_is_not_trusted(
     assert not step.is_captured
 
 
+def test_a_replay_is_not_trusted_where_the_eager_step_was_no_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow, batches = make_flow(), rows()
+
+    def distort() -> None:
+        for each in flow.parameters():
+            if each.grad is not None:
+                each.grad.mul_(1.1)
+
+    use(EmulatedRecorder(distort), monkeypatch)
+    scale = torch.tensor(torch.nan)
+
+    def loss(flow: Any, batch: Tensor) -> Tensor:
+        return -flow.log_prob(batch).mean() * scale
+
+    step = GraphedStep(flow, adam(flow), batches[0], loss=loss)
+    scale.fill_(1.0)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for batch in batches:
+            step(batch)
+    assert any("first replay gave the loss" in str(each.message) for each in found)
+    assert not step.is_captured
+
+
 def test_loaded_states_are_replayed(recorder: EmulatedRecorder) -> None:
     flow, batches = make_flow(), rows()
     optimizer = adam(flow)
@@ -838,3 +864,19 @@ def test_constants_that_a_graph_reads_are_kept(monkeypatch: pytest.MonkeyPatch) 
     kept(4)
     assert passing() is None
     assert read() is not None
+
+
+def test_draws_of_a_plan_go_on_after_one_that_draws_nothing() -> None:
+    class Fixed(logdet.RussianRoulette):
+        def term_weights(
+            self, lipschitz: float | None, generator: torch.Generator | None = None
+        ) -> list[float]:
+            return [1.0, 1.0]
+
+    roulettes, inputs = [logdet.RussianRoulette(lipschitz=0.9), Fixed()], torch.randn(2, 3)
+    plan = TermPlan(torch.device("cpu"))
+    torch.manual_seed(0)
+    with plan.recording():
+        for each in roulettes:
+            each(lambda x: 0.1 * x, inputs)
+    assert len({plan.draw() for _ in range(50)}) > 3

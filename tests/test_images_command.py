@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_stops_before_anything_is_trained(
     try:
         (finished / "results.json").write_text(json.dumps(record))
         assert main([*arguments, "--resume"]) == 2
-        assert "is damaged, or of another version: delete it" in capsys.readouterr().err
+        assert "is damaged, of another version, or none: delete it" in capsys.readouterr().err
     finally:
         damaged.unlink()
         (finished / "results.json").write_text(json.dumps(kept))

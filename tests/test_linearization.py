@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet import nn, testing
+from nflows_iresnet import nn, testing, transforms
 from nflows_iresnet.linearization import (
     AutogradLinearization,
     Linearization,
     OpaqueFunction,
     ResidualFunction,
     bind,
+    bind_all,
     linearize,
     pulled_back,
 )
@@ -181,3 +183,34 @@ def test_what_comes_back_is_counted_once_where_one_argument_was_made_from_anothe
     squares = values.square()
     found = pulled_back(torch.mul, torch.ones_like(values), [values, squares])
     torch.testing.assert_close(found, [squares, values], rtol=0, atol=0)
+
+
+def test_a_forward_that_bind_would_pass_by_is_refused() -> None:
+    class Half(nn.LipschitzMLP):
+        def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+            return 0.5 * super().forward(inputs, context)
+
+    class Both(Half):
+        def bind(self, context: Tensor | None = None) -> Any:
+            return super().bind(context)
+
+    for nets in ([Half(2, [8])], [Half(2, [8]), Half(2, [8])]):
+        with pytest.raises(ValueError, match="Half has a `forward` of its own"):
+            bind_all(nets)
+    bind(Both(2, [8]))
+    patched: Any = nn.LipschitzMLP(2, [8])
+    patched.forward = torch.tanh
+    with pytest.raises(ValueError, match="`forward` of its own"):
+        transforms.ResidualTransform(patched)(torch.zeros(1, 2))
+
+
+def test_a_network_may_leave_forward_to_its_subclass() -> None:
+    class Template(torch.nn.Module):
+        def bind(self, context: Tensor | None = None) -> ResidualFunction:
+            return OpaqueFunction(self, context)
+
+    class Net(Template):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return 0.5 * inputs
+
+    assert torch.equal(bind(Net())(torch.ones(1, 2)), torch.full((1, 2), 0.5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
@@ -434,3 +435,47 @@ def test_a_bound_that_is_given_comes_before_the_one_that_is_guaranteed() -> None
             )
         ]
         assert found == expected == guaranteed
+
+
+@pytest.mark.parametrize("kind", [logdet.RussianRoulette, logdet.Krylov])
+def test_the_variance_is_that_of_the_law_that_is_drawn_from(
+    kind: type[logdet.RussianRoulette],
+) -> None:
+    matched = kind().variance_bound(0.9, 4)
+    assert kind(lipschitz=0.9).variance_bound(0.9, 4) == matched
+    assert kind(lipschitz=0.95).variance_bound(0.9, 4) < matched
+    assert matched < kind(lipschitz=0.85).variance_bound(0.9, 4) < math.inf
+    for own in (0.3, 0.8, 0.9**2):
+        assert kind(lipschitz=own).variance_bound(0.9, 4) == math.inf
+    assert kind(lipschitz=0.5).expected_terms(0.9) == kind().expected_terms(0.5)
+
+
+def test_a_law_for_less_than_the_network_guarantees_is_warned_of() -> None:
+    net, inputs = nn.LipschitzMLP(2, [8], coeff=0.9), torch.zeros(2, 2)
+    with pytest.warns(logdet.InfiniteVarianceWarning, match=r"a `lipschitz` above 0.81"):
+        logdet.RussianRoulette(lipschitz=0.7).estimate(net, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logdet.RussianRoulette(lipschitz=0.85).estimate(net, inputs)
+
+
+def test_the_bound_of_the_variance_knows_the_probe() -> None:
+    class Own:
+        def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return torch.randn_like(inputs)
+
+    for kind in (logdet.RussianRoulette, logdet.Krylov):
+        bound = kind().variance_bound(0.5, 2)
+        assert kind(probe=logdet.Gaussian()).variance_bound(0.5, 2) == pytest.approx(2 * bound)
+        assert kind(probe=Own()).variance_bound(0.5, 2) == math.inf
+
+
+def test_gaussian_probes_vary_within_their_bound_where_signs_would_not() -> None:
+    roulette = logdet.RussianRoulette(probe=logdet.Gaussian(), lipschitz=0.5, num_probes=1)
+    torch.manual_seed(0)
+    values = torch.cat([roulette(lambda x: -0.5 * x, torch.zeros(50, 1))[1] for _ in range(400)])
+    bound, of_signs = (
+        roulette.variance_bound(0.5, 1),
+        logdet.RussianRoulette().variance_bound(0.5, 1),
+    )
+    assert of_signs < float(values.double().var()) < bound

@@ -402,7 +402,9 @@ def test_a_checkpoint_cut_anywhere_is_refused(checkpoint: bytes, tmp_path: Path)
     keeper = Keeper(tmp_path / "run.pt", {"of": "run"})
     for length in (*range(0, len(checkpoint), 4096), len(checkpoint) - 1):
         keeper.path.write_bytes(checkpoint[:length])
-        with pytest.raises(CheckpointError, match="is damaged, or of another version: delete it"):
+        with pytest.raises(
+            CheckpointError, match="is damaged, of another version, or none: delete it"
+        ):
             keeper.load()
     keeper.path.write_bytes(checkpoint)
     assert keeper.load() is not None

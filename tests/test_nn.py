@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nflows_iresnet import nn, testing
+from nflows_iresnet import nn, testing, transforms
 from nflows_iresnet.conditioning import MAX_LOG_SCALE
 from nflows_iresnet.linearization import bind_all
 from nflows_iresnet.nn.activations import LIPSWISH_DIVISOR
-from nflows_iresnet.nn.layers import NormedLinear, rounding_margin
+from nflows_iresnet.nn.base import LayeredNet
+from nflows_iresnet.nn.layers import NormedLayer, NormedLinear, rounding_margin
 
 UPPER_NORMS: dict[str, nn.MatrixNorm] = {
     "spectral": nn.SpectralNorm(),
@@ -489,3 +490,67 @@ def test_a_grouped_convolution_is_as_steep_as_its_steepest_group() -> None:
         assert nn.lipschitz_bound(module) == max(bounds)
         with torch.no_grad():
             module.weight.chunk(2)[steep].div_(10)
+
+
+HALF: dict[str, tuple[Callable[[], torch.nn.Module], tuple[float, ...]]] = {
+    "linear": (lambda: nn.LipschitzLinear(64, 64), (55000.0,)),
+    "convolution": (lambda: nn.LipschitzConv2d(64, 64, 3), (55000.0,)),
+    "mlp": (lambda: nn.LipschitzMLP(64, [128, 128]), (6e4, 6e4, 6e4)),
+    "dense": (lambda: nn.LipschitzDenseNet(64, [64]), (1e-3, 55000.0)),
+    "cnn": (lambda: nn.LipschitzCNN(4, [64, 64]), (4e4, 4e4, 4e4)),
+}
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_bound_of_float16_weights(kind: str) -> None:
+    """What they are multiplied by would be subnormal in float16, or zero: rounded without limit."""
+    make, values = HALF[kind]
+    net = make().half()
+    weights = [each.weight for each in net.modules() if isinstance(each, NormedLayer)]
+    with torch.no_grad():
+        for weight, value in zip(weights, values, strict=True):
+            weight.fill_(value)
+    assert 0.85 < nn.lipschitz_bound(net) <= 0.97
+    if isinstance(net, LayeredNet):
+        used = net.bind().weights
+        assert all(map(torch.equal, used, net.effective_weights()))
+        total = torch.stack([each.float().square().sum() for each in used]).sum()
+        gradients = torch.autograd.grad(total, weights)
+        assert all(each.dtype == torch.float16 and each.isfinite().all() for each in gradients)
+
+
+def test_layers_too_wide_for_half_precision_say_so() -> None:
+    """2 eps sqrt(512 * 9) is more than one: rounding alone may exceed any budget."""
+    net = nn.LipschitzCNN(2, [512, 512], kernel_sizes=[1, 3, 1]).bfloat16()
+    with pytest.raises(ValueError, match=r"\(512, 512, 3, 3\).*bfloat16.*float32"):
+        net(torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16))
+    wide = torch.zeros(4096, 4096, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match="bfloat16"):
+        rounding_margin(wide)
+    assert 0 < rounding_margin(wide[1:]) < rounding_margin(wide.half()) < 1
+
+
+@pytest.mark.parametrize("beta", [0.01, 1.0, 100.0])
+def test_a_softplus_of_torch_that_jumps_has_no_constant(beta: float) -> None:
+    """Where beta x exceeds the threshold it returns x: what it leaves out is not small below 20."""
+    assert nn.lipschitz_bound(torch.nn.Softplus(beta, threshold=20)) == 1.0
+    jumping = torch.nn.Softplus(beta, threshold=2)
+    edge = torch.tensor([2 / beta * (1 - 1e-9), 2 / beta * (1 + 1e-9)], dtype=torch.float64)
+    before, after = jumping(edge).tolist()
+    assert before - after > 0.05 / beta
+    with pytest.raises(ValueError, match=r"threshold=2.*nn\.Softplus"):
+        nn.lipschitz_bound(jumping)
+    with pytest.raises(ValueError, match=r"nn\.Softplus"):
+        nn.LipschitzMLP(2, [4], activation=jumping)(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("coeff", [0.0, 1.0, 1.5])
+def test_a_coeff_that_is_set_later_is_checked_too(kind: str, coeff: float) -> None:
+    make, shape = NETS[kind]
+    net = make(None)
+    block = transforms.ResidualTransform(net)
+    net.coeff = coeff
+    for call in (block, block.inverse, lambda _: net.lipschitz_bound()):
+        with pytest.raises(ValueError, match="coeff must be"):
+            call(torch.zeros(2, *shape))

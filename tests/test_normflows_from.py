@@ -206,3 +206,11 @@ def test_a_model_of_normflows_as_a_model_of_nflows() -> None:
     torch.testing.assert_close(ours.log_prob(data), theirs.log_prob(data))
     samples, log_prob = ours.sample_and_log_prob(ROWS)
     torch.testing.assert_close(theirs.log_prob(samples), log_prob)
+
+
+def test_residual_blocks_are_taken_for_two_features_only() -> None:
+    block = nf.flows.Residual(nf.nets.LipschitzMLP([3, 8, 3]), brute_force=True)
+    transform = FromNormflows(block)
+    for direction in (transform.forward, transform.inverse):
+        with pytest.raises(ValueError, match=r"exact for two features, and was given \(5, 3\)"):
+            direction(torch.zeros(5, 3))

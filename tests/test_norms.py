@@ -306,3 +306,18 @@ def test_power_iteration_is_a_lower_bound_from_its_start() -> None:
         norm = nn.PowerIteration(num_initial_steps=0)
         estimate = norm.differentiable(weight, norm.initial_state(weight))
         assert abs(float(estimate)) <= float(torch.linalg.matrix_norm(weight, ord=2))
+
+
+@pytest.mark.parametrize("norm", [SpectralNorm(), FrobeniusNorm()], ids=str)
+@pytest.mark.parametrize("factor", [1e-200, 1e-163, 1e160, 1e200])
+def test_norms_and_gradients_are_those_of_the_same_weight_times_any_factor(
+    norm: SpectralNorm | FrobeniusNorm, factor: float
+) -> None:
+    """The squares of these would be zero or infinite in float64."""
+    weights = torch.stack([rectangular((5, 4)), 1e3 * rectangular((5, 4)).cos()])
+    value, gradient = norm.value_and_gradient(factor * weights, {})
+    expected, its_gradient = norm.value_and_gradient(weights, {})
+    torch.testing.assert_close(value / factor, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, its_gradient, rtol=0, atol=1e-10)
+    slow = norm.differentiable(factor * weights[0], {})
+    torch.testing.assert_close(slow / factor, expected[0], rtol=1e-12, atol=0)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from nflows_iresnet.experiments import parallel, runs
 from nflows_iresnet.experiments.cli import main
-from nflows_iresnet.experiments.config import RunConfig, UsageError
+from nflows_iresnet.experiments.config import RunConfig, UsageError, in_any_folder
 from nflows_iresnet.experiments.table1 import Settings
 from nflows_iresnet.experiments.table1.classifiers import ClassifierJob, load
 from nflows_iresnet.training.checkpoints import Keeper
@@ -76,7 +77,7 @@ def test_without_dask_the_remedy_is_said(
     words = ["--dask", "tcp://scheduler:8786", "--out", str(tmp_path / "out")]
     assert main(["compare", "moons", "--models", "nice", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install 'nflows-iresnet[dask]'" in line
+    assert "pip install '.[dask]' in the clone" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -329,3 +330,31 @@ def kill_when_busy(victim: int, out: Path) -> None:
     wait_for(lambda: len(list((out / "runs").glob("*.pt"))) == 2)
     assert not results(out)["results"]
     os.kill(victim, signal.SIGKILL)
+
+
+def test_an_order_whose_data_are_others_says_so(table: str, tmp_path: Path) -> None:
+    order = order_of(table, tmp_path)
+    lines = Path(table).read_text().splitlines()
+    Path(table).write_text("\n".join([*lines[:-1], lines[-2]]))
+    runs._load_once.cache_clear()
+    with pytest.raises(UsageError, match=r"table\.csv has other rows than where the command began"):
+        order.do(Wish(False), None)
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_not_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "moons").mkdir()
+    monkeypatch.chdir(tmp_path)
+    order = order_of("moons", tmp_path)
+    assert order.do(Wish(False), None) is not None
+
+
+def test_the_home_of_the_user_is_the_same_in_another_folder(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(table).parent))
+    job: Any = order_of(f"~/{Path(table).name}", tmp_path).job
+    assert job.run.source == table
+    config = replace(job.config, data_dir="~/data")
+    assert in_any_folder(config).data_dir == str(Path(table).parent / "data")

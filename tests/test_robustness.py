@@ -121,6 +121,8 @@ class DoubledSine(Doubled, nn.Sine):
 class LearnedSine(nn.Sine):
     """A parameter, which no hand-written derivative knows of."""
 
+    phase: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.phase = torch.nn.Parameter(torch.zeros(()))
@@ -242,3 +244,88 @@ def test_act_norm_starts_right_far_from_zero() -> None:
     inputs = 1.6e9 + torch.randn(2000, 2, dtype=torch.float64)
     outputs, _ = transforms.ActNorm(2).double()(inputs)
     torch.testing.assert_close(outputs.std(0), torch.ones(2).double(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_false_bound_near_what_rounding_excuses_does_not_make_a_solution(
+    dtype: torch.dtype,
+) -> None:
+    class Untrue(torch.nn.Module):
+        lipschitz = 1 - 1e-6 if dtype == torch.float32 else 0.97
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return 2.5 * torch.sin(3 * inputs)
+
+    torch.manual_seed(0)
+    block = transforms.ResidualTransform(Untrue(), estimator=logdet.Exact())
+    with pytest.raises(FixedPointNotConverged):
+        block.inverse(torch.randn(64, 2).to(dtype))
+
+
+class LentSine(LearnedSine):
+    """The same with a buffer, through which a gradient may go to what made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.phase
+        self.register_buffer("phase", torch.zeros(()))
+
+
+class Wrapped(nn.Sine):
+    """What it is made of is in a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = LentSine()
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.value_and_slope(inputs)
+
+    def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
+        return -value
+
+
+@pytest.mark.parametrize(
+    "activation", [LentSine(), Wrapped(), nn.Mixed(LentSine(), nn.SmoothAbs())]
+)
+def test_buffers_of_activations_get_their_gradients(activation: nn.Activation) -> None:
+    """What differences of the log-determinant say of the same change of all phases."""
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [6, 6], activation=activation).double()
+    block = transforms.ResidualTransform(net, estimator=logdet.Exact())
+    inputs = torch.randn(3, 2, dtype=torch.float64)
+    holders = [each for each in net.modules() if isinstance(each, LentSine)]
+    assert all(each.has_curvature for each in (*holders, *net.activations))
+
+    def total(phase: Tensor) -> Tensor:
+        for each in holders:
+            each.phase = phase
+        return block(inputs)[1].sum()
+
+    with torch.no_grad():
+        step = torch.tensor(1e-5, dtype=torch.float64)
+        slope = (total(step) - total(-step)) / (2 * step)
+    phase = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(total(phase), phase, allow_unused=True)
+    assert float(slope.abs()) > 1e-3
+    torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-8)
+
+
+class ShiftedMixture(nn.Mixed):
+    """Two halves that have curvatures, and a function that has others."""
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (inputs + 1).tensor_split(2, dim=-1)
+        pairs = self.first.value_and_slope(first), self.second.value_and_slope(second)
+        values, slopes = (torch.cat(parts, dim=-1) for parts in zip(*pairs, strict=True))
+        return values, slopes
+
+
+def test_a_mixture_of_ones_own_has_no_curvature_of_others() -> None:
+    torch.manual_seed(0)
+    activation = ShiftedMixture(nn.Sine(), nn.SmoothAbs())
+    block = transforms.ResidualTransform(
+        nn.LipschitzMLP(2, [6, 6], activation=activation).double(), estimator=logdet.Exact()
+    )
+    inputs = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(block, (inputs,))

@@ -24,8 +24,8 @@ from nflows_iresnet.experiments.session import LiveProgress
 from nflows_iresnet.experiments.table1 import DEFAULT_COEFFS, classifiers
 from nflows_iresnet.experiments.table1.classifiers import Inversion
 from nflows_iresnet.experiments.table1.command import TableRecord
+from nflows_iresnet.experiments.tables import bounded, rows_of
 from nflows_iresnet.experiments.tables import columns_for as density_columns
-from nflows_iresnet.experiments.tables import rows_of
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -283,7 +283,7 @@ def test_a_missing_library_is_said_in_its_row(
     arguments = ["table2", "--models", "nice", "ffjord", "--steps", "2", "--out", str(tmp_path)]
     printed = printed_by(arguments)
     assert "ffjord FAILED" in printed
-    assert "pip install 'nflows-iresnet[ffjord]'" in printed
+    assert "pip install '.[ffjord]' in the clone" in printed
     nice, missing = json.loads((tmp_path / "results.json").read_text())["results"]
     assert (nice["failures"], missing["num_parameters"]) == ([], 0)
 
@@ -315,3 +315,35 @@ def test_help_names_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main([name, "--help"])
         assert expected in capsys.readouterr().out
+
+
+def test_every_table_row_that_stopped_early_is_named(table1: tuple[Path, str]) -> None:
+    record = TableRecord.from_json((table1[0] / "results.json").read_text())
+    first = replace(record.outcomes[0], stopped="patience", steps=7, best_step=3)
+    stopped = replace(record, outcomes=(first, *record.outcomes[1:]))
+    (line,) = set(stopped.early_stops()) - set(record.early_stops())
+    assert line.endswith("stopped early, at step 7: its best validation was at step 3")
+    assert "up to" in record.caption()
+
+
+def test_certified_bounds_are_rounded_up_and_rates_told_apart() -> None:
+    assert [bounded(x) for x in (0.7613, 0.97, 0.9700001, 13.0)] == [
+        *("≤ 0.762", "≤ 0.970", "≤ 0.971", "≤ 13.000")
+    ]
+    assert bounded(math.inf) == "≤ inf"
+    names = list(classifiers.builders([0.9999999, 0.99999999, 0.5]))
+    assert names == ["resnet", "vanilla", "c=0.9999999", "c=0.99999999", "c=0.5"]
+
+
+def test_validation_looks_at_rows_from_the_whole_split() -> None:
+    class Kept:
+        def exact_log_prob(self, rows: torch.Tensor) -> torch.Tensor:
+            seen.append(rows)
+            return rows.sum(dim=1)
+
+    seen: list[torch.Tensor] = []
+    data = datasets.make("moons", num_train=10, num_validation=3500, num_test=10)
+    model: Any = Kept()
+    RowTask(data).validate(model, RunConfig(("moons",), ("maf",)))
+    (rows,) = torch.cat(seen).split(1000)
+    assert torch.equal(rows, data.validation[::3][:1000])

@@ -134,8 +134,9 @@ def read_text(
     """Read column names and finite numbers [rows, columns] from a file of delimited text.
 
     Cells are separated by commas, semicolons, tabs or spaces. A first row without any number is
-    taken for the names, whether or not it begins with numpy's ``#``; columns without names are
-    called ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
+    taken for the names, whether or not it begins with numpy's ``#``; so is ``0, 1, ...``, as pandas
+    calls columns without names, above a row with a decimal point. Columns without names are called
+    ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
     first of them, which are kept. Lines that begin with ``comment``, and blank ones, are no rows.
     """
     path, (lines, rows) = file.path, _split(file, comment)
@@ -147,6 +148,8 @@ def read_text(
     width, names = len(rows[0]), numbered(len(rows[0]))
     if not any(map(_is_number, rows[0])):
         names, lines, rows = tuple(map(one_line, rows[0])), lines[1:], rows[1:]
+    elif _are_pandas_numbers(rows):
+        lines, rows = lines[1:], rows[1:]
     names = columns or names
     for line, cells in zip(lines, rows, strict=True):
         if len(cells) != width:
@@ -161,6 +164,12 @@ def read_text(
     values = values.reshape(len(rows), len(names))
     refuse_nonfinite(path, names, values, lines)
     return names, values
+
+
+def _are_pandas_numbers(rows: list[list[str]]) -> bool:
+    """Whether the first row is what pandas calls columns that have no names."""
+    first, second = rows[0], rows[1] if len(rows) > 1 else []
+    return tuple(first) == numbered(len(first)) and any("." in cell for cell in second)
 
 
 def _without_hashes(lines: dict[int, str]) -> dict[int, str]:

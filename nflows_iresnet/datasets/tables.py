@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,10 +84,22 @@ def read_table(path: Path) -> Table:
         columns, values = read_text(read_file(path))
     else:
         raise ValueError(f"{path}: file type {path.suffix!r} is unknown; save it as .npy or .csv")
+    _refuse_row_numbers(path, columns, values)
     repeats = len(values) - len(np.unique(values, axis=0))
     repeat_note = f"{repeats} rows repeat an earlier row: splits may share them"
     notes = ((repeat_note,) if repeats else ()) + quantised_notes(columns, values)
     return Table(path.stem, columns, values, str(path), notes)
+
+
+def _refuse_row_numbers(path: Path, columns: Names, values: FloatArray) -> None:
+    """Refuse the index that pandas writes by default, which would be a feature of its own."""
+    for index, name in enumerate(columns):
+        is_index = name.lower() in ("", "index") or name.lower().startswith("unnamed")
+        if is_index and np.array_equal(np.diff(values[:, index]), np.ones(len(values) - 1)):
+            raise ValueError(
+                f"{path}: column {name or 'without a name'} (index {index}) numbers the rows and "
+                "is no feature: remove it, or write the file by to_csv(..., index=False)"
+            )
 
 
 def refuse_constant(
@@ -133,6 +146,8 @@ class Dataset:
             source units are then levels divided by this number.
         notes: What was changed or deserves care, a sentence each.
         licence: On what terms the rows may be used, where that is known.
+        checksum: CRC-32 of the rows in source units, by which others are told from them; None for
+            samples of a toy density, which their seed determines.
 
     Example:
         >>> from nflows_iresnet import datasets
@@ -154,6 +169,7 @@ class Dataset:
     levels: int | None = None
     notes: tuple[str, ...] = ()
     licence: str | None = None
+    checksum: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -221,22 +237,46 @@ def standardised(
     location: Tensor,
     scale: Tensor,
     *,
+    columns: Names,
     notes: tuple[str, ...] = (),
     licence: str | None = None,
     **about: Any,
 ) -> Dataset:
     """Return three splits in source units as a data set, whose notes name the terms of use."""
     train, validation, test = (((part - location) / scale).float() for part in parts)
+    _refuse_beyond_float32(about["name"], columns, (train, validation, test), scale)
     return Dataset(
         train=train,
         validation=validation,
         test=test,
         location=location,
         scale=scale,
+        columns=columns,
         notes=notes if licence is None else (*notes, f"licence: {licence}"),
         licence=licence,
+        checksum=None if "density" in about else _checksum(parts),
         **about,
     )
+
+
+def _refuse_beyond_float32(
+    name: str, columns: Names, parts: Sequence[Tensor], scale: Tensor
+) -> None:
+    """Refuse columns whose standardised values are not all numbers of float32."""
+    are_finite = torch.stack([part.isfinite().all(dim=0) for part in parts]).all(dim=0)
+    for column, is_finite, size in zip(columns, are_finite, scale.tolist(), strict=True):
+        if not is_finite:
+            raise ValueError(
+                f"{name}: column {column} has values that are beyond float32 when divided by the "
+                f"deviation of its training rows ({size:g}): give it another unit, or remove them"
+            )
+
+
+def _checksum(parts: Sequence[Tensor]) -> str:
+    total = 0
+    for part in parts:
+        total = zlib.crc32(part.contiguous().numpy().data, total)
+    return f"{total:08x}"
 
 
 def from_table(table: Table, generator: Generator, num_samples: int | None = None) -> Dataset:
@@ -438,7 +478,7 @@ def read_digit_pixels() -> tuple[FloatArray, npt.NDArray[np.int64]]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "digits needs scikit-learn: pip install 'nflows-iresnet[compare]'"
+            "digits needs scikit-learn: pip install '.[compare]' in the clone"
         ) from error
     digits = load_digits()
     return np.asarray(digits.data, dtype=np.float64), np.asarray(digits.target, dtype=np.int64)

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,8 +83,9 @@ class RunConfig:
                 _check_positive(name, value)
         for rate in self.learning_rates:
             _check_positive("learning_rates", rate)
-        if not self.images and (self.amp or self.num_train is not None):
-            raise ValueError("amp and num_train are for images: add --images, or leave them out")
+        own = [name for name in _OF_IMAGES if getattr(self, name) != _DEFAULTS[name]]
+        if own and not self.images:
+            raise ValueError(f"{' and '.join(own)} is for images: add --images, or leave it out")
         if not 0 < self.alpha < 0.5:
             raise ValueError(f"alpha must be between 0 and 0.5, got {self.alpha}")
         for name in ("marginal_bins", "num_terms"):
@@ -108,6 +109,12 @@ class RunConfig:
         """Every choice as plain JSON data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+
+_DEFAULTS = {each.name: each.default for each in fields(RunConfig)}
+_OF_IMAGES = (
+    *("num_train", "num_scales", "amp", "alpha"),
+    *("marginal_bins", "num_terms", "exact_images", "dequantisations"),
+)
 
 IMAGE_DEFAULTS: dict[str, Any] = {"batch_size": 64, "learning_rate": 1e-3, "num_layers": 4}
 """What images need other defaults for."""
@@ -141,7 +148,12 @@ def resolve_device(name: str) -> str:
 def in_any_folder(config: Choices) -> Choices:
     """Return choices that find the same data from any folder."""
     data_dir = getattr(config, "data_dir", None)
-    return config if data_dir is None else replace(config, data_dir=os.path.abspath(data_dir))
+    return config if data_dir is None else replace(config, data_dir=absolute(data_dir))
+
+
+def absolute(path: str) -> str:
+    """Return what names the same place from any folder; ~ is the home of the user."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -179,7 +191,7 @@ def check_extra() -> None:
     missing = [name for name in _EXTRA if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{' and '.join(missing)} not installed: pip install 'nflows-iresnet[compare]'"
+            f"{' and '.join(missing)} not installed: pip install '.[compare]' in the clone"
         )
 
 

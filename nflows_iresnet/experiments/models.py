@@ -355,7 +355,7 @@ def _zuko(kind: str, options: Callable[[Architecture], dict[str, Any]] = lambda 
 
     def build(size: Architecture) -> nn.Module:
         if find_spec("zuko") is None:
-            raise ImportError("zuko is not installed: pip install 'nflows-iresnet[ffjord]'")
+            raise ImportError("zuko is not installed: pip install '.[ffjord]' in the clone")
         import zuko
 
         widths = (size.hidden_features,) * size.num_blocks_per_layer

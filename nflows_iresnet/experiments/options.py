@@ -163,7 +163,7 @@ the papers' models, InvertibleResNet and ResidualFlow without splines and linear
 residual-flow is ResidualFlow as it is by default; larger images (or --images) get multi-scale flows
 for glow, realnvp, i-resnet and residual-flow, and flows on the flattened logits for the others,
 whose width can match the parameters only coarsely. nice-scaled and realnvp-scaled have the scaling
-of the papers, which nflows' flows lack. FFJORD needs zuko: pip install 'nflows-iresnet[ffjord]'; it
+of the papers, which nflows' flows lack. FFJORD needs zuko: pip install '.[ffjord]' in the clone; it
 trains with Hutchinson's estimate and is tested with the exact trace, like every other row. The
 published columns are what the papers report for MNIST and CIFAR-10: other data, networks a hundred
 times larger, days of training. Compare the order of the models, not the numbers.
@@ -315,16 +315,16 @@ class TrainingOptions(OnDevice):
 DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(RunConfig)}
 _CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
-at --hidden-features and --num-layers. The validation rows choose all that is chosen: training stops
-after --patience validations without a new best, the best state of the averaged weights is kept, and
-of several --learning-rates the best one; the test rows choose nothing. `mnist --images` is
-residual-flow alone unless other --models are named, with a size, a start and a time that suit the
-device: ten minutes of training on a GPU, two on a CPU. On a GPU a training step is one CUDA graph
-where that can be, and it is said where it cannot. A training under way is saved every few minutes,
-and goes on from there with --resume. The exit status is 0 when the comparison is complete (a model
-that fails is a result), 1 when a file cannot be written, 2 for arguments or data that cannot work,
-130 after Ctrl-C, which saves the training under way at the end of its step (again, it stops at
-once).
+at --hidden-features and --num-layers. The validation rows, a thousand of them, choose all that is
+chosen: training stops after --patience validations without a new best, the best state of the
+averaged weights is kept, and of several --learning-rates the best one; the test rows choose
+nothing. `mnist --images` is residual-flow alone unless other --models are named, with a size, a
+start and a time that suit the device: ten minutes of training on a GPU, two on a CPU. On a GPU a
+training step is one CUDA graph where that can be, and it is said where it cannot. A training under
+way is saved every few minutes, and goes on from there with --resume. The exit status is 0 when the
+comparison is complete (a model that fails is a result), 1 when a file cannot be written, 2 for
+arguments or data that cannot work, 130 after Ctrl-C, which saves the training under way at the end
+of its step (again, it stops at once).
 """
 
 
@@ -444,6 +444,11 @@ def to_config(options: CompareOptions) -> RunConfig:
     defaults["datasets"] = preset.image_datasets if images else preset.datasets
     defaults["models"] = preset.image_models if images else preset.models
     device = resolve_device(options.device)
+    if options.learning_rate is not None and options.learning_rates is not None:
+        raise ValueError(
+            f"--learning-rate {options.learning_rate:g} would not be used beside --learning-rates: "
+            "leave it out, or name it among them"
+        )
     if images:
         defaults |= preset.tuned_to(options.datasets or defaults["datasets"], device)
     if options.quick:

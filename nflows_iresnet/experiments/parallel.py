@@ -329,7 +329,7 @@ def connect(address: str) -> Any:
     try:
         from distributed import Client
     except ImportError as error:
-        raise ValueError("--dask needs Dask: pip install 'nflows-iresnet[dask]'") from error
+        raise ValueError("--dask needs Dask: pip install '.[dask]' in the clone") from error
     try:
         client = Client(address, timeout=_CONNECTING)
     except (OSError, ValueError) as error:

@@ -176,6 +176,7 @@ class DatasetSummary:
         levels: how many values a quantised feature took before its noise, None if not quantised.
         notes: what was changed or deserves care.
         shape: channels, height and width of images, None for rows of a table.
+        checksum: of the rows of a table or a file.
     """
 
     name: str
@@ -190,6 +191,7 @@ class DatasetSummary:
     levels: int | None
     notes: tuple[str, ...]
     shape: tuple[int, ...] | None = None
+    checksum: str | None = None
 
     def bits_per_dim(self, nats: float) -> float | None:
         """Convert nats per row to bits per dimension of quantised data; None for other data."""

@@ -166,10 +166,11 @@ def command_line(record: Record) -> str:
 
 
 def command_of(command: str, words: Sequence[str], options: Mapping[str, Any]) -> str:
-    """Return a command line; an option that is None, False or empty is left out."""
+    """Return a command line; an option that is None, False, empty or not used is left out."""
     line = [f"nflows-iresnet {command}", *map(shlex.quote, words)]
+    unused = {"learning_rate"} if options.get("learning_rates") else set()
     for name, value in options.items():
-        if value is None or value is False or value == []:
+        if name in unused or value is None or value is False or value == []:
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         line += [f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)]

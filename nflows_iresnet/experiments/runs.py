@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import cast
 from nflows_iresnet import datasets
 from nflows_iresnet.experiments import saved
 from nflows_iresnet.experiments.adapters import DensityModel
-from nflows_iresnet.experiments.config import RunConfig, describe, in_any_folder, slug
+from nflows_iresnet.experiments.config import RunConfig, absolute, describe, in_any_folder, slug
 from nflows_iresnet.experiments.data import ImageTask, RowTask, Task
 from nflows_iresnet.experiments.evaluation import Array, Evaluation, Metrics, evaluate
 from nflows_iresnet.experiments.models import (
@@ -50,6 +49,7 @@ class Run:
 
     Args:
         source: the name or path that the data are loaded by.
+        checksum: what they are to have, where they are loaded again.
     """
 
     task: Task
@@ -57,6 +57,7 @@ class Run:
     size: Architecture
     repeat: int
     source: str = ""
+    checksum: str | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -94,7 +95,7 @@ class Job:
     def key(self) -> tuple[str | int, ...]:
         """What the checkpoint is named for: a rate that was chosen goes on from its trial."""
         is_tried = self.config.is_tuned and self.run.repeat == 0
-        return (*self.run.key, f"{self.rate:g}") if is_tried else self.run.key
+        return (*self.run.key, repr(self.rate)) if is_tried else self.run.key
 
     @property
     def label(self) -> str:
@@ -110,17 +111,26 @@ class Job:
 
     def without_data(self) -> Job:
         """Return what another process is sent, which may run in another folder."""
-        source = self.run.source
-        run = replace(
-            self.run,
-            task=cast(Task, None),
-            source=os.path.abspath(source) if os.path.exists(source) else source,
-        )
+        source, checksum = self.run.source, self.run.task.checksum
+        if source not in _known(self.config):
+            source = absolute(source)
+        run = replace(self.run, task=cast(Task, None), source=source, checksum=checksum)
         return replace(self, run=run, config=in_any_folder(self.config))
 
     def with_data(self) -> Job:
-        """Load the data of a job that was sent."""
-        return replace(self, run=replace(self.run, task=_load_once(self.run.source, self.config)))
+        """Load the data of a job that was sent.
+
+        Raises:
+            ValueError: they cannot be loaded, or are other rows than where the command began.
+        """
+        task = _load_once(self.run.source, self.config)
+        if task.checksum != self.run.checksum:
+            raise ValueError(
+                f"{task.data.source} has other rows than where the command began (sum "
+                f"{task.checksum}, {self.run.checksum} there): give every place the same file, and "
+                "leave it as it is meanwhile"
+            )
+        return replace(self, run=replace(self.run, task=task))
 
 
 def every_job(runs: Sequence[Run], config: RunConfig) -> list[Job]:
@@ -203,8 +213,11 @@ _load_once = lru_cache(maxsize=8)(load_task)
 
 
 def _is_there(config: RunConfig, name: str) -> bool:
-    known = datasets.available_images() if config.images else datasets.available()
-    return name in known or Path(name).expanduser().exists()
+    return name in _known(config) or Path(name).expanduser().exists()
+
+
+def _known(config: RunConfig) -> Collection[str]:
+    return datasets.available_images() if config.images else datasets.available()
 
 
 def _size(model: str, reference: Architecture) -> Architecture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -296,6 +297,13 @@ def check_places(parsed: TrainingOptions, device: str) -> None:
             f"--jobs {parsed.jobs} would share one GPU, and every time would be wrong: leave it "
             "out, or add --device cpu"
         )
+    cores = os.cpu_count() or 1
+    if parsed.jobs * parsed.threads > cores:
+        print(
+            f"warning: {parsed.jobs} jobs of {parsed.threads} threads share {cores} cores: times, "
+            "and what is trained for seconds of the clock, depend on who runs beside whom",
+            file=sys.stderr,
+        )
 
 
 @contextmanager
@@ -354,7 +362,7 @@ class TerminalBar:
 
     def _print_without_terminal(self, line: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class LiveProgress(TerminalBar):
@@ -364,7 +372,7 @@ class LiveProgress(TerminalBar):
         """Start at `done` of `total` runs."""
         columns = (
             TaskProgressColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -399,7 +407,7 @@ class CaseProgress(TerminalBar):
 
     def __init__(self, total: int, *, quiet: bool) -> None:
         """Start at no case of `total`."""
-        label = TextColumn("{task.completed}/{task.total} {task.description}")
+        label = TextColumn("{task.completed}/{task.total} {task.description}", markup=False)
         super().__init__(total, 0, label, TimeElapsedColumn(), quiet=quiet, refresh=False)
 
     @contextmanager

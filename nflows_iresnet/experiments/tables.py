@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from nflows_iresnet.experiments.evaluation import CHUNK, Array, Metrics
+from nflows_iresnet.experiments.evaluation import CHUNK, NUM_VALIDATION_ROWS, Array, Metrics
 from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
 
@@ -70,6 +70,17 @@ def number(value: float | None, style: str = ".3f", error: float | None = None) 
     if value is None:
         return "-"
     return f"{value:{style}}" if error is None else f"{value:{style}} ± {error:{style}}"
+
+
+def bounded(value: float) -> str:
+    """Return that something is at most a number, which is rounded up.
+
+    Example:
+        >>> bounded(0.7613), bounded(0.97)
+        ('≤ 0.762', '≤ 0.970')
+    """
+    nearest = f"{value:.3f}"
+    return f"≤ {nearest}" if float(nearest) >= value else f"≤ {value + 0.001:.3f}"
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -192,7 +203,7 @@ def _lipschitz(row: Row) -> str:
     if row.metrics.lipschitz is None:
         return "-"
     certified, value = row.metrics.lipschitz_certified, row.metrics.lipschitz
-    return f"≤ {value:.3f}" if certified else f"≈ {value:.3f}\nnot guaranteed"
+    return bounded(value) if certified else f"≈ {value:.3f}\nnot guaranteed"
 
 
 _NOT_RACE = ("compare", "table2")
@@ -340,8 +351,10 @@ COLUMNS: tuple[Column[Row], ...] = (
 
 def caption(dataset: DatasetSummary) -> str:
     """Describe a data set in one line."""
+    used = NUM_VALIDATION_ROWS
+    some = f" ({used} of them looked at)" if dataset.num_validation > used else ""
     text = (
-        f"{dataset.num_train} training, {dataset.num_validation} validation and "
+        f"{dataset.num_train} training, {dataset.num_validation} validation{some} and "
         f"{dataset.num_test} test rows of {dataset.features} dimensions"
     )
     if dataset.shape is not None:

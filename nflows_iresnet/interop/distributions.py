@@ -290,7 +290,10 @@ class ToTorchTransform(TorchTransform, nn.Module):
         ]
         tensors = [*self.parameters(), *self.buffers(), *pair]
         versions = [
-            (id(each), each.dtype, each.device, None if each.is_inference() else each._version)
+            (
+                *(id(each), each.dtype, each.device, each.requires_grad),
+                None if each.is_inference() else each._version,
+            )
             for each in tensors
         ]
         return settings, versions, torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -97,7 +97,9 @@ class FromNormflows(Transform):
 
     Raises:
         ValueError: if the flow is a Markov chain, which is no bijection, or has residual blocks of
-            normflows, whose log-determinants may be none, without `brute_force=True` (for 2-D).
+            normflows, whose log-determinants may be none, without `brute_force=True`, or with it
+            and inputs that are not of two features. What such blocks invert is normflows' own
+            iteration: nothing verifies it, and it may be off by 0.01.
 
     Example:
         >>> import normflows as nf, torch
@@ -116,7 +118,7 @@ class FromNormflows(Transform):
             raise ValueError(
                 f"{_name(flow)} is a Markov chain, not a bijection: it has no log-determinant"
             )
-        blocks = (each for each in flow.modules() if isinstance(each, iResBlock))
+        blocks = [each for each in flow.modules() if isinstance(each, iResBlock)]
         if not all(block.brute_force for block in blocks):
             raise ValueError(
                 f"{_name(flow)} may return another number than its log-determinant in training, a "
@@ -124,7 +126,7 @@ class FromNormflows(Transform):
                 "brute_force=True in two dimensions, or "
                 "ResidualTransform(nn.LipschitzMLP(...)), see docs/coming-from.md"
             )
-        self.flow = flow
+        self.flow, self._is_planar = flow, bool(blocks)
         self._forward_context = _context_parameter(flow.inverse)
         self._inverse_context = _context_parameter(flow.forward)
 
@@ -158,6 +160,12 @@ class FromNormflows(Transform):
         parameter: inspect.Parameter | None,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        if self._is_planar and inputs.shape[1:] != (2,):
+            raise ValueError(
+                f"{_name(self.flow)} has residual blocks of normflows, whose log-determinants are "
+                f"exact for two features, and was given {tuple(inputs.shape)}: use "
+                "ResidualTransform(nn.LipschitzMLP(...)), see docs/coming-from.md"
+            )
         with training_products(self, "anything"):
             outputs, logabsdet = direction(inputs, **self._conditions(parameter, context))
         if not isinstance(outputs, Tensor):

@@ -1,6 +1,6 @@
 r"""Residual flows as density estimators of sbi, for `NPE(prior, density_estimator=...)`.
 
-sbi is an extra: `pip install 'nflows-iresnet[sbi]'`. It is imported when an estimator is built.
+sbi is an extra: `pip install '.[sbi]'` in a clone. It is imported when an estimator is built.
 """
 
 from __future__ import annotations

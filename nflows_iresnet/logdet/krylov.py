@@ -35,11 +35,16 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.linearization import Linearization, row_products
-from nflows_iresnet.logdet.power_series import validated_lipschitz, weighted_series
+from nflows_iresnet.logdet.power_series import (
+    fourth_moment,
+    validated_lipschitz,
+    weighted_series,
+)
 from nflows_iresnet.logdet.russian_roulette import (
     LipschitzTruncation,
     RussianRoulette,
     Truncation,
+    grows,
 )
 
 
@@ -158,17 +163,18 @@ class Krylov(RussianRoulette):
     def variance_bound(self, lipschitz: float, features: int) -> float:
         r"""Return a bound of the variance of one draw, in nats^2, for any J with \|J\| <= L.
 
-        The probe adds at most D^2 log(1 - L)^2. The truncation adds at most
-        D^2 sum_{i,j >= 1} (1 / p_{n + min(i,j)} - 1) b_i b_j, where the j-th term of the residual
-        is at most b_j = L^{n+j} / (1 - L) (1 / (n + j - 1) + 1 / (n + j)), as
-        \|d\| <= L / (1 - L). For `Rademacher` probes, with which \|v\|^2 = D.
+        The probe adds at most E\|v\|^4 log(1 - L)^2. The truncation adds at most
+        E\|v\|^4 sum_{i,j >= 1} (1 / p_{n + min(i,j)} - 1) b_i b_j, where the j-th term of the
+        residual is at most b_j = L^{n+j} / (1 - L) (1 / (n + j - 1) + 1 / (n + j)), as
+        \|d\| <= L / (1 - L). See `RussianRoulette.variance_bound` for E\|v\|^4 and the p_k.
 
         Args:
             lipschitz: L in [0, 1).
             features: D, the number of dimensions.
 
         Returns:
-            The bound, `math.inf` where the law does not guarantee a finite variance.
+            The bound, `math.inf` where the law does not guarantee a finite variance, and for a
+            probe that does not say its `fourth_moment(features)`.
         """
         bound = validated_lipschitz(lipschitz)
         if not self.truncation.has_finite_variance(bound):
@@ -176,16 +182,21 @@ class Krylov(RussianRoulette):
         if bound == 0:
             return 0.0
         total, added, term = 0.0, math.inf, self.num_exact_terms
+        of_law = self._of_law(bound)
         while added > 1e-9 * (1 - bound) * total:
             term += 1
             size = bound**term / (1 - bound) * (1 / (term - 1) + 1 / term)
             later = bound ** (term + 1) / (1 - bound) ** 2 * (1 / term + 1 / (term + 1))
-            survival = self.survival(term, bound)
+            survival, before = self.survival(term, of_law), added
             if survival == 0:
                 return math.inf
             added = size * (size + 2 * later) * (1 / survival - 1)
+            if grows(size, before, added):
+                return math.inf
             total += added
-        return features**2 * (math.log1p(-bound) ** 2 + total * (1 + _LEFT_OUT))
+        return fourth_moment(self.probe, features) * (
+            math.log1p(-bound) ** 2 + total * (1 + _LEFT_OUT)
+        )
 
 
 _LEFT_OUT = 1e-6

@@ -134,11 +134,14 @@ class TermPlan:
         """Draw the weights of the next step, and return the largest number of terms, or 0."""
         self._drawn = [[] for _ in self._requests]
         for probe in sorted({request.probe for request in self._requests}):
-            state = torch.get_rng_state()
+            state = after = torch.get_rng_state()
             for index, request in enumerate(self._requests):
                 if request.probe == probe:
                     torch.set_rng_state(state)
                     self._drawn[index] = request.draw()
+                    now = torch.get_rng_state()
+                    after = after if torch.equal(now, state) else now
+            torch.set_rng_state(after)
         return max(map(len, self._drawn), default=0)
 
     @contextmanager

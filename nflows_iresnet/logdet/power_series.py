@@ -26,6 +26,7 @@ trace instead of v^T J v (and c_1 v is left out of s and w): the same expectatio
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,12 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import Linearization, first_derivative_only, is_traced
+from nflows_iresnet.linearization import (
+    Linearization,
+    first_derivative_only,
+    is_differentiated,
+    is_traced,
+)
 from nflows_iresnet.logdet.base import LogDetEstimator
 from nflows_iresnet.logdet.plan import planned_weights
 from nflows_iresnet.validation import validated_size
@@ -66,6 +72,10 @@ class Rademacher:
         )
         return torch.rsub(bits, 1, alpha=2)
 
+    def fourth_moment(self, features: int) -> float:
+        r"""Return E\|v\|^4 = D^2."""
+        return float(features**2)
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -77,6 +87,21 @@ class Gaussian:
     def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return independent standard normal entries."""
         return torch.empty_like(inputs, requires_grad=False).normal_(generator=generator)
+
+    def fourth_moment(self, features: int) -> float:
+        r"""Return E\|v\|^4 = D (D + 2)."""
+        return float(features * (features + 2))
+
+
+def fourth_moment(probe: Probe, features: int) -> float:
+    r"""Return E\|v\|^4 of a probe of D features, infinity if it does not say it.
+
+    Example:
+        >>> fourth_moment(Rademacher(), 4), fourth_moment(Gaussian(), 4)
+        (16.0, 24.0)
+    """
+    own = getattr(probe, "fourth_moment", None)
+    return math.inf if own is None else float(own(features))
 
 
 Sums = Callable[[Linearization, Tensor, Sequence[float | Tensor], bool], Sequence[Tensor]]
@@ -111,7 +136,7 @@ def weighted_series(
     for_derivative, for_value = [
         vector.detach() for vector in vectors
     ]  # forward mode ignores no_grad
-    if torch.is_grad_enabled():
+    if is_differentiated():
         surrogate = linearization.surrogate(for_value, for_derivative, probe)
         value = first_derivative_only(surrogate, _NO_SECOND_DERIVATIVE)
     else:

@@ -25,12 +25,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 
 from nflows_iresnet.linearization import concrete
-from nflows_iresnet.logdet.power_series import SeriesEstimator, validated_lipschitz
+from nflows_iresnet.logdet.power_series import SeriesEstimator, fourth_moment, validated_lipschitz
 from nflows_iresnet.validation import validated_size
 
 
@@ -176,42 +177,73 @@ class RussianRoulette(SeriesEstimator):
                 InfiniteVarianceWarning,
                 stacklevel=3,
             )
+        elif guaranteed is not None and bound < guaranteed and _is_unbounded(self, guaranteed):
+            warnings.warn(
+                f"the law for Lip(g) <= {bound} does not guarantee a finite variance for the "
+                f"network's bound {guaranteed}: pass a `lipschitz` above {guaranteed**2:.4g}, or "
+                "leave it out",
+                InfiniteVarianceWarning,
+                stacklevel=3,
+            )
         return bound
+
+    def _of_law(self, lipschitz: float) -> float:
+        """Return the bound that the law of N is for."""
+        return validated_lipschitz(lipschitz) if self.lipschitz is None else self.lipschitz
 
     def expected_terms(self, lipschitz: float) -> float:
         """Return E[N] = sum_k P(N >= k), the expected number of products with J per probe."""
-        total, term = 0.0, 1
-        while (probability := self.survival(term, validated_lipschitz(lipschitz))) > 1e-9:
+        total, term, of_law = 0.0, 1, self._of_law(lipschitz)
+        while (probability := self.survival(term, of_law)) > 1e-9:
             total, term = total + probability, term + 1
         return total
 
     def variance_bound(self, lipschitz: float, features: int) -> float:
         r"""Return a bound of the variance of one draw, in nats^2, for any J with \|J\| <= L.
 
-        E[estimate^2] <= D^2 sum_{j,k} a_j a_k / p_min(j,k) with a_k = L^k / k, because
-        \|v^T J^k v\| <= \|v\|^2 L^k and \|v\|^2 = D for Rademacher probes.
+        E[estimate^2] <= E\|v\|^4 sum_{j,k} a_j a_k / p_min(j,k) with a_k = L^k / k, because
+        \|v^T J^k v\| <= \|v\|^2 L^k. E\|v\|^4 is D^2 for `Rademacher` probes and D (D + 2) for
+        `Gaussian` ones. The probabilities p are those of the law that is drawn from, which an own
+        `lipschitz` decides.
 
         Args:
             lipschitz: L in [0, 1).
             features: D, the number of dimensions.
 
         Returns:
-            The bound, `math.inf` where the law does not guarantee a finite variance.
+            The bound, `math.inf` where the law does not guarantee a finite variance, and for a
+            probe that does not say its `fourth_moment(features)`.
         """
         bound = validated_lipschitz(lipschitz)
         if not self.truncation.has_finite_variance(bound):
             return math.inf
-        remaining = -math.log1p(-bound)
-        total, term, size, pairs = 0.0, 1, bound, 0.0
+        remaining, of_law = -math.log1p(-bound), self._of_law(bound)
+        total, term, size, pairs, is_small = 0.0, 1, bound, 0.0, False
         while size > _SMALL or pairs > 1e-16 * total:
-            survival = self.survival(term, bound)
+            survival, before = self.survival(term, of_law), pairs
             if survival == 0:
                 return math.inf
             rest = remaining if size > _SMALL else size / (1 - bound)
             pairs = size * (2 * rest - size) / survival
+            if is_small and grows(size, before, pairs):
+                return math.inf
             total, remaining, term = total + pairs, remaining - size, term + 1
-            size = bound**term / term
-        return features**2 * total * (1 + _SMALL)
+            is_small, size = size <= _SMALL, bound**term / term
+        return fourth_moment(self.probe, features) * total * (1 + _SMALL)
+
+
+@lru_cache(maxsize=256)
+def _is_unbounded(roulette: RussianRoulette, lipschitz: float) -> bool:
+    return roulette.variance_bound(lipschitz, 1) == math.inf
+
+
+def grows(size: float, before: float, added: float) -> bool:
+    """Whether what the terms of a sum add does not shrink any more, and so never will.
+
+    It is not asked of large terms, whose factors other than powers may still grow, nor of those
+    whose squares lose digits.
+    """
+    return 1e-100 < size <= _SMALL and added >= before
 
 
 _SMALL = 1e-9
@@ -225,6 +257,11 @@ def _uniform(generator: torch.Generator | None) -> float:
     A generator of a GPU decides on this number, too, and then the host waits for it.
     Inside `vmap` one number is drawn for all lanes, as one is for all rows of a batch.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "torch.jit.trace would keep the number of terms that this call draws: trace with "
+            "logdet.Exact() or PowerSeries()"
+        )
     device = "cpu" if generator is None else generator.device
     drawn = torch.rand((), dtype=torch.float64, generator=generator, device=device)
     return float(concrete(drawn).flatten()[0])

@@ -85,10 +85,16 @@ class Activation(nn.Module, ABC):
 
     @property
     def has_curvature(self) -> bool:
-        """Whether `curvature` is implemented, and is all: parameters would need derivatives too."""
+        """Whether `curvature` is implemented, and is all.
+
+        Parameters would need derivatives too, and so would buffers that require gradients.
+        """
         if type(self).curvature is Activation.curvature or self._parameters:
             return False
-        return not self._modules or next(self.parameters(), None) is None
+        if not self._buffers and not self._modules:
+            return True
+        is_moved = any(each.requires_grad for each in self.buffers())
+        return not is_moved and next(self.parameters(), None) is None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return a(x), shape (*, widening * units)."""
@@ -232,7 +238,9 @@ class Mixed(Activation):
 
     @property
     def has_curvature(self) -> bool:
-        """Whether both halves have one."""
+        """Whether both halves have one, and it is theirs."""
+        if type(self).curvature is not Mixed.curvature:
+            return super().has_curvature
         return self.first.has_curvature and self.second.has_curvature
 
     def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -421,13 +429,28 @@ def _leaky_relu(module: nn.LeakyReLU) -> float:
     return max(1.0, abs(module.negative_slope))
 
 
+_LEAST_THRESHOLD = 20
+"""What torch's softplus leaves out is small from here on: where b x exceeds the threshold t it
+returns x, without log(1 + exp(-t)) / b. Whatever b is, that is at most exp(-t) / t of x: 1e-10."""
+
+
+def _softplus(module: nn.Softplus) -> float:
+    if not module.threshold >= _LEAST_THRESHOLD:
+        raise ValueError(
+            f"no Lipschitz bound is known for {module}: it jumps at its threshold="
+            f"{module.threshold}; use nflows_iresnet.nn.Softplus(), which has none, or a threshold "
+            f"of at least {_LEAST_THRESHOLD}"
+        )
+    return 1.0
+
+
 _CONSTANTS_OF_TORCH: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.ELU: _elu,
     nn.LeakyReLU: _leaky_relu,
     nn.Identity: lambda _: 1.0,
     nn.ReLU: lambda _: 1.0,
     nn.Tanh: lambda _: 1.0,
-    nn.Softplus: lambda _: 1.0,
+    nn.Softplus: _softplus,
     nn.Sigmoid: lambda _: 0.25,
     nn.SiLU: lambda _: 1.1,
     nn.GELU: lambda _: 1.13,
@@ -435,7 +458,11 @@ _CONSTANTS_OF_TORCH: dict[type[nn.Module], Callable[[Any], float]] = {
 
 
 def constant_of(activation: nn.Module) -> float | None:
-    """Return a Lipschitz constant of an activation, ours or torch's; None if none is known."""
+    """Return a Lipschitz constant of an activation, ours or torch's; None if none is known.
+
+    Raises:
+        ValueError: for a softplus of torch that jumps.
+    """
     of_torch = _CONSTANTS_OF_TORCH.get(type(activation))
     if of_torch is not None:
         return of_torch(activation)

@@ -5,7 +5,9 @@ hidden units, l_i kept within bounds, the weights and shifts that are used are
 
     W_i = f e_i^{-1} V_i e_{i-1},    b'_i = b_i / e_i,    f = min(1, B / prod_i s_i)^{1/n},
 
-where e_0 = e_n = 1 and b'_n = b_n is left to the caller. With cotangents G_i of W_i, g_i of b'_i,
+where e_0 = e_n = 1 and b'_n = b_n is left to the caller. f and f / e_i have at least the precision
+of float32: beside large weights of float16 f would be subnormal there. Products are rounded to the
+precision of the weights once, at the end. With cotangents G_i of W_i, g_i of b'_i,
 q_i of e_i, and P_i = G_i o W_i, what comes back is
 
     to V_i:  f e_i^{-1} G_i e_{i-1},    to b_i:  g_i / e_i,
@@ -83,16 +85,18 @@ class _Rates(NamedTuple):
     columns: list[Tensor]
 
     def times(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return weights with rows and columns multiplied, in the dtypes that they had."""
         by_rows = [weight * rate for weight, rate in zip(weights, self.rows, strict=True)]
         count = len(self.columns) + 1
         by_both = [each * rate for each, rate in zip(by_rows[1:count], self.columns, strict=True)]
-        return [by_rows[0], *by_both, *by_rows[count:]]
+        products = [by_rows[0], *by_both, *by_rows[count:]]
+        return [each.to(weight.dtype) for each, weight in zip(products, weights, strict=True)]
 
 
 def _evaluated(stored: Stored, share: Tensor) -> tuple[Balanced, _Rates]:
     scales = [bounded_exp(each) for each in stored.log_scales]
     shifts = [shift / scale for shift, scale in zip(stored.shifts, scales, strict=True)]
-    rates = _rates(stored.weights, share.to(stored.weights[0].dtype), scales)
+    rates = _rates(stored.weights, as_factor(share, stored.weights[0]), scales)
     return Balanced(rates.times(stored.weights), shifts, scales), rates
 
 
@@ -100,6 +104,17 @@ def share_of_budget(norms: Tensor, log_budget: float) -> Tensor:
     """Return f, shape (K,), for norms (n, K)."""
     excess = (norms.log().sum(0) - log_budget).clamp_min(0)
     return (excess * (-1 / norms.shape[0])).exp()
+
+
+def as_factor(values: Tensor, weight: Tensor) -> Tensor:
+    """Return values to multiply a weight by, in its precision or that of float32."""
+    return values.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return a weight times a factor of any precision, rounded to that of the weight once."""
+    factor = as_factor(factor, weight)
+    return (weight.to(factor.dtype) * factor).to(weight.dtype)
 
 
 def balanced_weights(

@@ -219,6 +219,14 @@ Measured: docs/measurements.md#start-of-the-balancing-scales."""
 class LipschitzNet(SettingsInState, ABC):
     """A network g with a certified Lip(g) <= coeff in its inputs, for any stored weights.
 
+    **Rounding.** The budget allows for the rounding of normal numbers, which is relative. So
+    Lip(g) <= coeff holds as long as the weights that are used are normal: at least 6.1e-5 in
+    float16, 1.3e-35 in float32 and bfloat16 (the smallest normal number, times exp(7) for scales);
+    a few smaller ones beside others do no harm. Stored weights whose norms are tens of decades
+    apart break it in float32, those a few decades apart in float16; norms above 8e37, which have
+    subnormal reciprocals, exceed it slightly in float32. `lipschitz_bound` measures the weights as
+    they are used, whatever they are.
+
     Implementing one (`nn.dense` is an example): call `super().__init__` with the layers; implement
     `lipschitz_bound`, and `bind`, which returns a `ResidualFunction` made of
 
@@ -383,13 +391,14 @@ class LayeredNet(LipschitzNet):
         layers = [net.normed_layers for net in nets]
         for layer in [layer for each in layers for layer in each]:
             layer.refuse_other_hooks()
+        log_budget = nets[0]._log_budget()
         stacks, norms = weights_and_norms(layers)
         biases = [stacked(layer.bias for layer in place) for place in zip(*layers, strict=True)]
         log_scales = [
             stacked(place) for place in zip(*[net.log_scales for net in nets], strict=True)
         ]
         stored = Stored(stacks, biases[: len(log_scales)], log_scales)
-        weights, shifts, scales = balanced(stored, norms, nets[0]._log_budget())
+        weights, shifts, scales = balanced(stored, norms, log_budget)
         biases = [*shifts, *biases[len(shifts) :]]
         of_each = [
             [list(parts) for parts in zip(*[stack.unbind(0) for stack in group], strict=True)]
@@ -420,7 +429,8 @@ class LayeredNet(LipschitzNet):
     def _log_budget(self) -> float:
         """Return log of the coefficient, less what activations and rounding may use of it."""
         margins = [math.log(rounding_margin(layer.weight)) for layer in self.normed_layers]
-        return math.log(self.coeff / self._activation_constant()) + sum(margins)
+        coeff = validated_coeff(self.coeff)
+        return math.log(coeff / self._activation_constant()) + sum(margins)
 
     def _activation_constant(self) -> float:
         return math.prod([max(1.0, lipschitz_bound(each)) for each in self.activations])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nflows_iresnet.conditioning import bounded_exp
 from nflows_iresnet.linearization import ForwardLinearization, Linearization
 from nflows_iresnet.nn.activations import widening_of
+from nflows_iresnet.nn.balancing import multiplied
 from nflows_iresnet.nn.base import (
     Evaluation,
     LayeredFunction,
@@ -23,7 +24,12 @@ from nflows_iresnet.nn.base import (
     validated_hidden,
 )
 from nflows_iresnet.nn.bounds import lipschitz_bound, spectral_norm_bound
-from nflows_iresnet.nn.layers import NormedLinear, rounding_margin, weights_and_norms
+from nflows_iresnet.nn.layers import (
+    NormedLinear,
+    rounding_margin,
+    validated_coeff,
+    weights_and_norms,
+)
 from nflows_iresnet.nn.mlp import MLPFunction
 from nflows_iresnet.nn.norms import MatrixNorm
 from nflows_iresnet.validation import validated_size
@@ -136,9 +142,9 @@ class LipschitzDenseNet(LipschitzNet):
         constants = torch.cat([norms.new_empty(0), *each_constant])  # without a copy from the host
         growths = kept.square() + (added * constants * norms[:-1, 0]).square()
         log_bound = norms[-1, 0].log() + growths.log().sum() / 2
-        log_target = math.log(self.coeff * rounding_margin(last))
+        log_target = math.log(validated_coeff(self.coeff) * rounding_margin(last))
         factor = (log_target - log_bound).clamp_max(0).exp()
-        return [*hidden, last * factor.to(last.dtype)], parts
+        return [*hidden, multiplied(last, factor)], parts
 
     @torch.no_grad()
     def lipschitz_bound(self) -> float:

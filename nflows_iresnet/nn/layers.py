@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from nflows_iresnet.linearization import is_traced
-from nflows_iresnet.nn.balancing import share_of_budget
+from nflows_iresnet.nn.balancing import as_factor, multiplied, share_of_budget
 from nflows_iresnet.nn.bounds import conv_norm_bound, spectral_norm_bound
 from nflows_iresnet.nn.cholesky_norm import default_norm
 from nflows_iresnet.nn.conv_norms import ConvNorm, ConvPowerIteration, FourierNorm
@@ -50,7 +50,23 @@ def rounding_margin(weight: Tensor) -> float:
     For a convolution, with symbol S = sum_a W_a exp(-i a t) over the A entries of its kernel, the
     norm of the symbol moves by at most sum_a \|dW_a\|_F <= sqrt(A) \|dW\|_F, and \|W\|_F^2 is the
     mean of \|S\|_F^2 over all t: A times as much under the root.
+
+    Raises:
+        ValueError: if rounding alone may spend the whole norm.
     """
+    margin = _left_by_rounding(weight)
+    if margin <= 0:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} is too wide for {dtype}: rounding may change "
+            "its norm by as much as the norm itself, so nothing can be guaranteed; use float32, "
+            "by .float()"
+        )
+    return margin
+
+
+def _left_by_rounding(weight: Tensor) -> float:
+    """Return `rounding_margin`, whether or not it leaves anything."""
     terms = min(weight.shape[:2]) * weight.shape[2:].numel()
     return 1 - 2 * torch.finfo(weight.dtype).eps * terms**0.5
 
@@ -364,13 +380,13 @@ def normalised(
 
     Returns:
         For each place the stored weights of all networks, shape (K, out, in), and the factors,
-        shape (K,), differentiable in them.
+        shape (K,), differentiable in them, at least in float32.
 
     Raises:
         ValueError: if a weight is not finite, on the CPU; elsewhere the factor is not finite.
     """
     stacks, norms = weights_and_norms(nets)
-    return stacks, share_of_budget(norms, log_budget).to(stacks[0].dtype)
+    return stacks, as_factor(share_of_budget(norms, log_budget), stacks[0])
 
 
 def weights_and_norms(nets: Sequence[Sequence[NormedLayer]]) -> tuple[list[Tensor], Tensor]:
@@ -415,5 +431,6 @@ def stacked(tensors: Iterable[Tensor]) -> Tensor:
 
 def _divided(layer: NormedLayer, coeff: float) -> Tensor:
     """Return the weight of a layer, divided by its norm where that exceeds a coefficient."""
-    (weight,), factor = normalised([[layer]], math.log(coeff * rounding_margin(layer.weight)))
-    return weight[0] * factor
+    target = validated_coeff(coeff) * rounding_margin(layer.weight)
+    (weight,), factor = normalised([[layer]], math.log(target))
+    return multiplied(weight[0], factor)

@@ -4,7 +4,8 @@ A network divides its weights by such a norm, so the norm must be an UPPER bound
 be certified. `SpectralNorm` (the norm itself), `SchattenNorm` and `FrobeniusNorm` are;
 `PowerIteration`, the method of the papers, is a lower bound and is named for what it is.
 
-All allow for the rounding of their arithmetic, and none over- or underflows for float32 weights.
+The bounds allow for the rounding of their arithmetic, and square nothing that would over- or
+underflow.
 
 A norm is computed without a graph, together with its gradient: `norms_of` makes one node of both.
 Derivatives of higher order are those of `OperatorNorm.differentiable`, the slow twin: see
@@ -267,12 +268,13 @@ class SpectralNorm(MatrixNorm):
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the largest singular values and u v^T."""
-        tall = tall_side(weight.double())
+        tall, largest = _squarable(tall_side(weight))
         right = eigenvectors(tall.mT @ tall)[..., -1:]
         left = tall @ right
-        value = torch.linalg.matrix_norm(left)
-        outer = left / value.clamp_min(_TINY)[..., None, None] @ right.mT
-        return value * _rounding_allowance(weight), undo_tall_side(outer, weight)
+        value = torch.linalg.matrix_norm(left, keepdim=True)
+        outer = left / value.clamp_min(_TINY) @ right.mT
+        value = value * _rounding_allowance(weight) * largest
+        return value[..., 0, 0], undo_tall_side(outer, weight)
 
 
 @dataclass(frozen=True)
@@ -281,14 +283,16 @@ class FrobeniusNorm(MatrixNorm):
 
     def differentiable(self, weight: Tensor, state: State) -> Tensor:
         """Return the same norm."""
-        return torch.linalg.matrix_norm(weight.double()) * _rounding_allowance(weight)
+        _, largest = _squarable(weight.detach())
+        value = torch.linalg.matrix_norm(weight.double() / largest, keepdim=True)
+        return (value * _rounding_allowance(weight) * largest)[..., 0, 0]
 
     def value_and_gradient(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the Frobenius norms and W divided by them."""
-        weight = weight.double()
-        value = torch.linalg.matrix_norm(weight)
-        unit = weight / value.clamp_min(_TINY)[..., None, None]
-        return value * _rounding_allowance(weight), unit
+        unit, largest = _squarable(weight)
+        value = torch.linalg.matrix_norm(unit, keepdim=True)
+        unit = unit / value.clamp_min(_TINY)
+        return (value * _rounding_allowance(weight) * largest)[..., 0, 0], unit
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ _STALL_STEPS = 50
 
 _FEW_VALUES = 512
 _DONE = 0.25
+_LOOSEST = 1 / 16
 """Rows that are done are left out when they are this part, and have `_FEW_VALUES` values."""
 
 _FIRST_LOOK = 10
@@ -166,6 +167,11 @@ class Solver(ABC):
         point = init.detach().flatten(start_dim=1)
         next_look = self.first_look or (1 if point.device.type == "cpu" else _FIRST_LOOK)
         is_free = next_look == 1 or point.numel() == 0
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "torch.jit.trace would repeat the steps of this call for every other input, and "
+                "verify nothing: trace `forward` alone"
+            )
         best = everything = Progress(point, looks_each_step=is_free)
         accelerator, is_sure = self.start(point), True
         can_select = accelerator.can_select and not is_traced()
@@ -214,7 +220,7 @@ class Solver(ABC):
         tolerance = torch.add(self._atol(kind) + rtol * size, image_size, alpha=rtol)
         if self.rtol is not None or lipschitz is None:
             return tolerance
-        rounding = 32 * kind.eps / (1 - lipschitz)
+        rounding = min(32 * kind.eps / (1 - lipschitz), max(rtol, _LOOSEST))
         return tolerance.maximum(rounding * size + rounding * image_size)
 
     def _atol(self, kind: torch.finfo) -> float:

@@ -205,6 +205,8 @@ def fit(
         keeper = None
         if checkpoint is not None:
             settings = {"batch_size": size, "seed": seed, "training rows": str(given)}
+            if isinstance(validate, Validator):
+                settings["validation rows"] = str(validate.rows)
             keeper = _keeper(Path(checkpoint), training, settings)
         shown = processes.rank == 0 and (sys.stderr.isatty() if progress is None else progress)
         display = _Display(training.progress, on_step, shown=shown)

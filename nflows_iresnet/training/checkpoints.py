@@ -53,15 +53,20 @@ class Keeper:
         """Return the state of the checkpoint, None if there is none.
 
         Raises:
-            CheckpointError: the file is damaged, or of another training.
+            CheckpointError: the file is damaged, of another training, or none of ours.
         """
         if not self.path.exists():
             return None
         try:
             found = torch.load(read_intact(self.path), map_location="cpu", weights_only=True)
-            settings, state = dict(found["settings"]), dict(found["state"])
         except Exception as error:  # a damaged file may raise anything
             raise self.damaged() from error
+        if not isinstance(found, dict) or {*found} != {"settings", "state"}:
+            raise CheckpointError(
+                f"{str(self.path)!r} is no checkpoint of a training, but may be what you saved "
+                "yourself, such as a state_dict: give another path"
+            )
+        settings, state = found["settings"], found["state"]
         named = self._named
         for name, then in settings.items():
             if then != (now := named.get(name)):
@@ -70,7 +75,7 @@ class Keeper:
 
     def damaged(self) -> CheckpointError:
         """Return the error that says that the file is damaged."""
-        return self._refused("damaged, or of another version")
+        return self._refused("damaged, of another version, or none")
 
     def discard(self) -> None:
         """Delete the checkpoint.

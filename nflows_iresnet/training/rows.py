@@ -308,7 +308,7 @@ class Validator:
     def __init__(self, rows: Rows, like: Tensor, loss: Loss | None) -> None:
         if isinstance(rows, Iterator):
             raise ValueError(f"validation has no rows the second time{_if_it_ran_out(rows)}")
-        self._given = GivenRows(rows, like, "validation")
+        self.rows = GivenRows(rows, like, "validation")
         self._loss, self._device = loss, like.device
 
     @torch.no_grad()
@@ -316,7 +316,7 @@ class Validator:
         """Return it, in nats."""
         total, count = 0.0, 0
         with seeded(_VALIDATION_SEED, self._device):
-            for batch in self._given.batches():
+            for batch in self.rows.batches():
                 rows, value = batch[0].shape[0], self._value(flow, batch)
                 if not math.isfinite(value):
                     for each in batch:

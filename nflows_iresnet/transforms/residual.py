@@ -19,6 +19,7 @@ from nflows_iresnet.linearization import (
     bind,
     first_derivative_only,
     first_parameter,
+    is_differentiated,
     is_forward_over_forward,
     is_traced,
 )
@@ -301,7 +302,7 @@ def solve_residual(function: ResidualFunction, inputs: Tensor, solver: Solver) -
     targets = inputs.detach()
     found = solver(_FixedPointMap(function, targets), targets, function.lipschitz).value
     solution = found.detach().clone()  # it may be the targets themselves, which are the caller's
-    if not torch.is_grad_enabled():
+    if not is_differentiated():
         return solution
     attached = inputs - first_derivative_only(function(solution), _NO_HIGHER_DERIVATIVE)
     return _implicit(attached, solution, None, function, solver, is_transposed=False)
@@ -342,7 +343,7 @@ def solve_linear(
         scaled = target / scale
         found = solver(lambda point: scaled - product(point), scaled, function.lipschitz)
         solution = (found.value * scale).detach()  # forward mode differentiates here, too
-    if not torch.is_grad_enabled():
+    if not is_differentiated():
         return solution
     attached = target - first_derivative_only(product(solution), _NO_HIGHER_DERIVATIVE)
     return _implicit(attached, solution, at, function, solver, is_transposed=is_transposed)

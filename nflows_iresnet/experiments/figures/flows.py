@@ -101,11 +101,11 @@ def _numbers(result: Result) -> dict[str, Any]:
 def _densities_caption(config: RunConfig, results: list[Result]) -> str:
     counts = [result.num_parameters for result in results]
     return (
-        f"Each flow is trained for {config.steps} steps on the same batches of "
-        f"{config.batch_size} rows, with {min(counts):,} to {max(counts):,} parameters. The "
-        "number under a name is the mean negative log-likelihood of the test rows in nats, with "
-        "exact log-determinants: the nearer to that of the true density the better. All panels of "
-        "a row share one scale of brightness."
+        f"Each flow is trained for up to {config.steps} steps, as long as its validation improves, "
+        f"on the same batches of {config.batch_size} rows, with {min(counts):,} to "
+        f"{max(counts):,} parameters. The number under a name is the mean negative log-likelihood "
+        "of the test rows in nats, with exact log-determinants: the nearer to that of the true "
+        "density the better. All panels of a row share one scale of brightness."
     )
 
 
@@ -244,7 +244,7 @@ def _measure(
 
 def _digits_caption(config: RunConfig, measured: dict[str, Any]) -> str:
     return (
-        f"ImageResidualFlow after {config.steps} steps on 8 by 8 digits: "
+        f"ImageResidualFlow after up to {config.steps} steps on 8 by 8 digits: "
         f"{measured['bits_per_dim']:.2f} bits per dimension on {measured['test_images']} test "
         "images. Interpolations follow great circles in the noise between two test images, the "
         "first and the last of each row. Reconstructions are the inverse of the noise in the "

@@ -82,5 +82,5 @@ def described_rows(coeffs: Iterable[float]) -> dict[str, str]:
     return {
         "resnet": "an ordinary ResNet with strided blocks",
         "vanilla": "y = x + g(x) with ordinary convolutions",
-        **{f"c={coeff:g}": f"certified Lip(g) <= {coeff:g}" for coeff in coeffs},
+        **{f"c={coeff}": f"certified Lip(g) <= {coeff}" for coeff in coeffs},
     }

@@ -138,13 +138,15 @@ def resnet(size: Size) -> ResNet:
     """Build the ResNet whose parameters come nearest to those of the vanilla architecture."""
     with torch.random.fork_rng(devices=[]):
         target = count_parameters(vanilla(size))
-        counts = {width: count_parameters(ResNet(size, width)) for width in range(2, 65, 2)}
+        counts = {2: count_parameters(ResNet(size, 2))}
+        while counts[width := max(counts)] < target:
+            counts[width + 2] = count_parameters(ResNet(size, width + 2))
     return ResNet(size, min(counts, key=lambda width: abs(counts[width] - target)))
 
 
 def builders(coeffs: Iterable[float]) -> dict[str, Callable[[Size], nn.Module]]:
     """Return what builds each row of the table; `described_rows` has the same rows."""
-    bounded = {f"c={coeff:g}": partial(invertible, coeff=coeff) for coeff in coeffs}
+    bounded = {f"c={coeff}": partial(invertible, coeff=coeff) for coeff in coeffs}
     return {"resnet": resnet, "vanilla": vanilla, **bounded}
 
 
@@ -180,6 +182,7 @@ class Outcome:
         num_wrong: test images that were misclassified.
         lipschitz_bound: largest certified bound over the blocks, None where none is known.
         capture_reason: why a step was not one CUDA graph, None where it was, and on a CPU.
+        stopped: why the training ended, None where that is not known.
     """
 
     model: str
@@ -196,6 +199,7 @@ class Outcome:
     failure: str | None = None
     is_captured: bool = False
     capture_reason: str | None = None
+    stopped: str | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -314,6 +318,7 @@ def _examined(
         num_wrong=int((logits_of(classifier, images).argmax(dim=1) != labels).sum()),
         is_captured=history.is_captured,
         capture_reason=history.capture_reason,
+        stopped=history.stopped,
     )
     if not isinstance(classifier, ResidualClassifier):
         return found

@@ -32,7 +32,7 @@ from nflows_iresnet.experiments.table1.classifiers import (
     builders,
     load,
 )
-from nflows_iresnet.experiments.tables import Column, make_console, number, print_grid
+from nflows_iresnet.experiments.tables import Column, bounded, make_console, number, print_grid
 from nflows_iresnet.files import write_atomically
 
 # --- what is kept ---------------------------------------------------------------------------------
@@ -129,6 +129,15 @@ class TableRecord(RunRecord):
             failures=tuple(each.failure for each in outcomes if each.failure is not None),
         )
 
+    def early_stops(self) -> list[str]:
+        """Say of each training that stopped before the end of its schedule where it was best."""
+        return [
+            f"{each.model}, repeat {each.repeat + 1}, stopped early, at step {each.steps}: its "
+            f"best validation was at step {each.best_step}"
+            for each in self.outcomes
+            if each.stopped == "patience"
+        ]
+
     def captures(self) -> list[str]:
         """Say of each row whose steps ran one by one on a GPU why they were not one graph."""
         reasons = {each.model: each.capture_reason for each in self.outcomes}
@@ -143,7 +152,9 @@ class TableRecord(RunRecord):
         data, repeats = self.data, self.arguments["repeats"]
         budget = self.arguments.get("budget")
         length = (
-            f"{self.arguments['steps']} steps" if budget is None else f"{budget:g} s of training"
+            f"up to {self.arguments['steps']} steps"
+            if budget is None
+            else f"up to {budget:g} s of training"
         )
         return (
             f"{data.num_train} training and {data.num_test} test images of "
@@ -275,6 +286,8 @@ class TableSession(Session[TableRecord]):
         console = make_console(width=140)
         console.print(f"\n[bold]{record.data.name}[/]: {record.caption()}")
         print_grid(console, columns_for(record), record.rows())
+        for line in record.early_stops():
+            console.print(line, highlight=False, markup=False)
         for line in record.captures():
             console.print(line, style="yellow", markup=False)
         for row in record.rows():
@@ -332,7 +345,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         "certified\nbound",
         "Largest certified bound of Lip(g) over the residual blocks and the repeats, from the "
         "weights after training; none where no branch g has one.",
-        lambda row: "none" if row.lipschitz_bound is None else f"≤ {row.lipschitz_bound:.3f}",
+        lambda row: "none" if row.lipschitz_bound is None else bounded(row.lipschitz_bound),
     ),
     Column(
         "guaranteed\ninverse",
@@ -420,8 +433,8 @@ FAIRNESS = (
     "resnet has as many blocks and the width that comes nearest to as many parameters. Every "
     "row sees the same images in the same order, is trained by Adam with the same learning "
     "rate, cosine schedule and gradient clipping, without augmentation but the random shifts "
-    "named below, if any, and the state with the "
-    "best cross-entropy on the validation images is kept. The standard error counts each "
+    "named below, if any, stops where the cross-entropy of the validation images has not fallen "
+    "for a while, and the state with the best one is kept. The standard error counts each "
     "distinct test image once, however many repeats saw it. The guarantee is read off the "
     "certified bound of the trained weights."
 )
@@ -434,7 +447,7 @@ def render(record: TableRecord, picture: bytes) -> str:
     section = Section(
         caption=f"{record.caption()}. Source: {record.data.source}; {record.data.split}.",
         tables=[(columns, rows, "")],
-        notes=record.captures(),
+        notes=record.early_stops() + record.captures(),
         failures=[f"{row.model} failed: {text}" for row in rows for text in row.failures],
         pictures=[("errors", picture, "")],
     )
