@@ -220,3 +220,13 @@ def test_samples_need_no_log_determinant() -> None:
     samples.sum().backward()
     assert all(parameter.grad is not None for parameter in flow.parameters())
     assert bool(flow.sample_and_log_prob(5)[1].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flows_of_half_precision_sample(dtype: torch.dtype) -> None:
+    """Triangular matrices are solved in no such precision by torch."""
+    torch.manual_seed(0)
+    flow = ResidualFlow(2, 8, 2).to(dtype)
+    for samples in (flow.sample(3), flow.sample_and_log_prob(3)[0]):
+        assert samples.dtype == dtype
+        assert bool(samples.isfinite().all())

@@ -284,3 +284,65 @@ def test_the_standard_normal_alone_follows_its_precision() -> None:
     torch.testing.assert_close(normal.log_prob(rows), theirs, rtol=1e-14, atol=0)
     other: Tensor = normal.float().sample(2)
     assert other.dtype == torch.float32
+
+
+class Cold(flows.StandardNormal):
+    """Samples at its mode."""
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        return torch.zeros_like(super()._sample(num_samples, context))
+
+
+class Hot(flows.StandardNormal):
+    """Samples twice as wide, through the public door."""
+
+    def sample(
+        self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        return 2 * super().sample(num_samples, context, batch_size).sign()
+
+
+class Named(flows.StandardNormal):
+    """Samples as the normal does."""
+
+
+@pytest.mark.parametrize(("kind", "values"), [(Cold, {0.0}), (Hot, {-2.0, 2.0})])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_normal_with_samples_of_its_own_is_asked_for_them(
+    kind: type[flows.StandardNormal], values: set[float], dtype: torch.dtype
+) -> None:
+    flow = flows.Flow(transforms.ActNorm(2).to(dtype), kind([2]))
+    for context, shape in ((None, (40, 2)), (torch.zeros(3, 1, dtype=dtype), (3, 40, 2))):
+        for samples in (flow.sample(40, context), flow.sample_and_log_prob(40, context)[0]):
+            assert samples.shape == shape
+            assert samples.dtype == dtype
+            assert set(samples.flatten().tolist()) == values
+
+
+def test_a_normal_without_samples_of_its_own_draws_in_the_precision_of_the_flow() -> None:
+    flow = flows.Flow(transforms.ActNorm(1).double(), Named([1]))
+    samples = flow.sample(100)
+    assert not torch.equal(samples, samples.float().double())
+    flow._distribution._sample = lambda num_samples, context: torch.ones(num_samples, 1)
+    assert flow.sample(2).tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_density_of_noise_in_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    normal, noise = flows.StandardNormal([768]), torch.randn(5, 768).to(dtype)
+    found = normal.log_prob(noise)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, normal.log_prob(noise.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_of_half_precision_meet_a_first_part_without_weights_in_that_of_the_others(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    parts = [transforms.LogitTransform(17), transforms.ActNorm(2)]
+    flow = flows.Flow(transforms.CompositeTransform(parts), flows.StandardNormal([2])).eval()
+    rows = (17 * torch.rand(50, 2)).to(dtype)
+    for call in (flow.log_prob, flow.transform_to_noise):
+        assert torch.equal(call(rows), call(rows.float()))

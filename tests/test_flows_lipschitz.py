@@ -252,3 +252,84 @@ def test_what_leaves_a_scale_early_is_no_shorter_than_it_was() -> None:
     forward, inverse = lipschitz_constants(whole)
     assert forward == pytest.approx(1.0)
     assert inverse == pytest.approx(1.0)
+
+
+# --- parameters that are not finite ---------------------------------------------------------------
+
+
+def spoiled(transform: Any, name: str, value: float) -> Any:
+    parameter = transform.get_parameter(name)
+    with torch.no_grad():
+        parameter.view(-1)[-1] = value
+    return transform
+
+
+SPOILED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "act-norm": (lambda: transforms.ActNorm(2), ("log_scale",)),
+    "act-norm-of-nflows": (lambda: nflows.transforms.ActNorm(2), ("log_scale",)),
+    "spline": (
+        lambda: transforms.ElementwiseRationalQuadraticSpline(2),
+        ("sizes", "log_slopes"),
+    ),
+    "linear": (lambda: transforms.LinearTransform(2), ("factors",)),
+    "lu-of-nflows": (lambda: nflows.transforms.LULinear(2), ("unconstrained_upper_diag",)),
+    "conditional": (lambda: transforms.ConditionalAffine(2, 1), ("net.0.weight", "net.4.bias")),
+    "block": (lambda: ResidualFlow(2, 8, 1)._transform._transforms[3], ("net.layers.0.weight",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"), [(name, each) for name, case in SPOILED.items() for each in case[1]]
+)
+def test_nothing_is_certified_of_parameters_that_are_nan(name: str, parameter: str) -> None:
+    """A spline was certified as an isometry, and a matrix raised an error of LAPACK."""
+    transform = spoiled(SPOILED[name][0](), parameter, math.nan)
+    unknown = (math.inf, math.inf)
+    assert lipschitz_constants(transform) == unknown
+    own = getattr(transform, "lipschitz_constants", None)
+    assert own is None or own() == unknown
+    if name != "conditional":
+        whole = transforms.CompositeTransform([transform, States(2.0, 0.5)])
+        assert lipschitz_constants(whole) == unknown
+
+
+class Unsure(nn.Module):
+    """A network whose bound is NaN."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def lipschitz_bound(self) -> float:
+        return math.nan
+
+
+@pytest.mark.parametrize("kind", [transforms.ResidualTransform, transforms.MonotoneTransform])
+def test_a_bound_that_is_nan_is_none(kind: type[transforms.ResidualTransform]) -> None:
+    block = kind(Unsure())
+    assert lipschitz_constants(block) == (math.inf, math.inf)
+    flow = flows.Flow(transforms.CompositeTransform([block]), flows.StandardNormal([2]))
+    assert flow.lipschitz_bound() == flows.FlowLipschitz((math.inf,), math.inf, math.inf)
+
+
+def test_scales_do_not_hide_a_part_that_is_nan_or_shrinks_all_to_nothing() -> None:
+    """max(1.0, nan) is 1.0."""
+    for stated in ((math.nan, math.nan), (math.inf, math.inf)):
+        whole = nflows.transforms.MultiscaleCompositeTransform(3)
+        whole.add_transform(States(1.0, 1.0), (8, 2, 2))
+        whole.add_transform(States(0.0, 0.0), (4, 2, 2))
+        whole.add_transform(States(*stated), (2, 2, 2))
+        assert lipschitz_constants(whole) == (math.inf, math.inf)
+
+
+def test_of_a_flow_whose_parameters_are_all_nan_nothing_is_known() -> None:
+    flow = ResidualFlow(2, 8, 1)
+    for parameter in flow.parameters():
+        nn.init.constant_(parameter, math.nan)
+    assert flow.lipschitz_bound() == flows.FlowLipschitz((math.inf,), math.inf, math.inf)
+
+
+def test_scales_of_images_have_the_constants_of_their_parts() -> None:
+    whole = transforms.multiscale((1, 4, 4), 2, lambda shape: [States(2.0, 3.0)])
+    forward, inverse = lipschitz_constants(whole)
+    assert forward == pytest.approx(4.0)
+    assert inverse == pytest.approx(9.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,3 +244,79 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode() -> None:
     with torch.inference_mode():
         flow.log_prob(images)
     (-flow.log_prob(images).mean()).backward()
+
+
+# --- half precision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"alpha": None}, {"marginal_bins": 4, "linear": True}])
+def test_pixels_of_half_precision_have_the_density_of_their_values(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """It was off by ten nats: thousands were added up in half precision."""
+    torch.manual_seed(0)
+    series = logdet.PowerSeries(num_terms=2)
+    model = ImageResidualFlow((3, 16, 16), 4, 1, num_scales=1, estimator=series, **options).eval()
+    pixels = transforms.dequantize(torch.randint(0, 255, (2, 3, 16, 16))).to(dtype)
+    for call in (model.log_prob, model.transform_to_noise):
+        torch.manual_seed(1)
+        found = call(pixels)
+        torch.manual_seed(1)
+        assert torch.equal(found, call(pixels.float()))
+        assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("levels", [2, 200, 256, 260, 1000])
+def test_samples_of_half_precision_end_at_the_last_level_that_there_is(
+    levels: int, dtype: torch.dtype
+) -> None:
+    """The last of 256 was never sampled in bfloat16; 999 is no number there, and 996 is."""
+    torch.manual_seed(0)
+    model = spread(ImageResidualFlow((1, 4, 4), 8, 1, levels=levels, alpha=None).to(dtype))
+    with torch.no_grad():
+        samples = model.sample(64)
+        last = torch.arange(levels).to(dtype)
+    assert samples.dtype == dtype
+    assert float(samples.floor().max()) == float(last[last < levels].max())
+    assert float(samples.floor().min()) == 0
+
+
+def test_a_model_of_half_precision_says_its_density_in_float32() -> None:
+    """Of 256 pixels it was a multiple of eight."""
+    torch.manual_seed(0)
+    series = logdet.PowerSeries(num_terms=2)
+    model = ImageResidualFlow((1, 16, 16), 4, 1, num_scales=1, estimator=series).bfloat16().eval()
+    pixels = (255 * torch.rand(8, 1, 16, 16)).bfloat16()
+    found = model.log_prob(pixels)
+    assert found.dtype == torch.float32
+    assert len(set(found.tolist())) == 8
+    torch.testing.assert_close(found, model.float().log_prob(pixels), rtol=1e-2, atol=0)
+
+
+# --- samples are no data --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["no_grad", "inference_mode", "frozen"])
+@pytest.mark.parametrize("context_features", [None, 2])
+def test_a_flow_that_samples_does_not_start_from_its_samples(
+    way: str, context_features: int | None
+) -> None:
+    """Without a graph nothing told them from data."""
+    options: dict[str, Any] = {"marginal_bins": 4, "linear": True}
+    model = ImageResidualFlow(
+        (1, 8, 8), 4, 1, alpha=1e-6, context_features=context_features, **options
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.requires_grad_(way != "frozen")
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    context = None if context_features is None else torch.randn(3, 2)
+    with modes.get(way, nullcontext)():
+        samples, log_prob = model.sample_and_log_prob(8, context)
+    assert log_prob.isfinite().all()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(each.training for each in model.modules())
+    with torch.no_grad():
+        model.log_prob(samples.reshape(-1, 1, 8, 8), None if context is None else context[[0] * 24])
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())

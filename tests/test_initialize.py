@@ -12,6 +12,7 @@ import pytest
 import torch
 from nflows.distributions import StandardNormal
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from nflows_iresnet import ResidualFlow, flows, logdet, transforms
 from nflows_iresnet.nn import LipschitzMLP
@@ -363,3 +364,165 @@ def test_double_precision_stays_and_the_inverse_is_one() -> None:
     noise = flow.transform_to_noise(rows[:50])
     back = flow._transform.inverse(noise)[0]
     torch.testing.assert_close(back, rows[:50], rtol=1e-9, atol=1e-9)
+
+
+# --- where a start cannot be stored ---------------------------------------------------------------
+
+STARTING: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "norm": (lambda: transforms.ActNorm(FEATURES), ("log_scale", "shift")),
+    "spline": (
+        lambda: transforms.ElementwiseRationalQuadraticSpline(
+            FEATURES, 4, initialization="quantiles"
+        ),
+        ("sizes", "log_slopes"),
+    ),
+    "linear": (
+        lambda: transforms.LinearTransform(FEATURES, initialization="whitening"),
+        ("factors", "bias"),
+    ),
+}
+every_start = pytest.mark.parametrize("name", STARTING)
+every_parameter = pytest.mark.parametrize(
+    ("name", "parameter"), [(name, each) for name, case in STARTING.items() for each in case[1]]
+)
+
+
+def skewed(count: int = 500) -> Tensor:
+    """Rows of about unit scale from which each part has something to learn."""
+    return table(count) / table(count).std(0) - table(count).mean(0) / table(count).std(0) + 0.5
+
+
+def copies(part: nn.Module, **changes: Tensor) -> dict[str, Tensor]:
+    lent = {name: each.detach().clone() for name, each in part.named_parameters()}
+    return {**lent, **changes}
+
+
+@every_start
+@pytest.mark.parametrize("with_buffers", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_what_is_lent_starts_where_it_is_lent_and_the_module_waits_on(
+    name: str, with_buffers: bool, requires_grad: bool
+) -> None:
+    """The module was marked as started, and never was."""
+    part, started = STARTING[name][0](), STARTING[name][0]()
+    expected = started(skewed())[0].detach()
+    lent = {key: each.requires_grad_(requires_grad) for key, each in copies(part).items()}
+    if with_buffers:
+        lent |= {key: each.clone() for key, each in part.named_buffers()}
+    for _ in range(2):
+        outputs = torch.func.functional_call(part, lent, (skewed(),))[0]
+        torch.testing.assert_close(outputs.detach(), expected)
+    assert not bool(part.initialized | part.has_learned())
+    torch.testing.assert_close(part(skewed())[0].detach(), expected)
+    assert bool(part.initialized)
+
+
+def test_a_flow_waits_on_when_its_parameters_were_lent() -> None:
+    torch.manual_seed(0)
+    flow = ResidualFlow(2, 8, 1)
+    rows, transform = table()[:, :2], flow._transform
+    outputs, _ = torch.func.functional_call(transform, copies(transform), (rows,))
+    parts = [each for each in transform.modules() if hasattr(each, "initialized")]
+    assert not any(bool(each.initialized) for each in parts)
+    assert not transform._transforms[2].takes_weight
+    torch.testing.assert_close(transform(rows)[0], outputs)
+    assert all(bool(each.initialized) for each in parts)
+
+
+FUNCTIONAL: dict[str, Callable[[Any, Tensor], Any]] = {
+    "vmap": lambda part, rows: torch.func.vmap(lambda row: part(row[None])[0])(rows),
+    "grad": lambda part, rows: torch.func.grad(lambda each: part(each)[1].sum())(rows),
+    "jacrev": lambda part, rows: torch.func.jacrev(lambda each: part(each)[0])(rows),
+    "jvp": lambda part, rows: torch.func.jvp(lambda each: part(each)[0], (rows,), (rows,)),
+    "grad in what is lent": lambda part, rows: torch.func.grad(
+        lambda lent: torch.func.functional_call(part, lent, (rows,))[1].sum()
+    )(copies(part)),
+}
+
+
+@every_start
+@pytest.mark.parametrize("way", FUNCTIONAL)
+def test_inside_torch_func_nothing_starts_and_the_remedy_is_named(name: str, way: str) -> None:
+    part, rows = STARTING[name][0](), skewed(10)
+    before = state(part)
+    with pytest.raises(ValueError, match=r"inside a transform of torch.func.*initialize\(rows\)"):
+        FUNCTIONAL[way](part, rows)
+    assert not changed(part, before)
+    FUNCTIONAL[way](part.eval(), rows)
+    part.train().initialize(skewed())
+    FUNCTIONAL[way](part, rows)
+
+
+@every_start
+def test_inside_torch_func_what_was_restored_without_its_flag_is_used(name: str) -> None:
+    part, started = STARTING[name][0](), STARTING[name][0]()
+    started.initialize(skewed())
+    part.load_state_dict(copies(started), strict=False)
+    outputs = torch.func.vmap(lambda row: part(row[None])[0][0])(skewed())
+    torch.testing.assert_close(outputs, started(skewed())[0])
+
+
+@every_start
+@pytest.mark.parametrize("number_started", [0, 1, 2])
+def test_an_ensemble_starts_before_it_is_stacked(name: str, number_started: int) -> None:
+    parts = [STARTING[name][0]() for _ in range(2)]
+    for part in parts[:number_started]:
+        part.initialize(skewed())
+    base, rows = STARTING[name][0](), skewed()
+    stacked = torch.func.stack_module_state(parts)
+
+    def call(*lent: dict[str, Tensor]) -> Tensor:
+        outputs: Tensor = torch.func.functional_call(base, lent, (rows,))[0]
+        return outputs
+
+    if number_started < 2:
+        with pytest.raises(ValueError, match=r"initialize\(rows\) before"):
+            torch.func.vmap(call)(*stacked)
+    else:
+        expected = torch.stack([part(rows)[0] for part in parts])
+        torch.testing.assert_close(torch.func.vmap(call)(*stacked), expected)
+    assert not bool(base.initialized)
+
+
+class Kept(nn.Module):
+    """A parametrisation under which zeros stay zeros."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.clamp(-50, 50)
+
+
+COMPUTED: dict[str, Callable[[nn.Module, str], object]] = {
+    "parametrised": lambda part, name: parametrize.register_parametrization(part, name, Kept()),
+    "pruned": lambda part, name: prune.random_unstructured(part, name, 1),
+}
+
+
+@every_parameter
+@pytest.mark.parametrize("way", COMPUTED)
+def test_a_start_that_would_be_lost_is_refused(name: str, parameter: str, way: str) -> None:
+    """It was written to values that are computed anew at each call."""
+    part = STARTING[name][0]()
+    COMPUTED[way](part, parameter)
+    before = state(part)
+    message = rf"its {parameter} is no parameter.*initialize\(rows\)"
+    for start in (part, part.initialize):
+        with pytest.raises(ValueError, match=message):
+            start(skewed())
+    assert not changed(part, before)
+    part.initialized.fill_(True)
+    torch.testing.assert_close(part(skewed())[0], skewed(), rtol=1e-5, atol=1e-5)
+
+
+@every_parameter
+@pytest.mark.parametrize("way", COMPUTED)
+def test_what_is_computed_from_others_after_its_start_is_used(
+    name: str, parameter: str, way: str
+) -> None:
+    part = STARTING[name][0]()
+    part.initialize(skewed())
+    COMPUTED[way](part, parameter)
+    values = getattr(part, parameter).detach().clone()
+    for _ in range(2):
+        outputs = part(skewed())[0]
+    assert torch.equal(getattr(part, parameter), values)
+    torch.testing.assert_close(part.inverse(outputs)[0], skewed(), rtol=1e-4, atol=1e-4)

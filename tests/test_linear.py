@@ -17,10 +17,13 @@ from nflows.distributions.normal import StandardNormal
 from nflows.flows import Flow
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nflows_iresnet import flows
 from nflows_iresnet.experiments.bench.steps import counted_operations
 from nflows_iresnet.flows import ResidualFlow
+from nflows_iresnet.flows.lipschitz import lipschitz_constants
 from nflows_iresnet.transforms import ActNorm, CompositeTransform, LinearTransform
 from nflows_iresnet.transforms.linear import _products, weights_together
 from tests import device
@@ -654,3 +657,44 @@ def test_the_log_determinant_of_images_counts_every_pixel() -> None:
     outputs, logabsdet = linear(images)
     torch.testing.assert_close(logabsdet, expected)
     torch.testing.assert_close(linear.inverse(outputs)[1], -expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_its_inverse_in_half_precision_is_solved_in_float32(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = LinearTransform(3, bias=bias)
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    single, given = linear.to(dtype).float(), torch.randn(40, 3).to(dtype)
+    expected = single.inverse(given.float())[0]
+    found, logabsdet = linear.to(dtype).inverse(given)
+    assert found.dtype == logabsdet.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_the_inverse_and_the_certificate_of_a_pruned_map_are_of_the_present_weights() -> None:
+    """They were those of the last call: hooks before it are what computes them."""
+    linear = random_linear()
+    prune.l1_unstructured(linear, "factors", 0.3)
+    linear(data())
+    with torch.no_grad():
+        linear.get_parameter("factors_orig").mul_(2)
+    constants, outputs = lipschitz_constants(linear), torch.randn(5, 3, dtype=torch.float64)
+    back = linear.inverse(outputs)[0]
+    torch.testing.assert_close(linear(back)[0], outputs)
+    singular = torch.linalg.svdvals(linear.weight().detach())
+    assert constants == pytest.approx((float(singular[0]), 1 / float(singular[-1])))
+    back.square().sum().backward()
+    assert linear.get_parameter("factors_orig").grad is not None
+
+
+def test_a_flow_of_parts_in_closed_form_samples_in_one_graph() -> None:
+    """What keeps samples from starting anything is no part of it."""
+    torch.compiler.reset()
+    composite = CompositeTransform([ActNorm(2), LinearTransform(2)])
+    flow = flows.Flow(composite, flows.StandardNormal([2]))
+    flow.log_prob(torch.randn(9, 2))
+    step = torch.compile(flow.sample_and_log_prob, fullgraph=True, backend="aot_eager")
+    samples, log_prob = step(3)
+    torch.testing.assert_close(flow.log_prob(samples), log_prob)

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from nflows import transforms
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import start_processes
+from torch.nn.utils import prune
 
 from nflows_iresnet import ResidualFlow, flows
 from nflows_iresnet.transforms import ActNorm
@@ -381,3 +383,29 @@ def test_the_bounds_of_scales_are_above_their_exact_exponentials() -> None:
         forward, inverse = norm.lipschitz_constants()
         assert Decimal(scale).exp() <= Decimal(forward) <= Decimal(scale).exp() * Decimal("1.0001")
         assert Decimal(-scale).exp() <= Decimal(inverse)
+
+
+def test_a_pruned_norm_inverts_and_certifies_its_present_scales() -> None:
+    norm = ActNorm(2).double()
+    norm(far_data().double())
+    prune.l1_unstructured(norm, "log_scale", 1)
+    norm(far_data().double())
+    with torch.no_grad():
+        norm.get_parameter("log_scale_orig").mul_(3)
+    rows = torch.randn(5, 2, dtype=torch.float64)
+    constants, back = norm.lipschitz_constants(), norm.inverse(rows)[0]
+    torch.testing.assert_close(norm(back)[0], rows)
+    scales = norm.scale.detach()
+    assert constants == pytest.approx((float(scales.max()), 1 / float(scales.min())))
+
+
+def test_what_a_transform_computes_forward_to_sample_starts_nothing() -> None:
+    """An inverse of nflows samples by the forward pass of its part: from noise."""
+    norm = ActNorm(2)
+    inverse = transforms.InverseTransform(norm)
+    flow = flows.Flow(inverse, flows.StandardNormal([2]))
+    flow.sample(50)
+    flow.sample_and_log_prob(50)
+    assert not bool(norm.initialized | norm.has_learned())
+    norm(far_data())
+    assert bool(norm.initialized)

@@ -13,6 +13,7 @@ import torch
 from nflows.transforms.splines import rational_quadratic_spline
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
+from torch.nn.utils import prune
 
 from nflows_iresnet import flows, transforms
 from nflows_iresnet.experiments.bench.steps import counted_operations
@@ -504,3 +505,15 @@ def test_processes_start_from_their_joined_rows(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in expected.state_dict().items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_a_pruned_spline_inverts_and_certifies_its_present_slopes() -> None:
+    spline = random_spline()
+    prune.l1_unstructured(spline, "log_slopes", 0.3)
+    spline(torch.zeros(1, 4, dtype=torch.float64))
+    with torch.no_grad():
+        spline.get_parameter("log_slopes_orig").mul_(2)
+    constants, rows = spline.lipschitz_constants(), torch.randn(500, 4, dtype=torch.float64)
+    back = spline.inverse(rows)[0]
+    torch.testing.assert_close(spline(back)[0], rows)
+    assert constants == spline.lipschitz_constants()

@@ -17,9 +17,16 @@ from nflows_iresnet.conditioning import check_context
 from nflows_iresnet.flows.lipschitz import FlowLipschitz, certified_blocks, lipschitz_constants
 from nflows_iresnet.flows.summary import summarise
 from nflows_iresnet.linearization import first_parameter
-from nflows_iresnet.precision import context_like_weights, training_products
+from nflows_iresnet.precision import (
+    at_least_single,
+    context_like_weights,
+    is_foreign,
+    like_weights,
+    training_products,
+)
 from nflows_iresnet.transforms import initialize
 from nflows_iresnet.transforms.initialization import evaluating
+from nflows_iresnet.transforms.normalization import nothing_starts
 from nflows_iresnet.transforms.residual import inverse_values_only
 from nflows_iresnet.validation import require_tensor, validated_size
 
@@ -29,7 +36,8 @@ class StandardNormal(_NflowsStandardNormal):
 
     nflows draws float32 samples whatever the precision of the model, so that a flow in float64
     cannot sample, and keeps the constant of the density in a buffer that is not saved, so that a
-    model built on the meta device never gets it. Here it is a number, and no buffer is left.
+    model built on the meta device never gets it. Here it is a number, and no buffer is left. The
+    density of noise in half precision is computed in float32.
 
     Args:
         shape: the shape of one sample.
@@ -61,6 +69,17 @@ class StandardNormal(_NflowsStandardNormal):
         """
         leading = [num_samples] if context is None else [context.shape[0], num_samples]
         return torch.randn(*leading, *self._shape, dtype=like.dtype, device=like.device)
+
+    @property
+    def draws_itself(self) -> bool:
+        """Whether `draw` is where samples come from: not in subclasses with a way of their own."""
+        kind, names = type(self), ("sample", "_sample")
+        is_kept = all(getattr(kind, name) is getattr(StandardNormal, name) for name in names)
+        return is_kept and not any(name in vars(self) for name in names)
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        log_prob: Tensor = super()._log_prob(at_least_single(inputs), context)
+        return log_prob
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         return self.draw(num_samples, context, self._like)
@@ -134,13 +153,14 @@ class Flow(_NflowsFlow):
             ValueError: if inputs or context are not what the flow was built for.
         """
         self._check_given(inputs, context)
-        log_prob: Tensor = super().log_prob(inputs, context)
+        log_prob: Tensor = super().log_prob(self._as_weights(inputs), context)
         return log_prob
 
     def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
         embedded = self._embedded(context)
         noise, logabsdet = self._transform(inputs, context=embedded)
-        is_own = isinstance(self._distribution, StandardNormal)
+        normal = self._distribution
+        is_own = isinstance(normal, StandardNormal) and not is_foreign(normal)
         with nullcontext() if is_own else self._of_others():
             log_prob: Tensor = self._distribution.log_prob(noise, context=embedded)
         return log_prob + logabsdet
@@ -152,7 +172,8 @@ class Flow(_NflowsFlow):
             ValueError: if inputs or context are not what the flow was built for.
         """
         self._check_given(inputs, context)
-        noise: Tensor = self._transform(inputs, context=self._embedded(context))[0]
+        given = self._as_weights(inputs)
+        noise: Tensor = self._transform(given, context=self._embedded(context))[0]
         return noise
 
     def sample(
@@ -182,7 +203,7 @@ class Flow(_NflowsFlow):
         embedded = self._embedded(context)
         noise, repeated = self._noise(num_samples, embedded)
         is_known = all(map(_ignores_logabsdet, self._transform.modules()))
-        with inverse_values_only() if is_known else nullcontext():
+        with nothing_starts(), inverse_values_only() if is_known else nullcontext():
             samples: Tensor = self._transform.inverse(noise, context=repeated)[0]
         return _grouped(samples, num_samples, embedded)
 
@@ -200,7 +221,8 @@ class Flow(_NflowsFlow):
         count = validated_size("num_samples", num_samples)
         embedded = self._embedded(context)
         noise, repeated = self._noise(count, embedded)
-        samples, logabsdet = self._transform.inverse(noise, context=repeated)
+        with nothing_starts():
+            samples, logabsdet = self._transform.inverse(noise, context=repeated)
         with self._of_others():
             log_prob = self._distribution.log_prob(noise, context=repeated) - logabsdet
         return _grouped(samples, count, embedded), _grouped(log_prob, count, embedded)
@@ -211,7 +233,7 @@ class Flow(_NflowsFlow):
         with self._of_others():
             if like is None:
                 noise = self._distribution.sample(num_samples, context=context)
-            elif isinstance(self._distribution, StandardNormal):
+            elif isinstance(self._distribution, StandardNormal) and self._distribution.draws_itself:
                 noise = self._distribution.draw(num_samples, context, like)
             else:
                 noise = self._distribution.sample(num_samples, context=context).to(like)
@@ -258,6 +280,11 @@ class Flow(_NflowsFlow):
             return self._embedded(None)
         parts = [self._embedded(part) for part in context.split(size)]
         return torch.cat([part for part in parts if part is not None])
+
+    def _as_weights(self, inputs: Tensor) -> Tensor:
+        """Return inputs of half precision in that of the weights; parts without could not know."""
+        is_half = inputs.dtype in (torch.bfloat16, torch.float16)
+        return like_weights(inputs, self._transform) if is_half else inputs
 
     def _of_others(self) -> AbstractContextManager[object]:
         """Return full precision for what is not of this package."""

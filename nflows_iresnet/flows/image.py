@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from nflows_iresnet.transforms.image import (
     validated_levels,
     validated_shape,
 )
+from nflows_iresnet.transforms.normalization import nothing_starts
 from nflows_iresnet.validation import validated_bins, validated_size
 
 
@@ -171,7 +174,8 @@ class ImageResidualFlow(Flow):
             batch_size: how many to draw at a time; all by default.
         """
         samples = super().sample(num_samples, context=context, batch_size=batch_size)
-        return samples.clamp(0, self.levels * (1 - torch.finfo(samples.dtype).eps))
+        below = self.levels * (1 - torch.finfo(samples.dtype).eps)
+        return samples.clamp(0, max(below, _last_whole(self.levels, samples.dtype)))
 
     def sample_and_log_prob(
         self, num_samples: int, context: Tensor | None = None
@@ -185,10 +189,11 @@ class ImageResidualFlow(Flow):
             context: shape (B, F), or None.
         """
         samples = self.sample(num_samples, context)
-        if context is None:
-            return samples, self.log_prob(samples)
-        repeated = context.repeat_interleave(samples.shape[1], dim=0)
-        log_prob = self.log_prob(samples.flatten(end_dim=1), repeated)
+        with nothing_starts():
+            if context is None:
+                return samples, self.log_prob(samples)
+            repeated = context.repeat_interleave(samples.shape[1], dim=0)
+            log_prob = self.log_prob(samples.flatten(end_dim=1), repeated)
         return samples, log_prob.unflatten(0, samples.shape[:2])
 
     def sample_images(
@@ -216,6 +221,13 @@ class ImageResidualFlow(Flow):
                 "log_prob(transforms.dequantize(images))"
             )
         check_pixels(inputs, 0, self.levels, self.levels)
+
+
+def _last_whole(levels: int, dtype: torch.dtype) -> int:
+    """Return the largest whole number below `levels` that a type holds."""
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    step: int = 2 ** max(0, (levels - 1).bit_length() - digits)
+    return (levels - 1) // step * step
 
 
 def _preprocessing(levels: int, alpha: float | None) -> Transform:

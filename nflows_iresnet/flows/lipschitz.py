@@ -24,7 +24,8 @@ from nflows_iresnet.transforms import (
     SqueezeTransform,
     UniformDequantization,
 )
-from nflows_iresnet.transforms.image import CenteringTransform
+from nflows_iresnet.transforms.image import CenteringTransform, MultiscaleTransform
+from nflows_iresnet.transforms.normalization import infinite_if_nan, run_weight_hooks
 
 Constants = tuple[float, float]
 _ISOMETRY: Constants = (1.0, 1.0)
@@ -57,21 +58,21 @@ def lipschitz_constants(transform: nn.Module) -> Constants:
     """Return bounds of the Lipschitz constants of a transform's forward and inverse.
 
     A transform states its own by a method `lipschitz_constants() -> tuple[float, float]`. What has
-    none, and is none of the kinds known here (subclasses may do anything), is unknown: infinite.
+    none, and is none of the kinds known here (subclasses may do anything), is unknown: infinite. So
+    is a bound that is NaN, as that of parameters that are.
 
     Args:
         transform: of this package, of nflows, or of yours.
     """
     own = getattr(transform, "lipschitz_constants", None)
-    if callable(own):
-        forward, inverse = own()
-        return float(forward), float(inverse)
-    return _CONSTANTS.get(type(transform), _unknown)(transform)
+    found = own() if callable(own) else _CONSTANTS.get(type(transform), _unknown)(transform)
+    forward, inverse = map(float, found)
+    return infinite_if_nan(forward), infinite_if_nan(inverse)
 
 
 def _residual(transform: ResidualTransform) -> Constants:
     bound = _residual_bound(transform)
-    if bound >= 1:
+    if not bound < 1:
         return _up(1 + bound), math.inf
     return _up(1 + bound), _up(1 / math.nextafter(1 - bound, 0))
 
@@ -108,8 +109,13 @@ def _pointwise_affine(transform: nflows_transforms.PointwiseAffineTransform) -> 
 
 def _matrix(transform: LinearTransform | nflows_transforms.LULinear) -> Constants:
     """The extreme singular values, less what their decomposition may err by (Weyl)."""
-    weight = deepcopy(transform).double().weight().detach()
-    singular = torch.linalg.svdvals(weight)
+    with torch.no_grad():
+        run_weight_hooks(transform)  # computed with a graph it could not be copied
+        weight = deepcopy(transform).double().weight()
+    try:
+        singular = torch.linalg.svdvals(weight)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return _unknown(transform)
     largest, smallest = float(singular[0]), float(singular[-1])
     error = 64 * weight.shape[0] * torch.finfo(torch.float64).eps * largest
     return largest + error, 1 / (smallest - error) if smallest > error else math.inf
@@ -142,6 +148,7 @@ _CONSTANTS: dict[type[nn.Module], Callable[[Any], Constants]] = {
     MonotoneTransform: _monotone,
     CompositeTransform: _composite,
     nflows_transforms.CompositeTransform: _composite,
+    MultiscaleTransform: _multiscale,
     nflows_transforms.MultiscaleCompositeTransform: _multiscale,
     nflows_transforms.InverseTransform: _inverse,
     nflows_transforms.ActNorm: ActNorm.lipschitz_constants,
@@ -163,7 +170,7 @@ _CONSTANTS: dict[type[nn.Module], Callable[[Any], Constants]] = {
 
 def _residual_bound(block: ResidualTransform) -> float:
     try:
-        return block.lipschitz_bound()
+        return infinite_if_nan(block.lipschitz_bound())
     except ValueError:
         return math.inf
 
@@ -173,5 +180,8 @@ def _chained(first: Constants, second: Constants) -> Constants:
 
 
 def _up(value: float) -> float:
-    """Return a number above the exact result of one operation that was rounded to a value."""
-    return math.nextafter(value, math.inf)
+    """Return a number above the exact result of one operation that was rounded to a value.
+
+    Of NaN, as 0 times infinity is, infinity.
+    """
+    return math.nextafter(infinite_if_nan(value), math.inf)

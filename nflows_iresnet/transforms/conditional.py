@@ -73,7 +73,12 @@ class ConditionalAffine(Transform):
         return (inputs - shift) * (-log_scale).exp(), -log_scale.sum(1)
 
     def lipschitz_constants(self) -> tuple[float, float]:
-        """Return bounds of the Lipschitz constants of forward and inverse, for every context."""
+        """Return bounds of the Lipschitz constants of forward and inverse, for every context.
+
+        Infinite where a parameter of the network is not finite: scales may be NaN then.
+        """
+        if not all(bool(each.isfinite().all()) for each in self.net.parameters()):
+            return math.inf, math.inf
         largest = math.nextafter(math.exp(_MAX_LOG_SCALE), math.inf)
         return largest, largest
 

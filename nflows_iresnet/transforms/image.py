@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.precision import at_least_single
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.solvers.base import read
 from nflows_iresnet.transforms.composite import CompositeTransform
@@ -31,6 +33,10 @@ class OutsideRangeError(ValueError):
     """Values are outside of the range on which a map is defined, or can be inverted."""
 
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""What torch can store, and not compare."""
+
+
 def extremes(values: Tensor) -> tuple[float, float] | None:
     """Return the smallest and the largest value, NaN if one is NaN, where looking costs nothing.
 
@@ -39,7 +45,8 @@ def extremes(values: Tensor) -> tuple[float, float] | None:
     """
     if values.device.type != "cpu" or values.numel() == 0 or is_traced():
         return None
-    lowest, highest = read(torch.stack(values.detach().aminmax()).double())
+    known = values.double() if values.dtype in _UNSIGNED else values
+    lowest, highest = read(torch.stack(known.detach().aminmax()).double())
     return float(lowest), float(highest)
 
 
@@ -156,8 +163,9 @@ class LogitTransform(SettingsInState, Transform):
 
     log\|det\| = sum_i log((1 - 2 alpha) / levels) - log p_i - log(1 - p_i), p_i the number inside
     the logit. Both p_i and 1 - p_i are computed from the nearer end, so that a small alpha loses no
-    digits. nflows' `Logit` clamps its inputs, where it has no inverse, and keeps its temperature
-    outside its buffers, on the CPU.
+    digits. Half precision is computed in float32, and y rounded to it; the log-determinant, of
+    thousands of nats, stays in float32. nflows' `Logit` clamps its inputs, where it has no inverse,
+    and keeps its temperature outside its buffers, on the CPU.
 
     References:
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP, 2017.
@@ -196,17 +204,20 @@ class LogitTransform(SettingsInState, Transform):
         """
         margin = self.alpha / self._slope
         check_pixels(inputs, -margin, self.levels + margin, self.levels)
+        given, inputs = inputs, at_least_single(inputs)
         log_inside = (self.alpha + self._slope * inputs).log()
         log_outside = (self.alpha + self._slope * (self.levels - inputs)).log()
         logabsdet = math.log(self._slope) - log_inside - log_outside
-        return log_inside - log_outside, logabsdet.flatten(start_dim=1).sum(1)
+        outputs = _rounded_like(given, log_inside - log_outside)
+        return outputs, logabsdet.flatten(start_dim=1).sum(1)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, log|det|), shapes (B, *) and (B,); x may leave [0, levels] by its alpha."""
+        given, inputs = inputs, at_least_single(inputs)
         positive = F.softplus(inputs)
         log_slopes = inputs - 2 * positive - math.log(self._slope)
         outputs = (torch.sigmoid(inputs) - self.alpha) / self._slope
-        return outputs, log_slopes.flatten(start_dim=1).sum(1)
+        return _rounded_like(given, outputs), log_slopes.flatten(start_dim=1).sum(1)
 
     @property
     def bound(self) -> float:
@@ -272,8 +283,9 @@ class PixelwiseSpline(ElementwiseRationalQuadraticSpline):
 class CenteringTransform(SettingsInState, Transform):
     """y = x / levels - 1/2: from [0, levels] to [-1/2, 1/2], for flows without a logit.
 
-    It has no parameters and no buffers. States of nflows' `PointwiseAffineTransform`, which was
-    used before, are taken.
+    Half precision is computed in float32, and y rounded to it; the log-determinant stays so. It has
+    no parameters and no buffers. States of nflows' `PointwiseAffineTransform`, which was used
+    before, are taken.
 
     Args:
         levels: how many values a pixel took before its noise.
@@ -293,11 +305,13 @@ class CenteringTransform(SettingsInState, Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, log|det|), shapes (B, *) and (B,)."""
-        return inputs / self.levels - 0.5, -self._log_levels(inputs)
+        outputs = at_least_single(inputs) / self.levels - 0.5
+        return _rounded_like(inputs, outputs), -self._log_levels(outputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, log|det|), shapes (B, *) and (B,)."""
-        return (inputs + 0.5) * self.levels, self._log_levels(inputs)
+        outputs = (at_least_single(inputs) + 0.5) * self.levels
+        return _rounded_like(inputs, outputs), self._log_levels(outputs)
 
     def _log_levels(self, inputs: Tensor) -> Tensor:
         total = inputs.shape[1:].numel() * math.log(self.levels)
@@ -332,6 +346,11 @@ def check_pixels(inputs: Tensor, lowest: float, highest: float, levels: int) -> 
         f"{found[0]:.6g} to {found[1]:.6g}: give whole numbers from 0 to {levels - 1} with their "
         "noise, transforms.dequantize(images), and as many levels as a pixel can take"
     )
+
+
+def _rounded_like(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Return outputs in half precision where the inputs are, else as they are."""
+    return outputs.to(inputs.dtype) if inputs.is_floating_point() else outputs
 
 
 class SqueezeTransform(_NflowsSqueezeTransform):
@@ -438,9 +457,74 @@ class InjectivePadding(Transform):
         return f"channels={self.channels}, tolerance={self.tolerance}"
 
 
+class MultiscaleTransform(MultiscaleCompositeTransform):
+    """nflows' `MultiscaleCompositeTransform` for batches of any size and precision.
+
+    nflows adds up log-determinants in the precision of the inputs, in which thousands of nats of
+    half precision lose several, and refuses an empty batch. Here the sum has the precision of its
+    parts. The same map, the same state_dict.
+
+    Args:
+        num_transforms: how often `add_transform` will be called.
+        split_dim: the dimension that is halved between transforms.
+
+    Example:
+        >>> from nflows_iresnet.transforms import ActNorm
+        >>> scales = MultiscaleTransform(2)
+        >>> rest = scales.add_transform(ActNorm(4), (4, 2, 2))
+        >>> rest, scales.add_transform(ActNorm(2), rest)
+        ((2, 2, 2), None)
+        >>> scales(torch.randn(0, 4, 2, 2))[0].shape
+        torch.Size([0, 16])
+    """
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (the halves that leave, one after the other, and log|det|), (B, D) and (B,)."""
+        *first, last = self._all()
+        outputs, logabsdets, rest = [], [], inputs
+        for transform in first:
+            found, logabsdet = transform(rest, context)
+            done, rest = found.chunk(2, dim=self._split_dim)
+            outputs.append(done)
+            logabsdets.append(logabsdet)
+        found, logabsdet = last(rest, context)
+        flat = [each.flatten(start_dim=1) for each in (*outputs, found)]
+        return torch.cat(flat, dim=1), reduce(operator.add, [*logabsdets, logabsdet])
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (x, log|det|), shapes (B, *) and (B,)."""
+        *first, last = self._all()
+        *done, rest = self._parts(inputs)
+        found, logabsdet = last.inverse(rest, context)
+        logabsdets = [logabsdet]
+        for transform, part in zip(reversed(first), reversed(done), strict=True):
+            whole = torch.cat([part, found], dim=self._split_dim)
+            found, logabsdet = transform.inverse(whole, context)
+            logabsdets.append(logabsdet)
+        return found, reduce(operator.add, logabsdets)
+
+    def _all(self) -> list[Any]:
+        if len(self._transforms) != self._num_transforms:
+            raise RuntimeError(
+                f"expected {self._num_transforms} transforms, got {len(self._transforms)}: add "
+                "them by add_transform"
+            )
+        return list(self._transforms)
+
+    def _parts(self, inputs: Tensor) -> list[Tensor]:
+        """Return what left after each transform, in the shape that it had."""
+        sizes = [math.prod(shape) for shape in self._output_shapes]
+        if inputs.dim() != 2 or inputs.shape[1] != sum(sizes):
+            raise ValueError(
+                f"expected inputs of shape (batch, {sum(sizes)}), got {tuple(inputs.shape)}"
+            )
+        parts = zip(inputs.split(sizes, dim=1), self._output_shapes, strict=True)
+        return [part.reshape(part.shape[0], *shape) for part, shape in parts]
+
+
 def multiscale(
     shape: Sequence[int], num_scales: int, steps: Callable[[Shape], Sequence[Transform]]
-) -> MultiscaleCompositeTransform:
+) -> MultiscaleTransform:
     """Build scales of squeeze and steps, with half of the channels factored out between them.
 
     References:
@@ -469,7 +553,7 @@ def multiscale(
             f"images of shape {tuple(shape)} cannot have {num_scales} scales: each halves height "
             "and width of (C, H, W); choose another num_scales, or pad the images"
         )
-    transform = MultiscaleCompositeTransform(operator.index(num_scales))
+    transform = MultiscaleTransform(operator.index(num_scales))
     for _ in range(num_scales):
         squeezed = (4 * channels, height // 2, width // 2)
         scale = CompositeTransform([SqueezeTransform(), *steps(squeezed)])

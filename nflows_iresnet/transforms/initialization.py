@@ -15,7 +15,7 @@ from nflows_iresnet.linearization import bind, first_parameter
 from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.composite import CompositeTransform
-from nflows_iresnet.transforms.image import PixelwiseSpline
+from nflows_iresnet.transforms.image import MultiscaleTransform, PixelwiseSpline
 from nflows_iresnet.transforms.normalization import ActNorm
 from nflows_iresnet.transforms.residual import ResidualTransform, using
 from nflows_iresnet.validation import validated_size
@@ -83,7 +83,9 @@ class _Pass:
             for each in transform._transforms:
                 rows = self.through(each, rows)
             return rows
-        if _keeps_forward(transform, nflows_transforms.MultiscaleCompositeTransform):
+        if _keeps_forward(
+            transform, nflows_transforms.MultiscaleCompositeTransform, MultiscaleTransform
+        ):
             return self._through_scales(transform, rows)
         if starts_from_rows(transform):
             _start(transform, rows)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nflows_iresnet.linearization import is_traced, pulled_back
 from nflows_iresnet.precision import (
+    at_least_single,
     full_precision,
     in_full_precision,
     like_weights,
@@ -28,7 +29,11 @@ from nflows_iresnet.transforms.normalization import (
     ENOUGH_ROWS,
     depends_on,
     likely_moments,
+    may_start,
+    note_start,
     over_processes,
+    require_own,
+    run_weight_hooks,
 )
 from nflows_iresnet.validation import validated_size
 
@@ -84,12 +89,14 @@ class LinearTransform(Transform):
 
     Only parameters that are all still zero are started: what was restored without its flag, or was
     learned through the inverse (variational inference), stays. The inverse, and so sampling, never
-    ends the waiting. Once started, no call waits for the device or copies from the host: the
-    transform can be part of a CUDA graph, and compiles to one graph.
+    ends the waiting. What `torch.func` lends, and factors that are computed from other parameters
+    (`parametrize`, `prune`), start as those of `ActNorm` do, or not. Once started, no call waits
+    for the device or copies from the host: the transform can be part of a CUDA graph, and compiles
+    to one graph.
 
     Cost: F^3 multiplications for W, and B F^2 for B rows or pixels; B F^2 for the inverse. It
-    computes in the precision of its weights, inside autocast too. `CompositeTransform` computes
-    the W of all its linear maps together.
+    computes in the precision of its weights, inside autocast too, and solves in float32 at least.
+    `CompositeTransform` computes the W of all its linear maps together.
 
     References:
         Kingma, Dhariwal. Glow: Generative flow with invertible 1x1 convolutions, 2018.
@@ -102,7 +109,8 @@ class LinearTransform(Transform):
         bias: whether there is b; without, whitening is about 0 instead of the mean.
 
     Raises:
-        ValueError: if `features` is not positive, or `initialization` is unknown.
+        ValueError: if `features` is not positive, or `initialization` is unknown; in use, if inputs
+            have another shape or precision than the weights, or a start cannot be stored.
 
     Example:
         >>> linear = LinearTransform(2, initialization="whitening")
@@ -169,20 +177,22 @@ class LinearTransform(Transform):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (W^-1 (y - b), minus the sum of log d over pixels), shapes (B, *) and (B,)."""
+        run_weight_hooks(self)
         inputs = self._checked(inputs)
-        rows = as_rows(inputs)
+        rows = at_least_single(as_rows(inputs))
         if self.bias is not None:
             rows = rows - self.bias
         with full_precision(inputs.device):
             log_diagonal = self.log_diagonal()
-            lower, upper = self._lower_and_upper(log_diagonal)
+            lower, upper = map(at_least_single, self._lower_and_upper(log_diagonal))
             solve = torch.linalg.solve_triangular
             columns = solve(lower, rows.mT, upper=False, unitriangular=True)
-            columns = solve(upper, columns, upper=True)
+            columns = solve(upper, columns, upper=True).to(inputs.dtype)
         return like_inputs(columns.mT, inputs), -for_each_input(log_diagonal.sum(), inputs)
 
     def weight(self) -> Tensor:
         """Return W, shape (F, F)."""
+        run_weight_hooks(self)
         with full_precision(self.factors.device):
             return weights_together([self])[0].matrix
 
@@ -213,9 +223,10 @@ class LinearTransform(Transform):
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
 
     def _start(self, rows: Tensor) -> None:
+        if not may_start(self):
+            return
         if bool(self.initialized | self.has_learned()):
-            self.initialized.fill_(True)
-            self._has_started = True
+            note_start(self)
         elif not depends_on(rows, tuple(self.parameters())):  # samples of its own are no data
             self._whiten(rows)
 
@@ -226,6 +237,7 @@ class LinearTransform(Transform):
     @torch.no_grad()
     def _whiten(self, rows: Tensor) -> bool:
         """Start from rows (N, F), and return whether there were any."""
+        require_own(self, "factors", *([] if self.bias is None else ["bias"]))
         rows = rows.to(self.factors.device, torch.float64)
         moments = _joined_moments(rows, is_centred=self.bias is not None)
         if moments.num_rows == 0:
@@ -239,8 +251,7 @@ class LinearTransform(Transform):
         self.factors.copy_(lower + raw.diag_embed())
         if self.bias is not None:
             self.bias.copy_(-(self.weight().double() @ mean))
-        self.initialized.fill_(True)
-        self._has_started = True
+        note_start(self)
         return True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Literal, cast
 
 import torch
 from nflows.transforms.normalization import ActNorm as _NflowsActNorm
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from nflows_iresnet.linearization import concrete
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.channels import as_rows, for_each_input, require_channels
 from nflows_iresnet.validation import validated_size
@@ -33,8 +40,9 @@ class ActNorm(_NflowsActNorm):
     * It starts only what is still as it was built: s = t = 0. What was learned through the inverse
       (variational inference), or was restored without the flag, is kept; sampling before training
       changes nothing.
-    * Samples of its own (`log_prob(samples)` with the graph of the samples) are no data: they start
-      nothing, so that one step sees one model.
+    * Samples of its own (`log_prob(samples)` with the graph of the samples, and all that a flow of
+      this package computes while it samples) are no data: they start nothing, so that one step sees
+      one model.
     * Any scale of the data is taken to 1, in float64 arithmetic. A feature that is constant up to
       its rounding is centred only. An empty batch starts nothing.
     * Fewer than 8 rows say little of a deviation s: taken for sigma it would cost others thousands
@@ -47,6 +55,9 @@ class ActNorm(_NflowsActNorm):
     * A batch with values that are not finite is refused, and nothing is stored.
     * Where several processes train one model, they start from the statistics of the joined batch
       (three `all_reduce`, in which every process takes part, and all of them raise if one has to).
+    * Parameters that `torch.func.functional_call` lends are started where they are lent, and the
+      module waits on. Inside the transforms of `torch.func`, and where scale or shift are computed
+      from other parameters (`parametrize`, `prune`), a start is an error that names the remedy.
     * Once started, a forward pass neither waits for the device nor breaks a compiled graph.
 
     References:
@@ -57,7 +68,7 @@ class ActNorm(_NflowsActNorm):
 
     Raises:
         ValueError: if `features` is not positive; in use, if inputs have another shape or precision
-            than scale and shift, or the first batch is not finite.
+            than scale and shift, the first batch is not finite, or a start cannot be stored.
 
     Example:
         >>> norm = ActNorm(2)
@@ -80,14 +91,17 @@ class ActNorm(_NflowsActNorm):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, minus the sum of s over what was scaled), shapes (B, *) and (B,)."""
+        run_weight_hooks(self)
         inputs = self._checked(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
         return (inputs - shift) / scale, -for_each_input(self.log_scale.sum(), inputs)
 
     def lipschitz_constants(self) -> tuple[float, float]:
         """Return bounds of the Lipschitz constants of forward and inverse: the extreme scales."""
+        run_weight_hooks(self)
         scales = self.log_scale.detach().double()
-        return _above(float(scales.max().exp())), _above(float((-scales.min()).exp()))
+        bounds = _above(float(scales.max().exp())), _above(float((-scales.min()).exp()))
+        return infinite_if_nan(bounds[0]), infinite_if_nan(bounds[1])
 
     def initialize(self, rows: Tensor) -> None:
         """Start from rows that are given, whatever scale and shift are.
@@ -102,16 +116,16 @@ class ActNorm(_NflowsActNorm):
         if rows.shape[0] == 0:
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
         self._initialize(self._checked(rows))
-        self._has_started = True
 
     def _checked(self, inputs: Tensor) -> Tensor:
         require_channels(inputs, self.shift.shape[0])
         return like_weights(inputs, self)
 
     def _start(self, inputs: Tensor) -> None:
+        if not may_start(self):
+            return
         if bool(self.initialized | self.has_learned()):
-            self.initialized.fill_(True)
-            self._has_started = True
+            note_start(self)
         elif not depends_on(inputs, (self.log_scale, self.shift)):
             self._initialize(inputs)
 
@@ -121,6 +135,7 @@ class ActNorm(_NflowsActNorm):
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
+        require_own(self, "log_scale", "shift")
         rows = as_rows(inputs).to(self.log_scale.device, torch.float64)
         peak = _largest_over_processes(rows, inputs)
         if peak is None:
@@ -139,8 +154,7 @@ class ActNorm(_NflowsActNorm):
         largest = -math.log(limits.tiny)
         self.log_scale.copy_(-std.log().clamp(-largest, largest))
         self.shift.copy_(-mean * self.scale.double())
-        self.initialized.fill_(True)
-        self._has_started = True
+        note_start(self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -170,6 +184,98 @@ def likely_moments(mean: Tensor, std: Tensor, count: int) -> tuple[Tensor, Tenso
 def _above(value: float) -> float:
     """Return a number above the exact result of a few operations in float64."""
     return value * (1 + 8 * torch.finfo(torch.float64).eps)
+
+
+def infinite_if_nan(bound: float) -> float:
+    """Return a bound, infinite where it is NaN: of such parameters nothing is known."""
+    return math.inf if math.isnan(bound) else bound
+
+
+_STARTS: ContextVar[bool] = ContextVar("starts", default=True)
+
+
+def nothing_starts() -> AbstractContextManager[None]:
+    """Let no part start from what it is given: what a flow makes of noise is no data.
+
+    It concerns this thread alone, and not what is compiled, where the context would end the graph.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _nothing_starts()
+
+
+@contextmanager
+def _nothing_starts() -> Iterator[None]:
+    token = _STARTS.set(False)
+    try:
+        yield
+    finally:
+        _STARTS.reset(token)
+
+
+def may_start(part: Any) -> bool:
+    """Whether a part that waits for data may start in this call, or be noted to have started.
+
+    Not while a flow samples, and not inside the transforms of `torch.func`, where nothing outside
+    may be written to: what has begun is used there as it is.
+
+    Args:
+        part: with a flag `initialized`, and `has_learned`.
+
+    Raises:
+        ValueError: inside such a transform, if the part, or a lane of a `vmap`, has not begun.
+    """
+    if not _STARTS.get():
+        return False
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+        return True
+    if bool(concrete(part.initialized | part.has_learned()).all()):
+        return False
+    raise ValueError(
+        f"{type(part).__name__} would start from this batch inside a transform of torch.func, "
+        "where nothing can be stored: call initialize(rows) before, or eval() to use it unstarted"
+    )
+
+
+def note_start(part: Any) -> None:
+    """Note that a part has started, for good, unless its parameters are lent to it.
+
+    `torch.func.functional_call` lends tensors that are no `nn.Parameter`, and takes them back.
+    """
+    if all(isinstance(each, nn.Parameter) for each in part.parameters()):
+        part.initialized.fill_(True)
+        part._has_started = True
+
+
+def require_own(part: nn.Module, *names: str) -> None:
+    """Refuse to start what a start would be lost in: values that are computed anew at each call.
+
+    Args:
+        part: what starts.
+        names: of its parameters, which are written to.
+
+    Raises:
+        ValueError: naming a parameter that is none of its own, and the remedy.
+    """
+    if getattr(part, "_is_replica", False):  # of `nn.DataParallel`: the first shares its memory
+        return
+    for name in names:
+        own = part._parameters.get(name)
+        if own is None or not own.is_leaf:
+            raise ValueError(
+                f"{type(part).__name__} cannot start from data: its {name} is no parameter of its "
+                "own, but computed from others, as by torch.nn.utils.parametrize or prune. Start "
+                "it before by initialize(rows), or keep its values by initialized.fill_(True)"
+            )
+
+
+_WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
+"""Hooks before a call that set a weight from other parameters, whatever the inputs are."""
+
+
+def run_weight_hooks(part: nn.Module) -> None:
+    """Let hooks that compute a weight do so, where the part itself is not called."""
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, _WEIGHT_HOOKS):
+            hook(part, ())
 
 
 def depends_on(values: Tensor, parameters: tuple[Tensor, ...]) -> bool:

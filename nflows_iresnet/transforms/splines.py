@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.transforms.channels import as_rows, like_inputs, require_channels, sum_of_each
-from nflows_iresnet.transforms.normalization import depends_on, over_processes
+from nflows_iresnet.transforms.normalization import (
+    depends_on,
+    infinite_if_nan,
+    may_start,
+    note_start,
+    over_processes,
+    require_own,
+    run_weight_hooks,
+)
 from nflows_iresnet.transforms.rational_quadratic import (
     MAX_LOG_SLOPE,
     MIN_SIZE,
@@ -82,8 +90,9 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
     * where several processes train one model, they start from the rows of all (`all_gather`).
 
     Only parameters that are all still zero are started by a batch: what was restored without its
-    flag, or was learned through the inverse, stays. Once started, no call waits for the device; the
-    start itself looks twice.
+    flag, or was learned through the inverse, stays. What `torch.func` lends, and parameters that
+    are computed from others (`parametrize`, `prune`), start as those of `ActNorm` do, or not. Once
+    started, no call waits for the device; the start itself looks twice.
 
     Cost: some thirty operations per value, in float64, as one node of the graph. Value, inverse and
     log-determinant are exact but for the rounding of what goes in and comes out; the inverse
@@ -102,8 +111,8 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
     Raises:
         ValueError: if a size is not positive, `bound` is not positive and finite, or
             `initialization` is unknown; in use, if inputs have another shape or precision than the
-            parameters, or the first batch is not finite; from `load_state_dict` a RuntimeError, if
-            the state is that of another `bound`.
+            parameters, the first batch is not finite, or a start cannot be stored; from
+            `load_state_dict` a RuntimeError, if the state is that of another `bound`.
 
     Example:
         >>> inputs = torch.randn(5, 3)
@@ -158,6 +167,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, -sum_j log S_j'(x_j)), shapes (B, *) and (B,)."""
+        run_weight_hooks(self)
         inputs = self._checked(inputs)
         inside, beyond = split(as_rows(inputs), self.bound)
         knots = self._knots()
@@ -180,17 +190,20 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         On a piece of the bin N and D are such polynomials again, and lie between the smallest and
         the largest coefficient there. All coefficients are averages of positive numbers, so the
         bounds are positive too, and nothing cancels. Outside the knots S' = 1. They exceed
-        the true extremes by some percent where neighbouring slopes differ a hundredfold.
+        the true extremes by some percent where neighbouring slopes differ a hundredfold. Where
+        a parameter is NaN, both are infinite.
 
         Cost: some 128 times the table of bins.
         """
+        run_weight_hooks(self)
         *_, first, last, mean, _ = table_of(self._knots(), self.log_slopes)
         slope = _bernstein_pieces(first, mean, last)
         denominator = _bernstein_pieces(mean, (first + last) / 2, mean)
         largest = mean.square() * slope.amax(0) / denominator.amin(0).square()
         smallest = mean.square() * slope.amin(0) / denominator.amax(0).square()
-        steepest, flattest = max(1.0, float(largest.max())), min(1.0, float(smallest.min()))
-        return steepest * (1 + _ROUNDING_MARGIN), (1 + _ROUNDING_MARGIN) / flattest
+        steepest = float(largest.max().clamp_min(1.0)) * (1 + _ROUNDING_MARGIN)
+        flattest = float(smallest.min().clamp_max(1.0))
+        return infinite_if_nan(steepest), infinite_if_nan((1 + _ROUNDING_MARGIN) / flattest)
 
     def initialize(self, rows: Tensor) -> None:
         """Start from the quantiles of rows that are given, whatever the parameters are.
@@ -207,9 +220,10 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
 
     def _start(self, inputs: Tensor) -> None:
+        if not may_start(self):
+            return
         if bool(self.initialized | self.has_learned()):
-            self.initialized.fill_(True)
-            self._has_started = True
+            note_start(self)
         elif not depends_on(inputs, (self.sizes, self.log_slopes)):  # its own samples are no data
             self._start_from(inputs)
 
@@ -220,6 +234,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
     @torch.no_grad()
     def _start_from(self, rows: Tensor) -> bool:
         """Start from rows (N, features), and return whether there were any."""
+        require_own(self, "sizes", "log_slopes")
         rows = _rows_of_all_processes(rows.to(self.sizes.device, torch.float64))
         if rows.shape[0] == 0:
             return False
@@ -239,8 +254,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         is_gain = is_wide & (self._gain(judges) > num_bins / judges.shape[0])
         self.sizes.mul_(is_gain[:, None])
         self.log_slopes.mul_(is_gain[:, None])
-        self.initialized.fill_(True)
-        self._has_started = True
+        note_start(self)
         return True
 
     def _gain(self, rows: Tensor) -> Tensor:
