@@ -533,6 +533,7 @@ class _CapturedStep:
                 return self.eagerly(arguments)
             self._capture(length)
             if length not in self._replays:
+                self._lengths_met.discard(length)
                 return self.eagerly(arguments)
         self._plan.fill(capacity=length)
         self._replays[length]()

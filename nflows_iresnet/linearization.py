@@ -570,10 +570,16 @@ def bind(net: Callable[..., Tensor], context: Tensor | None = None) -> ResidualF
     """
     if isinstance(net, ResidualFunction):
         return net
+    net = _without_compiler(net)
     if isinstance(net, nn.Module) and hasattr(net, "bind") and not is_hooked(net):
         _refuse_forward_that_is_passed_by(net)
         return net.bind(context)  # type: ignore[operator]
     return OpaqueFunction(net, context)
+
+
+def _without_compiler(net: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what `torch.compile` was given, whose `bind` is what is called."""
+    return getattr(net, "_orig_mod", net) if isinstance(net, nn.Module) else net
 
 
 def _refuse_forward_that_is_passed_by(net: nn.Module) -> None:
@@ -588,7 +594,9 @@ def _refuse_forward_that_is_passed_by(net: nn.Module) -> None:
 
 def _passes_by(kind: type[nn.Module]) -> bool:
     """Whether a class replaces the `forward` of the one that has its `bind`, and not `bind`."""
-    owner = next(each for each in kind.__mro__ if "bind" in vars(each))
+    owner = next((each for each in kind.__mro__ if "bind" in vars(each)), None)
+    if owner is None:
+        return False
     below = kind.__mro__[: kind.__mro__.index(owner)]
     has_own = getattr(owner, "forward", None) is not nn.Module.forward
     return has_own and any("forward" in vars(each) for each in below)
@@ -614,6 +622,7 @@ def bind_all(
         2
     """
     alike: dict[Hashable, list[int]] = {}
+    nets = list(map(_without_compiler, nets))
     for index, net in enumerate(nets):
         binding_key = getattr(net, "binding_key", None)
         key = None if binding_key is None else binding_key()

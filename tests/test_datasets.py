@@ -475,6 +475,12 @@ def test_numbers_of_columns_as_pandas_writes_them_are_names(tmp_path: Path) -> N
     lines = ["0,1,2", *(",".join(map(str, row)) for row in counts.tolist())]
     (tmp_path / "whole.csv").write_text("\n".join(lines))
     assert datasets.load(tmp_path / "whole.csv").num_rows == 21
+    (tmp_path / "curve.csv").write_text("0,1\n" + "\n".join(f"{a},{b}" for a, b, _ in rows))
+    assert datasets.load(tmp_path / "curve.csv").num_rows == 21
+    lines = [",0,1,2", *(f"{number},{a},{b},{c}" for number, (a, b, c) in enumerate(rows))]
+    (tmp_path / "indexed.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="numbers the rows"):
+        datasets.load(tmp_path / "indexed.csv")
 
 
 @pytest.mark.parametrize("name", ["", "Unnamed: 0", "index"])

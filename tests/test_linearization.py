@@ -204,6 +204,14 @@ def test_a_forward_that_bind_would_pass_by_is_refused() -> None:
         transforms.ResidualTransform(patched)(torch.zeros(1, 2))
 
 
+def test_a_compiled_network_is_bound_as_what_it_was() -> None:
+    net = nn.LipschitzMLP(2, [8])
+    compiled: Any = torch.compile(net)
+    point = torch.randn(3, 2)
+    for function in (bind(compiled), *bind_all([compiled, net])):
+        torch.testing.assert_close(function(point), net(point))
+
+
 def test_a_network_may_leave_forward_to_its_subclass() -> None:
     class Template(torch.nn.Module):
         def bind(self, context: Tensor | None = None) -> ResidualFunction:

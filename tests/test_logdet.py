@@ -479,3 +479,23 @@ def test_gaussian_probes_vary_within_their_bound_where_signs_would_not() -> None
         logdet.RussianRoulette().variance_bound(0.5, 1),
     )
     assert of_signs < float(values.double().var()) < bound
+
+
+def test_the_warning_of_a_law_needs_no_hash_and_no_moment_of_the_probe() -> None:
+    @dataclass
+    class OwnLaw:
+        def survival(self, term: int, num_exact: int, lipschitz: float) -> float:
+            return lipschitz ** (term - num_exact)
+
+        def has_finite_variance(self, lipschitz: float) -> bool:
+            return True
+
+    class OwnProbe:
+        def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return torch.randn_like(inputs)
+
+    net, inputs = nn.LipschitzMLP(2, [8], coeff=0.9), torch.zeros(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logdet.RussianRoulette(lipschitz=0.85, probe=OwnProbe()).estimate(net, inputs)
+        logdet.RussianRoulette(lipschitz=0.85, truncation=OwnLaw()).estimate(net, inputs)

@@ -336,9 +336,18 @@ def test_an_order_whose_data_are_others_says_so(table: str, tmp_path: Path) -> N
     order = order_of(table, tmp_path)
     lines = Path(table).read_text().splitlines()
     Path(table).write_text("\n".join([*lines[:-1], lines[-2]]))
-    runs._load_once.cache_clear()
     with pytest.raises(UsageError, match=r"table\.csv has other rows than where the command began"):
         order.do(Wish(False), None)
+
+
+def test_a_worker_that_served_an_earlier_command_reads_the_rows_again(
+    table: str, tmp_path: Path
+) -> None:
+    assert order_of(table, tmp_path).do(Wish(False), None) is not None
+    lines = Path(table).read_text().splitlines()
+    Path(table).write_text("\n".join([*lines[:-1], lines[-2]]))
+    later = pickle.loads(pickle.dumps(order_of(table, tmp_path)))
+    assert later.do(Wish(False), None) is not None
 
 
 def test_a_folder_with_the_name_of_a_data_set_is_not_the_data(

@@ -134,9 +134,9 @@ def read_text(
     """Read column names and finite numbers [rows, columns] from a file of delimited text.
 
     Cells are separated by commas, semicolons, tabs or spaces. A first row without any number is
-    taken for the names, whether or not it begins with numpy's ``#``; so is ``0, 1, ...``, as pandas
-    calls columns without names, above a row with a decimal point. Columns without names are called
-    ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
+    taken for the names, whether or not it begins with numpy's ``#``; so is ``0, 1, 2, ...``, as
+    pandas calls columns without names, above a row with a decimal point. Columns without names are
+    called ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
     first of them, which are kept. Lines that begin with ``comment``, and blank ones, are no rows.
     """
     path, (lines, rows) = file.path, _split(file, comment)
@@ -149,7 +149,7 @@ def read_text(
     if not any(map(_is_number, rows[0])):
         names, lines, rows = tuple(map(one_line, rows[0])), lines[1:], rows[1:]
     elif _are_pandas_numbers(rows):
-        lines, rows = lines[1:], rows[1:]
+        names, lines, rows = tuple(rows[0]), lines[1:], rows[1:]
     names = columns or names
     for line, cells in zip(lines, rows, strict=True):
         if len(cells) != width:
@@ -167,9 +167,13 @@ def read_text(
 
 
 def _are_pandas_numbers(rows: list[list[str]]) -> bool:
-    """Whether the first row is what pandas calls columns that have no names."""
-    first, second = rows[0], rows[1] if len(rows) > 1 else []
-    return tuple(first) == numbered(len(first)) and any("." in cell for cell in second)
+    """Whether the first row is what pandas calls three or more columns without names.
+
+    An empty name before them is that of its index.
+    """
+    first, second = tuple(rows[0]), rows[1] if len(rows) > 1 else []
+    is_counted = first in (numbered(len(first)), ("", *numbered(len(first) - 1)))
+    return is_counted and len(first) > 2 and any("." in cell for cell in second)
 
 
 def _without_hashes(lines: dict[int, str]) -> dict[int, str]:

@@ -180,8 +180,9 @@ class RowTask(_Task):
         They are evenly spaced, as some tables have theirs in the order of measurement.
         """
         rows = self.data.validation
-        some = rows[:: max(1, len(rows) // NUM_VALIDATION_ROWS)][:NUM_VALIDATION_ROWS]
-        return exact_nll(model, some.to(config.device))
+        count = min(len(rows), NUM_VALIDATION_ROWS)
+        spaced = torch.arange(count) * len(rows) // max(1, count)
+        return exact_nll(model, rows[spaced].to(config.device))
 
     def evaluation_data(self, config: RunConfig) -> EvaluationData:
         """Return the test rows, one batch, and the true density."""

@@ -125,6 +125,9 @@ class Job:
         """
         task = _load_once(self.run.source, self.config)
         if task.checksum != self.run.checksum:
+            _load_once.cache_clear()  # a worker may have served an earlier command
+            task = _load_once(self.run.source, self.config)
+        if task.checksum != self.run.checksum:
             raise ValueError(
                 f"{task.data.source} has other rows than where the command began (sum "
                 f"{task.checksum}, {self.run.checksum} there): give every place the same file, and "

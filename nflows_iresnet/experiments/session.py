@@ -140,8 +140,8 @@ class Session(ABC, Generic[Kept]):
         same(then.environment["versions"], now.environment["versions"])
         if then.described_data != now.described_data:
             raise ValueError(
-                f"cannot resume {str(self.folder.path)!r}: the data have changed since; choose "
-                "another --out"
+                f"cannot resume {str(self.folder.path)!r}: the data have changed since, or an "
+                "earlier version began it; choose another --out"
             )
         machines = [each.environment["device_name"] for each in (then, now)]
         is_timed = any(then.arguments.get(name) is not None for name in ("race", "budget"))

@@ -112,6 +112,8 @@ class FromNormflows(Transform):
         True
     """
 
+    _is_planar = False
+
     def __init__(self, flow: nf.flows.Flow) -> None:
         super().__init__()
         if isinstance(flow, _STOCHASTIC):

@@ -24,14 +24,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 
 from nflows_iresnet.linearization import concrete
-from nflows_iresnet.logdet.power_series import SeriesEstimator, fourth_moment, validated_lipschitz
+from nflows_iresnet.logdet.power_series import (
+    Rademacher,
+    SeriesEstimator,
+    fourth_moment,
+    validated_lipschitz,
+)
 from nflows_iresnet.validation import validated_size
 
 
@@ -180,8 +185,8 @@ class RussianRoulette(SeriesEstimator):
         elif guaranteed is not None and bound < guaranteed and _is_unbounded(self, guaranteed):
             warnings.warn(
                 f"the law for Lip(g) <= {bound} does not guarantee a finite variance for the "
-                f"network's bound {guaranteed}: pass a `lipschitz` above {guaranteed**2:.4g}, or "
-                "leave it out",
+                f"network's bound {guaranteed}: pass a `lipschitz` above {guaranteed**2:.4g}, "
+                "leave it out, or use another law",
                 InfiniteVarianceWarning,
                 stacklevel=3,
             )
@@ -232,13 +237,23 @@ class RussianRoulette(SeriesEstimator):
         return fourth_moment(self.probe, features) * total * (1 + _SMALL)
 
 
-@lru_cache(maxsize=256)
 def _is_unbounded(roulette: RussianRoulette, lipschitz: float) -> bool:
+    """Whether the law of an estimator guarantees no finite variance, whatever its probe."""
+    with_signs = replace(roulette, probe=Rademacher())
+    try:
+        return _has_no_bound(with_signs, lipschitz)
+    except TypeError:  # a law of one's own that has no hash
+        return with_signs.variance_bound(lipschitz, 1) == math.inf
+
+
+@lru_cache(maxsize=256)
+def _has_no_bound(roulette: RussianRoulette, lipschitz: float) -> bool:
     return roulette.variance_bound(lipschitz, 1) == math.inf
 
 
 def grows(size: float, before: float, added: float) -> bool:
-    """Whether what the terms of a sum add does not shrink any more, and so never will.
+    """Whether what the terms of a sum add does not shrink: for all laws but those whose slow
+    factors win for thousands of terms, it never will, and for those infinity is a bound, too.
 
     It is not asked of large terms, whose factors other than powers may still grow, nor of those
     whose squares lose digits.

@@ -22,9 +22,11 @@ Map = Callable[[Tensor], Tensor]
 _STALL_STEPS = 50
 """A row is given up when its best residual has not improved between two multiples of this."""
 
+_LOOSEST = 1 / 16
+"""Of the size of a point and its image: what rounding may excuse at most."""
+
 _FEW_VALUES = 512
 _DONE = 0.25
-_LOOSEST = 1 / 16
 """Rows that are done are left out when they are this part, and have `_FEW_VALUES` values."""
 
 _FIRST_LOOK = 10
@@ -170,7 +172,7 @@ class Solver(ABC):
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(
                 "torch.jit.trace would repeat the steps of this call for every other input, and "
-                "verify nothing: trace `forward` alone"
+                "verify nothing: trace what does not solve, so no inverse and no MonotoneTransform"
             )
         best = everything = Progress(point, looks_each_step=is_free)
         accelerator, is_sure = self.start(point), True

@@ -227,12 +227,15 @@ class LinearTransform(Transform):
             return
         if bool(self.initialized | self.has_learned()):
             note_start(self)
-        elif not depends_on(rows, tuple(self.parameters())):  # samples of its own are no data
+        elif not depends_on(
+            rows, (self.factors, *([] if self.bias is None else [self.bias]))
+        ):  # samples of its own are no data
             self._whiten(rows)
 
     def has_learned(self) -> Tensor:
         """Return whether a parameter is not zero, as all are until it starts: shape ()."""
-        return torch.stack([each.any() for each in self.parameters()]).any()
+        is_mixed = self.factors.any()
+        return is_mixed if self.bias is None else is_mixed | self.bias.any()
 
     @torch.no_grad()
     def _whiten(self, rows: Tensor) -> bool:

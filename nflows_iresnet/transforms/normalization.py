@@ -55,9 +55,10 @@ class ActNorm(_NflowsActNorm):
     * A batch with values that are not finite is refused, and nothing is stored.
     * Where several processes train one model, they start from the statistics of the joined batch
       (three `all_reduce`, in which every process takes part, and all of them raise if one has to).
-    * Parameters that `torch.func.functional_call` lends are started where they are lent, and the
-      module waits on. Inside the transforms of `torch.func`, and where scale or shift are computed
-      from other parameters (`parametrize`, `prune`), a start is an error that names the remedy.
+    * Tensors that `torch.func.functional_call` lends, if they are no `nn.Parameter`, are started
+      where they are lent, and the module waits on. Inside the transforms of `torch.func`, and
+      where scale or shift are computed from other parameters (`parametrize`, `prune`), a start is
+      an error that names the remedy.
     * Once started, a forward pass neither waits for the device nor breaks a compiled graph.
 
     References:
@@ -158,7 +159,7 @@ class ActNorm(_NflowsActNorm):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._has_started = False
+        self._has_started = not self.initialized.is_meta and bool(self.initialized)
 
 
 def likely_moments(mean: Tensor, std: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -238,7 +239,7 @@ def may_start(part: Any) -> bool:
 def note_start(part: Any) -> None:
     """Note that a part has started, for good, unless its parameters are lent to it.
 
-    `torch.func.functional_call` lends tensors that are no `nn.Parameter`, and takes them back.
+    `torch.func.functional_call` takes back what it lends, which is mostly no `nn.Parameter`.
     """
     if all(isinstance(each, nn.Parameter) for each in part.parameters()):
         part.initialized.fill_(True)
