@@ -569,8 +569,10 @@ def test_forward_mode_has_derivatives_without_gradients_too(
 
     wanted = pushed()
     assert min(float(each.abs().max()) for each in wanted) > 1e-3
-    for without in (torch.no_grad, torch.inference_mode):
-        with without():
+    with torch.no_grad():
+        torch.testing.assert_close(pushed(), wanted, rtol=1e-9, atol=1e-11)
+    with torch.inference_mode():
+        if bool(jvp(torch.sin, (point,), (tangent,))[1].any()):  # not so in old versions of torch
             torch.testing.assert_close(pushed(), wanted, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(pushed_by_duals(), wanted, rtol=1e-9, atol=1e-11)
     with torch.no_grad():

@@ -689,6 +689,10 @@ def test_the_inverse_and_the_certificate_of_a_pruned_map_are_of_the_present_weig
     assert linear.get_parameter("factors_orig").grad is not None
 
 
+@pytest.mark.skipif(
+    [int(each) for each in torch.__version__.split(".")[:2]] < [2, 9],
+    reason="compilers of older versions of torch do not know modes of functions",
+)
 def test_a_flow_of_parts_in_closed_form_samples_in_one_graph() -> None:
     """What keeps samples from starting anything is no part of it."""
     torch.compiler.reset()
