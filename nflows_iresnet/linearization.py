@@ -23,6 +23,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from nflows_iresnet.renamed import warn_renamed
 from nflows_iresnet.tensor_float import in_full_products, unrecorded
@@ -104,6 +107,17 @@ def concrete(values: Tensor) -> Tensor:
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its `forward`: it has hooks of the call."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
+"""Hooks before a call that set a weight from other parameters, whatever the inputs are."""
+
+
+def run_weight_hooks(module: nn.Module) -> None:
+    """Let hooks that compute a weight do so, where the module itself is not called."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WEIGHT_HOOKS):
+            hook(module, ())
 
 
 def first_parameter(module: nn.Module) -> Tensor | None:

@@ -206,17 +206,23 @@ def test_interrupt_keeps_and_resume_goes_on(
     assert (folder.path / "report.html").exists()
 
 
+def finished(table: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return a command that was run to its end."""
+    out = ["--out", str(Path(table).parent / "out")]
+    command = ["compare", table, "--models", "nice", *TINY, *out]
+    assert main([*command, "--quiet"]) == 0
+    capsys.readouterr()
+    return command
+
+
 def test_resume_refuses_other_arguments_and_other_data(
     table: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["compare", table, "--models", "nice", *TINY]
-    out = ["--out", str(Path(table).parent / "out")]
-    assert main([*arguments, *out, "--quiet"]) == 0
-    capsys.readouterr()
-    other = [*arguments, "--seed", "7", *out, "--resume"]
+    command = finished(table, capsys)
+    other = [*command, "--seed", "7", "--resume"]
     assert_refused(main(other), "--seed was 0 there and is 7 now", capsys)
     np.save(table, np.random.default_rng(1).normal(size=(90, 3)))
-    assert_refused(main([*arguments, *out, "--resume"]), "the data have changed", capsys)
+    assert_refused(main([*command, "--resume"]), "the data have changed", capsys)
 
 
 def test_resume_without_results(
@@ -275,15 +281,12 @@ def test_default_run_is_complete_and_ours_wins(tmp_path: Path) -> None:
 def test_resume_notices_one_value_in_one_test_row(
     table: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["compare", table, "--models", "nice", *TINY]
-    out = ["--out", str(Path(table).parent / "out")]
-    assert main([*arguments, *out, "--quiet"]) == 0
-    capsys.readouterr()
+    command = finished(table, capsys)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     rows = np.load(table)
     rows[int(order[-1]), 0] += 1.0
     np.save(table, rows)
-    assert_refused(main([*arguments, *out, "--resume"]), "the data have changed", capsys)
+    assert_refused(main([*command, "--resume"]), "the data have changed", capsys)
 
 
 @pytest.mark.parametrize(

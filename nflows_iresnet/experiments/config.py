@@ -83,7 +83,7 @@ class RunConfig:
                 _check_positive(name, value)
         for rate in self.learning_rates:
             _check_positive("learning_rates", rate)
-        own = [name for name in _OF_IMAGES if getattr(self, name) != _DEFAULTS[name]]
+        own = [name for name in _OF_IMAGES if getattr(self, name) != DEFAULTS[name]]
         if own and not self.images:
             raise ValueError(f"{' and '.join(own)} is for images: add --images, or leave it out")
         if not 0 < self.alpha < 0.5:
@@ -110,7 +110,7 @@ class RunConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-_DEFAULTS = {each.name: each.default for each in fields(RunConfig)}
+DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(RunConfig)}
 _OF_IMAGES = (
     *("num_train", "num_scales", "amp", "alpha"),
     *("marginal_bins", "num_terms", "exact_images", "dequantisations"),

@@ -28,6 +28,7 @@ from nflows_iresnet.experiments.arguments import (
 )
 from nflows_iresnet.experiments.bench import ITEMS, describe_items
 from nflows_iresnet.experiments.config import (
+    DEFAULTS,
     IMAGE_DEFAULTS,
     RACE_RATES,
     TRAINING_PRECISIONS,
@@ -312,7 +313,6 @@ class TrainingOptions(OnDevice):
 
 # --- compare and table2 ---------------------------------------------------------------------------
 
-DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(RunConfig)}
 _CLOSING = """\
 Every model gets the same rows, the same batches and, within 10%, as many parameters as ResidualFlow
 at --hidden-features and --num-layers. The validation rows, a thousand of them, choose all that is

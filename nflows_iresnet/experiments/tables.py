@@ -370,11 +370,19 @@ def caption(dataset: DatasetSummary) -> str:
 def early_stops(record: Record, dataset: str) -> list[str]:
     """Say of each training that stopped before the end of its schedule where it was best."""
     return [
-        f"{each.model}{f', repeat {each.repeat + 1},' if each.repeat else ''} stopped early, at "
-        f"step {each.training.steps}: its best validation was at step {each.training.best_step}"
+        stopped_early(
+            f"{each.model}{f', repeat {each.repeat + 1},' if each.repeat else ''}",
+            each.training.steps,
+            each.training.best_step,
+        )
         for each in record.of(dataset)
         if each.training is not None and each.training.stopped == "patience"
     ]
+
+
+def stopped_early(who: str, steps: int, best_step: int) -> str:
+    """Say where a training stopped before the end of its schedule, and where it was best."""
+    return f"{who} stopped early, at step {steps}: its best validation was at step {best_step}"
 
 
 def captures(record: Record, dataset: str) -> list[str]:

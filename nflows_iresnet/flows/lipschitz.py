@@ -13,6 +13,7 @@ import torch
 from nflows import transforms as nflows_transforms
 from torch import nn
 
+from nflows_iresnet.linearization import run_weight_hooks
 from nflows_iresnet.transforms import (
     ActNorm,
     CompositeTransform,
@@ -25,7 +26,7 @@ from nflows_iresnet.transforms import (
     UniformDequantization,
 )
 from nflows_iresnet.transforms.image import CenteringTransform, MultiscaleTransform
-from nflows_iresnet.transforms.normalization import infinite_if_nan, run_weight_hooks
+from nflows_iresnet.transforms.normalization import infinite_if_nan
 
 Constants = tuple[float, float]
 _ISOMETRY: Constants = (1.0, 1.0)

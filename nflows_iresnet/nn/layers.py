@@ -8,11 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
-from torch.nn.utils.weight_norm import WeightNorm
 
-from nflows_iresnet.linearization import is_traced
+from nflows_iresnet.linearization import WEIGHT_HOOKS, is_traced, run_weight_hooks
 from nflows_iresnet.nn.balancing import as_factor, multiplied, share_of_budget
 from nflows_iresnet.nn.bounds import conv_norm_bound, spectral_norm_bound
 from nflows_iresnet.nn.cholesky_norm import default_norm
@@ -71,10 +68,6 @@ def _left_by_rounding(weight: Tensor) -> float:
     return 1 - 2 * torch.finfo(weight.dtype).eps * terms**0.5
 
 
-_WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNormHook)
-"""Hooks before a call that set the weight from other parameters, whatever the inputs are."""
-
-
 class NormedLayer(nn.Module):
     """A layer with a weight whose norm it knows; mixed into a layer of torch."""
 
@@ -93,16 +86,10 @@ class NormedLayer(nn.Module):
         for name, buffer in state.items():
             self.register_buffer(name, buffer)
 
-    def run_weight_hooks(self) -> None:
-        """Let hooks that compute the weight do so, where the layer itself is not called."""
-        for hook in self._forward_pre_hooks.values():
-            if isinstance(hook, _WEIGHT_HOOKS):
-                hook(self, ())
-
     def refuse_other_hooks(self) -> None:
         """Raise for hooks before a call that would never run: networks do not call their layers."""
         for hook in self._forward_pre_hooks.values():
-            if not isinstance(hook, _WEIGHT_HOOKS):
+            if not isinstance(hook, WEIGHT_HOOKS):
                 raise ValueError(
                     f"{type(self).__name__} has a forward_pre_hook that would never run, {hook!r}: "
                     "the layers of a network are evaluated together. Use "
@@ -403,7 +390,7 @@ def weights_and_norms(nets: Sequence[Sequence[NormedLayer]]) -> tuple[list[Tenso
         ValueError: if a weight is not finite, on the CPU.
     """
     for layer in [layer for net in nets for layer in net]:
-        layer.run_weight_hooks()
+        run_weight_hooks(layer)
         if torch.is_grad_enabled():
             layer.advance_norm()
     places = list(zip(*nets, strict=True))

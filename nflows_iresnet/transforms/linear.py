@@ -11,7 +11,7 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import is_traced, pulled_back
+from nflows_iresnet.linearization import is_traced, pulled_back, run_weight_hooks
 from nflows_iresnet.precision import (
     at_least_single,
     full_precision,
@@ -33,7 +33,6 @@ from nflows_iresnet.transforms.normalization import (
     note_start,
     over_processes,
     require_own,
-    run_weight_hooks,
 )
 from nflows_iresnet.validation import validated_size
 

@@ -11,11 +11,8 @@ from typing import Any, Literal, cast
 import torch
 from nflows.transforms.normalization import ActNorm as _NflowsActNorm
 from torch import Tensor, distributed, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
-from nflows_iresnet.linearization import concrete
+from nflows_iresnet.linearization import concrete, run_weight_hooks
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.channels import as_rows, for_each_input, require_channels
 from nflows_iresnet.validation import validated_size
@@ -266,17 +263,6 @@ def require_own(part: nn.Module, *names: str) -> None:
                 "own, but computed from others, as by torch.nn.utils.parametrize or prune. Start "
                 "it before by initialize(rows), or keep its values by initialized.fill_(True)"
             )
-
-
-_WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
-"""Hooks before a call that set a weight from other parameters, whatever the inputs are."""
-
-
-def run_weight_hooks(part: nn.Module) -> None:
-    """Let hooks that compute a weight do so, where the part itself is not called."""
-    for hook in part._forward_pre_hooks.values():
-        if isinstance(hook, _WEIGHT_HOOKS):
-            hook(part, ())
 
 
 def depends_on(values: Tensor, parameters: tuple[Tensor, ...]) -> bool:

@@ -11,6 +11,7 @@ from nflows.transforms import Transform
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from nflows_iresnet.linearization import run_weight_hooks
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.transforms.channels import as_rows, like_inputs, require_channels, sum_of_each
@@ -21,7 +22,6 @@ from nflows_iresnet.transforms.normalization import (
     note_start,
     over_processes,
     require_own,
-    run_weight_hooks,
 )
 from nflows_iresnet.transforms.rational_quadratic import (
     MAX_LOG_SLOPE,

@@ -32,7 +32,14 @@ from nflows_iresnet.experiments.table1.classifiers import (
     builders,
     load,
 )
-from nflows_iresnet.experiments.tables import Column, bounded, make_console, number, print_grid
+from nflows_iresnet.experiments.tables import (
+    Column,
+    bounded,
+    make_console,
+    number,
+    print_grid,
+    stopped_early,
+)
 from nflows_iresnet.files import write_atomically
 
 # --- what is kept ---------------------------------------------------------------------------------
@@ -132,8 +139,7 @@ class TableRecord(RunRecord):
     def early_stops(self) -> list[str]:
         """Say of each training that stopped before the end of its schedule where it was best."""
         return [
-            f"{each.model}, repeat {each.repeat + 1}, stopped early, at step {each.steps}: its "
-            f"best validation was at step {each.best_step}"
+            stopped_early(f"{each.model}, repeat {each.repeat + 1},", each.steps, each.best_step)
             for each in self.outcomes
             if each.stopped == "patience"
         ]
