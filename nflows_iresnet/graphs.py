@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet import precision
 from nflows_iresnet.linearization import held_by_graphs
 from nflows_iresnet.logdet import TermPlan
 from nflows_iresnet.transforms import ResidualTransform
@@ -572,6 +573,7 @@ class _Setting:
 
     modes: tuple[bool, ...]
     autocast: torch.dtype | None
+    tf32: bool
     hyperparameters: tuple[tuple[tuple[str, object], ...], ...]
     strategies: tuple[tuple[object, object], ...]
 
@@ -588,7 +590,7 @@ class _Setting:
         )
         modes = tuple(bool(each.training) for each in modules)
         strategies = tuple((block.estimator, block.solver) for block in blocks)
-        return _Setting(modes, autocast, hyperparameters, strategies)
+        return _Setting(modes, autocast, precision.is_tf32_allowed(), hyperparameters, strategies)
 
     def obstacle(self, present: _Setting) -> _Obstacle | None:
         if present == self:
@@ -602,6 +604,10 @@ class _Setting:
         if present.autocast != self.autocast:
             text = f"autocast is to {present.autocast}, and was to {self.autocast} when captured"
             return _Obstacle("autocast", text)
+        if present.tf32 != self.tf32:
+            then, now = ("inside", "outside")[:: 1 if self.tf32 else -1]
+            text = f"the step was captured {then} of allow_tf32_in_training(), and is {now} now"
+            return _Obstacle("TensorFloat-32", text)
         if present.strategies != self.strategies:
             pairs = zip(self.strategies, present.strategies, strict=True)
             old, new = next(pair for pair in pairs if pair[0] != pair[1])

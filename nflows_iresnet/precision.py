@@ -61,7 +61,7 @@ def training_precision(
 
 def training_products(module: nn.Module, work: Work = "matrices") -> AbstractContextManager[object]:
     """Return `training_precision`, with autocast as it is."""
-    if module.training and torch.is_grad_enabled() and _is_tf32_allowed():
+    if module.training and torch.is_grad_enabled() and is_tf32_allowed():
         return relaxed()
     return full_products(work)
 
@@ -113,7 +113,8 @@ _TF32_IN_TRAINING: ContextVar[bool] = ContextVar("tf32_in_training", default=Fal
 
 
 @constant_when_compiled
-def _is_tf32_allowed() -> bool:
+def is_tf32_allowed() -> bool:
+    """Whether this is inside `allow_tf32_in_training`."""
     return _TF32_IN_TRAINING.get()
 
 
@@ -146,7 +147,7 @@ def allow_tf32_in_training() -> Iterator[None]:
 
 def as_now(step: _Function) -> _Function:
     """Let a function run with the permission of `allow_tf32_in_training` that is given now."""
-    if not _is_tf32_allowed():
+    if not is_tf32_allowed():
         return step
 
     def permitted(*args: Any, **kwargs: Any) -> Any:

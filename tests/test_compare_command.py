@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.options import COMMANDS, CompareOptions
 from nflows_iresnet.experiments.record import Record
 from nflows_iresnet.experiments.runs import Run
-from nflows_iresnet.experiments.session import LiveProgress, check_places
+from nflows_iresnet.experiments.session import LiveProgress, Session, check_places, folder_of
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -295,12 +296,48 @@ def test_resume_notices_one_value_in_one_test_row(
         (["--num-scales", "3"], "num_scales is for images"),
         (["--marginal-bins", "4", "--alpha", "0.1"], "alpha and marginal_bins is for images"),
         (["--learning-rate", "5e-4", "--learning-rates", "1e-3"], "would not be used beside"),
+        (["--training-precision", "tf32", "--device", "cpu"], "tf32 is for a GPU"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused(main(["compare", "moons", *words]), message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("compare digits --images --models glow --num-terms 4", "--num-terms 4 is for residual-fl"),
+        ("table2 mnist --models made --marginal-bins 8", "--marginal-bins 8 is for residual-flow"),
+        ("bench --only operations --seconds 30", "--seconds 30 is for the item quality"),
+        ("bench --learning-rate 0.1", "--learning-rate 0.1 is for the item quality"),
+        ("bench --only quality --repeats 9", "--repeats 9 is for what is timed"),
+    ],
+)
+def test_options_of_what_is_not_there_are_refused(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(main(line.split()), message, capsys)
+
+
+def test_the_home_of_the_user_is_where_results_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder_of(CompareOptions(out="~/here"), "compare").path == tmp_path / "here"
+
+
+def test_what_goes_on_goes_on_side_by_side(tmp_path: Path) -> None:
+    parsed = CompareOptions(jobs=2, dask=None, checkpoint_minutes=1.0)
+    arguments = {"datasets": ["moons"], "steps": 3}
+    session = SimpleNamespace(
+        parsed=parsed,
+        record=SimpleNamespace(arguments=arguments, command="compare"),
+        folder=Folder(tmp_path),
+    )
+    line = Session.resume.fget(session)  # type: ignore[attr-defined]
+    assert f"moons --steps 3 --jobs 2 --checkpoint-minutes 1.0 --out {tmp_path} --resume" in line
 
 
 def test_jobs_that_share_cores_are_warned_of(

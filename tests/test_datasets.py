@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -475,18 +476,57 @@ def test_numbers_of_columns_as_pandas_writes_them_are_names(tmp_path: Path) -> N
     lines = ["0,1,2", *(",".join(map(str, row)) for row in counts.tolist())]
     (tmp_path / "whole.csv").write_text("\n".join(lines))
     assert datasets.load(tmp_path / "whole.csv").num_rows == 21
-    (tmp_path / "curve.csv").write_text("0,1\n" + "\n".join(f"{a},{b}" for a, b, _ in rows))
-    assert datasets.load(tmp_path / "curve.csv").num_rows == 21
     lines = [",0,1,2", *(f"{number},{a},{b},{c}" for number, (a, b, c) in enumerate(rows))]
     (tmp_path / "indexed.csv").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="numbers the rows"):
         datasets.load(tmp_path / "indexed.csv")
 
 
-@pytest.mark.parametrize("name", ["", "Unnamed: 0", "index"])
-def test_the_index_of_a_data_frame_is_no_feature(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("header", ["0,1", "0,2,5", "400,410,420,430"])
+def test_whole_numbers_above_decimals_may_be_names_or_a_row(header: str, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(20, header.count(",") + 1))
+    lines = [header, *(",".join(map(str, row)) for row in rows)]
+    path = tmp_path / "h.csv"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=f"line 1: {header} may be the names .* or a row: give"):
+        datasets.load(path)
+    for first, count in ((header.replace(",", ".0,") + ".0", 21), (f"a{header}b", 20)):
+        path.write_text(
+            "\n".join([first.replace(",", ",b") if "a" in first else first, *lines[1:]])
+        )
+        assert datasets.load(path).num_rows == count
+    falling = ",".join(reversed(header.split(",")))
+    path.write_text("\n".join([falling, *lines[1:]]))
+    assert datasets.load(path).num_rows == 21
+
+
+def test_a_value_of_many_rows_is_said(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(200, 2))
+    rows[20:, 1] *= np.random.default_rng(1).uniform(size=180) > 0.3
+    np.savetxt(tmp_path / "rain.csv", rows, header="a,rain", delimiter=",")
+    (note,) = datasets.load(tmp_path / "rain.csv").notes
+    assert re.match(r"column rain is 0 in \d\d% of the rows: its density is unbounded there", note)
+
+
+def test_a_column_that_counts_is_said(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(20, 3))
+    rows[:, 1] = 1999.0 - np.arange(20)
+    np.savetxt(tmp_path / "years.csv", rows, header="a,year,b", delimiter=",")
+    assert datasets.load(tmp_path / "years.csv").notes == (
+        "column year counts the rows: is it a feature?",
+    )
+
+
+@pytest.mark.parametrize("kept", ["all", "dropped", "shuffled"])
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "index", "rownames"])
+def test_the_index_of_a_data_frame_is_no_feature(name: str, kept: str, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(20, 2))
-    lines = [f"{name},a,b", *(f"{number},{a},{b}" for number, (a, b) in enumerate(rows))]
+    numbers = {
+        "all": np.arange(20),
+        "dropped": np.delete(np.arange(23), [3, 9, 11]),
+        "shuffled": np.random.default_rng(1).permutation(20),
+    }[kept]
+    lines = [f"{name},a,b", *(f"{k},{a},{b}" for k, (a, b) in zip(numbers, rows, strict=True))]
     (tmp_path / "i.csv").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"\(index 0\) numbers the rows .* index=False"):
         datasets.load(tmp_path / "i.csv")

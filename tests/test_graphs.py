@@ -29,6 +29,7 @@ from nflows_iresnet.graphs import GraphedStep, NotCapturedWarning, graph_length
 from nflows_iresnet.linearization import held_by_graphs
 from nflows_iresnet.logdet import TermPlan
 from nflows_iresnet.logdet.plan import planned_weights
+from nflows_iresnet.precision import allow_tf32_in_training
 from tests.cases import FixedLinear
 from tests.emulated_graph import EmulatedRecorder, recorder, use
 from tests.planted.logdet import Unweighted
@@ -828,6 +829,18 @@ def test_the_emulation_shows_what_a_graph_would_not_read(
         monkeypatch.setattr(TermPlan, "fill", once)
         monkeypatch.setattr(graphs, "graph_length", lambda num_terms: 256)
         assert max(deviations(logdet.RussianRoulette(num_exact_terms=1), 100)) > 9
+
+
+def test_tensor_float_32_is_part_of_what_was_captured(recorder: EmulatedRecorder) -> None:
+    flow, batches = make_flow(), rows()
+    with allow_tf32_in_training():
+        step = GraphedStep(flow, adam(flow), batches[0])
+        step(batches[1])
+        assert step.is_captured
+    replays = recorder.replays
+    with pytest.warns(NotCapturedWarning, match="captured inside of allow_tf32.*is outside now"):
+        step(batches[2])
+    assert recorder.replays == replays
 
 
 def test_autocast_is_part_of_what_was_captured(recorder: EmulatedRecorder) -> None:

@@ -200,6 +200,18 @@ def test_the_start_is_worth_nats_and_no_later_batch_repeats_it() -> None:
         assert torch.equal(value, state[name]), name
 
 
+@every_partner
+def test_autocast_changes_no_density(partner: flows.Partner) -> None:
+    rows = table()
+    flow = flows.HybridFlow(3, 16, num_layers=4, partner=partner)
+    train(flow, rows)
+    flow.eval()
+    with torch.no_grad():
+        expected = flow.log_prob(rows[:50])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(flow.log_prob(rows[:50]), expected)
+
+
 def test_layers_are_counted_together_and_begin_with_a_residual_block() -> None:
     for num_layers in (1, 2, 5):
         flow = flows.HybridFlow(4, 8, num_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -338,6 +339,20 @@ def test_what_cannot_be_started_from_is_named_and_starts_nothing(name: str) -> N
         flow.initialize(rows)
     assert not changed(flow, before)
     assert flow.training
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset"), [(1.0, 0.0), (1.0, 1000.0), (1000.0, 0.0), (0.01, 0.0)]
+)
+def test_a_context_far_from_unit_scale_is_said(scale: float, offset: float) -> None:
+    flow = ResidualFlow(2, 8, num_layers=2, context_features=2)
+    context = torch.randn(100, 2)
+    context[:, 1] = scale * context[:, 1] + offset
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        flow.initialize(torch.randn(100, 2) * 1000, context)
+    said = [str(each.message) for each in caught if "of the context has mean" in str(each.message)]
+    assert [each[:7] for each in said] == ([] if (scale, offset) == (1.0, 0.0) else ["value 1"])
 
 
 def test_a_batch_size_and_a_context_must_fit() -> None:

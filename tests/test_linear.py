@@ -702,3 +702,12 @@ def test_a_flow_of_parts_in_closed_form_samples_in_one_graph() -> None:
     step = torch.compile(flow.sample_and_log_prob, fullgraph=True, backend="aot_eager")
     samples, log_prob = step(3)
     torch.testing.assert_close(flow.log_prob(samples), log_prob)
+
+
+def test_another_diagonal_is_refused_where_forward_would_not_see_it() -> None:
+    with pytest.raises(TypeError, match="replaces log_diagonal, from which inverse alone"):
+
+        class Preserving(LinearTransform):
+            def log_diagonal(self) -> Tensor:
+                diagonal = super().log_diagonal()
+                return diagonal - diagonal.mean()

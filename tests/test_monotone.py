@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nflows_iresnet.flows.lipschitz import lipschitz_constants
 from nflows_iresnet.linearization import Linearization, ResidualFunction
 from nflows_iresnet.logdet.power_series import SeriesEstimator
 from nflows_iresnet.nn import LipschitzMLP
+from nflows_iresnet.transforms import MonotoneTransform
 from nflows_iresnet.transforms.monotone import cayley
 from tests.cases import FixedLinear
 
@@ -299,3 +301,17 @@ def test_rows_that_go_on_keep_their_branch_in_the_inverse() -> None:
     found = block.inverse(inputs, function=PerRow(angles))[0]
     expected = inputs * (1 + angles.sin() / 2) / (1 - angles.sin() / 2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_a_way_to_choose_of_ones_own_is_asked() -> None:
+    @dataclass(frozen=True)
+    class Mine(logdet.Auto):
+        def choose(self, *args: Any, **kwargs: Any) -> logdet.LogDetEstimator:
+            return logdet.Exact()
+
+    torch.manual_seed(0)
+    block = MonotoneTransform(LipschitzMLP(2, [16]), estimator=logdet.Exact())
+    inputs = torch.randn(5, 2)
+    expected = block(inputs)[1]
+    block.estimator = Mine()
+    torch.testing.assert_close(block(inputs)[1], expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -554,3 +555,81 @@ def test_a_coeff_that_is_set_later_is_checked_too(kind: str, coeff: float) -> No
     for call in (block, block.inverse, lambda _: net.lipschitz_bound()):
         with pytest.raises(ValueError, match="coeff must be"):
             call(torch.zeros(2, *shape))
+
+
+class Gained(nn.Activation):
+    """gain * sin(x), of which a constant may follow a parameter."""
+
+    def __init__(self, *, learned: bool) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()), requires_grad=learned)
+
+    @property
+    def lipschitz(self) -> float:  # type: ignore[override]
+        return float(self.gain.detach().abs())
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gain * inputs.sin(), self.gain * inputs.cos()
+
+
+@pytest.mark.parametrize("net", [nn.LipschitzMLP, nn.LipschitzDenseNet])
+def test_the_constant_of_an_activation_is_that_of_now_and_not_learned(net: Any) -> None:
+    activation = nn.Mixed(Gained(learned=False), nn.Sine())
+    g = net(2, [8, 8], activation=activation)
+    with torch.no_grad():
+        activation.first.gain.fill_(20.0)
+    assert activation.lipschitz == 20.0
+    testing.check_lipschitz(g, 3 * torch.randn(200, 2), 0.97)
+    assert g.lipschitz_bound() <= 0.97
+    learned = net(2, [8, 8], activation=nn.Mixed(Gained(learned=True), nn.Sine()))
+    with pytest.raises(ValueError, match="lipschitz of Mixed is computed while it has parameters"):
+        learned(torch.randn(5, 2))
+
+
+def test_asking_for_a_bound_changes_nothing() -> None:
+    torch.manual_seed(0)
+    layer = nn.LipschitzLinear(4, 4, norm=nn.PowerIteration())
+    layer(torch.randn(2, 4))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.train().lipschitz_bound()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside"])
+def test_the_bound_of_a_torch_layer_is_of_the_parameters_of_now(kind: str, inside: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4)
+    if kind == "prune":
+        torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.3)
+    else:
+        getattr(torch.nn.utils, kind)(layer)
+    module = torch.nn.Sequential(layer, torch.nn.ELU()) if inside else layer
+    module(torch.randn(2, 4))
+    source = layer.weight_g if kind == "weight_norm" else layer.weight_orig
+    with torch.no_grad():
+        source.mul_(10.0)
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    bound = nn.lipschitz_bound(module.train())
+    assert all(torch.equal(value, buffers[name]) for name, value in module.named_buffers())
+    module.eval()(torch.randn(2, 4))
+    assert bound == pytest.approx(float(torch.linalg.matrix_norm(layer.weight.double(), 2)), 0.01)
+
+
+def test_one_image_without_a_batch_is_refused() -> None:
+    for size in (1, 3):
+        layer = nn.LipschitzConv2d(8, 8, size)
+        with pytest.raises(
+            ValueError, match=r"expected images \(B, C, H, W\), got shape \(8, 8, 8"
+        ):
+            layer(torch.randn(8, 8, 8))
+
+
+def test_a_bind_of_one_instance_is_used_in_company() -> None:
+    nets = [nn.LipschitzMLP(2, [8]) for _ in range(2)]
+    plain = nets[0].bind
+    nets[0].bind = lambda context=None: (plain(context), calls.append(1))[0]  # type: ignore
+    calls: list[int] = []
+    bind_all(nets)
+    assert calls == [1]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,7 +16,7 @@ from nflows_iresnet.datasets.tables import COMPARABLE
 from nflows_iresnet.experiments import tables
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.folder import Folder
-from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
+from nflows_iresnet.experiments.record import DatasetSummary, Record, Result, Trial
 from nflows_iresnet.experiments.report import (
     Page,
     Section,
@@ -116,10 +118,58 @@ def test_every_kind_of_table_has_its_columns() -> None:
         *("ms per step", "training (s)", "learning rate"),
     ]
     assert names("table2", levels=16) == [
-        *("model", "bits per dim", "parameters", "training (s)", "sample 10,000 (s)"),
-        *("Lipschitz bound", "published MNIST"),
+        *("model", "bits per dim", "± over repeats", "parameters", "training (s)"),
+        *("sample 10,000 (s)", "Lipschitz bound", "published MNIST"),
     ]
     assert names("table2")[1] == "test NLL (nats)"
+
+
+def test_errors_over_seeds_are_those_of_the_unit(tmp_path: Path) -> None:
+    nats = 8 * math.log(2)
+    found = [
+        result_of("one", k, test_nll=nats * bits, bits_per_dim=bits, bits_per_dim_se=0.5)
+        for k, bits in enumerate([3.0, 3.2])
+    ]
+    race = render_race(record_of("race", *found, levels=16))
+    assert "| one | 3.1000 ± 0.1000 | 17.190 ± 0.555 | 2 |" in race
+    for kind, levels, shown in (("table2", 16, "0.1000"), ("table2", None, "0.555")):
+        record = record_of(kind, *found, levels=levels)
+        (column,) = [
+            each
+            for each in columns_for(record, record.datasets[0])
+            if each.name == "± over repeats"
+        ]
+        assert column.text(rows_of(record, "a")[0]) == shown
+
+
+def test_rates_that_were_tried_are_shown_everywhere(tmp_path: Path) -> None:
+    trials = tuple(Trial("a", "one", rate, nll, 7, 2.0) for rate, nll in ((0.1, 3.0), (0.01, 2.0)))
+    record = replace(record_of("compare", result_of("one")), trials=trials)
+    assert "learning rate" in [each.name for each in columns_for(record, record.datasets[0])]
+    for text in (printed(record, tmp_path), render(record, Folder(tmp_path))):
+        assert "Validation NLL by learning rate, with the first seed (4 s in all" in text
+        assert "- one: 0.01: 2.000, 0.1: 3.000" in text
+
+
+def test_what_deserves_care_is_said_everywhere(tmp_path: Path) -> None:
+    note = "column [x] is 0 in 80% of the rows: its density is unbounded there"
+    record = record_of("race", result_of("one"), notes=(note,))
+    assert note in printed(record, tmp_path)
+    for text in (render_race(record), render(record, Folder(tmp_path))):
+        assert f"{note.capitalize().replace('[X]', '[x]')}." in text
+    assert "quantised" not in render(record, Folder(tmp_path))
+    assert "quantised" in render(replace(record_of("race", levels=16)), Folder(tmp_path))
+
+
+def test_one_test_row_says_nothing(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.create()
+    for model, nll in (("one", 1.0), ("two", 2.0)):
+        folder.save_arrays(("a", model, 0), {"test_log_prob": -np.array([nll])})
+    record = record_of("compare", result_of("one"), result_of("two", test_nll=2.0))
+    assert tables.verdict(record, folder, "a") == (
+        "one is best on the one test row, which says nothing of others."
+    )
 
 
 def test_a_bound_and_a_guarantee_hold_for_all_repeats() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -673,3 +674,30 @@ def test_as_many_differences_are_combined_as_were_asked_for() -> None:
         steps[history] = int(found.num_steps.max())
     assert steps[1] > 2 * steps[2]
     assert steps[5] == steps[2] <= 6
+
+
+class Scaled(torch.nn.Module):
+    """g(x) = w x."""
+
+    lipschitz = 0.9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(-0.9, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.weight * inputs
+
+
+@pytest.mark.parametrize("rtol", [None, 0.0])
+@pytest.mark.parametrize("kind", [transforms.ResidualTransform, transforms.MonotoneTransform])
+def test_a_tolerance_in_units_of_the_rows_is_none_of_gradients(kind: Any, rtol: Any) -> None:
+    block = kind(Scaled(), solver=solvers.Anderson(atol=1.0, rtol=rtol), estimator=logdet.Exact())
+    outputs = (1e5 * torch.randn(3, 1, dtype=torch.float64)).requires_grad_()
+    inputs, _ = block.inverse(outputs)
+    found, of_weight = torch.autograd.grad(inputs.sum(), [outputs, block.net.weight])
+    slope = 10.0 if kind is transforms.ResidualTransform else 0.1 / 1.9
+    torch.testing.assert_close(found, torch.full_like(found, slope), rtol=1e-3, atol=0)
+    middle = 10.0 * outputs if kind is transforms.ResidualTransform else outputs / 1.9
+    exact = -10 * middle.sum() if kind is transforms.ResidualTransform else 2 * middle.sum() / 1.9
+    assert float(of_weight) == pytest.approx(float(exact.detach()), rel=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from nflows_iresnet import ResidualFlow, interruption, logdet, transforms
 from nflows_iresnet.flows import Flow, ImageResidualFlow, StandardNormal
 from nflows_iresnet.nn import PowerIteration
 from nflows_iresnet.training import History, TrainingDivergedError, fit
-from nflows_iresnet.training.loop import Training, adam, run
+from nflows_iresnet.training.loop import Training, WeightAverage, adam, run
 from nflows_iresnet.training.progress import FirstOf, Seconds, Steps, TrainingPlan
 from nflows_iresnet.training.rows import Batches
 from nflows_iresnet.transforms.image import PixelwiseSpline
@@ -106,6 +107,11 @@ def test_a_model_of_normflows_learns_by_a_loss_of_its_own() -> None:
     assert history.curve[-1].validation < history.curve[0].validation
 
 
+def smaller(flow: Any, rows: Tensor) -> Tensor:
+    mean: Tensor = -flow.log_prob(rows / 50).mean()
+    return mean
+
+
 def test_what_starts_from_data_starts_from_the_training_rows_and_only_once() -> None:
     flow, rows = residual_flow(), rows_of(6000) * 50
     seen: list[Tensor] = []
@@ -114,10 +120,31 @@ def test_what_starts_from_data_starts_from_the_training_rows_and_only_once() -> 
     fit(flow, rows, rows[:100], max_steps=2, validations=1)
     fit(flow, rows, rows[:100], max_steps=2, validations=1)
     (first,) = seen
-    assert torch.equal(first, rows[:5000])
+    assert torch.equal(first, rows[torch.arange(5000) * 6000 // 5000]), (
+        "from all over: it is sorted"
+    )
     untouched = residual_flow()
     untouched.initialize = lambda *given: pytest.fail("it was started")  # type: ignore
     fit(untouched, rows, rows[:100], max_steps=1, validations=1, initialize=False)
+    given_other_rows = residual_flow()
+    fit(given_other_rows, rows, rows[:100], loss=smaller, max_steps=1, validations=1)
+    assert bool((given_other_rows._transform._transforms[0].scale > 0.05).all())
+
+
+def test_a_start_from_a_look_at_the_flow_is_said() -> None:
+    flow, rows = residual_flow(), rows_of(100)
+    flow.log_prob(torch.zeros(5, 2))
+    with pytest.warns(UserWarning, match=r"has started from the rows of an earlier call"):
+        fit(flow, rows, rows, max_steps=2, validations=1)
+    given = residual_flow()
+    given.initialize(rows)
+    looked_at = residual_flow()
+    looked_at.eval().log_prob(rows[:5])
+    looked_at.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for each in (flow, given, looked_at):
+            fit(each, rows, rows, max_steps=2, validations=1)
 
 
 # --- when it stops, and what it keeps -------------------------------------------------------------
@@ -339,7 +366,8 @@ class Noting(torch.optim.SGD):
 
 def test_the_schedule_scales_every_rate_by_the_part_that_is_done() -> None:
     model = Line()
-    groups: Any = [{"params": [model.weight], "lr": 0.5}, {"params": [nn.Parameter(torch.ones(1))]}]
+    model.other = nn.Parameter(torch.ones(1))
+    groups: Any = [{"params": [model.weight], "lr": 0.5}, {"params": [model.other]}]
     optimizer = Noting(groups, lr=2.0)
     quick(model, optimizer=optimizer, warmup=0.2)
     plan = TrainingPlan(0.5, Steps(10), warmup=0.2)
@@ -419,6 +447,13 @@ def test_an_optimizer_of_another_flow_is_refused() -> None:
         quick(Line(), optimizer=torch.optim.SGD(Line().parameters(), lr=0.1))
 
 
+def test_an_optimizer_of_more_than_the_flow_is_refused() -> None:
+    model, beside = Line(), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD([*model.parameters(), *beside.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=r"SGD has 2 parameters that are not of this Line"):
+        quick(model, optimizer=optimizer)
+
+
 def test_a_loss_that_is_no_scalar_is_named() -> None:
     with pytest.raises(ValueError, match=r"the loss must be a scalar, got shape \(8,\)"):
         quick(Line(), loss=lambda flow, rows: -flow.log_prob(rows), validation=lambda flow: 0.0)
@@ -472,6 +507,22 @@ def test_averages_are_of_the_weights_after_each_step() -> None:
         average = torch.lerp(weight, average, min(0.9, k / (k + 10)))
         torch.testing.assert_close(seen[k + 1], average)
     assert torch.equal(model.weight, seen[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_averages_of_half_precision_move(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.ones(3, dtype=dtype))
+    average = WeightAverage([weight], 0.999)
+    for _ in range(3000):
+        average.update()
+    with torch.no_grad():
+        weight.fill_(2.0)
+    for _ in range(5000):
+        average.update()
+    with average.applied():
+        assert weight.dtype == dtype
+        assert float(weight.detach()[0]) == pytest.approx(2.0, abs=0.02)
+    assert float(weight.detach()[0]) == 2.0
 
 
 def test_a_net_that_is_no_flow_of_ours_keeps_its_buffers() -> None:
@@ -627,10 +678,15 @@ def test_a_loss_that_is_not_finite_names_its_step_and_the_remedy() -> None:
 
         def log_prob(self, inputs: Tensor) -> Tensor:
             self.steps += self.training
-            return super().log_prob(inputs) + (math.nan if self.steps == 6 else 0.0)
+            return super().log_prob(inputs) * (math.nan if self.steps == 6 else 1.0)
 
+    broken = Broken()
+    optimizer = torch.optim.SGD(broken.parameters(), lr=0.25)
     with pytest.raises(TrainingDivergedError, match="nan at step 6; lower the learning rate"):
-        quick(Broken())
+        quick(broken, optimizer=optimizer)
+    assert bool(broken.weight.isfinite().all()), "the best state is back"
+    assert bool(broken.weight.any())
+    assert optimizer.param_groups[0]["lr"] == 0.25
     with pytest.raises(TrainingDivergedError, match="validation NLL was never finite"):
         quick(Line(), validation=lambda flow: math.nan)
 
@@ -731,3 +787,13 @@ def test_frozen_flows_are_refused() -> None:
 def test_rows_are_cast_to_the_precision_of_the_flow() -> None:
     flow = residual_flow()
     assert fit(flow, ROWS.double(), ROWS.double(), max_steps=2, validations=1).steps == 2
+
+
+def test_rows_that_are_lost_to_the_precision_of_the_flow_are_refused() -> None:
+    times = torch.cat([ROWS[:, :1].double(), 1.7e9 + 50 * ROWS[:, :1].double()], dim=1)
+    message = r"1 features of the training rows.* feature 1 has mean 1\.7e\+09.*flow\.double\(\)"
+    with pytest.raises(ValueError, match=message):
+        fit(residual_flow(), times, ROWS, max_steps=2)
+    shifted = times - times.mean(0)
+    assert fit(residual_flow(), shifted, shifted, max_steps=2, validations=1).steps == 2
+    assert fit(residual_flow().double(), times, times, max_steps=2, validations=1).steps == 2

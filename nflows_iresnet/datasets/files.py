@@ -135,8 +135,9 @@ def read_text(
 
     Cells are separated by commas, semicolons, tabs or spaces. A first row without any number is
     taken for the names, whether or not it begins with numpy's ``#``; so is ``0, 1, 2, ...``, as
-    pandas calls columns without names, above a row with a decimal point. Columns without names are
-    called ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
+    pandas calls columns without names, above a row with a decimal point. Other rising whole
+    numbers above decimals everywhere may be names or a row, and are refused. Columns without names
+    are called ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
     first of them, which are kept. Lines that begin with ``comment``, and blank ones, are no rows.
     """
     path, (lines, rows) = file.path, _split(file, comment)
@@ -150,6 +151,11 @@ def read_text(
         names, lines, rows = tuple(map(one_line, rows[0])), lines[1:], rows[1:]
     elif _are_pandas_numbers(rows):
         names, lines, rows = tuple(rows[0]), lines[1:], rows[1:]
+    elif _may_be_names(rows):
+        raise ValueError(
+            f"{path}, line {lines[0]}: {one_line(','.join(rows[0]))} may be the names of the "
+            "columns, or a row: give names a letter, or numbers a decimal point"
+        )
     names = columns or names
     for line, cells in zip(lines, rows, strict=True):
         if len(cells) != width:
@@ -174,6 +180,16 @@ def _are_pandas_numbers(rows: list[list[str]]) -> bool:
     first, second = tuple(rows[0]), rows[1] if len(rows) > 1 else []
     is_counted = first in (numbered(len(first)), ("", *numbered(len(first) - 1)))
     return is_counted and len(first) > 2 and any("." in cell for cell in second)
+
+
+def _may_be_names(rows: list[list[str]]) -> bool:
+    """Whether the first row has rising whole numbers, and the next three decimals alone."""
+    first, others = rows[0], rows[1:4]
+    if len(first) < 2 or len(others) < 3 or not all(cell.isdecimal() for cell in first):
+        return False
+    numbers = [int(cell) for cell in first]
+    is_rising = numbers == sorted(set(numbers))
+    return is_rising and all("." in cell for cells in others for cell in cells)
 
 
 def _without_hashes(lines: dict[int, str]) -> dict[int, str]:

@@ -53,6 +53,9 @@ Nats = TypeVar("Nats", float, Tensor)
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data")
 MIN_ROWS = 10
 _FEW_VALUES = 0.05
+_COMMON = 0.05
+"""Part of the rows that may have one value before it is said."""
+_INDICES = ("", "index", "rownames")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,21 +88,38 @@ def read_table(path: Path) -> Table:
     else:
         raise ValueError(f"{path}: file type {path.suffix!r} is unknown; save it as .npy or .csv")
     _refuse_row_numbers(path, columns, values)
+    counting = [n for n, column in zip(columns, values.T, strict=True) if _counts(column)]
     repeats = len(values) - len(np.unique(values, axis=0))
     repeat_note = f"{repeats} rows repeat an earlier row: splits may share them"
-    notes = ((repeat_note,) if repeats else ()) + quantised_notes(columns, values)
+    notes = (
+        *(f"column {name} counts the rows: is it a feature?" for name in counting),
+        *((repeat_note,) if repeats else ()),
+        *quantised_notes(columns, values),
+    )
     return Table(path.stem, columns, values, str(path), notes)
 
 
 def _refuse_row_numbers(path: Path, columns: Names, values: FloatArray) -> None:
-    """Refuse the index that pandas writes by default, which would be a feature of its own."""
+    """Refuse the index that pandas and R write by default, which would be a feature of its own.
+
+    Rows that were dropped or shuffled leave it whole numbers that do not repeat.
+    """
     for index, name in enumerate(columns):
-        is_index = name.lower() in ("", "index") or name.lower().startswith("unnamed")
-        if is_index and np.array_equal(np.diff(values[:, index]), np.ones(len(values) - 1)):
+        is_index = name.lower() in _INDICES or name.lower().startswith("unnamed")
+        if is_index and _are_distinct_whole(values[:, index]):
             raise ValueError(
                 f"{path}: column {name or 'without a name'} (index {index}) numbers the rows and "
                 "is no feature: remove it, or write the file by to_csv(..., index=False)"
             )
+
+
+def _are_distinct_whole(column: FloatArray) -> bool:
+    return bool((column == np.floor(column)).all() and len(np.unique(column)) == len(column))
+
+
+def _counts(column: FloatArray) -> bool:
+    steps = np.diff(column)
+    return steps.size > 0 and bool((steps == steps[0]).all()) and abs(steps[0]) == 1
 
 
 def refuse_constant(
@@ -117,13 +137,30 @@ def refuse_constant(
 
 
 def quantised_notes(columns: Names, values: FloatArray) -> tuple[str, ...]:
-    """Name the columns with few distinct values, where a density has no upper bound."""
-    counts = [len(np.unique(column)) for column in values.T]
+    """Name the columns with few distinct values, or one that is common: their densities have no
+    upper bound there.
+    """
     return tuple(
-        f"column {name} has only {count} distinct values: its density is unbounded; add noise to it"
-        for name, count in zip(columns, counts, strict=True)
-        if count < _FEW_VALUES * len(values)
+        note
+        for name, column in zip(columns, values.T, strict=True)
+        if (note := _quantised_note(name, column))
     )
+
+
+def _quantised_note(name: str, column: FloatArray) -> str | None:
+    distinct, counts = np.unique(column, return_counts=True)
+    if len(distinct) < _FEW_VALUES * len(column):
+        return (
+            f"column {name} has only {len(distinct)} distinct values: its density is unbounded; "
+            "add noise to it"
+        )
+    share = counts.max(initial=0) / max(1, len(column))
+    if share > _COMMON and counts.max() > 1:
+        return (
+            f"column {name} is {distinct[counts.argmax()]:g} in {share:.0%} of the rows: its "
+            "density is unbounded there; add noise to it, or leave them out"
+        )
+    return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

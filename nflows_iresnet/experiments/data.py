@@ -28,7 +28,7 @@ from nflows_iresnet.experiments.evaluation import (
 from nflows_iresnet.experiments.models import Architecture, ImageArchitecture
 from nflows_iresnet.experiments.record import DatasetSummary
 from nflows_iresnet.training.processes import seeded
-from nflows_iresnet.training.rows import Batches
+from nflows_iresnet.training.rows import Batches, spaced
 from nflows_iresnet.transforms import dequantize
 
 Loaded = TypeVar("Loaded")
@@ -172,17 +172,15 @@ class RowTask(_Task):
 
     def start_rows(self, config: RunConfig) -> Tensor:
         """Return the training rows from which a model may start."""
-        return self.data.train[:NUM_START_ROWS].to(config.device)
+        return spaced(self.data.train, NUM_START_ROWS).to(config.device)
 
     def validate(self, model: DensityModel, config: RunConfig) -> float:
         """Return the exact NLL of a thousand validation rows in nats.
 
         They are evenly spaced, as some tables have theirs in the order of measurement.
         """
-        rows = self.data.validation
-        count = min(len(rows), NUM_VALIDATION_ROWS)
-        spaced = torch.arange(count) * len(rows) // max(1, count)
-        return exact_nll(model, rows[spaced].to(config.device))
+        rows = spaced(self.data.validation, NUM_VALIDATION_ROWS)
+        return exact_nll(model, rows.to(config.device))
 
     def evaluation_data(self, config: RunConfig) -> EvaluationData:
         """Return the test rows, one batch, and the true density."""

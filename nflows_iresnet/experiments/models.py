@@ -281,15 +281,16 @@ def _glow(size: Architecture) -> Transform:
 def glow_step(size: Architecture, parity: int) -> Transform:
     """Build Glow's step for vectors: ActNorm, LU-parametrised linear map, affine coupling.
 
-    The coupling transforms the features of one parity. The linear map is this library's: nflows'
+    The coupling transforms the features of one parity. ActNorm and the linear map are this
+    library's: nflows' divides by zero where a feature is constant in the first batch, and its map
     copies from the host at each call.
 
     References:
         Kingma and Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, 2018.
     """
-    from nflows.transforms import ActNorm, AffineCouplingTransform, CompositeTransform
+    from nflows.transforms import AffineCouplingTransform, CompositeTransform
 
-    from nflows_iresnet.transforms import LinearTransform
+    from nflows_iresnet.transforms import ActNorm, LinearTransform
 
     coupling = _coupling(AffineCouplingTransform, size, parity)
     return CompositeTransform([ActNorm(size.features), LinearTransform(size.features), coupling])
@@ -395,6 +396,20 @@ def _hybrid_autoregressive(size: Architecture) -> nn.Module:
     return HybridFlow(*size.as_tuple(), partner=spline_autoregressive)
 
 
+def _residual_flow_lipswish(size: Architecture) -> nn.Module:
+    from nflows_iresnet.flows import ResidualFlow
+    from nflows_iresnet.nn import LipSwish
+
+    return ResidualFlow(*size.as_tuple(), activation=LipSwish())
+
+
+def _hybrid_autoregressive_lipswish(size: Architecture) -> nn.Module:
+    from nflows_iresnet.flows import HybridFlow, spline_autoregressive
+    from nflows_iresnet.nn import LipSwish
+
+    return HybridFlow(*size.as_tuple(), partner=spline_autoregressive, activation=LipSwish())
+
+
 _OURS, _NFLOWS = "nflows_iresnet.flows:", "nflows.flows:"
 MODELS: dict[str, ModelSpec] = {
     "residual-flow": ModelSpec(
@@ -412,6 +427,16 @@ MODELS: dict[str, ModelSpec] = {
     "hybrid-autoregressive": ModelSpec(
         "the same with autoregressive splines",
         _hybrid_autoregressive,
+        has_start=True,
+    ),
+    "residual-flow-lipswish": ModelSpec(
+        "the residual flow with LipSwish activations, which learn noise by heart more slowly",
+        _residual_flow_lipswish,
+        has_start=True,
+    ),
+    "hybrid-autoregressive-lipswish": ModelSpec(
+        "the hybrid with autoregressive splines, likewise",
+        _hybrid_autoregressive_lipswish,
         has_start=True,
     ),
     "i-resnet": ModelSpec("InvertibleResNet of this library", _class(_OURS + "InvertibleResNet")),

@@ -462,7 +462,25 @@ def to_config(options: CompareOptions) -> RunConfig:
         if images:
             raise ValueError("--same-start is for rows, and these are images: leave it out")
         chosen["models"] = with_same_start(chosen["models"])
+    _check_used(options, chosen["models"])
     return RunConfig(**{**chosen, "images": images, "device": device})
+
+
+def _check_used(options: CompareOptions, models: Sequence[str]) -> None:
+    """Check that options are not for what is not there.
+
+    Raises:
+        ValueError: one is; the message says what it is for.
+    """
+    if options.training_precision == "tf32" and options.device == "cpu":
+        raise ValueError("--training-precision tf32 is for a GPU: leave it out, or --device cpu")
+    for name in ("num_terms", "marginal_bins"):
+        value = getattr(options, name)
+        if options.are_images and value and not any("residual-flow" in each for each in models):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} is for residual-flow, and it is not among "
+                "--models: add it, or leave the option out"
+            )
 
 
 # --- table1 ---------------------------------------------------------------------------------------
@@ -569,11 +587,28 @@ class BenchOptions(OnDevice):
     seconds: float | None = how(
         "training time per model for quality (default: 80; 10 with --quick)", positive_float, "S"
     )
-    learning_rate: float = how("of Adam for quality, constant", positive_float, "X", default=5e-3)
+    learning_rate: float | None = how(
+        "of Adam for quality, constant (default: 0.005)", positive_float, "X"
+    )
     repeats: int | None = how(
         "rounds per case (default: as many as fit into a few seconds, at least 5; 3 with --quick)",
         positive_int,
     )
+
+    def check(self) -> None:
+        """Find the mistakes that can be found at once."""
+        super().check()
+        measures_quality = self.quality or "quality" in (self.only or ())
+        for name in ("seconds", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not measures_quality:
+                option = f"--{name.replace('_', '-')} {value:g}"
+                raise UsageError(f"{option} is for the item quality alone: leave it out")
+        if self.repeats is not None and self.only is not None and set(self.only) == {"quality"}:
+            raise UsageError(
+                f"--repeats {self.repeats} is for what is timed, and quality has three seeds: "
+                "leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

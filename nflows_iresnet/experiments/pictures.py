@@ -26,7 +26,13 @@ INK = "#1b1b3a"
 DATA = "#7b8299"
 MODEL = "#c8385a"
 CELL = 2.35
-STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.edgecolor": "#c9ccd6", "figure.dpi": 100}
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.edgecolor": "#c9ccd6",
+    "figure.dpi": 100,
+    "text.parse_math": False,  # data sets may be called a$b$
+}
 _ROW_SIDE = 6
 _IMAGE_SIDE = 8
 _NOISE_RANGE = 3.0
@@ -382,7 +388,11 @@ def _draw_bars(record: Record, dataset: DatasetSummary) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
     bars = {row.model: getattr(row.metrics, score) for row in rows}
-    errors = [getattr(row.metrics, f"{score}_se") or 0.0 for row in rows]
+    over_repeats = "repeats_se" if dataset.levels is None else "repeats_bits_se"
+    errors = [
+        math.hypot(getattr(row.metrics, f"{score}_se") or 0.0, getattr(row, over_repeats) or 0.0)
+        for row in rows
+    ]
     axes[0].errorbar(
         bars.values(), range(len(bars)), xerr=errors, fmt="none", ecolor=INK, capsize=2, zorder=3
     )

@@ -24,6 +24,7 @@ from nflows_iresnet.experiments.tables import (
     columns_for,
     early_stops,
     markdown,
+    rates_tried,
     rows_of,
     verdict,
 )
@@ -39,9 +40,10 @@ _FAIRNESS = (
     "NLL has not fallen for a while, and the state with the best one, the dot on a learning curve, "
     "is kept. The test rows select nothing. The best value of a column is bold. "
 )
-_ROWS = (
-    "Validation and test likelihoods are exact for every model. Rows that were quantised get fresh "
-    "uniform noise in each training batch, the same for every model, and fixed noise in tests. "
+_ROWS = "Validation and test likelihoods are exact for every model. "
+_QUANTISED = (
+    "Rows that were quantised get fresh uniform noise in each training batch, the same for every "
+    "model, and fixed noise in tests. "
 )
 _IMAGES = (
     "Images are dequantised with fresh uniform noise in training, the same for every model, and "
@@ -119,7 +121,10 @@ def render(record: Record, folder: Folder) -> str:
     """Render the page of a comparison from the record, the arrays and the pictures of a folder."""
     names = ", ".join(dataset.name for dataset in record.datasets)
     columns = {c.title: c for dataset in record.datasets for c in columns_for(record, dataset)}
-    are_rows = all(dataset.shape is None for dataset in record.datasets)
+    likelihoods = _IMAGES
+    if all(dataset.shape is None for dataset in record.datasets):
+        levels = any(dataset.levels is not None for dataset in record.datasets)
+        likelihoods = _ROWS + _QUANTISED * levels
     memory = f"Memory counts {MEMORY_MEASURE[record.environment['device']]}."
     return Page(
         f"nflows-iresnet {record.command}: {names}",
@@ -129,7 +134,7 @@ def render(record: Record, folder: Folder) -> str:
         command_line(record),
         meta=[_length(record), f"seed {record.arguments['seed']}"],
         glossary=list(columns.values()),
-        explanation=_FAIRNESS + (_ROWS if are_rows else _IMAGES) + memory,
+        explanation=_FAIRNESS + likelihoods + memory,
     ).render()
 
 
@@ -140,13 +145,21 @@ def _section(record: Record, folder: Folder, dataset: DatasetSummary) -> Section
     measured = (columns_for(record, dataset), rows, "")
     return Section(
         dataset.name,
-        f"{caption(dataset)}. Source: {dataset.source}. {' '.join(dataset.notes)}",
+        " ".join([f"{caption(dataset)}. Source: {dataset.source}.", *_sentences(dataset)]),
         verdict(record, folder, dataset.name),
         [measured, *([(_PUBLISHED, papers, published.TABLE_CAPTION)] if papers else [])],
         failures=[f"{row.model} failed: {text}" for row in rows for text in row.failures],
-        notes=early_stops(record, dataset.name) + captures(record, dataset.name),
+        notes=[
+            *rates_tried(record, dataset.name),
+            *early_stops(record, dataset.name),
+            *captures(record, dataset.name),
+        ],
         pictures=list(_pictures(record, folder, dataset.name)),
     )
+
+
+def _sentences(dataset: DatasetSummary) -> list[str]:
+    return [f"{note[0].upper()}{note[1:].rstrip('.')}." for note in dataset.notes]
 
 
 def _pictures(record: Record, folder: Folder, dataset: str) -> Iterator[tuple[str, bytes, str]]:
@@ -206,10 +219,11 @@ def render_race(record: Record) -> str:
     parts = [f"# {_race_time(record)} for every model", _conditions(record)]
     for dataset in record.datasets:
         rows = rows_of(record, dataset.name)
-        parts.append(f"## {dataset.name}\n\n{caption(dataset)}.")
+        parts.append(" ".join([f"## {dataset.name}\n\n{caption(dataset)}.", *_sentences(dataset)]))
         parts.append(markdown(columns_for(record, dataset), rows) if rows else "Nothing yet.")
         parts += [f"{row.model} failed: {text}" for row in rows for text in row.failures]
-        parts += _rates(record, dataset.name)
+        about, *tried = rates_tried(record, dataset.name) or [""]
+        parts += [about, "\n".join(tried)] if tried else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -221,21 +235,3 @@ def _conditions(record: Record) -> str:
         "Validation and the start from training rows are not counted; states and learning rates "
         "are chosen on the validation rows alone."
     )
-
-
-def _rates(record: Record, dataset: str) -> list[str]:
-    trials = [each for each in record.trials if each.dataset == dataset]
-    lines = []
-    for model in dict.fromkeys(each.model for each in trials):
-        tried = (
-            f"{each.learning_rate:g}: "
-            + ("failed" if each.validation is None else f"{each.validation:.3f}")
-            for each in record.trials_of(dataset, model)
-        )
-        lines.append(f"- {model}: {', '.join(tried)}")
-    spent = sum(each.seconds for each in trials)
-    about = (
-        f"Validation NLL by learning rate, with the first seed ({spent:.0f} s in all; the best "
-        "goes on as the first repeat):"
-    )
-    return [about, "\n".join(lines)] if lines else []

@@ -145,7 +145,7 @@ def load_run(
 
         >>> flow = load_run("results/table")  # doctest: +SKIP
     """
-    place = Folder(Path(folder))
+    place = Folder(Path(folder).expanduser())
     key = _chosen(place, dataset, model, repeat)
     flow = _own_flow(unpack(place.weights(key), name=str(key[1])))
     units = place.load_arrays(key[:1])

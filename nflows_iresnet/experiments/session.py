@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ from nflows_iresnet.training.checkpoints import CheckpointError, Keeper
 
 Kept = TypeVar("Kept", bound=RunRecord)
 Bar = TypeVar("Bar", bound="TerminalBar")
+_NOT_IN_RECORDS = ("jobs", "dask", "checkpoint_minutes")
+"""Options that change nothing that is found."""
 _RESOLUTION = 0.02
 """Updates are this fraction of a run apart, so that the time left is estimated over many runs."""
 
@@ -178,6 +180,10 @@ class Session(ABC, Generic[Kept]):
 
         arguments = dict(self.record.arguments)
         words = arguments.pop("datasets", None) or [arguments.pop("dataset")]
+        for each in fields(TrainingOptions):
+            value = getattr(self.parsed, each.name)
+            if each.name in _NOT_IN_RECORDS and value != each.default:
+                arguments[each.name] = value
         line = command_of(self.record.command, words, arguments)
         return f"go on with: {self.folder.resume(line)}"
 
@@ -278,7 +284,8 @@ def run_at_once(
 
 def folder_of(parsed: Options, command: str) -> Folder:
     """Return the output folder that was asked for, or is named for the command and the time."""
-    return Folder(Path(parsed.out or f"results/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
+    named = parsed.out or f"results/{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Folder(Path(named).expanduser())
 
 
 def check_places(parsed: TrainingOptions, device: str) -> None:

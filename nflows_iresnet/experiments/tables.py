@@ -94,6 +94,7 @@ class Row:
         failures: what went wrong in any repeat.
         repeats: how many repeats count.
         repeats_se: standard error of the test NLL over repeats, None for one repeat.
+        repeats_bits_se: the same of the bits per dimension.
         seconds: time of a training, validation not counted.
     """
 
@@ -103,6 +104,7 @@ class Row:
     num_parameters: int
     repeats: int
     repeats_se: float | None = None
+    repeats_bits_se: float | None = None
     ms_per_step: float | None = None
     seconds: float | None = None
     steps: float | None = None
@@ -134,6 +136,7 @@ def rows_of(record: Record, dataset: str) -> list[Row]:
     groups = numbers.groupby(runs["model"], sort=False)
     table = groups.agg(_OVER_REPEATS)
     table["repeats"], table["repeats_se"] = groups["test_nll"].count(), groups["test_nll"].sem()
+    table["repeats_bits_se"] = groups["bits_per_dim"].sem()
     ranked = table.sort_values("test_nll", kind="stable")
     return [_row(str(model), dict(values.dropna()), results) for model, values in ranked.iterrows()]
 
@@ -206,6 +209,10 @@ def _lipschitz(row: Row) -> str:
     return bounded(value) if certified else f"≈ {value:.3f}\nnot guaranteed"
 
 
+def _is_repeated(record: Record, dataset: DatasetSummary) -> bool:
+    return any(each.repeat for each in record.of(dataset.name))
+
+
 _NOT_RACE = ("compare", "table2")
 COLUMNS: tuple[Column[Row], ...] = (
     Column("model", "Its name; nflows-iresnet compare --list describes it.", lambda row: row.model),
@@ -214,6 +221,17 @@ COLUMNS: tuple[Column[Row], ...] = (
         "The test NLL as bits per dimension of the quantised source, lower is better.",
         _bits,
         lambda row: row.metrics.bits_per_dim,
+        tables=_NOT_RACE,
+        when=lambda record, dataset: dataset.levels is not None,
+    ),
+    _measured(
+        "bits\nper dim",
+        "The test NLL as bits per dimension of the quantised source, lower is better: mean over "
+        "the seeds ± its standard error over the seeds.",
+        "metrics.bits_per_dim",
+        ".4f",
+        error="repeats_bits_se",
+        tables=("race",),
         when=lambda record, dataset: dataset.levels is not None,
     ),
     _measured(
@@ -246,8 +264,19 @@ COLUMNS: tuple[Column[Row], ...] = (
         "Standard error of the test NLL over repeats with other seeds, in nats.",
         "repeats_se",
         rank=_unranked,
-        tables=("compare",),
-        when=lambda record, dataset: any(each.repeat for each in record.of(dataset.name)),
+        tables=_NOT_RACE,
+        when=lambda record, dataset: (
+            _is_repeated(record, dataset) and (record.command == "compare" or not dataset.levels)
+        ),
+    ),
+    _measured(
+        "± over\nrepeats",
+        "Standard error of the bits per dimension over repeats with other seeds.",
+        "repeats_bits_se",
+        ".4f",
+        rank=_unranked,
+        tables=("table2",),
+        when=lambda record, dataset: bool(dataset.levels) and _is_repeated(record, dataset),
     ),
     _measured(
         "above\noptimum",
@@ -295,7 +324,8 @@ COLUMNS: tuple[Column[Row], ...] = (
         "learning_rate",
         "g",
         rank=_unranked,
-        tables=("race",),
+        tables=("race", *_NOT_RACE),
+        when=lambda record, dataset: record.is_race or bool(record.trials),
     ),
     *(
         _measured(
@@ -367,6 +397,25 @@ def caption(dataset: DatasetSummary) -> str:
     return text
 
 
+def rates_tried(record: Record, dataset: str) -> list[str]:
+    """Say what each learning rate validated that was tried, and what the trials took."""
+    trials = [each for each in record.trials if each.dataset == dataset]
+    lines = []
+    for model in dict.fromkeys(each.model for each in trials):
+        tried = (
+            f"{each.learning_rate:g}: "
+            + ("failed" if each.validation is None else f"{each.validation:.3f}")
+            for each in record.trials_of(dataset, model)
+        )
+        lines.append(f"- {model}: {', '.join(tried)}")
+    spent = sum(each.seconds for each in trials)
+    about = (
+        f"Validation NLL by learning rate, with the first seed ({spent:.0f} s in all; the best "
+        "goes on as the first repeat):"
+    )
+    return [about, *lines] if lines else []
+
+
 def early_stops(record: Record, dataset: str) -> list[str]:
     """Say of each training that stopped before the end of its schedule where it was best."""
     return [
@@ -407,7 +456,9 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
     if better is None or worse is None:
         return f"{first.model} is best; by how much, its arrays would say, and they are gone."
     ahead = pd.Series(better - worse)
-    lead, over_rows = ahead.mean(), ahead.sem() if len(ahead) > 1 else 0.0
+    if len(ahead) == 1:
+        return f"{first.model} is best on the one test row, which says nothing of others."
+    lead, over_rows = ahead.mean(), ahead.sem()
     if False in (first.metrics.test_nll_exact, second.metrics.test_nll_exact):
         chunks = ahead.groupby(ahead.index // CHUNK).mean()[: len(ahead) // CHUNK]
         over_rows = max(over_rows, chunks.sem() if len(chunks) > 1 else 0.0)
@@ -438,12 +489,14 @@ def make_console(width: int = _WIDE) -> Console:
 def print_table(console: Console, record: Record, folder: Folder, dataset: DatasetSummary) -> None:
     """Print one data set: its table, what failed, and who won."""
     console.print(f"\n[bold]{escape(dataset.name)}[/]: {caption(dataset)}", highlight=False)
+    for note in dataset.notes:
+        console.print(note, highlight=False, markup=False)
     rows = rows_of(record, dataset.name)
     print_grid(console, columns_for(record, dataset), rows)
     for row in rows:
         for failure in row.failures:
             console.print(f"{row.model} FAILED {failure}", style="red", markup=False)
-    for line in early_stops(record, dataset.name):
+    for line in (*rates_tried(record, dataset.name), *early_stops(record, dataset.name)):
         console.print(line, highlight=False, markup=False)
     for line in captures(record, dataset.name):
         console.print(line, style="yellow", markup=False)

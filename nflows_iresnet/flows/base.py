@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from nflows_iresnet.precision import (
 )
 from nflows_iresnet.transforms import initialize
 from nflows_iresnet.transforms.initialization import evaluating
-from nflows_iresnet.transforms.normalization import nothing_starts
+from nflows_iresnet.transforms.normalization import ENOUGH_ROWS, nothing_starts
 from nflows_iresnet.transforms.residual import inverse_values_only
 from nflows_iresnet.validation import require_tensor, validated_size
 
@@ -256,6 +257,8 @@ class Flow(_NflowsFlow):
             context: shape (N, C), or None.
             batch_size: how many rows go through a transform at a time.
 
+        A context whose values are far from unit scale is warned of: nothing standardises it.
+
         Raises:
             ValueError: if rows or context are not what the flow was built for, there is no row, or
                 a value is not finite.
@@ -273,6 +276,8 @@ class Flow(_NflowsFlow):
             context = context.to(weight.device)
         with torch.no_grad(), evaluating(self):
             embedded = self._embedded_in_batches(context, size)
+        if embedded is not None and embedded.dim() == 2 and embedded.shape[0] >= ENOUGH_ROWS:
+            _warn_of_scales(embedded)
         initialize(self._transform, rows, embedded, batch_size=size)
 
     def _embedded_in_batches(self, context: Tensor | None, size: int) -> Tensor | None:
@@ -369,6 +374,24 @@ class Flow(_NflowsFlow):
         return FlowLipschitz(
             certified_blocks(self._transform), *lipschitz_constants(self._transform)
         )
+
+
+def _warn_of_scales(context: Tensor) -> None:
+    """Say of a context (B, C) which values are far from unit scale: nothing standardises them."""
+    mean, std = context.double().mean(0), context.double().std(0)
+    is_odd = (mean.abs() > _FAR) | (std > _FAR) | ((std < 1 / _FAR) & (std > 0))
+    for index in is_odd.nonzero().flatten().tolist()[:1]:
+        warnings.warn(
+            f"value {index} of the context has mean {float(mean[index]):.4g} and deviation "
+            f"{float(std[index]):.3g}: a flow takes rows of any scale, but a context as it is. "
+            "Subtract the mean of the training contexts and divide by their deviation, here and "
+            "wherever the flow is given one",
+            stacklevel=3,
+        )
+
+
+_FAR = 10.0
+"""How many times larger or smaller than 1 a context may be before it is said."""
 
 
 def _grouped(values: Tensor, num_samples: int, context: Tensor | None) -> Tensor:

@@ -28,17 +28,42 @@ Partner = Callable[[int, int, int, int, int | None], Transform]
 num_blocks_per_layer and context_features."""
 
 
-class _ConditionalSplines(Transform):
+class _OfNflows(Transform):
+    """A transform of nflows that checks its context and computes in the precision of its weights,
+    inside autocast, too.
+    """
+
+    context_features: int | None
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
+        inputs, context = self._given(inputs, context)
+        with training_precision(self, inputs.device, "anything"):
+            outputs, logabsdet = super().forward(inputs, context)
+        return outputs, logabsdet
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
+        inputs, context = self._given(inputs, context)
+        with training_precision(self, inputs.device, "anything"):
+            outputs, logabsdet = super().inverse(inputs, context)
+        return outputs, logabsdet
+
+    def _given(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        check_context(context, self.context_features)
+        return like_weights(inputs, self), context_like_weights(context, self)
+
+
+class _ConditionalSplines(_OfNflows):
     """A transform of nflows by rational-quadratic splines, with its masks and checks mended.
 
     nflows selects what is inside of the bound by boolean masks, which wait for a GPU and cannot be
     captured in a graph, raises an AssertionError where rounding makes the discriminant of its
-    inverse negative, refuses an empty batch, and computes in bfloat16 inside autocast. Here all are
-    evaluated at values within the bound by `Family`, what is outside stays as it is, and the
-    discriminant is at least zero. Parameters, state_dict and values are the same.
+    inverse negative, and refuses an empty batch. Here all are evaluated at values within the bound
+    by `Family`, what is outside stays as it is, and the discriminant is at least zero. Parameters,
+    state_dict and values are the same.
     """
 
-    context_features: int | None
     _scale: float
 
     def _settle(self, context_features: int | None, scale: float = 1.0) -> None:
@@ -56,31 +81,21 @@ class _ConditionalSplines(Transform):
         least = self.min_bin_width, self.min_derivative
         return Family(self.num_bins, self.tail_bound, self._scale, *least)
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
-        inputs, context = self._given(inputs, context)
-        with training_precision(self, inputs.device, "anything"):
-            outputs, logabsdet = super().forward(inputs, context)
-        return outputs, logabsdet
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
-        inputs, context = self._given(inputs, context)
-        with training_precision(self, inputs.device, "anything"):
-            outputs, logabsdet = super().inverse(inputs, context)
-        return outputs, logabsdet
-
     def extra_repr(self) -> str:
         """Describe the splines."""
         return f"num_bins={self.num_bins}, bound={self.tail_bound}"
 
-    def _given(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        check_context(context, self.context_features)
-        return like_weights(inputs, self), context_like_weights(context, self)
-
     def _splines(self, values: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """Return splines of values, or what they are splines of, and the sums of log-slopes."""
         return (self._family.inverse if inverse else self._family.forward)(values, numbers)
+
+
+class AffineCoupling(_OfNflows, AffineCouplingTransform):
+    """nflows' affine coupling, see `_OfNflows`."""
+
+
+class AffineAutoregressive(_OfNflows, MaskedAffineAutoregressiveTransform):
+    """nflows' masked affine autoregressive transform, see `_OfNflows`."""
 
 
 class SplineCoupling(_ConditionalSplines, PiecewiseRationalQuadraticCouplingTransform):
@@ -216,10 +231,12 @@ def affine_coupling(
     Raises:
         ValueError: if there is one feature.
     """
-    return AffineCouplingTransform(
+    coupling = AffineCoupling(
         _alternating_mask(features, index % 2),
         _conditioner(hidden_features, num_blocks, context_features),
     )
+    coupling.context_features = context_features
+    return coupling
 
 
 def masked_autoregressive(
@@ -237,9 +254,10 @@ def masked_autoregressive(
     References:
         Papamakarios, Pavlakou, Murray. Masked autoregressive flow for density estimation, 2017.
     """
-    masked = MaskedAffineAutoregressiveTransform(
+    masked = AffineAutoregressive(
         features, hidden_features, context_features, num_blocks=num_blocks
     )
+    masked.context_features = context_features
     return CompositeTransform([ReversePermutation(features), masked])
 
 

@@ -30,7 +30,9 @@ class Activation(nn.Module, ABC):
     Networks of images hand over their channels as the last dimension.
 
     Attributes:
-        lipschitz: certified Lipschitz constant of the map with respect to the 2-norm.
+        lipschitz: certified Lipschitz constant of the map with respect to the 2-norm. It may not
+            follow from parameters that are learned: weights would depend on it, and no gradient
+            would say so. Give what bounds it for all of their values.
         widening: the number of output units per input unit. Output unit `j + i * n` of n inputs
             depends on input unit `j` alone.
     """
@@ -234,7 +236,11 @@ class Mixed(Activation):
                     f"Mixed takes activations with one output per unit such as Sine(), got {each!r}"
                 )
         self.first, self.second = first, second
-        self.lipschitz = max(first.lipschitz, second.lipschitz)
+
+    @property
+    def lipschitz(self) -> float:  # type: ignore[override]
+        """The larger constant of the two halves, as they are now."""
+        return max(self.first.lipschitz, self.second.lipschitz)
 
     @property
     def has_curvature(self) -> bool:
@@ -457,12 +463,26 @@ _CONSTANTS_OF_TORCH: dict[type[nn.Module], Callable[[Any], float]] = {
 }
 
 
+def _is_learned(activation: nn.Module) -> bool:
+    """Whether the constant of an activation may follow parameters that require gradients."""
+    if isinstance(activation, Mixed):
+        return _is_learned(activation.first) or _is_learned(activation.second)
+    is_computed = isinstance(getattr(type(activation), "lipschitz", None), property)
+    return is_computed and any(each.requires_grad for each in activation.parameters())
+
+
 def constant_of(activation: nn.Module) -> float | None:
     """Return a Lipschitz constant of an activation, ours or torch's; None if none is known.
 
     Raises:
-        ValueError: for a softplus of torch that jumps.
+        ValueError: for a softplus of torch that jumps, and for a constant that is learned.
     """
+    if _is_learned(activation):
+        raise ValueError(
+            f"the attribute lipschitz of {type(activation).__name__} is computed while it has "
+            "parameters that are learned: weights would follow it, and no gradient would say so. "
+            "Make it a constant that bounds the slopes for all their values, or freeze them"
+        )
     of_torch = _CONSTANTS_OF_TORCH.get(type(activation))
     if of_torch is not None:
         return of_torch(activation)

@@ -371,7 +371,8 @@ class LayeredNet(LipschitzNet):
 
     def binding_key(self) -> Hashable | None:
         """Return what networks must have in common to be normalised together."""
-        if type(self).bind is not LayeredNet.bind or is_hooked(self):
+        is_own = type(self).bind is LayeredNet.bind and "bind" not in vars(self)
+        if not is_own or is_hooked(self):
             return None
         layers = self.normed_layers
         weight = layers[0].weight

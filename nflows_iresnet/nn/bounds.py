@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from nflows_iresnet.linearization import run_weight_hooks
 from nflows_iresnet.nn.activations import constant_of
 from nflows_iresnet.nn.conv_norms import (
     OVERSAMPLINGS,
@@ -147,6 +148,7 @@ def lipschitz_bound(module: nn.Module) -> float:
         return float(own())
     bound = _TORCH_BOUNDS.get(type(module))
     if bound is not None:
+        _compute_weight(module)
         return bound(module)
     if (constant := constant_of(module)) is not None:
         return constant
@@ -154,6 +156,16 @@ def lipschitz_bound(module: nn.Module) -> float:
         f"no Lipschitz bound is known for {type(module).__name__}; give it a method "
         "lipschitz_bound() -> float, or build it from layers of nflows_iresnet.nn"
     )
+
+
+@torch.no_grad()
+def _compute_weight(module: nn.Module) -> None:
+    """Let hooks compute a weight as the next call in evaluation mode would."""
+    is_training, module.training = module.training, False
+    try:
+        run_weight_hooks(module)
+    finally:
+        module.training = is_training
 
 
 def spectral_penalty(module: nn.Module, weight: float = 1e-3) -> Tensor:

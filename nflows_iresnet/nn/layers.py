@@ -215,6 +215,7 @@ class LipschitzLinear(SettingsInState, NormedLinear):
         """Return W x + b, shape (*, out)."""
         return F.linear(inputs, self.effective_weight(), self.bias)
 
+    @torch.no_grad()
     def lipschitz_bound(self) -> float:
         """Return a certified upper bound of the norm of the weight that is used."""
         return spectral_norm_bound(self.effective_weight())
@@ -339,6 +340,8 @@ class LipschitzConv2d(SettingsInState, NormedConv2d):
     @in_full_products()
     def forward(self, input: Tensor) -> Tensor:
         """Return W * x + b, shape (B, out, H, W)."""
+        if input.dim() != 4:
+            raise ValueError(f"expected images (B, C, H, W), got shape {tuple(input.shape)}")
         return convolve(input, self.effective_weight(), self.padding_mode, self.bias)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -225,9 +225,18 @@ class Solver(ABC):
         rounding = min(32 * kind.eps / (1 - lipschitz), max(rtol, _LOOSEST))
         return tolerance.maximum(rounding * size + rounding * image_size)
 
+    def without_units(self, dtype: torch.dtype) -> Solver:
+        """Return the strategy for rows whose largest value is 1, where theirs was any number.
+
+        An `atol` above the default was for the units of other rows, and is left out; so is an
+        `rtol` of zero beside it, which would then ask for more than rounding permits.
+        """
+        if self.atol is None or self.atol <= _default_atol(torch.finfo(dtype)):
+            return self
+        return replace(self, atol=None, rtol=self.rtol or None)
+
     def _atol(self, kind: torch.finfo) -> float:
-        default = 1e-12 if kind.bits == 64 else 8 * kind.eps
-        return default if self.atol is None else self.atol
+        return _default_atol(kind) if self.atol is None else self.atol
 
     def _rtol(self, kind: torch.finfo) -> float:
         default = 1e-14 if kind.bits == 64 else 4 * kind.eps
@@ -252,6 +261,10 @@ class Solver(ABC):
             best.farthest = (times * (row_norm(point) + row_norm(image))).clamp_max(kind.max)
         if rtol < 0.5:
             best.loosest = (atol + 2 * rtol * best.farthest) * (1.01 / (1 - rtol))
+
+
+def _default_atol(kind: torch.finfo) -> float:
+    return 1e-12 if kind.bits == 64 else 8 * kind.eps
 
 
 class Accelerator(ABC):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,12 @@ from nflows_iresnet.training.progress import (
     TrainingPlan,
 )
 from nflows_iresnet.training.rows import GivenRows, Rows, Validator
-from nflows_iresnet.transforms.initialization import has_begun, is_waiting, starts_from_rows
+from nflows_iresnet.transforms.initialization import (
+    has_begun,
+    has_only_started,
+    is_waiting,
+    starts_from_rows,
+)
 from nflows_iresnet.validation import validated_size
 
 __all__ = ["CurvePoint", "History", "TrainingDivergedError", "fit"]
@@ -44,7 +50,7 @@ __all__ = ["CurvePoint", "History", "TrainingDivergedError", "fit"]
 START_ROWS = 5_000
 """Rows that a flow is started from."""
 MAX_STEPS = 5_000
-_NOT_THE_PLAN = {"clock", "validates_start"}
+_NOT_THE_PLAN = {"clock", "validates_start", "captures"}
 """What a training that goes on may have otherwise."""
 
 
@@ -64,7 +70,8 @@ def fit(
     average_decay: float | None = 0.999,
     validations: int = 50,
     patience: int = 10,
-    initialize: bool = True,
+    initialize: bool | None = None,
+    capture: bool = True,
     seed: int | None = 0,
     after_step: Callable[[], None] = lambda: None,
     on_step: Callable[[float, float], None] | None = None,
@@ -129,7 +136,8 @@ def fit(
             to be minimised.
         loss: callable of (flow, rows) or (flow, rows, context) that returns a scalar to be
             minimised: `lambda flow, rows: flow.forward_kld(rows)` for a flow of normflows.
-        optimizer: of the flow's parameters; its own learning rates are then what the schedule
+        optimizer: of the flow's parameters and of no others (what a loss trains beside the flow
+            belongs into one module with it); its own learning rates are then what the schedule
             scales. By default Adam (capturable on CUDA) with `learning_rate`.
         learning_rate: the largest one.
         batch_size: rows of a step, where `train` is no data loader.
@@ -141,7 +149,11 @@ def fit(
         validations: how often the flow is validated, at equal intervals of the schedule.
         patience: validations without a new best after which training stops.
         initialize: whether a flow with parts that start from data (`flow.initialize`), none of
-            which has started or learned, is started from the first 5,000 rows of `train`.
+            which has started or learned, is started from 5,000 rows from all over `train` (the
+            first of a data loader). By default without a `loss` alone: with one, the first batch
+            starts it, as the loss may give it other rows.
+        capture: whether a step may become one graph on CUDA. A graph keeps what is no tensor:
+            numbers of Python that `loss` reads are those of the second step for ever.
         seed: of all that is random in the training, so that the same call on the same weights gives
             the same result (bit for bit on a CPU); the global generators of torch and numpy are
             left as they were. None draws from them.
@@ -154,8 +166,9 @@ def fit(
         Steps, seconds, the validations and the best of them, and why it stopped.
 
     Raises:
-        ValueError: an argument is out of range, there are no rows, or some are not finite, or not
-            the same tensors in every process; the checkpoint is damaged, or of another training.
+        ValueError: an argument is out of range, there are no rows, or some are not finite, or
+            float64 rows of which the flow's precision leaves little, or not the same tensors in
+            every process; the checkpoint is damaged, or of another training.
         TrainingDivergedError: a loss, or every validation, was not finite; it names the step.
 
     Example:
@@ -176,8 +189,13 @@ def fit(
     given = GivenRows(train, like, "training", processes)
     with seeded(seed, like.device):
         processes.agree_on_state(flow)
-        if initialize and hasattr(flow, "initialize") and _is_new(flow):
-            flow.initialize(*given.first(START_ROWS))
+        if initialize is None:
+            initialize = loss is None
+        if initialize and hasattr(flow, "initialize"):
+            if _is_new(flow):
+                flow.initialize(*given.some(START_ROWS))
+            elif has_only_started(flow):
+                warnings.warn(_STARTED, stacklevel=2)
         plan = TrainingPlan(
             learning_rate,
             _length(max_steps, max_seconds),
@@ -187,6 +205,7 @@ def fit(
             average_decay=average_decay,
             warmup=warmup,
             validates_start=not any(map(is_waiting, flow.modules())),
+            captures=capture,
         )
         size = validated_size("batch_size", batch_size)
         validate = validation if callable(validation) else Validator(validation, like, loss)
@@ -205,8 +224,11 @@ def fit(
         keeper = None
         if checkpoint is not None:
             settings = {"batch_size": size, "seed": seed, "training rows": str(given)}
+            settings["loss"] = None if loss is None else _name(loss)
             if isinstance(validate, Validator):
                 settings["validation rows"] = str(validate.rows)
+            else:
+                settings["validation"] = _name(validate)
             keeper = _keeper(Path(checkpoint), training, settings)
         shown = processes.rank == 0 and (sys.stderr.isatty() if progress is None else progress)
         display = _Display(training.progress, on_step, shown=shown)
@@ -235,6 +257,11 @@ def _keeper(path: Path, training: Training, settings: dict[str, Any]) -> Keeper:
         "processes": training.processes.count,
     }
     return Keeper(path, about)
+
+
+def _name(function: object) -> str:
+    """Return what tells a callable from another in other processes, too."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _length(max_steps: int | None, max_seconds: float | None) -> Length:
@@ -271,6 +298,12 @@ def _is_new(flow: nn.Module) -> bool:
     whole = transform if isinstance(transform, nn.Module) else flow
     parts = [each for each in whole.modules() if starts_from_rows(each) or is_waiting(each)]
     return any(map(is_waiting, parts)) and not any(map(has_begun, parts))
+
+
+_STARTED = (
+    "the flow has started from the rows of an earlier call in training mode, and is not started "
+    "again: call flow.initialize(rows) before fit, or look at new flows in evaluation mode"
+)
 
 
 class _Display:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nflows_iresnet import precision
 from nflows_iresnet.graphs import EagerStep, GraphedStep, Loss, negative_log_likelihood, trainable
+from nflows_iresnet.precision import at_least_single
 from nflows_iresnet.training.checkpoints import Keeper
 from nflows_iresnet.training.processes import ALONE, Processes, random_state, set_random_state
 from nflows_iresnet.training.progress import (
@@ -40,7 +41,8 @@ class WeightAverage(AveragedModel):
 
     The decay grows from zero, so that the random start is soon forgotten. Parameters alone are
     averaged: buffers, certificates and whatever else a model holds stay its own, and are right
-    because the averages are put into the model itself while they are needed.
+    because the averages are put into the model itself while they are needed. Averages of half
+    precision are kept in float32, where a thousandth of a weight is not lost.
 
     References:
         Polyak, Juditsky. Acceleration of stochastic approximation by averaging, 1992.
@@ -55,6 +57,8 @@ class WeightAverage(AveragedModel):
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         trained = nn.ParameterList(parameters)
         super().__init__(trained, multi_avg_fn=get_ema_multi_avg_fn(0.0))
+        for average in self.module.parameters():
+            average.data = at_least_single(average.data)
         self._decay, self._trained = decay, [trained]  # in a list: no part of the state
 
     def update(self) -> None:
@@ -69,7 +73,7 @@ class WeightAverage(AveragedModel):
         for average, parameter in zip(self.module.parameters(), self._trained[0], strict=True):
             if parameter.is_floating_point() or parameter.is_complex():
                 averages.append(average)
-                trained.append(parameter)
+                trained.append(parameter.detach().to(average.dtype))
             else:
                 average.data.copy_(parameter.data)
         get_ema_multi_avg_fn(decay)(averages, trained, self.n_averaged)
@@ -132,6 +136,7 @@ class Stepper:
         optimizer: of its parameters.
         clip_norm: largest norm of the gradient, None for no clipping.
         loss: of (model, *batch), a scalar.
+        captures: whether it may be one graph.
     """
 
     def __init__(
@@ -140,7 +145,9 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None,
         loss: Loss = negative_log_likelihood,
+        captures: bool = True,
     ) -> None:
+        self._captures = captures
         self._eager = EagerStep(model, optimizer, loss, clip_norm)
         self._step: Callable[..., Tensor] = self._eager
         self._steps = 0
@@ -149,7 +156,7 @@ class Stepper:
     def __call__(self, *batch: Tensor) -> Tensor:
         """Take a step and return its loss, which the device may still be computing."""
         self._steps += 1
-        if batch[0].is_cuda and self._steps == 2:
+        if self._captures and batch[0].is_cuda and self._steps == 2:
             self._step = self._graphed(*batch)
         return self._step(*batch).detach().clone()  # a compiled loss may be overwritten
 
@@ -234,7 +241,7 @@ class Training:
         _require_own(self.optimizer, model)
         if processes.count > 1:
             model, loss = DistributedDataParallel(_Loss(model, loss)), nn.Module.__call__
-        self.stepper = Stepper(model, self.optimizer, plan.clip_norm, loss)
+        self.stepper = Stepper(model, self.optimizer, plan.clip_norm, loss, plan.captures)
         self.progress = Progress(plan)
         decay = plan.average_decay
         self.average = None if decay is None else WeightAverage(self.model.parameters(), decay)
@@ -337,6 +344,18 @@ class Training:
         stream.load_state_dict(own["stream"])
         set_random_state(own["random"], self.device)
 
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """After an error: the learning rates of before, and after divergence the best state."""
+        try:
+            yield
+        except BaseException as error:
+            self.scale_rates(1.0)
+            best = self.progress.best_state
+            if isinstance(error, TrainingDivergedError) and best is not None:
+                self.model.load_state_dict(best)
+            raise
+
     def scale_rates(self, factor: float) -> None:
         """Give the optimiser a part of the learning rates that it had before the schedule."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -370,10 +389,18 @@ def _require_no_closure(optimizer: torch.optim.Optimizer) -> None:
 
 def _require_own(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     own = {id(each) for each in model.parameters()}
-    if not any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
+    is_own = [id(each) in own for group in optimizer.param_groups for each in group["params"]]
+    kinds = type(optimizer).__name__, type(model).__name__
+    if not any(is_own):
         raise ValueError(
-            f"{type(optimizer).__name__} has none of the parameters of this "
-            f"{type(model).__name__}, which it would never train: make it of flow.parameters()"
+            f"{kinds[0]} has none of the parameters of this {kinds[1]}, which it would never "
+            "train: make it of flow.parameters()"
+        )
+    if not all(is_own):
+        raise ValueError(
+            f"{kinds[0]} has {len(is_own) - sum(is_own)} parameters that are not of this "
+            f"{kinds[1]}, whose average, best state and checkpoint would lack them: train one "
+            "module that holds both, with a loss that uses them"
         )
 
 
@@ -405,7 +432,7 @@ def run(
     if not training.model.training:  # else a part that is in evaluation mode is to stay there
         training.model.train()
     wish = interruption or _Never()
-    with wish:
+    with wish, training.undone_on_error():
         if training.plan.validates_start and not progress.curve and not progress.begun:
             training.validate()
         while progress.stopped is None:

@@ -90,6 +90,7 @@ class TrainingPlan:
             those of the CPU, which other processes do not lengthen.
         validates_start: whether the state before the first step may be the best, which a flow that
             was trained before needs.
+        captures: whether a step may become one graph on a GPU.
     """
 
     learning_rate: float
@@ -102,6 +103,7 @@ class TrainingPlan:
     tf32: bool = False
     clock: Callable[[], float] = time.perf_counter
     validates_start: bool = False
+    captures: bool = True
 
     def factor_at(self, progress: float) -> float:
         """Return the part of the learning rate that is used, by warm-up and a cosine."""

@@ -149,7 +149,10 @@ class GivenRows:
                 "torch.as_tensor"
             )
         dtype = self._like.dtype if values.is_floating_point() else values.dtype
-        return values.to(self._like.device, dtype)
+        moved = values.to(self._like.device, dtype)
+        if values.dtype == torch.float64 and dtype != values.dtype:
+            _require_little_rounding(values, moved, f"{self.what} rows")
+        return moved
 
     def _check(self) -> None:
         tensors = self._tensors
@@ -208,11 +211,11 @@ class GivenRows:
         for batch in self.loader:
             yield tuple(map(self._moved, batch if isinstance(batch, Sequence) else (batch,)))
 
-    def first(self, count: int) -> tuple[Tensor, ...]:
-        """Return the first rows, of which each process has its share."""
+    def some(self, count: int) -> tuple[Tensor, ...]:
+        """Return rows from all over, the first of a loader; each process has its share."""
         rank, sharers = self.processes.rank, self.processes.count
         if self._tensors and self._tensors[0].shape[0] >= sharers:
-            return tuple(each[:count][rank::sharers] for each in self._tensors)
+            return tuple(spaced(each, count)[rank::sharers] for each in self._tensors)
         count = -(-count // sharers)
         parts: list[tuple[Tensor, ...]] = []
         for batch in self.batches():
@@ -222,6 +225,14 @@ class GivenRows:
         if not parts:
             raise ValueError(f"the {self.what} loader has no batch")
         return tuple(torch.cat(each)[:count] for each in zip(*parts, strict=True))
+
+
+def spaced(rows: Tensor, count: int) -> Tensor:
+    """Return so many rows at equal distances, or all: tables may be sorted."""
+    total = rows.shape[0]
+    if total <= count:
+        return rows
+    return rows[torch.arange(count, device=rows.device) * total // count]
 
 
 class _Cycle(Iterator[tuple[Tensor, ...]]):
@@ -299,6 +310,30 @@ def _require_finite(values: Tensor, what: str, first: int = 0) -> None:
         raise ValueError(
             f"{bad.numel()} of {values.shape[0]} {what} are not finite, first row "
             f"{first + int(bad[0])}: drop or impute them"
+        )
+
+
+_ROUNDING = 1e-2
+"""Part of a feature's standard deviation that may be lost to the precision of a flow."""
+
+
+def _require_little_rounding(given: Tensor, rounded: Tensor, what: str) -> None:
+    """Check that float64 rows are not other data in the precision of a flow.
+
+    Where a feature is thousands of deviations from zero, single precision leaves few values of it.
+    """
+    if given.dim() < 2 or given.shape[0] < 2:
+        return
+    error = (given - rounded.to(given)).abs().amax(0)
+    is_lost = (error > _ROUNDING * given.std(0)).flatten().nonzero().flatten()
+    if is_lost.numel():
+        first = int(is_lost[0])
+        values = given.flatten(start_dim=1)[:, first]
+        raise ValueError(
+            f"{is_lost.numel()} features of the {what} are lost to the precision of the flow, "
+            f"{str(rounded.dtype).removeprefix('torch.')}: feature {first} has mean "
+            f"{float(values.mean()):.6g} and deviation {float(values.std()):.3g}. Subtract its "
+            "mean, or take flow.double()"
         )
 
 

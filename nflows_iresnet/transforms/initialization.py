@@ -16,7 +16,7 @@ from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.composite import CompositeTransform
 from nflows_iresnet.transforms.image import MultiscaleTransform, PixelwiseSpline
-from nflows_iresnet.transforms.normalization import ActNorm
+from nflows_iresnet.transforms.normalization import ActNorm, versions_of
 from nflows_iresnet.transforms.residual import ResidualTransform, using
 from nflows_iresnet.validation import validated_size
 
@@ -170,11 +170,18 @@ def has_begun(part: nn.Module) -> bool:
     return has_learned is not None and bool(has_learned())
 
 
+def has_only_started(module: nn.Module) -> bool:
+    """Whether a first batch has started parts of a module, and nothing has changed them since."""
+    noted = ((part, getattr(part, "_as_started", None)) for part in module.modules())
+    return any(then is not None and then == versions_of(part) for part, then in noted)
+
+
 def _start(part: Any, rows: Tensor) -> None:
     if hasattr(part, "initialize"):
         part.initialize(rows)
     else:
         ActNorm._initialize(part, rows)  # of nflows, whose own makes NaN of a constant feature
+    part._as_started = None
 
 
 def _check(rows: object, context: Tensor | None) -> None:

@@ -123,6 +123,15 @@ class LinearTransform(Transform):
 
     initialized: Tensor
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse another diagonal, which the products of the forward pass would not see."""
+        super().__init_subclass__(**kwargs)
+        if "log_diagonal" in vars(cls) and not {"forward", "inverse"} <= vars(cls).keys():
+            raise TypeError(
+                f"{cls.__name__} replaces log_diagonal, from which inverse alone is computed: "
+                "replace forward and inverse, too, or change factors by a parametrization"
+            )
+
     def __init__(
         self, features: int, *, initialization: Initialization = "identity", bias: bool = True
     ) -> None:

@@ -88,7 +88,7 @@ def cayley(estimator: LogDetEstimator) -> LogDetEstimator:
     Args:
         estimator: of log\|det(I + J)\|.
     """
-    if isinstance(estimator, Auto):
+    if type(estimator) is Auto:
         exact, otherwise = cayley(estimator.exact), cayley(estimator.otherwise)
         return replace(estimator, exact=exact, otherwise=otherwise)
     if type(estimator) is Exact:

@@ -241,6 +241,12 @@ def note_start(part: Any) -> None:
     if all(isinstance(each, nn.Parameter) for each in part.parameters()):
         part.initialized.fill_(True)
         part._has_started = True
+        part._as_started = versions_of(part)
+
+
+def versions_of(part: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return what tells whether the parameters of a part are those of before, and unchanged."""
+    return tuple((id(each), each._version) for each in part.parameters())
 
 
 def require_own(part: nn.Module, *names: str) -> None:

@@ -326,7 +326,7 @@ def solve_linear(
 
     To the solver's verified tolerance, and differentiable. The equation is homogeneous, so each row
     is solved for its own scale: gradients of 1e-25 are found to the same relative accuracy as
-    those of 1.
+    those of 1. A looser `atol` than the default is in units of x, and does not count here.
 
     Args:
         function: g.
@@ -341,7 +341,8 @@ def solve_linear(
         largest = target.abs().flatten(start_dim=1).amax(dim=1)
         scale = torch.where(largest > 0, largest, 1.0).reshape(-1, *[1] * (target.dim() - 1))
         scaled = target / scale
-        found = solver(lambda point: scaled - product(point), scaled, function.lipschitz)
+        relative = solver.without_units(scaled.dtype)
+        found = relative(lambda point: scaled - product(point), scaled, function.lipschitz)
         solution = (found.value * scale).detach()  # forward mode differentiates here, too
     if not is_differentiated():
         return solution

@@ -38,6 +38,7 @@ from nflows_iresnet.experiments.bench.measure import (
     fits,
     trusts_cpu_time,
 )
+from nflows_iresnet.experiments.bench.quality import LEARNING_RATE
 from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.experiments.pictures import STYLE, as_png
 from nflows_iresnet.experiments.session import CaseProgress
@@ -52,6 +53,7 @@ WIDTH = 160
 
 def _work(options: BenchOptions, folder: Path) -> int:
     """Measure what was asked for, and return the exit status."""
+    options = replace(options, learning_rate=options.learning_rate or LEARNING_RATE)
     items = chosen_items(options.only, quality=options.quality)
     chosen = ("device", "threads", "quick", "repeats", "seed", "seconds", "learning_rate")
     arguments = {**{name: getattr(options, name) for name in chosen}, "items": list(items)}
