@@ -245,7 +245,9 @@ def test_same_start_adds_a_row_for_each_model_that_has_no_such_start() -> None:
     assert {name for name in MODELS if f"{name}-same-start" not in everything} == {
         "hybrid",
         "hybrid-autoregressive",
+        "hybrid-autoregressive-lipswish",
         "residual-flow",
+        "residual-flow-lipswish",
     }
 
 

@@ -254,7 +254,7 @@ def shown(value: object) -> str:
 # --- names ----------------------------------------------------------------------------------------
 
 
-def listed(described_names: Mapping[str, str], width: int = 27) -> str:
+def listed(described_names: Mapping[str, str], width: int = 32) -> str:
     """Return a line for each name."""
     return "\n".join(f"  {name:{width}}{text}".rstrip() for name, text in described_names.items())
 

@@ -430,12 +430,12 @@ MODELS: dict[str, ModelSpec] = {
         has_start=True,
     ),
     "residual-flow-lipswish": ModelSpec(
-        "the residual flow with LipSwish activations, which learn noise by heart more slowly",
+        "residual-flow with LipSwish, which learns noise by heart more slowly",
         _residual_flow_lipswish,
         has_start=True,
     ),
     "hybrid-autoregressive-lipswish": ModelSpec(
-        "the hybrid with autoregressive splines, likewise",
+        "hybrid-autoregressive with LipSwish, likewise",
         _hybrid_autoregressive_lipswish,
         has_start=True,
     ),
