@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.config import RunConfig
 from nflows_iresnet.experiments.data import RowTask
 from nflows_iresnet.experiments.folder import Folder
-from nflows_iresnet.experiments.options import COMMANDS, CompareOptions
+from nflows_iresnet.experiments.options import COMMANDS, CompareOptions, parse, to_config
 from nflows_iresnet.experiments.record import Record
+from nflows_iresnet.experiments.report import command_of
 from nflows_iresnet.experiments.runs import Run
 from nflows_iresnet.experiments.session import LiveProgress, Session, check_places, folder_of
 
@@ -296,7 +298,6 @@ def test_resume_notices_one_value_in_one_test_row(
         (["--num-scales", "3"], "num_scales is for images"),
         (["--marginal-bins", "4", "--alpha", "0.1"], "alpha and marginal_bins is for images"),
         (["--learning-rate", "5e-4", "--learning-rates", "1e-3"], "would not be used beside"),
-        (["--training-precision", "tf32", "--device", "cpu"], "tf32 is for a GPU"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(
@@ -310,6 +311,7 @@ def test_options_that_would_do_nothing_are_refused(
     [
         ("compare digits --images --models glow --num-terms 4", "--num-terms 4 is for residual-fl"),
         ("table2 mnist --models made --marginal-bins 8", "--marginal-bins 8 is for residual-flow"),
+        ("compare mnist --images --models glow --num-terms 4", "--num-terms 4 is for residual-fl"),
         ("bench --only operations --seconds 30", "--seconds 30 is for the item quality"),
         ("bench --learning-rate 0.1", "--learning-rate 0.1 is for the item quality"),
         ("bench --only quality --repeats 9", "--repeats 9 is for what is timed"),
@@ -319,6 +321,16 @@ def test_options_of_what_is_not_there_are_refused(
     line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused(main(line.split()), message, capsys)
+
+
+@pytest.mark.parametrize("models", [[], ["--models", "glow"]])
+def test_the_line_that_a_record_says_is_accepted(models: list[str]) -> None:
+    options = parse(["compare", "mnist", "--images", *models])
+    assert isinstance(options, CompareOptions)
+    arguments = to_config(options).as_arguments()
+    line = command_of("compare", arguments.pop("datasets"), arguments)
+    for device in ("cpu", "cuda"):
+        assert parse([*shlex.split(line)[1:], "--device", device])
 
 
 def test_the_home_of_the_user_is_where_results_go(

@@ -355,6 +355,19 @@ def test_a_context_far_from_unit_scale_is_said(scale: float, offset: float) -> N
     assert [each[:7] for each in said] == ([] if (scale, offset) == (1.0, 0.0) else ["value 1"])
 
 
+def test_contexts_that_need_no_scale_are_not_said() -> None:
+    embedded = flows.Flow(
+        ResidualFlow(2, 8, num_layers=2, context_features=1)._transform,
+        StandardNormal([2]),
+        embedding_net=nn.Linear(3, 1),
+    )
+    rare = torch.nn.functional.one_hot(torch.arange(400) % 200, 200).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedded.initialize(torch.randn(400, 2), 0.001 * torch.randn(400, 3))
+        ResidualFlow(2, 8, num_layers=2, context_features=200).initialize(torch.randn(400, 2), rare)
+
+
 def test_a_batch_size_and_a_context_must_fit() -> None:
     for size in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="batch_size"):

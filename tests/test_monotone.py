@@ -315,3 +315,9 @@ def test_a_way_to_choose_of_ones_own_is_asked() -> None:
     expected = block(inputs)[1]
     block.estimator = Mine()
     torch.testing.assert_close(block(inputs)[1], expected)
+
+    @dataclass(frozen=True)
+    class Later(logdet.Auto):
+        max_exact_features: int = 10
+
+    assert type(cayley(Later())) is Later

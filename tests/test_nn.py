@@ -560,9 +560,9 @@ def test_a_coeff_that_is_set_later_is_checked_too(kind: str, coeff: float) -> No
 class Gained(nn.Activation):
     """gain * sin(x), of which a constant may follow a parameter."""
 
-    def __init__(self, *, learned: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.gain = torch.nn.Parameter(torch.ones(()), requires_grad=learned)
+        self.gain = torch.nn.Parameter(torch.ones(()))
 
     @property
     def lipschitz(self) -> float:  # type: ignore[override]
@@ -573,17 +573,15 @@ class Gained(nn.Activation):
 
 
 @pytest.mark.parametrize("net", [nn.LipschitzMLP, nn.LipschitzDenseNet])
-def test_the_constant_of_an_activation_is_that_of_now_and_not_learned(net: Any) -> None:
-    activation = nn.Mixed(Gained(learned=False), nn.Sine())
+def test_the_constant_of_halves_is_that_of_now(net: Any) -> None:
+    gained = Gained()
+    activation = nn.Mixed(gained, nn.Sine())
     g = net(2, [8, 8], activation=activation)
     with torch.no_grad():
-        activation.first.gain.fill_(20.0)
+        gained.gain.fill_(20.0)
     assert activation.lipschitz == 20.0
     testing.check_lipschitz(g, 3 * torch.randn(200, 2), 0.97)
     assert g.lipschitz_bound() <= 0.97
-    learned = net(2, [8, 8], activation=nn.Mixed(Gained(learned=True), nn.Sine()))
-    with pytest.raises(ValueError, match="lipschitz of Mixed is computed while it has parameters"):
-        learned(torch.randn(5, 2))
 
 
 def test_asking_for_a_bound_changes_nothing() -> None:
@@ -607,9 +605,8 @@ def test_the_bound_of_a_torch_layer_is_of_the_parameters_of_now(kind: str, insid
         getattr(torch.nn.utils, kind)(layer)
     module = torch.nn.Sequential(layer, torch.nn.ELU()) if inside else layer
     module(torch.randn(2, 4))
-    source = layer.weight_g if kind == "weight_norm" else layer.weight_orig
-    with torch.no_grad():
-        source.mul_(10.0)
+    source: Any = layer.weight_g if kind == "weight_norm" else layer.weight_orig
+    source.detach().mul_(10.0)
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     bound = nn.lipschitz_bound(module.train())
     assert all(torch.equal(value, buffers[name]) for name, value in module.named_buffers())
@@ -617,13 +614,13 @@ def test_the_bound_of_a_torch_layer_is_of_the_parameters_of_now(kind: str, insid
     assert bound == pytest.approx(float(torch.linalg.matrix_norm(layer.weight.double(), 2)), 0.01)
 
 
-def test_one_image_without_a_batch_is_refused() -> None:
-    for size in (1, 3):
-        layer = nn.LipschitzConv2d(8, 8, size)
-        with pytest.raises(
-            ValueError, match=r"expected images \(B, C, H, W\), got shape \(8, 8, 8"
-        ):
-            layer(torch.randn(8, 8, 8))
+@pytest.mark.parametrize("size", [1, 3])
+def test_one_image_needs_no_batch(size: int) -> None:
+    torch.manual_seed(0)
+    layer, images = nn.LipschitzConv2d(8, 8, size), torch.randn(4, 8, 8, 8)
+    expected = layer(images)
+    torch.testing.assert_close(layer(images[0]), expected[0])
+    torch.testing.assert_close(torch.vmap(layer)(images), expected)
 
 
 def test_a_bind_of_one_instance_is_used_in_company() -> None:

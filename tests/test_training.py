@@ -141,9 +141,13 @@ def test_a_start_from_a_look_at_the_flow_is_said() -> None:
     looked_at = residual_flow()
     looked_at.eval().log_prob(rows[:5])
     looked_at.train()
+    trained = residual_flow()
+    optimizer = torch.optim.Adam(trained.parameters(), fused=True)
+    (-trained.log_prob(rows).mean()).backward()
+    optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        for each in (flow, given, looked_at):
+        for each in (flow, given, looked_at, trained):
             fit(each, rows, rows, max_steps=2, validations=1)
 
 
@@ -223,16 +227,17 @@ class PartOfAUser(LULinear):
         self.rows, self.initialized = len(rows), True
 
 
-def test_parts_of_users_and_pixels_are_started_from_the_rows() -> None:
+@pytest.mark.parametrize("loss", [None, lambda flow, rows: -flow.log_prob(rows).mean()])
+def test_parts_of_users_and_pixels_are_started_from_the_rows(loss: Any) -> None:
     rows = rows_of(6000)
     part = PartOfAUser(2)
-    quick_on = {"max_steps": 1, "validations": 1}
-    fit(Flow(transforms.CompositeTransform([part]), StandardNormal([2])), rows, rows, **quick_on)  # type: ignore[arg-type]
+    quick_on: Any = {"max_steps": 1, "validations": 1, "loss": loss}
+    fit(Flow(transforms.CompositeTransform([part]), StandardNormal([2])), rows, rows, **quick_on)
     assert part.rows == 5000
     torch.manual_seed(0)
     images = torch.rand(40, 1, 4, 4) ** 4 * 17
     flow = ImageResidualFlow((1, 4, 4), 8, 1, num_scales=1, levels=17, alpha=1e-6, marginal_bins=8)
-    fit(flow, images, images[:10], **quick_on)  # type: ignore[arg-type]
+    fit(flow, images, images[:10], **quick_on)
     pixels = next(each for each in flow.modules() if isinstance(each, PixelwiseSpline))
     assert bool(pixels.log_slopes.abs().max() > 0.1)
 
@@ -797,3 +802,15 @@ def test_rows_that_are_lost_to_the_precision_of_the_flow_are_refused() -> None:
     shifted = times - times.mean(0)
     assert fit(residual_flow(), shifted, shifted, max_steps=2, validations=1).steps == 2
     assert fit(residual_flow().double(), times, times, max_steps=2, validations=1).steps == 2
+
+
+@pytest.mark.parametrize("second", ["constant", "sparse", "far, but not too far"])
+def test_rows_that_lose_nothing_are_taken(second: str) -> None:
+    rows = rows_of(64).double()
+    rows[:, 1] = {
+        "constant": torch.full((64,), 0.1, dtype=torch.float64),
+        "sparse": torch.where(torch.arange(64) == 63, 0.7, 0.1).double(),
+        "far, but not too far": 1e4 + rows[:, 1],
+    }[second]
+    for train in (rows, DataLoader(TensorDataset(rows), 16)):
+        assert fit(residual_flow(), train, rows, max_steps=2, validations=1).steps == 2

@@ -452,7 +452,9 @@ MODELS: dict[str, ModelSpec] = {
     "nice-scaled": ModelSpec("nice with the diagonal scaling of the paper", _nflows(_nice_scaled)),
     "made": ModelSpec("one Gaussian MADE of nflows", _nflows(_made)),
     "ffjord": ModelSpec("FFJORD: CNF of zuko", _zuko("CNF")),
-    "glow": ModelSpec("Glow's step for vectors: nflows' parts, LinearTransform", _nflows(_glow)),
+    "glow": ModelSpec(
+        "Glow's step for vectors: nflows' couplings, our ActNorm and LU", _nflows(_glow)
+    ),
     "nice": ModelSpec(
         "SimpleRealNVP of nflows, additive couplings",
         _class(_NFLOWS + "SimpleRealNVP", use_volume_preserving=True),

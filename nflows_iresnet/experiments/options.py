@@ -462,21 +462,23 @@ def to_config(options: CompareOptions) -> RunConfig:
         if images:
             raise ValueError("--same-start is for rows, and these are images: leave it out")
         chosen["models"] = with_same_start(chosen["models"])
-    _check_used(options, chosen["models"])
+    _check_used(options, chosen["models"], device)
     return RunConfig(**{**chosen, "images": images, "device": device})
 
 
-def _check_used(options: CompareOptions, models: Sequence[str]) -> None:
-    """Check that options are not for what is not there.
+def _check_used(options: CompareOptions, models: Sequence[str], device: str) -> None:
+    """Check that options are not for what is not there, but for those of a preset.
 
     Raises:
         ValueError: one is; the message says what it is for.
     """
-    if options.training_precision == "tf32" and options.device == "cpu":
-        raise ValueError("--training-precision tf32 is for a GPU: leave it out, or --device cpu")
+    if not options.are_images or any("residual-flow" in each for each in models):
+        return
+    names = options.datasets or options.preset.image_datasets
+    preset = options.preset.tuned_to(names, device)
     for name in ("num_terms", "marginal_bins"):
         value = getattr(options, name)
-        if options.are_images and value and not any("residual-flow" in each for each in models):
+        if value and value != preset.get(name):
             raise ValueError(
                 f"--{name.replace('_', '-')} {value} is for residual-flow, and it is not among "
                 "--models: add it, or leave the option out"

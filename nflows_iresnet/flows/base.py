@@ -276,7 +276,7 @@ class Flow(_NflowsFlow):
             context = context.to(weight.device)
         with torch.no_grad(), evaluating(self):
             embedded = self._embedded_in_batches(context, size)
-        if embedded is not None and embedded.dim() == 2 and embedded.shape[0] >= ENOUGH_ROWS:
+        if embedded is not None and isinstance(self._embedding_net, nn.Identity):
             _warn_of_scales(embedded)
         initialize(self._transform, rows, embedded, batch_size=size)
 
@@ -378,8 +378,12 @@ class Flow(_NflowsFlow):
 
 def _warn_of_scales(context: Tensor) -> None:
     """Say of a context (B, C) which values are far from unit scale: nothing standardises them."""
+    if context.dim() != 2 or context.shape[0] < ENOUGH_ROWS:
+        return
     mean, std = context.double().mean(0), context.double().std(0)
-    is_odd = (mean.abs() > _FAR) | (std > _FAR) | ((std < 1 / _FAR) & (std > 0))
+    is_binary = ((context == context.amin(0)) | (context == context.amax(0))).all(0)
+    is_small = (std < 1 / _FAR) & ~is_binary
+    is_odd = (mean.abs() > _FAR) | (std > _FAR) | is_small
     for index in is_odd.nonzero().flatten().tolist()[:1]:
         warnings.warn(
             f"value {index} of the context has mean {float(mean[index]):.4g} and deviation "

@@ -30,9 +30,9 @@ class Activation(nn.Module, ABC):
     Networks of images hand over their channels as the last dimension.
 
     Attributes:
-        lipschitz: certified Lipschitz constant of the map with respect to the 2-norm. It may not
-            follow from parameters that are learned: weights would depend on it, and no gradient
-            would say so. Give what bounds it for all of their values.
+        lipschitz: certified Lipschitz constant of the map with respect to the 2-norm. It should
+            not follow from parameters that are learned: weights depend on it, and gradients do not
+            know. Give what bounds it for all of their values.
         widening: the number of output units per input unit. Output unit `j + i * n` of n inputs
             depends on input unit `j` alone.
     """
@@ -463,26 +463,12 @@ _CONSTANTS_OF_TORCH: dict[type[nn.Module], Callable[[Any], float]] = {
 }
 
 
-def _is_learned(activation: nn.Module) -> bool:
-    """Whether the constant of an activation may follow parameters that require gradients."""
-    if isinstance(activation, Mixed):
-        return _is_learned(activation.first) or _is_learned(activation.second)
-    is_computed = isinstance(getattr(type(activation), "lipschitz", None), property)
-    return is_computed and any(each.requires_grad for each in activation.parameters())
-
-
 def constant_of(activation: nn.Module) -> float | None:
     """Return a Lipschitz constant of an activation, ours or torch's; None if none is known.
 
     Raises:
-        ValueError: for a softplus of torch that jumps, and for a constant that is learned.
+        ValueError: for a softplus of torch that jumps.
     """
-    if _is_learned(activation):
-        raise ValueError(
-            f"the attribute lipschitz of {type(activation).__name__} is computed while it has "
-            "parameters that are learned: weights would follow it, and no gradient would say so. "
-            "Make it a constant that bounds the slopes for all their values, or freeze them"
-        )
     of_torch = _CONSTANTS_OF_TORCH.get(type(activation))
     if of_torch is not None:
         return of_torch(activation)

@@ -339,9 +339,9 @@ class LipschitzConv2d(SettingsInState, NormedConv2d):
 
     @in_full_products()
     def forward(self, input: Tensor) -> Tensor:
-        """Return W * x + b, shape (B, out, H, W)."""
-        if input.dim() != 4:
-            raise ValueError(f"expected images (B, C, H, W), got shape {tuple(input.shape)}")
+        """Return W * x + b, shape (B, out, H, W), or (out, H, W) for one image."""
+        if input.dim() == 3:
+            return self.forward(input[None])[0]
         return convolve(input, self.effective_weight(), self.padding_mode, self.bias)
 
     @torch.no_grad()

@@ -120,7 +120,8 @@ class Solver(ABC):
 
     Args:
         atol: absolute tolerance of the residual; by default 8 eps, 1e-6 in float32, and 1e-12 in
-            float64. Rows that are smaller than that need one of their own.
+            float64. Rows that are smaller than that need one of their own. Gradients through a
+            solution are solved for their own scale, for which a larger one does not count.
         rtol: relative tolerance of the residual; by default 4 eps, 5e-7 in float32, and 1e-14 in
             float64.
         max_steps: the number of evaluations of f after which an exception is raised.
@@ -229,11 +230,13 @@ class Solver(ABC):
         """Return the strategy for rows whose largest value is 1, where theirs was any number.
 
         An `atol` above the default was for the units of other rows, and is left out; so is an
-        `rtol` of zero beside it, which would then ask for more than rounding permits.
+        `rtol` of zero beside it, which would then ask for more than rounding permits, and a
+        `max_steps` that was enough for it.
         """
         if self.atol is None or self.atol <= _default_atol(torch.finfo(dtype)):
             return self
-        return replace(self, atol=None, rtol=self.rtol or None)
+        steps = max(self.max_steps, Solver.max_steps)
+        return replace(self, atol=None, rtol=self.rtol or None, max_steps=steps)
 
     def _atol(self, kind: torch.finfo) -> float:
         return _default_atol(kind) if self.atol is None else self.atol

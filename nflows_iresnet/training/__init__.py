@@ -42,6 +42,7 @@ from nflows_iresnet.transforms.initialization import (
     has_only_started,
     is_waiting,
     starts_from_rows,
+    waits_to_be_told,
 )
 from nflows_iresnet.validation import validated_size
 
@@ -150,8 +151,9 @@ def fit(
         patience: validations without a new best after which training stops.
         initialize: whether a flow with parts that start from data (`flow.initialize`), none of
             which has started or learned, is started from 5,000 rows from all over `train` (the
-            first of a data loader). By default without a `loss` alone: with one, the first batch
-            starts it, as the loss may give it other rows.
+            first of a data loader). By default where there is no `loss`, which may give it other
+            rows, so that the first batch starts it; or where splines of pixels, or parts of yours,
+            would never start.
         capture: whether a step may become one graph on CUDA. A graph keeps what is no tensor:
             numbers of Python that `loss` reads are those of the second step for ever.
         seed: of all that is random in the training, so that the same call on the same weights gives
@@ -190,7 +192,7 @@ def fit(
     with seeded(seed, like.device):
         processes.agree_on_state(flow)
         if initialize is None:
-            initialize = loss is None
+            initialize = loss is None or any(map(waits_to_be_told, flow.modules()))
         if initialize and hasattr(flow, "initialize"):
             if _is_new(flow):
                 flow.initialize(*given.some(START_ROWS))
@@ -302,7 +304,8 @@ def _is_new(flow: nn.Module) -> bool:
 
 _STARTED = (
     "the flow has started from the rows of an earlier call in training mode, and is not started "
-    "again: call flow.initialize(rows) before fit, or look at new flows in evaluation mode"
+    "again: if it was not trained since, call flow.initialize(rows) before fit, or look at new "
+    "flows in evaluation mode"
 )
 
 

@@ -73,7 +73,8 @@ class WeightAverage(AveragedModel):
         for average, parameter in zip(self.module.parameters(), self._trained[0], strict=True):
             if parameter.is_floating_point() or parameter.is_complex():
                 averages.append(average)
-                trained.append(parameter.detach().to(average.dtype))
+                is_alike = parameter.dtype == average.dtype
+                trained.append(parameter if is_alike else parameter.detach().to(average.dtype))
             else:
                 average.data.copy_(parameter.data)
         get_ema_multi_avg_fn(decay)(averages, trained, self.n_averaged)

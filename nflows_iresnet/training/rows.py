@@ -134,8 +134,11 @@ class GivenRows:
     def _take(self, rows: Any) -> None:
         if isinstance(rows, Tensor | tuple):
             given = rows if isinstance(rows, tuple) else (rows,)
-            self._tensors = tuple(self._moved(each) for each in given if each is not None)
+            present = [each for each in given if each is not None]
+            self._tensors = tuple(map(self._moved, present))
             self._check()
+            for each in present:
+                _require_little_rounding(each, self._like.dtype, f"{self.what} rows")
         elif not isinstance(rows, Iterable):
             raise ValueError(
                 f"the {self.what} rows must be a tensor, a tuple of rows and context, or a data "
@@ -149,10 +152,7 @@ class GivenRows:
                 "torch.as_tensor"
             )
         dtype = self._like.dtype if values.is_floating_point() else values.dtype
-        moved = values.to(self._like.device, dtype)
-        if values.dtype == torch.float64 and dtype != values.dtype:
-            _require_little_rounding(values, moved, f"{self.what} rows")
-        return moved
+        return values.to(self._like.device, dtype)
 
     def _check(self) -> None:
         tensors = self._tensors
@@ -315,25 +315,26 @@ def _require_finite(values: Tensor, what: str, first: int = 0) -> None:
 
 _ROUNDING = 1e-2
 """Part of a feature's standard deviation that may be lost to the precision of a flow."""
+_CONSTANT = 1e-12
+"""A feature with a smaller deviation, relative to its mean, has that of rounding alone."""
 
 
-def _require_little_rounding(given: Tensor, rounded: Tensor, what: str) -> None:
-    """Check that float64 rows are not other data in the precision of a flow.
+def _require_little_rounding(rows: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Check that float64 rows are not other data in single precision.
 
-    Where a feature is thousands of deviations from zero, single precision leaves few values of it.
+    Where a feature is many thousands of deviations from zero, few values of it are left. Constants
+    have none to lose.
     """
-    if given.dim() < 2 or given.shape[0] < 2:
+    if rows.dtype != torch.float64 or dtype != torch.float32 or rows.dim() < 2 or len(rows) < 2:
         return
-    error = (given - rounded.to(given)).abs().amax(0)
-    is_lost = (error > _ROUNDING * given.std(0)).flatten().nonzero().flatten()
-    if is_lost.numel():
-        first = int(is_lost[0])
-        values = given.flatten(start_dim=1)[:, first]
+    error = (rows - rows.float().double()).abs().amax(0)
+    mean, std = rows.mean(0), rows.std(0)
+    is_lost = (error > _ROUNDING * std) & (std > _CONSTANT * mean.abs())
+    for index in is_lost.flatten().nonzero().flatten().tolist()[:1]:
         raise ValueError(
-            f"{is_lost.numel()} features of the {what} are lost to the precision of the flow, "
-            f"{str(rounded.dtype).removeprefix('torch.')}: feature {first} has mean "
-            f"{float(values.mean()):.6g} and deviation {float(values.std()):.3g}. Subtract its "
-            "mean, or take flow.double()"
+            f"{int(is_lost.sum())} features of the {what} are lost to the precision of the flow, "
+            f"float32: feature {index} has mean {float(mean.flatten()[index]):.6g} and deviation "
+            f"{float(std.flatten()[index]):.3g}. Subtract its mean, or take flow.double()"
         )
 
 

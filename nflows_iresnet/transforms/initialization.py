@@ -16,7 +16,7 @@ from nflows_iresnet.logdet import LogDetEstimate, LogDetEstimator
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.composite import CompositeTransform
 from nflows_iresnet.transforms.image import MultiscaleTransform, PixelwiseSpline
-from nflows_iresnet.transforms.normalization import ActNorm, versions_of
+from nflows_iresnet.transforms.normalization import STARTED_BY_A_BATCH, ActNorm
 from nflows_iresnet.transforms.residual import ResidualTransform, using
 from nflows_iresnet.validation import validated_size
 
@@ -170,10 +170,28 @@ def has_begun(part: nn.Module) -> bool:
     return has_learned is not None and bool(has_learned())
 
 
+def waits_to_be_told(part: nn.Module) -> bool:
+    """Whether a part has not started, and no batch will start it, as it seems.
+
+    Splines of pixels are so, and parts of users, of which nothing else is known.
+    """
+    if not starts_from_rows(part) or has_begun(part):
+        return False
+    is_started_by_batches = isinstance(part, nflows_transforms.ActNorm)
+    return not is_started_by_batches and bool(getattr(part, "_has_started", True))
+
+
 def has_only_started(module: nn.Module) -> bool:
-    """Whether a first batch has started parts of a module, and nothing has changed them since."""
-    noted = ((part, getattr(part, "_as_started", None)) for part in module.modules())
-    return any(then is not None and then == versions_of(part) for part, then in noted)
+    """Whether a batch has started parts of a module that would learn, and are as they were then."""
+    parts = [part for part in module.modules() if part in STARTED_BY_A_BATCH]
+    return bool(parts) and all(map(_is_as_it_started, parts))
+
+
+def _is_as_it_started(part: nn.Module) -> bool:
+    now, then = list(part.parameters()), STARTED_BY_A_BATCH[part]
+    pairs = zip(now, then, strict=True)
+    learns = any(each.requires_grad for each in now)
+    return learns and all(torch.equal(one, other.to(one.device)) for one, other in pairs)
 
 
 def _start(part: Any, rows: Tensor) -> None:
@@ -181,7 +199,7 @@ def _start(part: Any, rows: Tensor) -> None:
         part.initialize(rows)
     else:
         ActNorm._initialize(part, rows)  # of nflows, whose own makes NaN of a constant feature
-    part._as_started = None
+    STARTED_BY_A_BATCH.pop(part, None)
 
 
 def _check(rows: object, context: Tensor | None) -> None:

@@ -30,6 +30,7 @@ from nflows_iresnet.transforms.normalization import (
     depends_on,
     likely_moments,
     may_start,
+    note_batch,
     note_start,
     over_processes,
     require_own,
@@ -239,6 +240,7 @@ class LinearTransform(Transform):
             rows, (self.factors, *([] if self.bias is None else [self.bias]))
         ):  # samples of its own are no data
             self._whiten(rows)
+            note_batch(self)
 
     def has_learned(self) -> Tensor:
         """Return whether a parameter is not zero, as all are until it starts: shape ()."""

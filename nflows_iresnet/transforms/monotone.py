@@ -88,12 +88,12 @@ def cayley(estimator: LogDetEstimator) -> LogDetEstimator:
     Args:
         estimator: of log\|det(I + J)\|.
     """
-    if type(estimator) is Auto:
+    if isinstance(estimator, Auto) and _keeps(type(estimator), Auto, "choose"):
         exact, otherwise = cayley(estimator.exact), cayley(estimator.otherwise)
         return replace(estimator, exact=exact, otherwise=otherwise)
     if type(estimator) is Exact:
         return _ExactCayley(estimator.chunk_size)
-    if isinstance(estimator, SeriesEstimator) and _keeps_series(type(estimator)):
+    if isinstance(estimator, SeriesEstimator) and _keeps(type(estimator), SeriesEstimator, "_draw"):
         return _OddTerms(
             series=estimator,
             num_probes=estimator.num_probes,
@@ -103,12 +103,10 @@ def cayley(estimator: LogDetEstimator) -> LogDetEstimator:
     return _Difference(estimator)
 
 
-def _keeps_series(kind: type[SeriesEstimator]) -> bool:
-    """Whether a kind of series differs from others in its weights alone."""
-    base = SeriesEstimator
-    return all(
-        getattr(kind, name) is getattr(base, name) for name in ("logabsdet", "estimate", "_draw")
-    )
+def _keeps(kind: type[LogDetEstimator], base: type[LogDetEstimator], name: str) -> bool:
+    """Whether a kind of estimator computes as another, of which a method decides the rest."""
+    names = ("logabsdet", "estimate", name)
+    return all(getattr(kind, each) is getattr(base, each) for each in names)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from nflows.transforms.normalization import ActNorm as _NflowsActNorm
@@ -126,6 +127,7 @@ class ActNorm(_NflowsActNorm):
             note_start(self)
         elif not depends_on(inputs, (self.log_scale, self.shift)):
             self._initialize(inputs)
+            note_batch(self)
 
     def has_learned(self) -> Tensor:
         """Return whether scale or shift is not zero, as both are until it starts: shape ()."""
@@ -241,12 +243,16 @@ def note_start(part: Any) -> None:
     if all(isinstance(each, nn.Parameter) for each in part.parameters()):
         part.initialized.fill_(True)
         part._has_started = True
-        part._as_started = versions_of(part)
 
 
-def versions_of(part: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return what tells whether the parameters of a part are those of before, and unchanged."""
-    return tuple((id(each), each._version) for each in part.parameters())
+STARTED_BY_A_BATCH: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+"""Parts that a batch has started, not rows that were given, and their parameters by then."""
+
+
+def note_batch(part: nn.Module) -> None:
+    """Note that the batch of a forward pass has started a part."""
+    if getattr(part, "_has_started", False):
+        STARTED_BY_A_BATCH[part] = [each.detach().clone() for each in part.parameters()]
 
 
 def require_own(part: nn.Module, *names: str) -> None:

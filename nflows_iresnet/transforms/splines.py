@@ -19,6 +19,7 @@ from nflows_iresnet.transforms.normalization import (
     depends_on,
     infinite_if_nan,
     may_start,
+    note_batch,
     note_start,
     over_processes,
     require_own,
@@ -226,6 +227,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
             note_start(self)
         elif not depends_on(inputs, (self.sizes, self.log_slopes)):  # its own samples are no data
             self._start_from(inputs)
+            note_batch(self)
 
     def has_learned(self) -> Tensor:
         """Return whether a parameter is not zero, as all are until it starts: shape ()."""
