@@ -154,11 +154,11 @@ def _quantised_note(name: str, column: FloatArray) -> str | None:
             f"column {name} has only {len(distinct)} distinct values: its density is unbounded; "
             "add noise to it"
         )
-    share = counts.max(initial=0) / max(1, len(column))
-    if share > _COMMON and counts.max() > 1:
+    most = counts.max(initial=1)
+    if most > max(1, _COMMON * len(column)):
         return (
-            f"column {name} is {distinct[counts.argmax()]:g} in {share:.0%} of the rows: its "
-            "density is unbounded there; add noise to it, or leave them out"
+            f"column {name} is {distinct[counts.argmax()]:g} in {most / len(column):.0%} of the "
+            "rows: its density is unbounded there; add noise to it, or leave them out"
         )
     return None
 

@@ -597,6 +597,11 @@ class BenchOptions(OnDevice):
         positive_int,
     )
 
+    @property
+    def rate(self) -> float:
+        """The learning rate for quality."""
+        return self.learning_rate or 5e-3
+
     def check(self) -> None:
         """Find the mistakes that can be found at once."""
         super().check()

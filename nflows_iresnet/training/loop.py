@@ -346,16 +346,16 @@ class Training:
         set_random_state(own["random"], self.device)
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """After an error: the learning rates of before, and after divergence the best state."""
+    def under_way(self) -> Iterator[None]:
+        """Give the learning rates back at the end, and the best state after divergence."""
         try:
             yield
-        except BaseException as error:
-            self.scale_rates(1.0)
-            best = self.progress.best_state
-            if isinstance(error, TrainingDivergedError) and best is not None:
-                self.model.load_state_dict(best)
+        except TrainingDivergedError:
+            if self.progress.best_state is not None:
+                self.model.load_state_dict(self.progress.best_state)
             raise
+        finally:
+            self.scale_rates(1.0)
 
     def scale_rates(self, factor: float) -> None:
         """Give the optimiser a part of the learning rates that it had before the schedule."""
@@ -433,7 +433,7 @@ def run(
     if not training.model.training:  # else a part that is in evaluation mode is to stay there
         training.model.train()
     wish = interruption or _Never()
-    with wish, training.undone_on_error():
+    with wish, training.under_way():
         if training.plan.validates_start and not progress.curve and not progress.begun:
             training.validate()
         while progress.stopped is None:
@@ -472,7 +472,6 @@ def close(training: Training) -> History:
         TrainingDivergedError: there is none after a step.
     """
     progress = training.progress
-    training.scale_rates(1.0)
     is_finite = any(math.isfinite(point.validation) for point in progress.trained)
     if progress.stopped is not None and not is_finite:
         raise TrainingDivergedError(f"the validation NLL was never finite; {REMEDY}")

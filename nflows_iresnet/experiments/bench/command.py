@@ -38,7 +38,6 @@ from nflows_iresnet.experiments.bench.measure import (
     fits,
     trusts_cpu_time,
 )
-from nflows_iresnet.experiments.bench.quality import LEARNING_RATE
 from nflows_iresnet.experiments.options import BenchOptions
 from nflows_iresnet.experiments.pictures import STYLE, as_png
 from nflows_iresnet.experiments.session import CaseProgress
@@ -53,10 +52,10 @@ WIDTH = 160
 
 def _work(options: BenchOptions, folder: Path) -> int:
     """Measure what was asked for, and return the exit status."""
-    options = replace(options, learning_rate=options.learning_rate or LEARNING_RATE)
     items = chosen_items(options.only, quality=options.quality)
-    chosen = ("device", "threads", "quick", "repeats", "seed", "seconds", "learning_rate")
-    arguments = {**{name: getattr(options, name) for name in chosen}, "items": list(items)}
+    chosen = ("device", "threads", "quick", "repeats", "seed", "seconds")
+    arguments = {name: getattr(options, name) for name in chosen}
+    arguments |= {"learning_rate": options.rate, "items": list(items)}
     record = Benchmark.begin(arguments, options.device)
     record.environment["load"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     write_atomically(folder / RESULTS, record.as_json().encode())

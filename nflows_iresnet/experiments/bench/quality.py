@@ -150,7 +150,6 @@ MODELS_OF_QUALITY = {OURS: "residual-flow", BASELINE: "normflows-residual"}
 HIDDEN = {"checkerboard": 64, "two-spirals": 64, "digits": 128}
 """Width of the hidden layers for each data set."""
 BATCH = 256
-LEARNING_RATE = 5e-3
 TEST_ROWS = 2000
 VALIDATION_ROWS = 1000
 _CHECKPOINTS = 17
@@ -214,8 +213,7 @@ def _training(name: str, dataset: datasets.Dataset, seed: int, options: BenchOpt
     size = Architecture(dataset.features, HIDDEN[dataset.name], 6, 2)
     model = MODELS[MODELS_OF_QUALITY[name]].build(size).to(options.device)
     clock = time.process_time if trusts_cpu_time(options) else time.perf_counter
-    rate = options.learning_rate or LEARNING_RATE
-    plan = TrainingPlan(rate, ConstantRate(), clip_norm=None, clock=clock)
+    plan = TrainingPlan(options.rate, ConstantRate(), clip_norm=None, clock=clock)
     batches = training_batches(dataset, BATCH, seed, options.device)
     return Training(model, batches, plan, lambda: math.nan, after_step=model.after_step)
 
