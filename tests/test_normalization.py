@@ -289,6 +289,76 @@ def test_a_batch_of_one_tells_magnitudes_alone() -> None:
     assert norm.scale[2].item() == 1
 
 
+def steps_of_a_flow(flow: Any, rows: Tensor, deviations: float) -> list[float]:
+    """Return the losses on rows that are moved away from zero, in twenty steps without clipping."""
+    rows = rows + deviations * rows.std(0)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(20):
+        loss = -flow.log_prob(rows).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+FLOWS: dict[str, Callable[[], Any]] = {
+    "default": lambda: ResidualFlow(2, 16, 2),
+    "papers": lambda: ResidualFlow(2, 16, 2, marginal_bins=0, linear=False),
+    "hybrid": lambda: flows.HybridFlow(2, 16, 2),
+}
+
+
+@pytest.mark.parametrize("build", FLOWS.values(), ids=FLOWS)
+@pytest.mark.parametrize("deviations", [1e3, -1e5])
+def test_rows_far_from_zero_learn_as_those_about_it(
+    build: Callable[[], Any], deviations: float
+) -> None:
+    rows = torch.randn(128, 2, generator=device.generator(5)).double().cumsum(1)
+    found = []
+    for moved in (0.0, deviations):
+        torch.manual_seed(0)
+        found.append(steps_of_a_flow(build().double(), rows - rows.mean(0), moved))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def far_norm() -> ActNorm:
+    """Return an ActNorm that started from images 1,000 deviations from zero."""
+    norm = ActNorm(2)
+    norm(torch.randn(64, 2, 3, 3, generator=device.generator(3)) + 1000)
+    return norm
+
+
+def test_rows_far_from_zero_come_back_to_their_rounding() -> None:
+    norm = far_norm()
+    images = torch.randn(64, 2, 3, 3, generator=device.generator(4)) + 1000
+    outputs, logabsdet = norm(images)
+    again, back = norm.inverse(outputs)
+    assert float((again - images).detach().abs().max()) < 4 * 1000 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(back, -logabsdet)
+
+
+def test_a_state_without_a_center_replaces_that_of_rows_far_from_zero() -> None:
+    theirs, norm = transforms.ActNorm(2), far_norm()
+    theirs(far_data())
+    norm.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(norm(far_data())[0], theirs(far_data())[0])
+    with torch.device("meta"):
+        empty = ActNorm(2)
+    empty.load_state_dict(theirs.state_dict(), assign=True)
+    torch.testing.assert_close(empty(far_data())[0], theirs(far_data())[0])
+
+
+def test_what_is_lent_starts_without_moving_the_center_of_the_owner() -> None:
+    images = torch.randn(64, 2, 3, 3, generator=device.generator(3)) - 5000
+    norm = ActNorm(2)
+    lent = {name: torch.zeros_like(each) for name, each in norm.named_parameters()}
+    outputs = torch.func.functional_call(norm, lent, (images,), {})[0]
+    assert outputs.mean().item() == pytest.approx(0, abs=1e-2)
+    assert not bool(norm.has_learned())
+
+
 def test_small_data_learn_as_fast_as_large_ones() -> None:
     losses = []
     for scale in (1.0, 1e-6):

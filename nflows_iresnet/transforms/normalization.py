@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal, cast
@@ -20,6 +20,8 @@ from nflows_iresnet.validation import validated_size
 
 _ROUNDING_UNITS = 4.0
 """A feature whose standard deviation is less than so many units in the last place is constant."""
+_FAR = 100.0
+"""Deviations from zero from which on the mean is kept apart from what is learned."""
 ENOUGH_ROWS = 8
 """The deviation of fewer can be any number: for 3 the mean of 1 / s^2 is infinite."""
 _LOWEST = [0.0, 0.356, 0.434, 0.483, 0.519, 0.546, 0.569, 0.588]
@@ -30,14 +32,16 @@ _ERRORS_OF_ZERO = 2.5
 
 
 class ActNorm(_NflowsActNorm):
-    r"""y = exp(s) x + t per feature or channel, started so that the first batch has mean 0, std 1.
+    r"""y = exp(s) (x - m) + t per feature or channel, started so that a batch has mean 0, std 1.
 
-    Differs from `nflows.transforms.ActNorm` in the start alone, at the first forward pass in
-    training mode:
+    Differs from `nflows.transforms.ActNorm` in m, a buffer, and in the start. m is zero but for
+    features that start over 100 deviations from zero, where it is their mean: without it t would
+    have to follow each change of s a hundredfold, and of features ten thousand deviations from zero
+    nothing is learned. The start is at the first forward pass in training mode:
 
-    * It starts only what is still as it was built: s = t = 0. What was learned through the inverse
-      (variational inference), or was restored without the flag, is kept; sampling before training
-      changes nothing.
+    * It starts only what is still as it was built: s = t = m = 0. What was learned through the
+      inverse (variational inference), or was restored without the flag, is kept; sampling before
+      training changes nothing.
     * Samples of its own (`log_prob(samples)` with the graph of the samples, and all that a flow of
       this package computes while it samples) are no data: they start nothing, so that one step sees
       one model.
@@ -54,9 +58,9 @@ class ActNorm(_NflowsActNorm):
     * Where several processes train one model, they start from the statistics of the joined batch
       (three `all_reduce`, in which every process takes part, and all of them raise if one has to).
     * Tensors that `torch.func.functional_call` lends, if they are no `nn.Parameter`, are started
-      where they are lent, and the module waits on. Inside the transforms of `torch.func`, and
-      where scale or shift are computed from other parameters (`parametrize`, `prune`), a start is
-      an error that names the remedy.
+      where they are lent, with the mean in t alone, and the module waits on. Inside the transforms
+      of `torch.func`, and where scale or shift are computed from other parameters (`parametrize`,
+      `prune`), a start is an error that names the remedy.
     * Once started, a forward pass neither waits for the device nor breaks a compiled graph.
 
     References:
@@ -76,8 +80,11 @@ class ActNorm(_NflowsActNorm):
         True
     """
 
+    center: Tensor
+
     def __init__(self, features: int) -> None:
         super().__init__(validated_size("features", features))
+        self.register_buffer("center", torch.zeros_like(self.shift.detach()))
         self._has_started = False
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -86,14 +93,16 @@ class ActNorm(_NflowsActNorm):
         if self.training and not self._has_started:
             self._start(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
-        return scale * inputs + shift, for_each_input(self.log_scale.sum(), inputs)
+        outputs = scale * (inputs - self.center.view_as(shift)) + shift
+        return outputs, for_each_input(self.log_scale.sum(), inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, minus the sum of s over what was scaled), shapes (B, *) and (B,)."""
         run_weight_hooks(self)
         inputs = self._checked(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
-        return (inputs - shift) / scale, -for_each_input(self.log_scale.sum(), inputs)
+        outputs = (inputs - shift) / scale + self.center.view_as(shift)
+        return outputs, -for_each_input(self.log_scale.sum(), inputs)
 
     def lipschitz_constants(self) -> tuple[float, float]:
         """Return bounds of the Lipschitz constants of forward and inverse: the extreme scales."""
@@ -130,8 +139,8 @@ class ActNorm(_NflowsActNorm):
             note_batch(self)
 
     def has_learned(self) -> Tensor:
-        """Return whether scale or shift is not zero, as both are until it starts: shape ()."""
-        return self.log_scale.any() | self.shift.any()
+        """Return whether s, t or m is not zero, as all are until it starts: shape ()."""
+        return self.log_scale.any() | self.shift.any() | self.center.any()
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
@@ -153,11 +162,24 @@ class ActNorm(_NflowsActNorm):
         mean, std = likely_moments(mean * unit, std, int(count))
         largest = -math.log(limits.tiny)
         self.log_scale.copy_(-std.log().clamp(-largest, largest))
+        if isinstance(self, ActNorm):  # nflows' own has no center
+            if owns_parameters(self):
+                is_far = (mean.abs() > _FAR * std) & (unit < limits.max / 4)
+                self.center.copy_(torch.where(is_far, mean, 0.0))
+            mean = mean - self.center
         self.shift.copy_(-mean * self.scale.double())
         note_start(self)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, strict, *lists)
+        missing_keys: list[str] = lists[0]
+        if f"{prefix}center" in missing_keys:  # of nflows, or of a version without it
+            missing_keys.remove(f"{prefix}center")
+            if self.center.is_meta:
+                self.center = torch.zeros_like(self.shift.detach())
+            self.center.zero_()
         self._has_started = not self.initialized.is_meta and bool(self.initialized)
 
 
@@ -240,9 +262,14 @@ def note_start(part: Any) -> None:
 
     `torch.func.functional_call` takes back what it lends, which is mostly no `nn.Parameter`.
     """
-    if all(isinstance(each, nn.Parameter) for each in part.parameters()):
+    if owns_parameters(part):
         part.initialized.fill_(True)
         part._has_started = True
+
+
+def owns_parameters(part: nn.Module) -> bool:
+    """Whether none of the parameters of a part is lent to it for a call."""
+    return all(isinstance(each, nn.Parameter) for each in part.parameters())
 
 
 STARTED_BY_A_BATCH: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()

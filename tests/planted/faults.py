@@ -335,6 +335,27 @@ FAULTS: tuple[Fault, ...] = (
         "normalization::test_the_bounds_of_scales_are_above_their_exact_exponentials",
     ),
     Fault(
+        "ActNorm learns features far from zero without their mean taken off",
+        "transforms/normalization.py",
+        "_FAR = 100.0",
+        "_FAR = math.inf",
+        "normalization::test_rows_far_from_zero_learn_as_those_about_it",
+    ),
+    Fault(
+        "a state without a center leaves that of other rows",
+        "transforms/normalization.py",
+        "            self.center.zero_()\n",
+        "",
+        "normalization::test_a_state_without_a_center_replaces_that_of_rows_far_from_zero",
+    ),
+    Fault(
+        "a start of lent parameters moves the center of their owner",
+        "transforms/normalization.py",
+        "            if owns_parameters(self):\n",
+        "            if True:\n",
+        "normalization::test_what_is_lent_starts_without_moving_the_center_of_the_owner",
+    ),
+    Fault(
         "the shift of ActNorm is in other units",
         "transforms/normalization.py",
         "likely_moments(mean * unit, std",
@@ -2318,7 +2339,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "a start is noted where it was lent",
         "transforms/normalization.py",
-        "if all(isinstance(each, nn.Parameter) for each in part.parameters()):",
+        "if owns_parameters(part):",
         "if True:",
         "initialize::test_what_is_lent_starts_where_it_is_lent_and_the_module_waits_on",
     ),
