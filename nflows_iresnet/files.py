@@ -23,14 +23,15 @@ class WriteError(OSError):
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
-    Whenever the process or the machine stops. What a process that was killed had written in part is
-    removed by the next that writes into the folder.
+    Whenever the process or the machine stops. What a link leads to is replaced, and not the link.
+    What a process that was killed had written in part is removed by the next that writes into the
+    folder.
 
     Raises:
         WriteError: the disk is full, or the folder cannot be written.
     """
     try:
-        _replace(path, content)
+        _replace(path.resolve() if path.is_symlink() else path, content)
     except OSError as error:
         reason = error.strerror or str(error)
         if path.is_dir():

@@ -92,7 +92,8 @@ class GraphedStep:
         batch: a first batch, shape (B, *), as those to come.
         loss: callable of (flow, batch), or (flow, batch, context) where there is a context, that
             returns a scalar; by default the mean negative log-likelihood.
-        max_grad_norm: what the norm of all gradients is clipped to, unless None.
+        max_grad_norm: what the norm of the gradients of the optimiser's parameters is clipped to,
+            unless None.
         context: a first context, shape (B, C), for steps that take one.
 
     Raises:
@@ -198,7 +199,7 @@ class EagerStep:
         flow: the model.
         optimizer: of its parameters, perhaps of others, too.
         loss: callable of (flow, *batch) that returns a scalar.
-        max_grad_norm: what the norm of all gradients is clipped to, unless None.
+        max_grad_norm: what the norm of the gradients that it steps by is clipped to, unless None.
         keeps_gradients: whether gradients stay where they are, as a graph needs them; dropped ones
             let the optimiser leave alone what a loss does not use.
     """
@@ -215,13 +216,18 @@ class EagerStep:
         self._forget_gradients()
         with _without_autocast_cache(trained[0].device):
             loss = self.loss(self.flow, *batch)
+            if not isinstance(loss, Tensor):
+                raise ValueError(
+                    f"the loss must be a tensor with a gradient, got a {type(loss).__name__}: "
+                    "leave out float() and item()"
+                )
             if loss.dim() > 0:
                 raise ValueError(
                     f"the loss must be a scalar, got shape {tuple(loss.shape)}; take its mean()"
                 )
             loss.backward()
             if self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
+                nn.utils.clip_grad_norm_(self._stepped(), self.max_grad_norm)
             self.optimizer.step()
         return loss.detach()
 
@@ -239,11 +245,13 @@ class EagerStep:
         """Return what is trained."""
         return trainable(self._every_parameter())
 
+    def _stepped(self) -> list[nn.Parameter]:
+        """Return what the optimiser changes."""
+        return [each for group in self.optimizer.param_groups for each in group["params"]]
+
     def _every_parameter(self) -> list[nn.Parameter]:
         """Return the model's parameters and the optimiser's, each once."""
-        every = [*self.flow.parameters()]
-        for group in self.optimizer.param_groups:
-            every += group["params"]
+        every = [*self.flow.parameters(), *self._stepped()]
         return list({id(each): each for each in every}.values())
 
     def tensors(self) -> list[Tensor]:

@@ -825,7 +825,7 @@ def _added(
     alpha: float = 1,
     **named: Tensor,
 ) -> Tensor:
-    left, right = (*factors, *named.values())
+    left, right = (*factors, *(named[name] for name in sorted(named)))
     if beta == alpha == 1:
         return _product(_Matrices(), _OUT, left, right, None, bias=input)
     products = alpha * _product(_Matrices(), _OUT, left, right, None)

@@ -279,6 +279,50 @@ def test_rows_behind_a_hash_are_left_out(tmp_path: Path) -> None:
         assert sum(map(len, parts)) == 30
 
 
+@pytest.mark.parametrize(
+    ("above", "names"),
+    [
+        ("#900,900", ("0", "1")),
+        ("# a,b\n#900,-900", ("a", "b")),
+        ("# 30 2\n", ("0", "1")),
+        ("# 30, 2", ("0", "1")),
+        ("# written 2024\n", ("0", "1")),
+        ("# made by a tool, v2\nx1,x2", ("x1", "x2")),
+        ("# x1,x2", ("x1", "x2")),
+    ],
+)
+def test_what_follows_a_hash_is_no_row(above: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    for separator in (",", ";", "\t", " "):
+        lines = [f"{index}.5{separator}{index**2}" for index in range(30)]
+        written = above if separator == "," else above.replace(",", separator)
+        found = datasets.load(_write(tmp_path / "table.csv", "\n".join([written, *lines])))
+        assert (found.num_rows, found.columns) == (30, names), separator
+
+
+def test_a_file_of_rows_taken_out_is_empty(tmp_path: Path) -> None:
+    path = _write(tmp_path / "table.csv", "\n".join(f"#{i},{i}" for i in range(30)))
+    with pytest.raises(ValueError, match="is empty"):
+        datasets.load(path)
+
+
+def test_a_lone_zero_above_decimals_may_be_the_name_that_pandas_gives(tmp_path: Path) -> None:
+    rows = [f"{1000 + index}.5" for index in range(30)]
+    with pytest.raises(ValueError, match="line 1: 0 may be the names of the columns, or a row"):
+        datasets.load(_write(tmp_path / "one.csv", "\n".join(["0", *rows])))
+    for first, count in (("0.0", 31), ("x", 30), ("7", 31)):
+        path = _write(tmp_path / "one.csv", "\n".join([first, *rows]))
+        assert datasets.load(path).num_rows == count
+
+
+def test_data_are_read_whatever_the_default_device(tmp_path: Path) -> None:
+    path = _write(tmp_path / "t.csv", "\n".join(f"{i},{i**2}" for i in range(30)))
+    with torch.device("meta"):
+        for name in ("moons", "digits", path):
+            assert datasets.load(name, num_samples=30).train.device.type == "cpu"
+        assert datasets.load_images("digits").train.device.type == "cpu"
+        assert datasets.make("moons", num_train=9).test.device.type == "cpu"
+
+
 def test_repeats_and_quantised_columns_are_noted(tmp_path: Path) -> None:
     rows = np.concatenate([_rows(), _rows()[:2]])
     rows[:, 0] = rows[:, 0] > 5

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -284,6 +285,67 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged, of another version, or none: delete it"):
             trained(path)
+
+
+def test_a_checkpoint_of_another_flow_is_named_and_leaves_this_one_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "fit.pt"
+    trained(path, stop_after=1)
+    flow = ResidualFlow(2, 8, 2, coeff=0.9)
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    kept = torch.load(path, weights_only=True)
+    options: dict[str, Any] = {"max_steps": STEPS, "validations": 3, "batch_size": 16}
+    with pytest.raises(ValueError, match=r"is of another flow \(.*coeff.*\): delete it"):
+        fit(flow, ROWS, ROWS[:20], checkpoint=path, **options)
+    kept["state"]["stream"]["shuffle"] = torch.zeros(3, dtype=torch.uint8)
+    torch.save(kept, path)
+    flow = ResidualFlow(2, 8, 2, estimator=logdet.RussianRoulette())
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    with pytest.raises(ValueError, match="is damaged"):
+        fit(flow, ROWS, ROWS[:20], checkpoint=path, initialize=False, **options)
+    for name, value in flow.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_options_of_an_optimizer_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+    def once() -> float:
+        torch.manual_seed(0)
+        flow = ResidualFlow(2, 8, 2)
+        decay, betas = np.float64(1e-4), (np.float64(0.9), 0.99)
+        optimizer = torch.optim.AdamW(flow.parameters(), weight_decay=decay, betas=betas)
+        path = tmp_path / "fit.pt"
+        return fit(flow, ROWS, ROWS, optimizer=optimizer, max_steps=4, checkpoint=path).seconds
+
+    assert once() == once(), "the second call finds the training finished"
+
+
+def test_what_no_checkpoint_can_hold_is_named_before_the_training(tmp_path: Path) -> None:
+    class WithObjects(ResidualFlow):
+        def get_extra_state(self) -> Any:
+            return {"path": tmp_path}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    path = tmp_path / "fit.pt"
+    with pytest.raises(ValueError, match=r"could not be read again: .* holds a pathlib.*without a"):
+        fit(WithObjects(2, 8, 2), ROWS, ROWS, max_steps=4, checkpoint=path, after_step=press)
+    assert not path.exists()
+
+
+def test_a_checkpoint_goes_to_where_a_link_leads(tmp_path: Path) -> None:
+    path, scratch = tmp_path / "fit.pt", tmp_path / "scratch"
+    scratch.mkdir()
+    path.symlink_to(scratch / "fit.pt")
+    trained(path, stop_after=1)
+    assert path.is_symlink()
+    assert [each.name for each in scratch.iterdir()] == ["fit.pt"]
+    assert trained(path)[0].steps == STEPS
+
+
+def test_a_checkpoint_holds_nothing_of_the_device(tmp_path: Path) -> None:
+    path = tmp_path / "fit.pt"
+    trained(path, stop_after=1)
+    assert torch.load(path, weights_only=True)["state"]["stream"]["noise"] is None
 
 
 def test_what_one_saved_oneself_is_not_to_be_deleted(tmp_path: Path) -> None:

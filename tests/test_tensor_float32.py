@@ -174,6 +174,7 @@ class Einsum(torch_nn.Module):
         outputs = torch.einsum("bi,ji->bj", inputs, weight) + inputs @ weight + inputs.mm(weight)
         outputs = outputs + torch.matmul(weight, inputs[..., None])[..., 0]
         outputs = outputs + torch.addmm(inputs, inputs, weight, beta=0.1, alpha=0.5)
+        outputs = outputs + torch.addmm(inputs, mat2=weight, mat1=inputs)
         outputs = outputs + torch.tensordot(inputs, weight, 1)
         outputs = outputs + torch.bmm(inputs[:, None], weight.expand(len(inputs), 3, 3))[:, 0]
         return 0.5 * (outputs + self.bilinear(inputs.tanh(), inputs.cos())).tanh()

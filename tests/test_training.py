@@ -17,13 +17,13 @@ import torch
 from nflows.flows import MaskedAutoregressiveFlow
 from nflows.transforms import LULinear
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from nflows_iresnet import ResidualFlow, interruption, logdet, transforms
 from nflows_iresnet.flows import Flow, ImageResidualFlow, StandardNormal
 from nflows_iresnet.nn import PowerIteration
 from nflows_iresnet.training import History, TrainingDivergedError, fit
-from nflows_iresnet.training.loop import Training, WeightAverage, adam, run
+from nflows_iresnet.training.loop import Stepper, Training, WeightAverage, adam, run
 from nflows_iresnet.training.progress import FirstOf, Seconds, Steps, TrainingPlan
 from nflows_iresnet.training.rows import Batches
 from nflows_iresnet.transforms.image import PixelwiseSpline
@@ -415,6 +415,23 @@ def test_gradients_that_the_optimizer_does_not_take_do_not_pile_up_in_the_norm()
     assert lengths == pytest.approx([rate * plan.factor_at(k / 10) for k in range(10)], rel=1e-3)
 
 
+def test_gradients_that_the_optimizer_does_not_take_are_not_clipped_with_the_others() -> None:
+    class Two(Line):
+        def __init__(self) -> None:
+            super().__init__(slope=0.25)
+            self.other = nn.Parameter(torch.zeros(1))
+
+        def log_prob(self, inputs: Tensor) -> Tensor:
+            return super().log_prob(inputs) + 1e3 * self.other
+
+    model = Two()
+    optimizer = torch.optim.SGD([model.weight], lr=1.0)
+    ends = []
+    after_step = lambda: ends.append(float(model.weight.detach()[0]))  # noqa: E731
+    quick(model, optimizer=optimizer, max_grad_norm=1.0, after_step=after_step, warmup=0.0)
+    assert ends[0] == pytest.approx(0.25, rel=1e-3)
+
+
 def test_weights_that_are_strided_are_trained_as_others() -> None:
     plain, strided = Line(), Line()
     strided.weight = nn.Parameter(torch.zeros(4)[::2])
@@ -445,6 +462,14 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     model = Line()
     with pytest.raises(ValueError, match=r"LBFGS needs a closure.*torch.optim.Adam"):
         quick(model, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+def test_an_optimizer_with_a_scheduler_is_refused() -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    with pytest.raises(ValueError, match=r"SGD has a scheduler .* make an optimiser without one"):
+        quick(model, optimizer=optimizer)
 
 
 def test_an_optimizer_of_another_flow_is_refused() -> None:
@@ -575,6 +600,18 @@ def test_a_part_in_evaluation_mode_stays_there() -> None:
     assert int(model.norm.num_batches_tracked) == 20  # type: ignore[arg-type]
 
 
+def test_a_part_in_evaluation_mode_stays_there_in_the_next_training() -> None:
+    model = nn.Module()
+    model.norm, model.line = nn.BatchNorm1d(2), Line()
+    model.log_prob = lambda rows: model.line.log_prob(model.norm(rows))  # type: ignore[assignment]
+    model.norm.eval()
+    for told, expected in ((False, 0), (False, 0), (True, 10)):
+        model.norm.train(told)
+        quick(model)
+        assert not model.training
+        assert int(model.norm.num_batches_tracked) == expected  # type: ignore[arg-type]
+
+
 # --- seeds, records, interruption -----------------------------------------------------------------
 
 
@@ -694,6 +731,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_the_remedy() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.25
     with pytest.raises(TrainingDivergedError, match="validation NLL was never finite"):
         quick(Line(), validation=lambda flow: math.nan)
+    assert not broken.training
 
 
 ROWS = rows_of(20)
@@ -718,6 +756,10 @@ WITH_NAN = torch.where(torch.arange(20)[:, None] == 3, math.nan, ROWS)
         (ROWS, {"average_decay": 1.0}, "decay must be in"),
         (ROWS, {"batch_size": 0}, "batch_size must be at least 1"),
         (ROWS, {"max_grad_norm": 0.0}, "max_grad_norm must be a positive number"),
+        (ROWS, {"seed": -1}, "seed must be None, or an integer from 0 to 4294967295, got -1"),
+        (ROWS, {"seed": 2**32}, "seed must be None, or an integer from 0 to"),
+        (ROWS, {"seed": 0.5}, "seed must be None, or an integer from 0 to"),
+        (ROWS, {"loss": lambda flow, rows: 1.5}, "must be a tensor with a gradient, got a float"),
     ],
 )
 def test_what_cannot_work_is_refused(train: Any, options: Any, message: str) -> None:
@@ -802,6 +844,67 @@ def test_rows_that_are_lost_to_the_precision_of_the_flow_are_refused() -> None:
     shifted = times - times.mean(0)
     assert fit(residual_flow(), shifted, shifted, max_steps=2, validations=1).steps == 2
     assert fit(residual_flow().double(), times, times, max_steps=2, validations=1).steps == 2
+
+
+def test_rows_of_a_loader_that_are_lost_to_the_precision_of_the_flow_are_refused() -> None:
+    times = 1.7e9 + 50 * rows_of(320).double()
+    loader = DataLoader(TensorDataset(times), 16)
+    with pytest.raises(ValueError, match=r"2 features of the training rows.*flow\.double\(\)"):
+        fit(residual_flow(), loader, ROWS, max_steps=20, validations=1)
+    with pytest.raises(ValueError, match=r"2 features of the validation rows"):
+        fit(residual_flow(), ROWS, loader, max_steps=2, validations=1)
+    fit(residual_flow().double(), loader, loader, max_steps=2, validations=1)
+
+
+def test_rows_with_a_graph_are_numbers() -> None:
+    leaf = rows_of(40).requires_grad_()
+    for rows in (leaf, 2 * leaf, DataLoader(TensorDataset(2 * leaf), 16)):
+        fit(residual_flow(), rows, rows, max_steps=4, validations=2)
+    assert leaf.grad is None
+
+
+def test_a_loss_that_differentiates_in_its_rows_is_validated() -> None:
+    def score_matching(flow: Any, rows: Tensor) -> Tensor:
+        rows = rows.clone().requires_grad_()
+        (score,) = torch.autograd.grad(flow.log_prob(rows).sum(), rows, create_graph=True)
+        return score.square().sum(1).mean()
+
+    flow = residual_flow()
+    with transforms.using(flow, estimator=logdet.Exact()):
+        history = fit(flow, ROWS, ROWS, loss=score_matching, max_steps=4, validations=2)
+    assert history.steps == 4
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_training_without_gradients_says_so(without: Any) -> None:
+    with without(), pytest.raises(ValueError, match="gradients are switched off here"):
+        quick(Line())
+
+
+def test_a_graph_of_three_tensors_is_refused_and_the_step_taken() -> None:
+    model, rows = Line(), rows_of(8)
+    loss = lambda flow, rows, context, weights: flow.log_prob(rows).mean()  # noqa: E731
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=1e-2), None, loss)
+    stepper._graphed(rows, rows, rows)(rows, rows, rows)
+    assert stepper.capture_reason == "batches have 3 tensors, and a graph rows and their context"
+
+
+def test_batches_are_drawn_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        batch = next(Batches(ROWS, 4, seed=0))
+    assert torch.equal(batch, next(Batches(ROWS, 4, seed=0)))
+
+
+def test_a_sampler_inside_a_sampler_of_batches_is_told_its_epoch() -> None:
+    class Told(RandomSampler):
+        def set_epoch(self, epoch: int) -> None:
+            epochs.append(epoch)
+
+    epochs: list[int] = []
+    inner = Told(TensorDataset(ROWS))
+    loader = DataLoader(TensorDataset(ROWS), batch_sampler=BatchSampler(inner, 10, drop_last=True))
+    fit(residual_flow(), loader, ROWS, max_steps=5, validations=1, initialize=False)
+    assert epochs == [0, 1, 2]
 
 
 @pytest.mark.parametrize("second", ["constant", "sparse", "far, but not too far"])

@@ -148,7 +148,8 @@ def make(
     sizes = (num_train, num_validation, num_test)
     if min(sizes) < 1:
         raise ValueError(f"num_train, num_validation and num_test must be at least 1, got {sizes}")
-    return _sampled(name, TOYS[name], sizes, seed)
+    with torch.device("cpu"):
+        return _sampled(name, TOYS[name], sizes, seed)
 
 
 def _sampled(name: str, density: Density, sizes: Sequence[int], seed: int) -> Dataset:
@@ -175,7 +176,8 @@ def load(
 ) -> Dataset:
     """Load a data set by name, or the numbers of a file by path.
 
-    Names win over files: write ``./moons`` for a file of that name. Everything random (samples,
+    Names win over files: write ``./moons`` for a file of that name. Rows are on the CPU, whatever
+    torch's default device. Everything random (samples,
     noise, the permutation behind the splits) comes from ``seed``.
 
     Args:
@@ -204,10 +206,11 @@ def load(
         ValueError: unknown data set 'moon', did you mean 'moons'? Known: ...
     """
     name = os.fspath(name_or_path)
-    if name in _ENTRIES:
-        return _ENTRIES[name].load(data_dir, seed, num_samples)
-    generator = torch.Generator().manual_seed(seed)
-    return from_table(read_table(_existing_file(name)), generator, num_samples)
+    with torch.device("cpu"):
+        if name in _ENTRIES:
+            return _ENTRIES[name].load(data_dir, seed, num_samples)
+        generator = torch.Generator().manual_seed(seed)
+        return from_table(read_table(_existing_file(name)), generator, num_samples)
 
 
 def _existing_file(name: str) -> Path:

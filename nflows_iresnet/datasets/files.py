@@ -136,7 +136,8 @@ def read_text(
     Cells are separated by commas, semicolons, tabs or spaces. A first row without any number is
     taken for the names, whether or not it begins with numpy's ``#``; so is ``0, 1, 2, ...``, as
     pandas calls columns without names, above a row with a decimal point. Other rising whole
-    numbers above decimals everywhere may be names or a row, and are refused. Columns without names
+    numbers above decimals everywhere, and a lone 0, may be names or a row, and are refused. What
+    follows another ``#`` is never read, as it may be a row taken out. Columns without names
     are called ``0, 1, ...``. The first row must have ``width`` cells. ``columns`` are names for the
     first of them, which are kept. Lines that begin with ``comment``, and blank ones, are no rows.
     """
@@ -183,33 +184,39 @@ def _are_pandas_numbers(rows: list[list[str]]) -> bool:
 
 
 def _may_be_names(rows: list[list[str]]) -> bool:
-    """Whether the first row has rising whole numbers, and the next three decimals alone."""
+    """Whether the first row is rising whole numbers, or 0, and the next three decimals alone."""
     first, others = rows[0], rows[1:4]
-    if len(first) < 2 or len(others) < 3 or not all(cell.isdecimal() for cell in first):
+    if len(others) < 3 or not all(cell.isdecimal() for cell in first):
         return False
     numbers = [int(cell) for cell in first]
-    is_rising = numbers == sorted(set(numbers))
-    return is_rising and all("." in cell for cells in others for cell in cells)
+    is_named = numbers == sorted(set(numbers)) if len(first) > 1 else first == ["0"]
+    return is_named and all("." in cell for cells in others for cell in cells)
 
 
 def _without_hashes(lines: dict[int, str]) -> dict[int, str]:
     """Return the rows, and a header: what follows a hash is neither, but for names above rows.
 
-    Those are the last such line with as many commas, semicolons, tabs or words as the first row.
+    Those are the last such line without a number and with as many cells as the first row.
     """
 
-    def size(line: str) -> int:
-        return len(line.split(_separator(line)))
+    def cells(line: str) -> list[str]:
+        return line.split(_separator(line))
+
+    def are_names(line: str) -> bool:
+        return not any(_is_number(cell) for cell in cells(line))
 
     is_hidden = {number: line.lstrip()[0] == "#" for number, line in lines.items()}
     rows = {number: line for number, line in lines.items() if not is_hidden[number]}
     names = {number: line.lstrip(" #") for number, line in lines.items() if is_hidden[number]}
     if not rows:
-        return names
+        return {}
     first, row = next(iter(rows.items()))
-    fitting = [n for n, line in names.items() if n < first and size(line) == size(row)]
-    has_header = re.search(r"\d", row) is None
-    header = {} if has_header or not fitting else {fitting[-1]: names[fitting[-1]]}
+    fitting = {
+        number: line
+        for number, line in names.items()
+        if number < first and are_names(line) and len(cells(line)) == len(cells(row))
+    }
+    header = {} if are_names(row) else dict(list(fitting.items())[-1:])
     return {**header, **rows}
 
 

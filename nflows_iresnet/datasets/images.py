@@ -380,7 +380,11 @@ def load_images(
     """
     if name not in IMAGE_SETS:
         raise ValueError(f"unknown set of images {name!r}: choose from {', '.join(IMAGE_SETS)}")
-    found = IMAGE_SETS[name].read(data_dir)
+    with torch.device("cpu"):
+        return _split(name, IMAGE_SETS[name].read(data_dir), seed, num_train)
+
+
+def _split(name: str, found: LabelledImages, seed: int, num_train: int | None) -> ImageDataset:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(found.num_splittable, generator=generator)
     sizes = split_sizes(len(order), name)

@@ -182,7 +182,7 @@ def gradients_with_a_graph(subject: Subject) -> None:
 
 
 def every_parameter_learns(subject: Subject) -> None:
-    """Every parameter gets a finite gradient from a likelihood."""
+    """Every parameter that is not frozen gets a finite gradient from a likelihood."""
     if not subject.parameters:
         return
     outputs, logabsdet = subject.forward()
@@ -190,6 +190,8 @@ def every_parameter_learns(subject: Subject) -> None:
     subject.transform.zero_grad()
     loss.backward()
     for name, parameter in subject.transform.named_parameters():
+        if not parameter.requires_grad:
+            continue
         require(parameter.grad is not None, f"parameter {name} gets no gradient")
         require(parameter.grad.isfinite().all(), f"gradient of {name} is not finite")
 

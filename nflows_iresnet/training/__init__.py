@@ -13,6 +13,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ def fit(
     Args:
         flow: any flow of nflows or of this library, or any module with `log_prob(rows)` or
             `log_prob(rows, context)` in nats; with a `loss`, any module. Trained in place. Where
-            it is in training mode, its parts in evaluation mode stay there meanwhile. It is left
-            in evaluation mode.
+            it is in training mode, its parts in evaluation mode stay there meanwhile, and in later
+            calls. It is left in evaluation mode.
         train: rows (N, *), or rows and their context ((N, *), (N, C)), shuffled afresh in each
             epoch; or a data loader of such batches, which is run through again and again. They are
             moved to the device of the flow, and numbers that are not whole to its precision.
@@ -138,13 +139,14 @@ def fit(
         loss: callable of (flow, rows) or (flow, rows, context) that returns a scalar to be
             minimised: `lambda flow, rows: flow.forward_kld(rows)` for a flow of normflows.
         optimizer: of the flow's parameters and of no others (what a loss trains beside the flow
-            belongs into one module with it); its own learning rates are then what the schedule
-            scales. By default Adam (capturable on CUDA) with `learning_rate`.
+            belongs into one module with it), without a scheduler; its own learning rates are then
+            what the schedule scales. By default Adam (capturable on CUDA) with `learning_rate`.
         learning_rate: the largest one.
         batch_size: rows of a step, where `train` is no data loader.
         max_steps: length of the schedule in steps; 5,000 unless there is `max_seconds`.
         max_seconds: its length in seconds of training.
-        max_grad_norm: what the norm of the gradient is clipped to; None leaves it as it is.
+        max_grad_norm: what the norm of the gradient of the optimiser's parameters is clipped to;
+            None leaves it as it is.
         warmup: part of the training in which the learning rate rises.
         average_decay: in [0, 1); None validates and keeps the weights themselves.
         validations: how often the flow is validated, at equal intervals of the schedule.
@@ -160,7 +162,8 @@ def fit(
             the same result (bit for bit on a CPU); the global generators of torch and numpy are
             left as they were. None draws from them.
         after_step: called after each step, for models that ask for it.
-        on_step: called after each step with the fraction done and the loss.
+        on_step: called with the fraction done and the loss after each step, on a GPU after those
+            that ran without a look at their losses.
         progress: whether validations are shown on stderr; by default if that is a terminal.
         checkpoint: a file to go on from, if it is there, and to write.
 
@@ -186,6 +189,12 @@ def fit(
     )
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a part of the training, in [0, 1), got {warmup}")
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "gradients are switched off here, by torch.no_grad or torch.inference_mode: call fit "
+            "outside of it"
+        )
+    seed = None if seed is None else _validated_seed(seed)
     processes = Processes.present()
     like = max(trainable(flow.parameters()), key=Tensor.numel)  # small ones may have another dtype
     given = GivenRows(train, like, "training", processes)
@@ -259,6 +268,13 @@ def _keeper(path: Path, training: Training, settings: dict[str, Any]) -> Keeper:
         "processes": training.processes.count,
     }
     return Keeper(path, about)
+
+
+def _validated_seed(seed: object) -> int:
+    """Return a seed as torch and numpy take it."""
+    if isinstance(seed, Integral) and 0 <= int(seed) < 2**32:
+        return int(seed)
+    raise ValueError(f"seed must be None, or an integer from 0 to {2**32 - 1}, got {seed!r}")
 
 
 def _name(function: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 import time
 from collections.abc import Mapping
@@ -49,6 +50,26 @@ class Keeper:
         write_atomically(self.path, content.getvalue())
         self._last = time.monotonic()
 
+    def require_plain(self, state: dict[str, Any]) -> None:
+        """Make sure that a state could be read again.
+
+        Raises:
+            CheckpointError: it holds what only running code could read.
+        """
+        content = io.BytesIO()
+        torch.save(state, content)
+        content.seek(0)
+        try:
+            torch.load(content, weights_only=True)
+        except Exception as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = found[1] if found else type(error).__name__
+            raise CheckpointError(
+                f"checkpoint {str(self.path)!r} could not be read again: the state of the model or "
+                f"of its optimiser holds a {what}, and to read that is to run code. Let it hold "
+                "tensors, numbers and strings, or train without a checkpoint"
+            ) from error
+
     def load(self) -> dict[str, Any] | None:
         """Return the state of the checkpoint, None if there is none.
 
@@ -76,6 +97,13 @@ class Keeper:
     def damaged(self) -> CheckpointError:
         """Return the error that says that the file is damaged."""
         return self._refused("damaged, of another version, or none")
+
+    def refused_by(self, error: Exception) -> CheckpointError:
+        """Return the error that says why its state could not be loaded."""
+        kind, *reasons = str(error).splitlines() or [""]
+        if kind.startswith("Error(s) in loading state_dict") and reasons:
+            return self._refused(f"of another flow ({reasons[0].strip().rstrip('.')})")
+        return self.damaged()
 
     def discard(self) -> None:
         """Delete the checkpoint.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from functools import partial
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -180,6 +182,9 @@ class Stepper:
     def _graphed(self, *batch: Tensor) -> Callable[..., Tensor]:
         step = self._eager
         options: dict[str, Any] = {"loss": step.loss, "max_grad_norm": step.max_grad_norm}
+        if len(batch) > 2:
+            self._refused = f"batches have {len(batch)} tensors, and a graph rows and their context"
+            return step
         if len(batch) > 1:
             options["context"] = batch[1]
         try:
@@ -220,7 +225,8 @@ class Training:
         processes: that train the model together, each with batches of its own.
 
     Raises:
-        ValueError: the optimiser needs a closure, or is another model's; nothing is to be trained.
+        ValueError: the optimiser needs a closure, has a scheduler, or is another model's; nothing
+            is to be trained.
     """
 
     def __init__(
@@ -239,6 +245,7 @@ class Training:
         self.device = max(trainable(model.parameters()), key=Tensor.numel).device
         self.optimizer = optimizer or adam(model.parameters(), plan.learning_rate)
         _require_no_closure(self.optimizer)
+        _require_no_scheduler(self.optimizer)
         _require_own(self.optimizer, model)
         if processes.count > 1:
             model, loss = DistributedDataParallel(_Loss(model, loss)), nn.Module.__call__
@@ -321,13 +328,21 @@ class Training:
         own = {"stream": stream.state_dict(), "random": random_state(self.device)}
         first, *others = self.processes.of_all(own)
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.trained_state(),
             "average": None if self.average is None else self.average.state_dict(),
             "progress": self.progress.state_dict(),
             "capture": self.capture,
             **first,
             "others": others,
+        }
+
+    def trained_state(self) -> dict[str, Any]:
+        """Return the part of the state that is users': that of the model and its optimiser."""
+        optimizer = self.optimizer.state_dict()
+        groups = list(map(_plain, optimizer["param_groups"]))
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": {**optimizer, "param_groups": groups},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -353,6 +368,7 @@ class Training:
         except TrainingDivergedError:
             if self.progress.best_state is not None:
                 self.model.load_state_dict(self.progress.best_state)
+            self.model.train(False)
             raise
         finally:
             self.scale_rates(1.0)
@@ -373,9 +389,26 @@ def _with_options_of(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return the options of its groups, but for learning rates and how a step is computed."""
     return [
-        {name: group[name] for name in sorted(group.keys() - _OF_NOW - {"params"})}
+        {name: _plain(group[name]) for name in sorted(group.keys() - _OF_NOW - {"params"})}
         for group in optimizer.param_groups
     ]
+
+
+def _plain(value: Any) -> Any:
+    """Return an option without the numbers of numpy, which would need code to be read."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+def _require_no_scheduler(optimizer: torch.optim.Optimizer) -> None:
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} has a scheduler of its learning rate, which the schedule "
+            "of this training would override: make an optimiser without one"
+        )
 
 
 def _require_no_closure(optimizer: torch.optim.Optimizer) -> None:
@@ -415,7 +448,8 @@ def run(
 
     Args:
         training: what is trained, and how.
-        on_step: called after each step with the fraction done and the loss in nats.
+        on_step: called with the fraction done and the loss in nats: after each step, on a GPU after
+            those that ran without a look at their losses.
         keeper: keeps checkpoints, and holds the one to go on from, if there is one: the training
             then goes on exactly as if it had not been interrupted (bit for bit on a CPU).
         interruption: says at the end of each step whether to stop, after a checkpoint.
@@ -430,8 +464,7 @@ def run(
         _take_up(training, keeper)
     processes, progress = training.processes, training.progress
     is_alone = processes.count == 1
-    if not training.model.training:  # else a part that is in evaluation mode is to stay there
-        training.model.train()
+    _let_train(training.model)
     wish = interruption or _Never()
     with wish, training.under_way():
         if training.plan.validates_start and not progress.curve and not progress.begun:
@@ -455,13 +488,39 @@ def run(
     return close(training)
 
 
+_IN_EVALUATION: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""Of models that were trained, the parts that stayed in evaluation mode meanwhile."""
+
+
+def _let_train(model: nn.Module) -> None:
+    """Put a model into training mode, but for parts that are to stay in evaluation mode.
+
+    They are those that are in it while the whole is not; of a model that an earlier training left
+    in evaluation mode, those that were.
+    """
+    if model.training:
+        kept = {part for part in model.modules() if not part.training}
+    else:
+        kept = {part for part in _IN_EVALUATION.get(model, ()) if not part.training}
+        model.train()
+        for part in kept:
+            part.training = False
+    _IN_EVALUATION[model] = WeakSet(kept)
+
+
 def _take_up(training: Training, keeper: Keeper) -> None:
+    """Go on from a checkpoint, or make sure that there can be one."""
     state = training.processes.first(keeper.load)
+    if state is None:
+        training.processes.first(lambda: keeper.require_plain(training.trained_state()))
+        return
+    before = deepcopy(training.model.state_dict())
     try:
-        if state is not None:
-            training.load_state_dict(state)
+        training.load_state_dict(state)
     except Exception as error:  # what is missing or misshapen may raise anything
-        raise keeper.damaged() from error
+        with suppress(Exception):
+            training.model.load_state_dict(before)
+        raise keeper.refused_by(error) from error
 
 
 def close(training: Training) -> History:
@@ -472,13 +531,13 @@ def close(training: Training) -> History:
         TrainingDivergedError: there is none after a step.
     """
     progress = training.progress
+    training.model.train(False)
     is_finite = any(math.isfinite(point.validation) for point in progress.trained)
     if progress.stopped is not None and not is_finite:
         raise TrainingDivergedError(f"the validation NLL was never finite; {REMEDY}")
     if progress.best is None or progress.best_state is None:
         raise KeyboardInterrupt
     training.model.load_state_dict(progress.best_state)
-    training.model.train(False)
     is_captured, capture_reason = training.capture
     return History(
         steps=len(progress.seconds),

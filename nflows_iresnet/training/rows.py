@@ -35,9 +35,9 @@ Rows = Tensor | tuple[Tensor, ...] | Iterable[Batch | list[Tensor]]
 class Batches(Iterator[Any]):
     """Batches for ever, one seeded shuffle per epoch; a remainder of rows is left out.
 
-    Everything random comes from two generators of its own, so equal seeds yield equal batches
-    whatever a model draws in between. Noise is drawn where the rows are: on a GPU it is other
-    noise, and no batch waits for the device.
+    Everything random comes from generators of its own, so equal seeds yield equal batches whatever
+    a model draws in between. What `prepare` draws comes from one where the rows are: on a GPU it is
+    other noise, and no batch waits for the device.
 
     Args:
         rows: (N, *), or a tuple of such tensors, whose rows belong together.
@@ -68,7 +68,7 @@ class Batches(Iterator[Any]):
             )
         self._shuffles = Generator().manual_seed(seed)
         noise = seed + _NOISE_SEED + processes.rank
-        self._noise = Generator(self._device).manual_seed(noise)
+        self._noise = None if prepare is None else Generator(self._device).manual_seed(noise)
         self._start_epoch()
 
     def __next__(self) -> Any:
@@ -79,12 +79,13 @@ class Batches(Iterator[Any]):
         self._position += self._size
         chosen = chosen[self._processes.rank :: self._processes.count]
         batch, *rest = (each[chosen] for each in self._rows)
-        batch = batch if self._prepare is None else self._prepare(batch, self._noise)
+        if self._prepare is not None and self._noise is not None:
+            batch = self._prepare(batch, self._noise)
         return batch if self._single else (batch, *rest)
 
     def _start_epoch(self) -> None:
         self._before_shuffle = self._shuffles.get_state()
-        order = torch.randperm(self._count, generator=self._shuffles)
+        order = torch.randperm(self._count, generator=self._shuffles, device="cpu")
         self._order = order.to(self._device)
         self._position = 0
 
@@ -93,7 +94,7 @@ class Batches(Iterator[Any]):
         return {
             "shuffle": self._before_shuffle,
             "position": self._position,
-            "noise": self._noise.get_state(),
+            "noise": None if self._noise is None else self._noise.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,7 +102,8 @@ class Batches(Iterator[Any]):
         self._shuffles.set_state(state["shuffle"])
         self._start_epoch()
         self._position = state["position"]
-        self._noise.set_state(state["noise"])
+        if self._noise is not None:
+            self._noise.set_state(state["noise"])
 
 
 class GivenRows:
@@ -120,6 +122,7 @@ class GivenRows:
     def __init__(self, rows: Any, like: Tensor, what: str, processes: Processes = ALONE) -> None:
         self.what, self.processes = what, processes
         self._like, self.loader = like, rows
+        self._seen: list[tuple[Tensor, ...]] | None = []
         self._tensors: tuple[Tensor, ...] = ()
         if processes.count == 1:
             self._take(rows)
@@ -152,7 +155,7 @@ class GivenRows:
                 "torch.as_tensor"
             )
         dtype = self._like.dtype if values.is_floating_point() else values.dtype
-        return values.to(self._like.device, dtype)
+        return values.detach().to(self._like.device, dtype)
 
     def _check(self) -> None:
         tensors = self._tensors
@@ -209,7 +212,20 @@ class GivenRows:
             yield from zip(*(each.split(_ROWS_AT_ONCE) for each in self._tensors), strict=True)
             return
         for batch in self.loader:
-            yield tuple(map(self._moved, batch if isinstance(batch, Sequence) else (batch,)))
+            given = tuple(batch) if isinstance(batch, Sequence) else (batch,)
+            moved = tuple(map(self._moved, given))
+            self._look_at_rounding(given)
+            yield moved
+
+    def _look_at_rounding(self, given: tuple[Tensor, ...]) -> None:
+        """Check the first batches of a loader, as soon as they tell deviations."""
+        if self._seen is None:
+            return
+        self._seen.append(given)
+        if sum(len(batch[0]) for batch in self._seen) >= _ROWS_TO_JUDGE:
+            together, self._seen = self._seen, None
+            for each in zip(*together, strict=True):
+                _require_little_rounding(torch.cat(each), self._like.dtype, f"{self.what} rows")
 
     def some(self, count: int) -> tuple[Tensor, ...]:
         """Return rows from all over, the first of a loader; each process has its share."""
@@ -255,9 +271,9 @@ class _Cycle(Iterator[tuple[Tensor, ...]]):
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch, self._position = epoch, 0
-        sampler: Any = getattr(self._given.loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        for owner in self._owners:
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(epoch)
         own = [each.get_state() for each in self._generators]
         self._start = {
             "epoch": epoch,
@@ -267,17 +283,17 @@ class _Cycle(Iterator[tuple[Tensor, ...]]):
         self._batches = self._given.batches()
 
     @property
-    def _generators(self) -> list[Generator]:
-        """Those of the loader and of its samplers, each once."""
+    def _owners(self) -> list[Any]:
+        """The loader and its samplers, each once."""
         loader: Any = self._given.loader
         batches = getattr(loader, "batch_sampler", None)
-        owners = (
-            loader,
-            getattr(loader, "sampler", None),
-            batches,
-            getattr(batches, "sampler", None),
-        )
-        found = (getattr(owner, "generator", None) for owner in owners)
+        samplers = getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
+        return list({id(each): each for each in (loader, *samplers)}.values())
+
+    @property
+    def _generators(self) -> list[Generator]:
+        """Those of the loader and of its samplers, each once."""
+        found = (getattr(owner, "generator", None) for owner in self._owners)
         return list({id(each): each for each in found if isinstance(each, Generator)}.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,6 +329,8 @@ def _require_finite(values: Tensor, what: str, first: int = 0) -> None:
         )
 
 
+_ROWS_TO_JUDGE = 256
+"""So many rows of a loader tell whether its numbers are lost to the precision."""
 _ROUNDING = 1e-2
 """Part of a feature's standard deviation that may be lost to the precision of a flow."""
 _CONSTANT = 1e-12
@@ -364,7 +382,9 @@ class Validator:
 
     def _value(self, flow: Any, batch: tuple[Tensor, ...]) -> float:
         if self._loss is not None:
-            return float(self._loss(flow, *batch))
+            with torch.enable_grad():  # a loss may differentiate in the rows
+                loss = self._loss(flow, *batch)
+            return float(loss.detach() if isinstance(loss, Tensor) else loss)
         exact = batch[0].shape[1:].numel() <= _EXACT_FEATURES
         with _exactly(flow) if exact else nullcontext():
             return -float(flow.log_prob(*batch).double().mean())
