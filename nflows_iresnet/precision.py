@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -57,6 +57,15 @@ def training_precision(
         work: what is computed inside.
     """
     return _without_autocast(device, training_products(module, work))
+
+
+def precision_of_here(device: torch.device) -> AbstractContextManager[object]:
+    """Return `full_precision`, or where `training_precision` allows less the same without autocast.
+
+    Args:
+        device: of the tensors.
+    """
+    return _without_autocast(device, nullcontext() if is_relaxed() else full_products())
 
 
 def training_products(module: nn.Module, work: Work = "matrices") -> AbstractContextManager[object]:

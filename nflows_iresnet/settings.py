@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SAVED_WITH = "was saved with"
+"""In the message about weights of other settings."""
+
 
 class SettingsInState(nn.Module):
     """A module whose `state_dict` remembers the settings that its weights were trained with.
@@ -55,7 +58,7 @@ class SettingsInState(nn.Module):
         if problem is not None:
             where = f"{prefix[:-1] or 'the module'} ({type(self).__name__})"
             error_msgs.append(
-                f"{where} was saved with {problem}: the weights would be those of another "
+                f"{where} {SAVED_WITH} {problem}: the weights would be those of another "
                 f"function. Build it with the same settings, or delete {key!r} from the state to "
                 "load them all the same."
             )

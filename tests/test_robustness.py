@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch import nn as torch_nn
 
-from nflows_iresnet import ResidualFlow, logdet, nn, transforms
+from nflows_iresnet import ResidualFlow, flows, linearization, logdet, nn, transforms
 from nflows_iresnet.linearization import OpaqueFunction, ResidualFunction
 from nflows_iresnet.solvers import (
     Accelerator,
@@ -295,7 +299,6 @@ def test_buffers_of_activations_get_their_gradients(activation: nn.Activation) -
     block = transforms.ResidualTransform(net, estimator=logdet.Exact())
     inputs = torch.randn(3, 2, dtype=torch.float64)
     holders = [each for each in net.modules() if isinstance(each, LentSine)]
-    assert all(each.has_curvature for each in (*holders, *net.activations))
 
     def total(phase: Tensor) -> Tensor:
         for each in holders:
@@ -329,3 +332,178 @@ def test_a_mixture_of_ones_own_has_no_curvature_of_others() -> None:
     )
     inputs = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(block, (inputs,))
+
+
+class Tempered(nn.Activation):
+    """tanh(b x) / b for a number b that is no parameter, with a curvature that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steepness", torch.ones(()))
+
+    def value_and_slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        values = (self.steepness * inputs).tanh()  # type: ignore[operator]
+        return values / self.steepness, 1 - values.square()  # type: ignore[operator]
+
+    def curvature(self, value: Tensor, slope: Tensor) -> Tensor:
+        return -2 * self.steepness.square() * value * slope  # type: ignore[operator]
+
+
+def test_gradients_are_those_of_the_buffers_of_the_forward_pass() -> None:
+    torch.manual_seed(0)
+    net = nn.LipschitzMLP(2, [6, 6], activation=Tempered()).double()
+    block = transforms.ResidualTransform(net, estimator=logdet.Exact())
+    inputs = torch.randn(3, 2).double()
+    own = {name: each for name, each in block.named_parameters() if name != "net.layers.2.bias"}
+    lent = {name: 3 * each for name, each in block.named_buffers() if "steepness" in name}
+    found = torch.autograd.grad(
+        torch.func.functional_call(block, lent, (inputs,))[1].sum(), list(own.values())
+    )
+    for name in lent:
+        block.get_buffer(name).fill_(3.0)
+    expected = torch.autograd.grad(block(inputs)[1].sum(), list(own.values()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Mixin:
+    """A part of a class whose forward is another function."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 2 * super().forward(inputs)  # type: ignore[misc]
+
+
+def test_a_forward_that_is_mixed_in_is_refused_or_counts() -> None:
+    with pytest.raises(TypeError, match="Mixed replaces forward alone"):
+        type("Mixed", (Mixin, nn.Sine), {})
+
+    class Halved:
+        def bind(self, context: Tensor | None = None) -> Any:
+            function = super().bind(context)  # type: ignore[misc]
+            return linearization.bind(lambda inputs: function(inputs) / 2)
+
+    kind: Any = type("Block", (Halved, transforms.ResidualTransform), {})
+    block, inputs = kind(nn.LipschitzMLP(2, [8])), torch.randn(3, 2)
+    outputs, _ = transforms.CompositeTransform([block])(inputs)
+    torch.testing.assert_close(outputs, inputs + block.net(inputs) / 2)
+
+    class Other:
+        def log_diagonal(self) -> Tensor:
+            return torch.zeros(2)
+
+    with pytest.raises(TypeError, match="Linear replaces log_diagonal"):
+        type("Linear", (Other, transforms.LinearTransform), {})
+
+
+@pytest.mark.parametrize("constant", [math.nan, math.inf, -1.0])
+def test_a_constant_that_is_none_certifies_nothing(constant: float) -> None:
+    activation = nn.Sine()
+    activation.lipschitz = constant
+    net = nn.LipschitzMLP(2, [8], activation=activation)
+    with pytest.raises(ValueError, match="Lipschitz constant of Sine must be a number of at least"):
+        net.lipschitz_bound()
+
+
+def test_the_certificate_is_of_the_weights_that_are_used() -> None:
+    class Smaller(nn.LipschitzMLP):
+        def effective_weights(self) -> list[Tensor]:
+            return [0.01 * each for each in super().effective_weights()]
+
+    torch.manual_seed(0)
+    net = Smaller(2, [8], coeff=0.9)
+    with torch.no_grad():
+        net.normed_layers[0].weight.mul_(100)
+    inputs = torch.randn(64, 2)
+    jacobians = linearization.linearize(net, inputs).jacobian()
+    assert float(torch.linalg.matrix_norm(jacobians, 2).max()) <= net.lipschitz_bound() <= 0.9
+
+
+def test_a_subclass_with_another_map_has_no_constants_of_the_old_one() -> None:
+    class Tenfold(transforms.ActNorm):
+        def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            outputs, logabsdet = super().forward(inputs, context)
+            return 10 * outputs, logabsdet + 2 * math.log(10)
+
+    class Stated(Tenfold):
+        def lipschitz_constants(self) -> tuple[float, float]:
+            return 10.0, 0.1
+
+    for kind, expected in ((Tenfold, math.inf), (Stated, 10.0), (transforms.ActNorm, 1.0)):
+        flow = flows.Flow(kind(2), flows.StandardNormal([2]))
+        assert flow.lipschitz_bound().forward == pytest.approx(expected)
+
+
+def test_a_network_may_state_its_constant() -> None:
+    class Gated(torch_nn.Module):
+        lipschitz = 0.9
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return 0.9 * inputs.sin()
+
+    assert transforms.ResidualTransform(Gated()).lipschitz_bound() == 0.9
+
+
+def test_estimators_compute_in_full_precision_inside_autocast() -> None:
+    torch.manual_seed(0)
+    net, inputs = nn.LipschitzMLP(3, [16]), torch.randn(5, 3)
+    for estimator in (logdet.Exact(), logdet.Exact(chunk_size=2), logdet.PowerSeries(num_terms=3)):
+        torch.manual_seed(1)
+        expected = estimator(net, inputs)[1]
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = estimator(net, inputs)[1]
+        assert torch.equal(found, expected)
+        found.sum().backward()
+
+
+@pytest.mark.parametrize("probe", [logdet.Rademacher(), logdet.Gaussian()])
+def test_probes_do_not_follow_the_layout_of_memory(probe: Any) -> None:
+    images = torch.zeros(2, 3, 4, 4)
+    drawn = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        drawn.append(probe.sample_like(images.to(memory_format=layout)))
+    assert torch.equal(*drawn)
+
+
+def test_gradients_in_batches_are_those_one_by_one() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(5, 3).double()
+    for flow in (ResidualFlow(3, 8, 2), flows.HybridFlow(3, 8, 2)):
+        flow.double().initialize(torch.randn(99, 3).double())
+        values, parameters = flow.log_prob(rows), list(flow.parameters())
+        identity = torch.eye(5).double()
+        together = torch.autograd.grad(
+            values, parameters, identity, is_grads_batched=True, retain_graph=True
+        )
+        for index, value in enumerate(values):
+            alone = torch.autograd.grad(value, parameters, retain_graph=True)
+            for one, other in zip(together, alone, strict=True):
+                torch.testing.assert_close(one[index], other)
+
+
+def test_gradients_in_batches_go_over_convolutions() -> None:
+    torch.manual_seed(0)
+    block = transforms.ResidualTransform(nn.LipschitzCNN(2, [4])).double()
+    outputs, logabsdet = block(torch.randn(3, 2, 4, 4).double())
+    values, parameters = outputs.sum((1, 2, 3)) + logabsdet, list(block.parameters())
+    together = torch.autograd.grad(
+        values, parameters, torch.eye(3).double(), is_grads_batched=True, retain_graph=True
+    )
+    for one, other in zip(together, torch.autograd.grad(values[1], parameters), strict=True):
+        torch.testing.assert_close(one[1], other)
+
+
+def test_a_context_of_other_rows_is_named_by_compositions_too() -> None:
+    block = transforms.ResidualTransform(nn.LipschitzMLP(2, [8], context_features=1))
+    composite = transforms.CompositeTransform([block])
+    for call in (composite.forward, composite.inverse):
+        with pytest.raises(
+            ValueError, match=r"one row for each of the 1 rows .* got shape \(5, 1\)"
+        ):
+            call(torch.zeros(1, 2), torch.zeros(5, 1))
+
+
+def test_settings_are_numbers_of_python() -> None:
+    saved = transforms.LogitTransform(256, np.float64(0.05)).state_dict()
+    transforms.LogitTransform(256, 0.05).load_state_dict(saved)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -701,3 +703,53 @@ def test_a_tolerance_in_units_of_the_rows_is_none_of_gradients(kind: Any, rtol: 
     middle = 10.0 * outputs if kind is transforms.ResidualTransform else outputs / 1.9
     exact = -10 * middle.sum() if kind is transforms.ResidualTransform else 2 * middle.sum() / 1.9
     assert float(of_weight) == pytest.approx(float(exact.detach()), rel=1e-3)
+
+
+def test_what_did_not_converge_can_be_copied_and_sent_to_other_processes() -> None:
+    with pytest.raises(solvers.FixedPointNotConverged) as caught:
+        solvers.FixedPointIteration(max_steps=2)(
+            lambda x: 0.9 * x.cos(), torch.zeros(3, 2).double()
+        )
+    for copy in (deepcopy(caught.value), pickle.loads(pickle.dumps(caught.value))):
+        assert str(copy) == str(caught.value)
+        assert torch.equal(copy.solution.value, caught.value.solution.value)
+
+
+def test_a_map_that_changes_the_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"must keep the shape of its inputs, \(4, 3\)"):
+        solvers.FixedPointIteration()(lambda x: 0.5 * x[:, :1], torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("atol", [1e-7, 1e-3, None])
+def test_a_tolerance_without_a_relative_part_has_gradients(atol: float | None) -> None:
+    torch.manual_seed(0)
+    block = transforms.ResidualTransform(
+        nn.LipschitzMLP(2, [16]), solver=solvers.Anderson(atol=atol, rtol=0.0)
+    )
+    targets = (1e-3 * torch.randn(32, 2)).requires_grad_()
+    (found,) = torch.autograd.grad(block.inverse(targets)[0].sum(), targets)
+    plain = transforms.ResidualTransform(block.net)
+    (expected,) = torch.autograd.grad(plain.inverse(targets)[0].sum(), targets)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_whose_loss_overflows_have_no_gradient_and_the_others_theirs() -> None:
+    torch.manual_seed(0)
+    block = transforms.ResidualTransform(nn.LipschitzMLP(2, [16])).double()
+    targets = torch.randn(4, 2).double().requires_grad_()
+    outputs = block.inverse(targets)[0]
+    weights = torch.ones(4, 2).double()
+    (expected,) = torch.autograd.grad(outputs, targets, weights, retain_graph=True)
+    for bad in (torch.nan, torch.inf):
+        weights[1, 0] = bad
+        (found,) = torch.autograd.grad(outputs, targets, weights, retain_graph=True)
+        assert bool(found[1].isnan().all())
+        torch.testing.assert_close(found[[0, 2, 3]], expected[[0, 2, 3]])
+
+
+def test_gradients_in_batches_through_a_solver_are_refused_with_the_remedy() -> None:
+    block = transforms.ResidualTransform(nn.LipschitzMLP(2, [16]))
+    targets = torch.randn(4, 2).requires_grad_()
+    values = block.inverse(targets)[0].sum(1)
+    with pytest.raises(ValueError, match=r"do not go through a solver: .* torch\.func\.jacrev"):
+        torch.autograd.grad(values, targets, torch.eye(4), is_grads_batched=True)

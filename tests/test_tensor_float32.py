@@ -971,3 +971,39 @@ def test_linearisations_by_themselves_are_unaffected() -> None:
         return [each.detach() for each in (at.value, at.jvp(inputs), at.vjp(inputs), at.trace())]
 
     assert_unaffected(results)
+
+
+def hybrid(partner: Any) -> Any:
+    return flows.HybridFlow(4, 8, 2, context_features=2, partner=partner)
+
+
+PARTNERS: dict[str, Callable[[], Any]] = {
+    "spline-coupling": lambda: hybrid(flows.spline_coupling),
+    "affine-coupling": lambda: hybrid(flows.affine_coupling),
+    "residual": lambda: ResidualFlow(4, 8, 2, context_features=2),
+}
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("build", PARTNERS.values(), ids=PARTNERS)
+def test_inverses_of_what_is_trained_have_no_short_products(build: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    flow, rows, context = build(), torch.randn(5, 4), torch.randn(5, 2)
+    flow.log_prob(rows, context)
+    with Emulation() as seen, precision.allow_tf32_in_training():
+        flow._transform.inverse(rows, context)
+        flow.sample(3, context)
+        assert seen.count == 0
+        flow.log_prob(rows, context)
+        assert seen.count > 0
+
+
+@pytest.mark.usefixtures("short")
+def test_monotone_blocks_solve_in_full_precision_where_training_may_be_short() -> None:
+    torch.manual_seed(0)
+    block = transforms.MonotoneTransform(nn.LipschitzMLP(3, [16, 16]))
+    inputs = torch.randn(64, 3)
+    expected = block(inputs)[0]
+    with Emulation(), precision.allow_tf32_in_training():
+        found = block(inputs)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -59,16 +59,26 @@ def lipschitz_constants(transform: nn.Module) -> Constants:
     """Return bounds of the Lipschitz constants of a transform's forward and inverse.
 
     A transform states its own by a method `lipschitz_constants() -> tuple[float, float]`. What has
-    none, and is none of the kinds known here (subclasses may do anything), is unknown: infinite. So
-    is a bound that is NaN, as that of parameters that are.
+    none, or a `forward` or `inverse` of a class below it, and is none of the kinds known here
+    (subclasses may do anything), is unknown: infinite. So is a bound that is NaN, as that of
+    parameters that are.
 
     Args:
         transform: of this package, of nflows, or of yours.
     """
-    own = getattr(transform, "lipschitz_constants", None)
-    found = own() if callable(own) else _CONSTANTS.get(type(transform), _unknown)(transform)
+    own = _own_constants(transform)
+    found = _CONSTANTS.get(type(transform), _unknown)(transform) if own is None else own()
     forward, inverse = map(float, found)
     return infinite_if_nan(forward), infinite_if_nan(inverse)
+
+
+def _own_constants(transform: nn.Module) -> Callable[[], Constants] | None:
+    """Return the method by which a transform states the constants of the maps that it has."""
+    own: Callable[[], Constants] | None = getattr(transform, "lipschitz_constants", None)
+    maps = ("forward", "inverse", "lipschitz_constants")
+    nearest = (vars(each) for each in (transform, *type(transform).__mro__))
+    present = next(names for names in nearest if any(name in names for name in maps))
+    return own if "lipschitz_constants" in present and callable(own) else None
 
 
 def _residual(transform: ResidualTransform) -> Constants:

@@ -18,7 +18,13 @@ from nflows.transforms import (
 from torch import Tensor, nn
 
 from nflows_iresnet.conditioning import check_context
-from nflows_iresnet.precision import context_like_weights, like_weights, training_precision
+from nflows_iresnet.precision import (
+    context_like_weights,
+    full_precision,
+    like_weights,
+    training_precision,
+)
+from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.transforms import CompositeTransform
 from nflows_iresnet.transforms.conditional_splines import Family
 from nflows_iresnet.validation import validated_bound, validated_size
@@ -45,7 +51,7 @@ class _OfNflows(Transform):
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, logabsdet), shapes (B, features) and (B,)."""
         inputs, context = self._given(inputs, context)
-        with training_precision(self, inputs.device, "anything"):
+        with full_precision(inputs.device, "anything"):
             outputs, logabsdet = super().inverse(inputs, context)
         return outputs, logabsdet
 
@@ -54,16 +60,20 @@ class _OfNflows(Transform):
         return like_weights(inputs, self), context_like_weights(context, self)
 
 
-class _ConditionalSplines(_OfNflows):
+class _ConditionalSplines(SettingsInState, _OfNflows):
     """A transform of nflows by rational-quadratic splines, with its masks and checks mended.
 
     nflows selects what is inside of the bound by boolean masks, which wait for a GPU and cannot be
     captured in a graph, raises an AssertionError where rounding makes the discriminant of its
     inverse negative, and refuses an empty batch. Here all are evaluated at values within the bound
-    by `Family`, what is outside stays as it is, and the discriminant is at least zero. Parameters,
-    state_dict and values are the same.
+    by `Family`, what is outside stays as it is, and the discriminant is at least zero. Parameters
+    and values are the same; the state says the bound, too.
     """
 
+    num_bins: int
+    tail_bound: float
+    min_bin_width: float
+    min_derivative: float
     _scale: float
 
     def _settle(self, context_features: int | None, scale: float = 1.0) -> None:
@@ -80,6 +90,10 @@ class _ConditionalSplines(_OfNflows):
     def _family(self) -> Family:
         least = self.min_bin_width, self.min_derivative
         return Family(self.num_bins, self.tail_bound, self._scale, *least)
+
+    def settings(self) -> dict[str, object]:
+        """Return what the splines depend on beside their parameters."""
+        return {"bound": self.tail_bound}
 
     def extra_repr(self) -> str:
         """Describe the splines."""

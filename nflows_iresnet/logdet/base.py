@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nflows_iresnet.constants import made_once
-from nflows_iresnet.linearization import Linearization, bind, is_traced
-from nflows_iresnet.tensor_float import in_full_products
+from nflows_iresnet.linearization import Linearization, ResidualFunction, bind, is_traced
+from nflows_iresnet.precision import precision_of_here
 from nflows_iresnet.validation import validated_size
 
 
@@ -58,7 +58,6 @@ class LogDetEstimator(ABC):  # noqa: B024
             f"{type(self).__name__} must implement logabsdet(at_inputs, lipschitz, generator)"
         )
 
-    @in_full_products()
     def estimate(
         self,
         net: Callable[..., Tensor],
@@ -78,7 +77,12 @@ class LogDetEstimator(ABC):  # noqa: B024
         Raises:
             ValueError: if the values of the network have another shape than its inputs.
         """
-        function = bind(net, context)
+        with precision_of_here(inputs.device):
+            return self._estimate(bind(net, context), inputs, generator)
+
+    def _estimate(
+        self, function: ResidualFunction, inputs: Tensor, generator: torch.Generator | None
+    ) -> LogDetEstimate:
         at_inputs = function.linearize(inputs)
         if at_inputs.shape != inputs.shape:
             raise ValueError(
@@ -127,7 +131,6 @@ class Exact(LogDetEstimator):
         if self.chunk_size is not None:
             validated_size("chunk_size", self.chunk_size)
 
-    @in_full_products()
     def estimate(
         self,
         net: Callable[..., Tensor],
@@ -137,10 +140,11 @@ class Exact(LogDetEstimator):
         generator: torch.Generator | None = None,
     ) -> LogDetEstimate:
         """Return the exact value with a standard error of zero; `generator` is not used."""
-        function, chunks = bind(net, context), self._chunks(inputs)
-        if len(chunks) == 1:
-            return super().estimate(function, inputs)
-        parts = [super(Exact, self).estimate(function.select(c), inputs[c]) for c in chunks]
+        with precision_of_here(inputs.device):
+            function, chunks = bind(net, context), self._chunks(inputs)
+            if len(chunks) == 1:
+                return self._estimate(function, inputs, generator)
+            parts = [self._estimate(function.select(c), inputs[c], generator) for c in chunks]
         outputs, logabsdet, errors = zip(*parts, strict=True)
         return LogDetEstimate(torch.cat(outputs), torch.cat(logabsdet), torch.cat(errors))
 

@@ -66,7 +66,8 @@ class Rademacher:
     def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return signs +1 and -1 with probability one half each."""
         if generator is None:
-            return torch.rsub(torch.randint_like(inputs, 2), 1, alpha=2)
+            bits = torch.randint_like(inputs, 2, memory_format=torch.contiguous_format)
+            return torch.rsub(bits, 1, alpha=2)
         bits = torch.randint(
             2, inputs.shape, generator=generator, dtype=inputs.dtype, device=inputs.device
         )
@@ -86,7 +87,9 @@ class Gaussian:
 
     def sample_like(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return independent standard normal entries."""
-        return torch.empty_like(inputs, requires_grad=False).normal_(generator=generator)
+        kept = torch.contiguous_format
+        values = torch.empty_like(inputs, requires_grad=False, memory_format=kept)
+        return values.normal_(generator=generator)
 
     def fourth_moment(self, features: int) -> float:
         r"""Return E\|v\|^4 = D (D + 2)."""

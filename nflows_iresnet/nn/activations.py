@@ -12,6 +12,7 @@ training faster and changes nothing else.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -72,13 +73,12 @@ class Activation(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Forget what was inherited from a class with other values and slopes."""
         super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if "forward" in own and "value_and_slope" not in own:
+        of_values, of_curvature = _depth(cls, "value_and_slope"), _depth(cls, "curvature")
+        if _depth(cls, "forward") < of_values:
             raise TypeError(
                 f"{cls.__name__} replaces forward alone, so that its slopes are those of another "
                 "function: implement value_and_slope, from which forward follows"
             )
-        of_values, of_curvature = _depth(cls, "value_and_slope"), _depth(cls, "curvature")
         for method in ("forward", "curvature", "write"):
             if _depth(cls, method) > of_values:
                 setattr(cls, method, getattr(Activation, method))
@@ -89,14 +89,12 @@ class Activation(nn.Module, ABC):
     def has_curvature(self) -> bool:
         """Whether `curvature` is implemented, and is all.
 
-        Parameters would need derivatives too, and so would buffers that require gradients.
+        Parameters would need derivatives too, and buffers may be others by the backward pass.
         """
-        if type(self).curvature is Activation.curvature or self._parameters:
+        if type(self).curvature is Activation.curvature or self._parameters or self._buffers:
             return False
-        if not self._buffers and not self._modules:
-            return True
-        is_moved = any(each.requires_grad for each in self.buffers())
-        return not is_moved and next(self.parameters(), None) is None
+        tensors = itertools.chain(self.parameters(), self.buffers()) if self._modules else ()
+        return next(iter(tensors), None) is None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return a(x), shape (*, widening * units)."""
@@ -467,7 +465,7 @@ def constant_of(activation: nn.Module) -> float | None:
     """Return a Lipschitz constant of an activation, ours or torch's; None if none is known.
 
     Raises:
-        ValueError: for a softplus of torch that jumps.
+        ValueError: for a softplus of torch that jumps, and for a constant that is no constant.
     """
     of_torch = _CONSTANTS_OF_TORCH.get(type(activation))
     if of_torch is not None:
@@ -475,4 +473,9 @@ def constant_of(activation: nn.Module) -> float | None:
     constant = getattr(activation, "lipschitz", None)
     if isinstance(constant, bool) or not isinstance(constant, (int, float)):
         return None
+    if not 0 <= constant < math.inf:
+        raise ValueError(
+            f"the Lipschitz constant of {type(activation).__name__} must be a number of at least "
+            f"0, got {constant}"
+        )
     return float(constant)

@@ -211,7 +211,7 @@ def _pull_back(
     """Return what comes back to the logarithms of the norms (K,), and to V_i, b_i and l_i."""
     of_weights, of_shifts, of_scales = of_used
     products = [each * rate for each, rate in zip(used.weights, of_weights, strict=True)]
-    of_rows = [each.flatten(start_dim=2).sum(2) for each in products]
+    of_rows = [each.sum([*range(2, each.dim())]) for each in products]
     total = torch.stack([each.sum(1) for each in of_rows]).sum(0).double()
     of_norms = total * (share < 1) * (-1 / len(products))
     of_logs = []

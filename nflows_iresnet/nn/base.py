@@ -37,7 +37,6 @@ from nflows_iresnet.nn.bounds import lipschitz_bound
 from nflows_iresnet.nn.layers import (
     NormedLayer,
     adopt_norms,
-    normalised,
     rounding_margin,
     stacked,
     validated_coeff,
@@ -389,26 +388,29 @@ class LayeredNet(LipschitzNet):
             nets: the networks.
             context: of all of them, shape (B, context_features), or None.
         """
+        of_each = [
+            [list(parts) for parts in zip(*[stack.unbind(0) for stack in group], strict=True)]
+            if group
+            else [[] for _ in nets]
+            for group in LayeredNet._used(nets)
+        ]
+        parts = zip(nets, *of_each, strict=True)
+        return [net._with_context(context, *tensors) for net, *tensors in parts]
+
+    @staticmethod
+    def _used(nets: Sequence[LayeredNet]) -> tuple[Sequence[Tensor], ...]:
+        """Return the weights W_i, biases and scales of networks, those at each place together."""
         layers = [net.normed_layers for net in nets]
         for layer in [layer for each in layers for layer in each]:
             layer.refuse_other_hooks()
-        log_budget = nets[0]._log_budget()
         stacks, norms = weights_and_norms(layers)
         biases = [stacked(layer.bias for layer in place) for place in zip(*layers, strict=True)]
         log_scales = [
             stacked(place) for place in zip(*[net.log_scales for net in nets], strict=True)
         ]
         stored = Stored(stacks, biases[: len(log_scales)], log_scales)
-        weights, shifts, scales = balanced(stored, norms, log_budget)
-        biases = [*shifts, *biases[len(shifts) :]]
-        of_each = [
-            [list(parts) for parts in zip(*[stack.unbind(0) for stack in group], strict=True)]
-            if group
-            else [[] for _ in nets]
-            for group in (weights, biases, scales)
-        ]
-        parts = zip(nets, *of_each, strict=True)
-        return [net._with_context(context, *tensors) for net, *tensors in parts]
+        weights, shifts, scales = balanced(stored, norms, nets[0]._log_budget())
+        return weights, [*shifts, *biases[len(shifts) :]], scales
 
     def _with_context(
         self,
@@ -438,9 +440,7 @@ class LayeredNet(LipschitzNet):
 
     def effective_weights(self) -> list[Tensor]:
         """Return the weights W_i that are used, each of shape (out, in, *)."""
-        stacks, factors = normalised([self.normed_layers], self._log_budget())
-        scales = [bounded_exp(each)[None] for each in self.log_scales]
-        return [weight[0] for weight in balanced_weights(stacks, factors, scales)]
+        return [stack[0] for stack in LayeredNet._used([self])[0]]
 
     @torch.no_grad()
     def lipschitz_bound(self) -> float:
@@ -449,7 +449,7 @@ class LayeredNet(LipschitzNet):
         The W_i are brought back to V_i = T_i W_i T_{i-1}^{-1} in float64, so that their rounding
         is part of the bound.
         """
-        used = [weight.double() for weight in self.effective_weights()]
+        used = [stack[0].double() for stack in LayeredNet._used([self])[0]]
         inverse_scales = [1 / bounded_exp(each).double() for each in self.log_scales]
         one = torch.ones((), dtype=torch.float64, device=used[0].device)
         norms = [self.norm_bound(each) for each in balanced_weights(used, one, inverse_scales)]

@@ -66,9 +66,14 @@ def _with_bias(outputs: Tensor, bias: Tensor | None) -> Tensor:
     return outputs if bias is None else outputs + bias[:, None, None]
 
 
+def _as_columns(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) as (B, C, H W); not by `flatten`, which batched gradients lack."""
+    return images.reshape(*images.shape[:2], images.shape[2:].numel())
+
+
 def _pointwise(inputs: Tensor, matrix: Tensor) -> Tensor:
     """Apply a matrix (out, in) to every pixel."""
-    pixels = torch.bmm(matrix.expand(len(inputs), -1, -1), inputs.flatten(start_dim=2))
+    pixels = torch.bmm(matrix.expand(len(inputs), -1, -1), _as_columns(inputs))
     return pixels.view(len(inputs), len(matrix), *inputs.shape[2:])
 
 
@@ -79,7 +84,7 @@ def _scattered(inputs: Tensor, weight: Tensor) -> Tensor:
     """
     _, in_channels, rows, columns = weight.shape
     spread = weight.flip(2, 3).movedim(1, -1).reshape(-1, in_channels)
-    given = torch.bmm(spread.expand(len(inputs), -1, -1), inputs.flatten(start_dim=2))
+    given = torch.bmm(spread.expand(len(inputs), -1, -1), _as_columns(inputs))
     return F.fold(given, inputs.shape[2:], (rows, columns), padding=half_widths(weight))
 
 
@@ -105,7 +110,7 @@ def kernel_gradient(
         padding_mode: of the convolution.
     """
     if inputs.device.type == "cpu" and weight.shape[2:].numel() == 1:
-        pairs = torch.bmm(of_outputs.flatten(start_dim=2), inputs.flatten(start_dim=2).mT)
+        pairs = torch.bmm(_as_columns(of_outputs), _as_columns(inputs).mT)
         return pairs.sum(0)[:, :, None, None]
     padding = half_widths(weight) if padding_mode == "zeros" else (0, 0)
     images = inputs if padding_mode == "zeros" else padded(inputs, weight, padding_mode)

@@ -98,8 +98,12 @@ class FixedPointNotConverged(RuntimeError):  # noqa: N818
     """
 
     def __init__(self, message: str, solution: Solution) -> None:
-        super().__init__(message)
+        super().__init__(message, solution)  # both, as copies and other processes make it anew
         self.solution = solution
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,11 @@ class Solver(ABC):
         can_select = accelerator.can_select and not is_traced()
         for step in range(1, self.max_steps + 1):
             image = fn(point.reshape(point.shape[0], *init.shape[1:])).flatten(start_dim=1)
+            if image.shape != point.shape:
+                raise ValueError(
+                    f"the map must keep the shape of its inputs, {tuple(init.shape)}, and returned "
+                    f"{tuple(image.shape)} for {tuple(point.shape)} values"
+                )
             if step == 1:
                 self._begin(best, point, image, lipschitz)
             best.update(point, image)
@@ -230,10 +239,11 @@ class Solver(ABC):
         """Return the strategy for rows whose largest value is 1, where theirs was any number.
 
         An `atol` above the default was for the units of other rows, and is left out; so is an
-        `rtol` of zero beside it, which would then ask for more than rounding permits, and a
-        `max_steps` that was enough for it.
+        `rtol` of zero, which asks for more than rounding permits of such rows, and a `max_steps`
+        that was enough for them.
         """
-        if self.atol is None or self.atol <= _default_atol(torch.finfo(dtype)):
+        is_loose = self.atol is not None and self.atol > _default_atol(torch.finfo(dtype))
+        if not is_loose and self.rtol != 0:
             return self
         steps = max(self.max_steps, Solver.max_steps)
         return replace(self, atol=None, rtol=self.rtol or None, max_steps=steps)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nflows_iresnet.files import WriteError, read_intact, write_atomically
+from nflows_iresnet.settings import SAVED_WITH
 
 
 class CheckpointError(ValueError):
@@ -100,9 +101,9 @@ class Keeper:
 
     def refused_by(self, error: Exception) -> CheckpointError:
         """Return the error that says why its state could not be loaded."""
-        kind, *reasons = str(error).splitlines() or [""]
-        if kind.startswith("Error(s) in loading state_dict") and reasons:
-            return self._refused(f"of another flow ({reasons[0].strip().rstrip('.')})")
+        reason = next((line for line in str(error).splitlines() if SAVED_WITH in line), None)
+        if reason is not None:
+            return self._refused(f"of another flow ({reason.strip()})")
         return self.damaged()
 
     def discard(self) -> None:

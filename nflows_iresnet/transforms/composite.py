@@ -18,6 +18,7 @@ from nflows_iresnet.linearization import ResidualFunction, bind_all, first_param
 from nflows_iresnet.precision import (
     as_now,
     context_like_weights,
+    full_precision,
     is_foreign,
     require_finite_in_training,
     training_precision,
@@ -25,7 +26,7 @@ from nflows_iresnet.precision import (
 )
 from nflows_iresnet.tensor_float import Work
 from nflows_iresnet.transforms.linear import LinearTransform, LinearWeight, weights_together
-from nflows_iresnet.transforms.residual import as_used
+from nflows_iresnet.transforms.residual import as_used, require_row_for_each
 from nflows_iresnet.validation import require_tensor
 
 Step = Callable[..., tuple[Tensor, Tensor]]
@@ -67,7 +68,8 @@ class CompositeTransform(_NflowsCompositeTransform):
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         _require_rows(inputs, context)
         require_finite_in_training(self, inputs, context)
-        bound, weights = self._bind(inputs, context), self._weights(inputs)
+        with training_precision(self, inputs.device, self._work):
+            bound, weights = self._bind(context), self._weights()
         outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
         for transform in self._transforms:
             step: Step = partial(transform, context=context)
@@ -94,7 +96,8 @@ class CompositeTransform(_NflowsCompositeTransform):
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
         _require_rows(inputs, context)
-        bound = self._bind(inputs, context)
+        with full_precision(inputs.device, self._work):
+            bound = self._bind(context)
         outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
         for transform in reversed(self._transforms):
             step: Step = partial(transform.inverse, context=context)
@@ -111,26 +114,30 @@ class CompositeTransform(_NflowsCompositeTransform):
             return training_products(self, "anything")
         return nullcontext()
 
-    def _bind(
-        self, inputs: Tensor, context: Tensor | None
-    ) -> dict[torch.nn.Module, ResidualFunction]:
-        """Bind the nets of all blocks that opt in: they state that they take a function."""
-        blocks = [each for each in self._transforms if getattr(each, "takes_function", False)]
+    @property
+    def _blocks(self) -> list[Any]:
+        """The blocks that opt in to be bound together: they state that they take a function."""
+        return [each for each in self._transforms if getattr(each, "takes_function", False)]
+
+    @property
+    def _work(self) -> Work:
+        return "anything" if any(is_foreign(block.net) for block in self._blocks) else "matrices"
+
+    def _bind(self, context: Tensor | None) -> dict[torch.nn.Module, ResidualFunction]:
+        """Bind the nets of the blocks that opt in."""
+        blocks = self._blocks
         nets = [block.net for block in blocks]
-        work: Work = "anything" if any(map(is_foreign, nets)) else "matrices"
-        with training_precision(self, inputs.device, work):
-            functions = bind_all(nets, context_like_weights(context, self))
+        functions = bind_all(nets, context_like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
 
-    def _weights(self, inputs: Tensor) -> dict[torch.nn.Module, LinearWeight]:
+    def _weights(self) -> dict[torch.nn.Module, LinearWeight]:
         """Compute the matrices of all linear maps, those of one size together."""
         alike: dict[object, list[LinearTransform]] = {}
         for each in self._transforms:
             if isinstance(each, LinearTransform) and each.takes_weight:
                 factors = each.factors
                 alike.setdefault((factors.shape, factors.dtype, factors.device), []).append(each)
-        with training_precision(self, inputs.device):
-            found = [zip(group, weights_together(group), strict=True) for group in alike.values()]
+        found = [zip(group, weights_together(group), strict=True) for group in alike.values()]
         return dict(chain.from_iterable(found))
 
     def extra_repr(self) -> str:
@@ -147,6 +154,7 @@ def _require_rows(inputs: Tensor, context: Tensor | None) -> None:
             f"expected inputs of shape (batch, ...), got the number {inputs}: give a tensor with "
             "one row for each sample"
         )
+    require_row_for_each(inputs, context)
 
 
 def _total(logabsdets: list[Tensor]) -> Tensor:

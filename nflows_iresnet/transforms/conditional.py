@@ -8,7 +8,12 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 
 from nflows_iresnet.conditioning import check_context, context_mlp
-from nflows_iresnet.precision import context_like_weights, like_weights, training_precision
+from nflows_iresnet.precision import (
+    context_like_weights,
+    full_precision,
+    like_weights,
+    training_precision,
+)
 from nflows_iresnet.validation import require_tensor, validated_size, validated_strategy
 
 _HIDDEN_FEATURES = (64, 64)
@@ -63,13 +68,15 @@ class ConditionalAffine(Transform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, sum_j s_j), shapes (B, features) and (B,)."""
         inputs = self._checked(inputs, context)
-        log_scale, shift = self._log_scale_and_shift(inputs, context)
+        with training_precision(self, inputs.device, "anything"):
+            log_scale, shift = self._log_scale_and_shift(inputs, context)
         return inputs * log_scale.exp() + shift, log_scale.sum(1)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x, -sum_j s_j), shapes (B, features) and (B,)."""
         inputs = self._checked(inputs, context)
-        log_scale, shift = self._log_scale_and_shift(inputs, context)
+        with full_precision(inputs.device, "anything"):
+            log_scale, shift = self._log_scale_and_shift(inputs, context)
         return (inputs - shift) * (-log_scale).exp(), -log_scale.sum(1)
 
     def lipschitz_constants(self) -> tuple[float, float]:
@@ -86,8 +93,7 @@ class ConditionalAffine(Transform):
         if context is None:
             zeros = inputs.new_zeros(inputs.shape)
             return zeros, zeros
-        with training_precision(self, inputs.device, "anything"):
-            values = self.net(context_like_weights(context, self.net))
+        values = self.net(context_like_weights(context, self.net))
         if values.shape[1:] != (2 * self.features,):
             raise ValueError(
                 f"net must return {2 * self.features} values per row, scales and shifts of "

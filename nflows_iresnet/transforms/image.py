@@ -188,8 +188,8 @@ class LogitTransform(SettingsInState, Transform):
             raise ValueError(
                 f"levels must be at least 2 and alpha in (0, 0.5), got {levels} and {alpha}"
             )
-        self.levels, self.alpha = validated_levels(levels), alpha
-        self._slope = (1 - 2 * alpha) / self.levels
+        self.levels, self.alpha = validated_levels(levels), float(alpha)
+        self._slope = (1 - 2 * self.alpha) / self.levels
 
     def settings(self) -> dict[str, object]:
         """Return the levels and alpha."""

@@ -54,6 +54,10 @@ _ROUNDINGS = 8
 """How many roundings of the largest value count as noise of a feature."""
 
 
+_METHODS = ("log_diagonal", "forward", "inverse")
+"""What a subclass replaces together, or the last two alone."""
+
+
 class LinearTransform(Transform):
     r"""y = W x + b with W = L U, for vectors, or for the channels of each pixel of images.
 
@@ -127,7 +131,10 @@ class LinearTransform(Transform):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse another diagonal, which the products of the forward pass would not see."""
         super().__init_subclass__(**kwargs)
-        if "log_diagonal" in vars(cls) and not {"forward", "inverse"} <= vars(cls).keys():
+        own = {
+            each for each in _METHODS if getattr(cls, each) is not getattr(LinearTransform, each)
+        }
+        if "log_diagonal" in own and len(own) < len(_METHODS):
             raise TypeError(
                 f"{cls.__name__} replaces log_diagonal, from which inverse alone is computed: "
                 "replace forward and inverse, too, or change factors by a parametrization"

@@ -12,6 +12,7 @@ from nflows_iresnet.linearization import Linearization, Rebuild, ResidualFunctio
 from nflows_iresnet.logdet import Auto, Exact, LogDetEstimate, LogDetEstimator
 from nflows_iresnet.logdet.base import log_abs_det
 from nflows_iresnet.logdet.power_series import SeriesEstimator
+from nflows_iresnet.precision import full_precision, work_of
 from nflows_iresnet.transforms.residual import ResidualTransform, solve_residual
 
 
@@ -69,7 +70,8 @@ class MonotoneTransform(ResidualTransform):
     def _map(
         self, function: ResidualFunction, inputs: Tensor, estimator: LogDetEstimator
     ) -> tuple[Tensor, Tensor]:
-        middle = solve_residual(function, inputs, self.solver)
+        with full_precision(inputs.device, work_of(function, inputs)):
+            middle = solve_residual(function, inputs, self.solver)
         return 2 * middle - inputs, self._estimate(function, middle, estimator).logabsdet
 
     def _solve(self, function: ResidualFunction, inputs: Tensor) -> tuple[Tensor, Tensor]:

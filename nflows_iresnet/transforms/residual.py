@@ -149,7 +149,9 @@ class ResidualTransform(Transform):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Remember whether a subclass replaces a method that `CompositeTransform` would pass by."""
         super().__init_subclass__(**kwargs)
-        cls._keeps_methods = cls._keeps_methods and vars(cls).keys().isdisjoint(_METHODS)
+        cls._keeps_methods = all(
+            getattr(cls, name) is getattr(ResidualTransform, name) for name in _METHODS
+        )
 
     @property
     def takes_function(self) -> bool:
@@ -214,11 +216,7 @@ class ResidualTransform(Transform):
             )
         if context is not None:
             require_tensor("context", context)
-        if context is not None and context.shape[0] not in (1, inputs.shape[0]):
-            raise ValueError(
-                f"the context must have one row for each of the {inputs.shape[0]} rows of the "
-                f"inputs, or one for all, got shape {tuple(context.shape)}"
-            )
+        require_row_for_each(inputs, context)
         return like_weights(inputs, self.net)
 
     def inverse(
@@ -268,19 +266,34 @@ class ResidualTransform(Transform):
         """Return a certified upper bound of Lip(g) for the present weights.
 
         Raises:
-            ValueError: if the network has no method `lipschitz_bound`.
+            ValueError: if the network has neither a method `lipschitz_bound` nor a number
+                `lipschitz`.
         """
         certify = getattr(self.net, "lipschitz_bound", None)
+        if not callable(certify) and isinstance(
+            stated := getattr(self.net, "lipschitz", None), float
+        ):
+            return stated
         if not callable(certify):
             raise ValueError(
                 f"{type(self.net).__name__} has no certified Lipschitz bound; use a network of "
-                "nflows_iresnet.nn, or give yours a method lipschitz_bound() -> float"
+                "nflows_iresnet.nn, or give yours an attribute `lipschitz`, or a method "
+                "lipschitz_bound() -> float"
             )
         return float(certify())
 
     def extra_repr(self) -> str:
         """Show the strategies in `print(flow)`."""
         return f"estimator={self.estimator}, solver={self.solver}"
+
+
+def require_row_for_each(inputs: Tensor, context: Tensor | None) -> None:
+    """Raise unless a context has one row for each of the inputs, or one for all."""
+    if context is not None and context.shape[:1] not in ((1,), inputs.shape[:1]):
+        raise ValueError(
+            f"the context must have one row for each of the {inputs.shape[0]} rows of the "
+            f"inputs, or one for all, got shape {tuple(context.shape)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -326,7 +339,8 @@ def solve_linear(
 
     To the solver's verified tolerance, and differentiable. The equation is homogeneous, so each row
     is solved for its own scale: gradients of 1e-25 are found to the same relative accuracy as
-    those of 1. A looser `atol` than the default is in units of x, and does not count here.
+    those of 1. A looser `atol` than the default is in units of x, and does not count here. Rows of
+    the target that are not finite, as a loss that overflows returns them, are NaN.
 
     Args:
         function: g.
@@ -339,11 +353,14 @@ def solve_linear(
     product = at_point.vjp if is_transposed else at_point.jvp
     with torch.no_grad():
         largest = target.abs().flatten(start_dim=1).amax(dim=1)
-        scale = torch.where(largest > 0, largest, 1.0).reshape(-1, *[1] * (target.dim() - 1))
-        scaled = target / scale
+        largest = largest.reshape(-1, *[1] * (target.dim() - 1))
+        is_finite = largest.isfinite()
+        scale = torch.where((largest > 0) & is_finite, largest, 1.0)
+        scaled = torch.where(is_finite, target / scale, 0.0)
         relative = solver.without_units(scaled.dtype)
         found = relative(lambda point: scaled - product(point), scaled, function.lipschitz)
-        solution = (found.value * scale).detach()  # forward mode differentiates here, too
+        solution = torch.where(is_finite, found.value * scale, torch.nan)
+        solution = solution.detach()  # forward mode differentiates here, too
     if not is_differentiated():
         return solution
     attached = target - first_derivative_only(product(solution), _NO_HIGHER_DERIVATIVE)
@@ -411,6 +428,11 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def solve(ctx: Any, target: Tensor, *, is_transposed: bool) -> Tensor:
+        if torch._C._functorch.is_legacy_batchedtensor(target):
+            raise ValueError(
+                "gradients in batches (is_grads_batched=True, vectorize=True) do not go through a "
+                "solver: take them one by one, or by torch.func.jacrev"
+            )
         at, *tensors = ctx.saved_tensors
         function = ctx.rebuild(tensors)
         with full_precision(target.device, work_of(function, target)):
