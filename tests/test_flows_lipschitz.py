@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nflows_iresnet import ResidualFlow, flows, transforms
 from nflows_iresnet.flows.lipschitz import lipschitz_constants
+from nflows_iresnet.transforms.image import PixelwiseSpline
 
 
 def randomised(transform: Any, spread: float = 0.5) -> Any:
@@ -326,6 +327,16 @@ def test_of_a_flow_whose_parameters_are_all_nan_nothing_is_known() -> None:
     for parameter in flow.parameters():
         nn.init.constant_(parameter, math.nan)
     assert flow.lipschitz_bound() == flows.FlowLipschitz((math.inf,), math.inf, math.inf)
+
+
+def test_splines_of_pixels_have_the_constants_of_their_features() -> None:
+    torch.manual_seed(0)
+    pixels = PixelwiseSpline((1, 2, 2))
+    pixels.initialize(torch.randn(200, 1, 2, 2).sinh())
+    features = transforms.ElementwiseRationalQuadraticSpline(4, 16)
+    features.load_state_dict(pixels.state_dict())
+    assert lipschitz_constants(pixels) == features.lipschitz_constants()
+    assert max(features.lipschitz_constants()) < math.inf
 
 
 def test_scales_of_images_have_the_constants_of_their_parts() -> None:

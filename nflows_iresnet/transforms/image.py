@@ -250,6 +250,8 @@ class PixelwiseSpline(ElementwiseRationalQuadraticSpline):
         super().__init__(math.prod(shape), num_bins, bound)
         self.shape, self.starts_from_rows = shape, True
 
+    lipschitz_constants = ElementwiseRationalQuadraticSpline.lipschitz_constants
+
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, log|det|), shapes (B, C, H, W) and (B,)."""
         outputs, logabsdet = super().forward(self._rows(inputs))

@@ -198,7 +198,7 @@ def _start(part: Any, rows: Tensor) -> None:
     if hasattr(part, "initialize"):
         part.initialize(rows)
     else:
-        ActNorm._initialize(part, rows)  # of nflows, whose own makes NaN of a constant feature
+        ActNorm._start_from(part, rows)  # of nflows, whose own makes NaN of a constant feature
     STARTED_BY_A_BATCH.pop(part, None)
 
 

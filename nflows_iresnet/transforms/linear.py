@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,10 +26,8 @@ from nflows_iresnet.transforms.channels import (
 )
 from nflows_iresnet.transforms.normalization import (
     ENOUGH_ROWS,
-    depends_on,
+    StartsFromData,
     likely_moments,
-    may_start,
-    note_batch,
     note_start,
     over_processes,
     require_own,
@@ -58,7 +55,7 @@ _METHODS = ("log_diagonal", "forward", "inverse")
 """What a subclass replaces together, or the last two alone."""
 
 
-class LinearTransform(Transform):
+class LinearTransform(StartsFromData):
     r"""y = W x + b with W = L U, for vectors, or for the channels of each pixel of images.
 
     L is unit lower triangular, U upper triangular with diagonal d > 0, so that
@@ -125,8 +122,6 @@ class LinearTransform(Transform):
         >>> torch.allclose(linear.inverse(outputs)[0], rows, atol=1e-4)
         True
     """
-
-    initialized: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse another diagonal, which the products of the forward pass would not see."""
@@ -235,19 +230,8 @@ class LinearTransform(Transform):
             ValueError: if the shape is another, there is no row, or a value is not finite.
         """
         require_channels(rows, self.factors.shape[0])
-        if not self._whiten(as_rows(rows)):
+        if not self._start_from(as_rows(rows)):
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
-
-    def _start(self, rows: Tensor) -> None:
-        if not may_start(self):
-            return
-        if bool(self.initialized | self.has_learned()):
-            note_start(self)
-        elif not depends_on(
-            rows, (self.factors, *([] if self.bias is None else [self.bias]))
-        ):  # samples of its own are no data
-            self._whiten(rows)
-            note_batch(self)
 
     def has_learned(self) -> Tensor:
         """Return whether a parameter is not zero, as all are until it starts: shape ()."""
@@ -255,7 +239,7 @@ class LinearTransform(Transform):
         return is_mixed if self.bias is None else is_mixed | self.bias.any()
 
     @torch.no_grad()
-    def _whiten(self, rows: Tensor) -> bool:
+    def _start_from(self, rows: Tensor) -> bool:
         """Start from rows (N, F), and return whether there were any."""
         require_own(self, "factors", *([] if self.bias is None else ["bias"]))
         rows = rows.to(self.factors.device, torch.float64)
@@ -273,10 +257,6 @@ class LinearTransform(Transform):
             self.bias.copy_(-(self.weight().double() @ mean))
         note_start(self)
         return True
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._has_started = not self.initialized.is_meta and bool(self.initialized)
 
     def extra_repr(self) -> str:
         """Show the size, and whether there is a bias."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from nflows.transforms import Transform
 from nflows.transforms.normalization import ActNorm as _NflowsActNorm
 from torch import Tensor, distributed, nn
 
@@ -31,7 +32,40 @@ _ERRORS_OF_ZERO = 2.5
 """A mean of few rows that is closer to zero than so many of its errors may be zero."""
 
 
-class ActNorm(_NflowsActNorm):
+class StartsFromData(Transform):
+    """A transform that starts from the first batch in training mode, unless it has begun before.
+
+    Its flag, the buffer `initialized`, says that for good. Parameters that are zero until then say
+    it for states without the flag.
+    """
+
+    initialized: Tensor
+    _has_started: bool
+    """The flag as a number of the host, which no call has to wait for."""
+
+    def has_learned(self) -> Tensor:
+        """Return whether a parameter is not zero, as all are until it starts: shape ()."""
+        raise NotImplementedError
+
+    def _start_from(self, rows: Tensor) -> object:
+        """Start from rows, if there are any."""
+        raise NotImplementedError
+
+    def _start(self, inputs: Tensor) -> None:
+        if not may_start(self):
+            return
+        if bool(self.initialized | self.has_learned()):
+            note_start(self)
+        elif not depends_on(inputs, tuple(self.parameters())):  # its own samples are no data
+            self._start_from(inputs)
+            note_batch(self)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._has_started = not self.initialized.is_meta and bool(self.initialized)
+
+
+class ActNorm(StartsFromData, _NflowsActNorm):
     r"""y = exp(s) (x - m) + t per feature or channel, started so that a batch has mean 0, std 1.
 
     Differs from `nflows.transforms.ActNorm` in m, a buffer, and in the start. m is zero but for
@@ -123,27 +157,18 @@ class ActNorm(_NflowsActNorm):
         """
         if rows.shape[0] == 0:
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
-        self._initialize(self._checked(rows))
+        self._start_from(self._checked(rows))
 
     def _checked(self, inputs: Tensor) -> Tensor:
         require_channels(inputs, self.shift.shape[0])
         return like_weights(inputs, self)
-
-    def _start(self, inputs: Tensor) -> None:
-        if not may_start(self):
-            return
-        if bool(self.initialized | self.has_learned()):
-            note_start(self)
-        elif not depends_on(inputs, (self.log_scale, self.shift)):
-            self._initialize(inputs)
-            note_batch(self)
 
     def has_learned(self) -> Tensor:
         """Return whether s, t or m is not zero, as all are until it starts: shape ()."""
         return self.log_scale.any() | self.shift.any() | self.center.any()
 
     @torch.no_grad()
-    def _initialize(self, inputs: Tensor) -> None:
+    def _start_from(self, inputs: Tensor) -> None:
         require_own(self, "log_scale", "shift")
         rows = as_rows(inputs).to(self.log_scale.device, torch.float64)
         peak = _largest_over_processes(rows, inputs)
@@ -180,7 +205,6 @@ class ActNorm(_NflowsActNorm):
             if self.center.is_meta:
                 self.center = torch.zeros_like(self.shift.detach())
             self.center.zero_()
-        self._has_started = not self.initialized.is_meta and bool(self.initialized)
 
 
 def likely_moments(mean: Tensor, std: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from nflows.transforms import Transform
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
@@ -16,10 +15,8 @@ from nflows_iresnet.precision import like_weights
 from nflows_iresnet.settings import SettingsInState
 from nflows_iresnet.transforms.channels import as_rows, like_inputs, require_channels, sum_of_each
 from nflows_iresnet.transforms.normalization import (
-    depends_on,
+    StartsFromData,
     infinite_if_nan,
-    may_start,
-    note_batch,
     note_start,
     over_processes,
     require_own,
@@ -55,7 +52,7 @@ _ROWS_TO_JUDGE = 4096
 """Of the rows that are given, so many (up to twice that) tell whether the spline is a gain."""
 
 
-class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
+class ElementwiseRationalQuadraticSpline(SettingsInState, StartsFromData):
     r"""y_j = S_j(x_j): a monotone rational-quadratic spline per feature.
 
     Knots -b = x_0 < ... < x_K = b are mapped to -b = y_0 < ... < y_K = b, with learned slopes
@@ -126,8 +123,6 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         >>> bool((spline(uniform)[0] - normal)[50:-50].abs().max() < 0.1)
         True
     """
-
-    initialized: Tensor
 
     def __init__(
         self,
@@ -220,15 +215,6 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         if not self._start_from(as_rows(rows)):
             raise ValueError(f"at least one row is needed to start from, got {tuple(rows.shape)}")
 
-    def _start(self, inputs: Tensor) -> None:
-        if not may_start(self):
-            return
-        if bool(self.initialized | self.has_learned()):
-            note_start(self)
-        elif not depends_on(inputs, (self.sizes, self.log_slopes)):  # its own samples are no data
-            self._start_from(inputs)
-            note_batch(self)
-
     def has_learned(self) -> Tensor:
         """Return whether a parameter is not zero, as all are until it starts: shape ()."""
         return self.sizes.any() | self.log_slopes.any()
@@ -275,7 +261,6 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, Transform):
         missing_keys: list[str] = lists[0]
         if f"{prefix}initialized" in missing_keys:  # of a version without a start
             missing_keys.remove(f"{prefix}initialized")
-        self._has_started = not self.initialized.is_meta and bool(self.initialized)
 
     def _checked(self, inputs: Tensor) -> Tensor:
         require_channels(inputs, self.sizes.shape[1])
