@@ -103,6 +103,9 @@ class GeometricTruncation:
         return self.continuation > lipschitz**2
 
 
+_OF_A_LAW = ("survival", "has_finite_variance")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RussianRoulette(SeriesEstimator):
     r"""Unbiased estimate of log\|det(I + J)\| and of its derivative, with finite variance.
@@ -143,9 +146,11 @@ class RussianRoulette(SeriesEstimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         validated_size("num_exact_terms", self.num_exact_terms)
-        if isinstance(self.truncation, type) or not hasattr(self.truncation, "survival"):
+        is_law = all(hasattr(self.truncation, name) for name in _OF_A_LAW)
+        if isinstance(self.truncation, type) or not is_law:
             raise ValueError(
-                f"truncation must be a law such as LipschitzTruncation(), got {self.truncation!r}"
+                f"truncation must be a law such as LipschitzTruncation(), with the methods "
+                f"{' and '.join(_OF_A_LAW)}, got {self.truncation!r}"
             )
         if self.lipschitz is not None:
             validated_lipschitz(self.lipschitz)
