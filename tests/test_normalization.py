@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable
 from copy import deepcopy
@@ -287,6 +288,40 @@ def test_a_batch_of_one_tells_magnitudes_alone() -> None:
     outputs, _ = norm(torch.tensor([[1e-6, 1e6, 1.5]]))
     torch.testing.assert_close(outputs, torch.tensor([[6.266e-3, 1, 1.5]]), rtol=0, atol=1e-5)
     assert norm.scale[2].item() == 1
+
+
+def tails(count: int) -> Tensor:
+    """Return a normal feature, one with a long tail, and the square of the first."""
+    rows = torch.randn(count, 2, generator=device.generator(7))
+    return torch.stack([rows[:, 0], rows[:, 1].sinh(), rows[:, 0].square()], dim=1)
+
+
+def test_long_tails_are_scaled_to_start_within_a_bound() -> None:
+    rows, norm, plain = tails(4000), ActNorm(3, bound=4.0), ActNorm(3)
+    outputs, expected = norm(rows)[0].detach(), plain(rows)[0].detach()
+    assert torch.equal(outputs[:, 0], expected[:, 0])
+    for index in (1, 2):
+        beyond = (outputs[:, index].abs() > 4).double().mean()
+        assert 0 < float(beyond) <= 0.001 + 1e-9
+        assert float((expected[:, index].abs() > 4).double().mean()) > 0.002
+        assert outputs[:, index].mean().item() == pytest.approx(0, abs=1e-5)
+    few = tails(7)
+    assert torch.equal(ActNorm(3, bound=1.0)(few)[0], ActNorm(3)(few)[0])
+
+
+def test_a_constant_has_no_tail() -> None:
+    constant = 1e6 + 0.0625 * (torch.arange(64.0) % 2)
+    rows = torch.stack([constant, torch.randn(64, generator=device.generator(1))], dim=1)
+    for scale in (1.0, 1e24):
+        norm = ActNorm(2, bound=1e-3)
+        norm(scale * rows)
+        assert norm.log_scale[0].item() == 0
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.inf])
+def test_a_bound_that_is_none_is_named(bound: float) -> None:
+    with pytest.raises(ValueError, match="bound must be positive and finite"):
+        ActNorm(2, bound=bound)
 
 
 def steps_of_a_flow(flow: Any, rows: Tensor, deviations: float) -> list[float]:

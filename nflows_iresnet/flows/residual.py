@@ -42,7 +42,8 @@ def start_from_data(
     """
     splines = quantile_splines("marginal_bins", features, marginal_bins)
     whitening = [LinearTransform(features, initialization="whitening")] if linear else []
-    return [ActNorm(features), *splines, *whitening]
+    bound = splines[0].bound if splines else None
+    return [ActNorm(features, bound=bound), *splines, *whitening]
 
 
 def quantile_splines(name: str, features: int, num_bins: int) -> list[Transform]:

@@ -13,11 +13,12 @@ import torch
 from nflows.transforms import Transform
 from nflows.transforms.normalization import ActNorm as _NflowsActNorm
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 
 from nflows_iresnet.linearization import concrete, run_weight_hooks
 from nflows_iresnet.precision import like_weights
 from nflows_iresnet.transforms.channels import as_rows, for_each_input, require_channels
-from nflows_iresnet.validation import validated_size
+from nflows_iresnet.validation import validated_bound, validated_size
 
 _ROUNDING_UNITS = 4.0
 """A feature whose standard deviation is less than so many units in the last place is constant."""
@@ -25,6 +26,8 @@ _FAR = 100.0
 """Deviations from zero from which on the mean is kept apart from what is learned."""
 ENOUGH_ROWS = 8
 """The deviation of fewer can be any number: for 3 the mean of 1 / s^2 is infinite."""
+_INSIDE = 0.999
+"""Part of the rows that starts within the bound of what follows."""
 _LOWEST = [0.0, 0.356, 0.434, 0.483, 0.519, 0.546, 0.569, 0.588]
 _HIGHEST = [math.inf, 159.6, 14.12, 6.468, 4.396, 3.485, 2.980, 2.660]
 """Ends of the 99 % interval of sigma / s by the freedom f of s^2: sqrt(f / chi^2)."""
@@ -88,6 +91,8 @@ class ActNorm(StartsFromData, _NflowsActNorm):
       and the upper end below. So standardised features stay as they are, whatever the first rows.
       What n rows, 8 or more, cost unseen normal ones is 1 / n nats a feature, for two numbers that
       are estimated.
+    * With a `bound`, features with long tails are scaled down further: at most one row of 1,000
+      starts beyond it. What follows acts within it, and would map all that is beyond to its edge.
     * A batch with values that are not finite is refused, and nothing is stored.
     * Where several processes train one model, they start from the statistics of the joined batch
       (three `all_reduce`, in which every process takes part, and all of them raise if one has to).
@@ -102,10 +107,12 @@ class ActNorm(StartsFromData, _NflowsActNorm):
 
     Args:
         features: number of features (B, F), or of channels (B, C, H, W).
+        bound: how far splines reach that follow, in deviations; None where there are none.
 
     Raises:
-        ValueError: if `features` is not positive; in use, if inputs have another shape or precision
-            than scale and shift, the first batch is not finite, or a start cannot be stored.
+        ValueError: if `features` or `bound` is not positive; in use, if inputs have another shape
+            or precision than scale and shift, the first batch is not finite, or a start cannot be
+            stored.
 
     Example:
         >>> norm = ActNorm(2)
@@ -116,8 +123,9 @@ class ActNorm(StartsFromData, _NflowsActNorm):
 
     center: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, *, bound: float | None = None) -> None:
         super().__init__(validated_size("features", features))
+        self.bound = None if bound is None else validated_bound(bound, 4.0)
         self.register_buffer("center", torch.zeros_like(self.shift.detach()))
         self._has_started = False
 
@@ -185,6 +193,11 @@ class ActNorm(StartsFromData, _NflowsActNorm):
         is_constant = std <= _ROUNDING_UNITS * limits.eps
         std = torch.where(is_constant, 0.0, std * unit)
         mean, std = likely_moments(mean * unit, std, int(count))
+        bound = getattr(self, "bound", None)
+        if bound is not None and count >= ENOUGH_ROWS:
+            distances = (rows_of_all_processes(rows) * unit - mean).abs() / std
+            (reach,) = quantiles(distances, rows.new_tensor([_INSIDE]))
+            std = torch.where(is_constant, std, std * (reach / bound).clamp_min(1.0))
         largest = -math.log(limits.tiny)
         self.log_scale.copy_(-std.log().clamp(-largest, largest))
         if isinstance(self, ActNorm):  # nflows' own has no center
@@ -205,6 +218,29 @@ class ActNorm(StartsFromData, _NflowsActNorm):
             if self.center.is_meta:
                 self.center = torch.zeros_like(self.shift.detach())
             self.center.zero_()
+
+
+def rows_of_all_processes(rows: Tensor) -> Tensor:
+    """Return the rows (N, features) of all processes one below the other."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    counts = rows.new_zeros(distributed.get_world_size())
+    counts[distributed.get_rank()] = rows.shape[0]
+    sizes = [int(count) for count in over_processes(counts).tolist()]
+    padded = F.pad(rows, (0, 0, 0, max(sizes) - rows.shape[0]))
+    parts = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def quantiles(rows: Tensor, probabilities: Tensor) -> Tensor:
+    """Return the quantiles of each column, (P, features), between the two nearest rows."""
+    last = rows.shape[0] - 1
+    position = (probabilities * rows.shape[0] - 0.5).clamp(0, last)
+    below = position.long()
+    ordered = rows.sort(dim=0).values
+    lower, upper = ordered[below], ordered[(below + 1).clamp_max(last)]
+    return lower.lerp(upper, (position - below)[:, None])
 
 
 def likely_moments(mean: Tensor, std: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_iresnet.linearization import run_weight_hooks
@@ -18,8 +18,9 @@ from nflows_iresnet.transforms.normalization import (
     StartsFromData,
     infinite_if_nan,
     note_start,
-    over_processes,
+    quantiles,
     require_own,
+    rows_of_all_processes,
 )
 from nflows_iresnet.transforms.rational_quadratic import (
     MAX_LOG_SLOPE,
@@ -62,9 +63,9 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, StartsFromData):
         y = y_k + h (s t^2 + d_0 t (1 - t)) / (s + (d_0 + d_1 - 2 s) t (1 - t)),
 
     continuously differentiable, and inverted by solving a quadratic equation. It expects features
-    of about unit scale, as `ActNorm` returns them: put one in front. Images (B, C, H, W) have a
-    spline for each channel, as they have a scale in `ActNorm`; `PixelwiseSpline` has one for each
-    value.
+    of about unit scale, as `ActNorm(features, bound=b)` returns them: put one in front. Images
+    (B, C, H, W) have a spline for each channel, as they have a scale in `ActNorm`;
+    `PixelwiseSpline` has one for each value.
 
     A network that starts with a dense layer has to build a function of one coordinate out of
     projections of all, which with few rows it learns by heart. Where marginals are far from normal
@@ -223,7 +224,7 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, StartsFromData):
     def _start_from(self, rows: Tensor) -> bool:
         """Start from rows (N, features), and return whether there were any."""
         require_own(self, "sizes", "log_slopes")
-        rows = _rows_of_all_processes(rows.to(self.sizes.device, torch.float64))
+        rows = rows_of_all_processes(rows.to(self.sizes.device, torch.float64))
         if rows.shape[0] == 0:
             return False
         _require_finite(rows)
@@ -292,8 +293,8 @@ def _quantile_knots(rows: Tensor, num_bins: int, bound: float) -> Tensor:
     reach = _KNOTS_AT_START * min(bound, _FARTHEST_AT_START)
     images = reach * (2 * index / num_bins - 1)
     trust = min(1.0, rows.shape[0] / (_ROWS_PER_BIN * num_bins))
-    quantiles = _quantiles(rows, torch.special.ndtr(images)).mT
-    wanted = (trust * quantiles + (1 - trust) * images).clamp(-bound, bound)
+    empirical = quantiles(rows, torch.special.ndtr(images)).mT
+    wanted = (trust * empirical + (1 - trust) * images).clamp(-bound, bound)
     gap = _gap(num_bins, bound)
     shifted = _isotonic(wanted - gap * index).clamp(-bound, bound - gap * num_bins)
     inner = torch.stack([shifted + gap * index, images.expand_as(shifted)])
@@ -303,16 +304,6 @@ def _quantile_knots(rows: Tensor, num_bins: int, bound: float) -> Tensor:
 def _gap(num_bins: int, bound: float) -> float:
     """Return the smallest width of a bin that quantiles give."""
     return _MIN_WIDTH_AT_START * 2 * bound / num_bins
-
-
-def _quantiles(rows: Tensor, probabilities: Tensor) -> Tensor:
-    """Return the quantiles of each column, (P, features), between the two nearest rows."""
-    last = rows.shape[0] - 1
-    position = (probabilities * rows.shape[0] - 0.5).clamp(0, last)
-    below = position.long()
-    ordered = rows.sort(dim=0).values
-    lower, upper = ordered[below], ordered[(below + 1).clamp_max(last)]
-    return lower.lerp(upper, (position - below)[:, None])
 
 
 def _isotonic(values: Tensor) -> Tensor:
@@ -331,19 +322,6 @@ def _isotonic(values: Tensor) -> Tensor:
     means = (sums[:, None, 1:] - sums[:, :-1, None]) / length
     smallest = means.flip(-1).cummin(-1).values.flip(-1)
     return torch.where(length > 0, smallest, -math.inf).amax(-2)
-
-
-def _rows_of_all_processes(rows: Tensor) -> Tensor:
-    """Return the rows (N, features) of all processes one below the other."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return rows
-    counts = rows.new_zeros(distributed.get_world_size())
-    counts[distributed.get_rank()] = rows.shape[0]
-    sizes = [int(count) for count in over_processes(counts).tolist()]
-    padded = F.pad(rows, (0, 0, 0, max(sizes) - rows.shape[0]))
-    parts = [torch.empty_like(padded) for _ in sizes]
-    distributed.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def _require_finite(rows: Tensor) -> None:

@@ -412,6 +412,20 @@ FAULTS: tuple[Fault, ...] = (
         "tensor_float32",
     ),
     Fault(
+        "features with long tails start beyond the spline that follows",
+        "transforms/normalization.py",
+        "(reach / bound).clamp_min(1.0)",
+        "(bound / bound)",
+        "recipe::test_samples_of_a_start_from_a_long_tail_do_not_pile_up",
+    ),
+    Fault(
+        "roundings of a constant are a long tail",
+        "transforms/normalization.py",
+        "std = torch.where(is_constant, std, std *",
+        "std = torch.where(is_constant & False, std, std *",
+        "normalization::test_a_constant_has_no_tail",
+    ),
+    Fault(
         "splines of partners load weights for another bound",
         "flows/partners.py",
         'return {"bound": self.tail_bound}',
@@ -603,7 +617,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "quantiles are half a row too far",
-        "transforms/splines.py",
+        "transforms/normalization.py",
         "(probabilities * rows.shape[0] - 0.5)",
         "(probabilities * rows.shape[0])",
         "survivors::test_the_quantiles_of_few_rows_lie_in_the_middle_of_their_steps",
