@@ -305,6 +305,8 @@ def test_long_tails_are_scaled_to_start_within_a_bound() -> None:
         assert 0 < float(beyond) <= 0.001 + 1e-9
         assert float((expected[:, index].abs() > 4).double().mean()) > 0.002
         assert outputs[:, index].mean().item() == pytest.approx(0, abs=1e-5)
+    farthest = torch.cat([tails(200)[:, :1], rows.new_tensor([[30.0]])])
+    assert torch.equal(ActNorm(1, bound=4.0)(farthest)[0], ActNorm(1)(farthest)[0])
     few = tails(7)
     assert torch.equal(ActNorm(3, bound=1.0)(few)[0], ActNorm(3)(few)[0])
 

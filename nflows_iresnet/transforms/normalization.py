@@ -27,7 +27,8 @@ _FAR = 100.0
 ENOUGH_ROWS = 8
 """The deviation of fewer can be any number: for 3 the mean of 1 / s^2 is infinite."""
 _INSIDE = 0.999
-"""Part of the rows that starts within the bound of what follows."""
+"""Part of the rows that starts within the bound of what follows, if that leaves out one at least:
+the farthest may be an outlier."""
 _LOWEST = [0.0, 0.356, 0.434, 0.483, 0.519, 0.546, 0.569, 0.588]
 _HIGHEST = [math.inf, 159.6, 14.12, 6.468, 4.396, 3.485, 2.980, 2.660]
 """Ends of the 99 % interval of sigma / s by the freedom f of s^2: sqrt(f / chi^2)."""
@@ -92,7 +93,7 @@ class ActNorm(StartsFromData, _NflowsActNorm):
       What n rows, 8 or more, cost unseen normal ones is 1 / n nats a feature, for two numbers that
       are estimated.
     * With a `bound`, features with long tails are scaled down further: at most one row of 1,000
-      starts beyond it. What follows acts within it, and would map all that is beyond to its edge.
+      starts beyond it, or one of fewer. Splines act within it, and map to its edge what is beyond.
     * A batch with values that are not finite is refused, and nothing is stored.
     * Where several processes train one model, they start from the statistics of the joined batch
       (three `all_reduce`, in which every process takes part, and all of them raise if one has to).
@@ -196,7 +197,8 @@ class ActNorm(StartsFromData, _NflowsActNorm):
         bound = getattr(self, "bound", None)
         if bound is not None and count >= ENOUGH_ROWS:
             distances = (rows_of_all_processes(rows) * unit - mean).abs() / std
-            (reach,) = quantiles(distances, rows.new_tensor([_INSIDE]))
+            inside = min(_INSIDE, 1 - 1.5 / len(distances))
+            (reach,) = quantiles(distances, rows.new_tensor([inside]))
             std = torch.where(is_constant, std, std * (reach / bound).clamp_min(1.0))
         largest = -math.log(limits.tiny)
         self.log_scale.copy_(-std.log().clamp(-largest, largest))

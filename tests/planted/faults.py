@@ -419,6 +419,13 @@ FAULTS: tuple[Fault, ...] = (
         "recipe::test_samples_of_a_start_from_a_long_tail_do_not_pile_up",
     ),
     Fault(
+        "one outlier is a long tail",
+        "transforms/normalization.py",
+        "min(_INSIDE, 1 - 1.5 / len(distances))",
+        "_INSIDE",
+        "normalization::test_long_tails_are_scaled_to_start_within_a_bound",
+    ),
+    Fault(
         "roundings of a constant are a long tail",
         "transforms/normalization.py",
         "std = torch.where(is_constant, std, std *",
