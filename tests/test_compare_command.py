@@ -295,8 +295,8 @@ def test_resume_notices_one_value_in_one_test_row(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num-scales", "3"], "num_scales is for images"),
-        (["--marginal-bins", "4", "--alpha", "0.1"], "alpha and marginal_bins is for images"),
+        (["--num-scales", "3"], "--num-scales is for images: add --images"),
+        (["--marginal-bins", "4", "--alpha", "0.1"], "--alpha and --marginal-bins are for images"),
         (["--learning-rate", "5e-4", "--learning-rates", "1e-3"], "would not be used beside"),
     ],
 )

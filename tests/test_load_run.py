@@ -136,6 +136,10 @@ def test_of_several_runs_one_is_to_be_named(finished: Finished) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"no trained runs with model='maf'.*'realnvp', 1"):
         load_run(finished.rows, model="maf")
+    with pytest.raises(
+        ValueError, match=r"'residualflow', repeat=0 \(did you mean 'residual-flow'\?"
+    ):
+        load_run(finished.rows, model="residualflow")
     with pytest.raises(ValueError, match=r"no trained runs with dataset='moons'"):
         load_run(finished.rows, "moons", "realnvp")
     with pytest.raises(ValueError, match=r"no trained runs with model='realnvp', repeat=2"):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from nflows_iresnet.datasets.tables import COMPARABLE
-from nflows_iresnet.experiments import tables
+from nflows_iresnet.experiments import evaluation, tables
+from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.evaluation import Metrics
 from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result, Trial
@@ -103,25 +106,72 @@ def names(kind: str, **summary: Any) -> list[str]:
     return [column.name for column in columns_for(record, record.datasets[0])]
 
 
-def test_every_kind_of_table_has_its_columns() -> None:
-    cost = ["parameters", "ms per step", "sample 10,000 (s)", "round trip max (median)"]
-    nll = ["test NLL (nats)", "± over repeats"]
-    assert names("compare") == ["model", *nll, *cost, "memory (MB)", "Lipschitz bound"]
-    images = names("compare", shape=(1, 2, 4), levels=16)
-    assert images[:3] == ["model", "bits per dim", "test NLL (nats)"]
-    assert images[-4:] == [
-        *("round trip max (median)", "memory (MB)", "estimate - exact", "Lipschitz bound")
-    ]
-    assert "sample 256 (s)" in images
-    assert names("race") == [
+_NLL = ["test NLL (nats)", "± over repeats"]
+_COST = ["parameters", "ms per step", "sample 10,000 (s)", "round trip max (median)", "memory (MB)"]
+_OF_IMAGES = ["sample 256 (s)" if name == "sample 10,000 (s)" else name for name in _COST]
+_LISTED: dict[tuple[str, bool, bool], list[str]] = {
+    ("compare", False, False): ["model", *_NLL, *_COST, "Lipschitz bound"],
+    ("compare", True, True): [
+        *("model", "bits per dim", *_NLL, *_OF_IMAGES, "estimate - exact", "Lipschitz bound")
+    ],
+    ("race", False, False): [
         *("model", "test NLL (nats)", "seeds", "steps", "best at step", "parameters"),
         *("ms per step", "training (s)", "learning rate"),
-    ]
-    assert names("table2", levels=16) == [
+    ],
+    ("table2", True, False): [
         *("model", "bits per dim", "± over repeats", "parameters", "training (s)"),
         *("sample 10,000 (s)", "Lipschitz bound", "published MNIST"),
-    ]
-    assert names("table2")[1] == "test NLL (nats)"
+    ],
+    ("table2", False, False): [
+        *("model", *_NLL, "parameters", "training (s)", "sample 10,000 (s)", "Lipschitz bound")
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "quantised", "images"), list(_LISTED))
+def test_every_kind_of_table_has_its_columns(kind: str, quantised: bool, images: bool) -> None:
+    """Those that are listed here, in this order; more may be added between them."""
+    found = names(kind, shape=(1, 2, 4) if images else None, levels=16 if quantised else None)
+    listed = set().union(*_LISTED.values())
+    assert [name for name in found if name in listed] == _LISTED[kind, quantised, images]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (lambda row: f"{row.metrics.kurtosis}", "no attribute 'kurtosis'"),
+        (lambda row: f"{row.metrics.test_nll:.2f}", "unsupported format string"),
+    ],
+    ids=["unknown", "not for None"],
+)
+def test_a_column_that_cannot_be_shown_is_refused_before_anything_is_trained(
+    text: Any,
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mine: Column[Row] = Column("the\nkurtosis", "Of the samples.", text)
+    monkeypatch.setattr(tables, "COLUMNS", (*tables.COLUMNS, mine))
+    out = tmp_path / "out"
+    assert main(["compare", "moons", "--models", "nice", "--out", str(out), "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "column 'the kurtosis' of experiments/tables.py" in line
+    assert problem in line
+    assert "fields of Row, and of Metrics in experiments/evaluation.py" in line
+    assert not out.exists()
+
+
+def test_a_measurement_without_a_field_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {"mine": lambda model, data: {"kurtosis": 3.0}}
+    right = {"right": lambda model, data: {"lipschitz": 0.5, "kept": np.zeros(2)}}
+    monkeypatch.setattr(evaluation, "_MEASUREMENTS", {**wrong, **right})
+    model: Any = torch.nn.Identity()
+    data: Any = None
+    found = evaluation.evaluate(model, data, 0)
+    (failure,) = found.failures
+    assert re.match("mine: TypeError: .* unexpected keyword argument 'kurtosis'", failure)
+    assert (found.metrics, list(found.arrays)) == (Metrics(lipschitz=0.5), ["kept"])
 
 
 def test_errors_over_seeds_are_those_of_the_unit(tmp_path: Path) -> None:

@@ -515,7 +515,7 @@ def test_published_sizes_are_those_of_tenths() -> None:
 def test_an_absent_archive_says_where_to_get_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"get data.tar.gz of https://zenodo.org/record/1161203"):
         datasets.load(name, data_dir=tmp_path)
-    with pytest.raises(ValueError, match=f"(?i)no .*{name}.* in any folder, for none .*--data-dir"):
+    with pytest.raises(ValueError, match=f"(?i)no folder was named that has .*{name}.*--data-dir"):
         datasets.load(name)
 
 

@@ -1,7 +1,8 @@
 """Toy densities with exact log-probabilities, tabular data and images, ready to train on.
 
-To add a data set, add one entry: to ``_ENTRIES`` here, to ``tables.PACKAGED`` if a package carries
-it, or to ``images.IMAGE_SETS``.
+To add a data set, add one entry: a density to ``densities.DESCRIBED``; a file of the data folder to
+``_ENTRIES`` here, by ``_file``; a table to ``tables.PACKAGED`` if a package carries it, and to
+``tables.STANDARD`` if its splits are published; images to ``images.IMAGE_SETS``.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Generator
 
 from nflows_iresnet.datasets.densities import (
+    DESCRIBED,
     Checkerboard,
     Circles,
     Density,
@@ -24,9 +26,10 @@ from nflows_iresnet.datasets.densities import (
     Pinwheel,
     TwoSpirals,
 )
-from nflows_iresnet.datasets.files import Folder
+from nflows_iresnet.datasets.files import Folder, Names, data_folder, find
 from nflows_iresnet.datasets.images import ImageDataset, available_images, load_images
 from nflows_iresnet.datasets.tables import (
+    FILE_TYPES,
     PACKAGED,
     STANDARD,
     Dataset,
@@ -88,15 +91,32 @@ def _table(name: str, description: str, read: Callable[[Folder | None, Generator
     return Entry(name, description, load)
 
 
+def _file(
+    name: str,
+    description: str,
+    filename: str,
+    *,
+    columns: Names | None = None,
+    licence: str | None = None,
+) -> Entry:
+    """Return the entry of a file in the data folder, or in its subfolder with the set's name.
+
+    Text without a header has ``columns`` for names; columns behind those are left out.
+    """
+
+    def read(data_dir: Folder | None, _: Generator) -> Table:
+        root = data_folder(data_dir)
+        folders = [root, root / name] if root else []
+        (path,) = find(name, {filename: (filename,)}, folders)
+        return replace(read_table(path, columns), name=name, licence=licence)
+
+    return _table(name, f"{description} ({filename} in --data-dir)", read)
+
+
 _ENTRIES = {
     entry.name: entry
     for entry in (
-        _toy("moons", "two interleaved half circles", Moons()),
-        _toy("circles", "two concentric circles", Circles()),
-        _toy("8-gaussians", "eight Gaussians on a ring", EightGaussians()),
-        _toy("checkerboard", "uniform on eight of sixteen squares", Checkerboard()),
-        _toy("pinwheel", "five swirled Gaussian arms", Pinwheel()),
-        _toy("two-spirals", "two interleaved spirals", TwoSpirals()),
+        *(_toy(name, about, density) for name, (about, density) in DESCRIBED.items()),
         _table(
             "digits",
             "1797 x 64: handwritten digits, dequantised (needs scikit-learn)",
@@ -181,7 +201,8 @@ def load(
     noise, the permutation behind the splits) comes from ``seed``.
 
     Args:
-        name_or_path: A key of `available`, or a ``.npy`` or delimited text file.
+        name_or_path: A key of `available`, or a ``.npy`` or delimited text file, compressed
+            (``.csv.gz``) or not.
         data_dir: Folder that holds the files of ``casp``, ``magic`` or ``galaxies``, or the wheels
             of the packages that carry them, or into which the archive of ``power``, ``gas``,
             ``hepmass``, ``miniboone`` and ``bsds300`` was unpacked (module `tables`). ``None``
@@ -218,13 +239,13 @@ def _existing_file(name: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise ValueError(f"{name} is a folder: name one .npy or .csv file in it")
+        raise ValueError(f"{name} is a folder: name one file in it ({FILE_TYPES})")
     if path.suffix or os.sep in name:
         raise ValueError(
-            f"no file or data set {name} (looked for {path.absolute()}): give the path of a .npy or"
-            f" .csv file, or one of {', '.join(_ENTRIES)}"
+            f"no file or data set {name} (looked for {path.absolute()}): give the path of a"
+            f" {FILE_TYPES} file, or one of {', '.join(_ENTRIES)}"
         )
-    raise ValueError(_unknown(name, list(_ENTRIES)) + "; or a .npy or .csv file")
+    raise ValueError(_unknown(name, list(_ENTRIES)) + f"; or a {FILE_TYPES} file")
 
 
 def _unknown(name: str, known: list[str]) -> str:

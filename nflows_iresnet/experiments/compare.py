@@ -25,6 +25,8 @@ def open_session(parsed: CompareOptions) -> Comparison:
     Raises:
         ValueError: something cannot work; the message names it and nothing was written.
     """
+    from nflows_iresnet.experiments.tables import check_columns
+
     config = to_config(parsed)
     session.check_places(parsed, config.device)
     prepared = runs.prepare(config)
@@ -36,6 +38,7 @@ def open_session(parsed: CompareOptions) -> Comparison:
         command=parsed.preset.command,
         published=parsed.preset.published_beside(images=config.images),
     )
+    check_columns(record)
     folder = session.folder_of(parsed, parsed.preset.command)
     comparison = Comparison(parsed, record, folder, config=config, prepared=prepared)
     comparison.begin()

@@ -74,9 +74,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check that every number is in range."""
         if [self.steps, self.budget, self.race].count(None) != 2:
-            raise ValueError("give one of steps, budget and race, and not more")
+            raise ValueError("give one of --steps, --budget and --race, and not more")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be between 0 and {2**31 - 1}, got {self.seed}")
+            raise ValueError(f"--seed must be between 0 and {2**31 - 1}, got {self.seed}")
         for name, value in vars(self).items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and name not in ("seed", "alpha", "marginal_bins", "num_terms"):
@@ -85,15 +85,16 @@ class RunConfig:
             _check_positive("learning_rates", rate)
         own = [name for name in _OF_IMAGES if getattr(self, name) != DEFAULTS[name]]
         if own and not self.images:
-            raise ValueError(f"{' and '.join(own)} is for images: add --images, or leave it out")
+            names, verb = " and ".join(map(flag, own)), "is" if len(own) == 1 else "are"
+            raise ValueError(f"{names} {verb} for images: add --images, or leave that out")
         if not 0 < self.alpha < 0.5:
-            raise ValueError(f"alpha must be between 0 and 0.5, got {self.alpha}")
+            raise ValueError(f"--alpha must be between 0 and 0.5, got {self.alpha}")
         for name in ("marginal_bins", "num_terms"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
         if self.training_precision not in TRAINING_PRECISIONS:
             known = " or ".join(TRAINING_PRECISIONS)
-            raise ValueError(f"training_precision must be {known}, got {self.training_precision}")
+            raise ValueError(f"--training-precision must be {known}, got {self.training_precision}")
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -120,9 +121,14 @@ IMAGE_DEFAULTS: dict[str, Any] = {"batch_size": 64, "learning_rate": 1e-3, "num_
 """What images need other defaults for."""
 
 
+def flag(name: str) -> str:
+    """Return an option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value}")
+        raise ValueError(f"{flag(name)} must be a positive number, got {value}")
 
 
 def resolve_device(name: str) -> str:

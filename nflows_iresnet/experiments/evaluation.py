@@ -6,7 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -118,17 +118,19 @@ class Evaluation:
 
 def evaluate(model: DensityModel, data: EvaluationData, seed: int) -> Evaluation:
     """Measure everything; a measurement that fails is reported and the others go on."""
-    found: dict[str, Any] = {}
-    failures: list[str] = []
+    found = Evaluation()
     torch.manual_seed(seed)
     model.eval()
     for name, measure in _MEASUREMENTS.items():
         try:
-            found |= measure(model, data)
+            measured = measure(model, data)
+            arrays = {key: each for key, each in measured.items() if isinstance(each, np.ndarray)}
+            numbers = {key: each for key, each in measured.items() if key not in arrays}
+            found.metrics = replace(found.metrics, **numbers)
+            found.arrays |= arrays
         except Exception as error:
-            failures.append(f"{name}: {describe(error)}")
-    arrays = {name: found.pop(name) for name in list(found) if isinstance(found[name], np.ndarray)}
-    return Evaluation(Metrics(**found), arrays, failures)
+            found.failures.append(f"{name}: {describe(error)}")
+    return found
 
 
 def exact_log_prob(model: DensityModel, inputs: Tensor) -> Tensor:

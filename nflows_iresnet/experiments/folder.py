@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nflows_iresnet.experiments.config import slug
+from nflows_iresnet.experiments.config import flag, slug
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.record import Record, Result, RunRecord
 from nflows_iresnet.files import WriteError, moved_away, write_atomically
@@ -240,7 +240,7 @@ def _in_the_way(path: Path, found: str, wanted: str) -> ValueError:
 
 def flags(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments by the names that they have on the command line."""
-    return {f"--{name.replace('_', '-')}": value for name, value in arguments.items()}
+    return {flag(name): value for name, value in arguments.items()}
 
 
 def _name(key: Key) -> str:

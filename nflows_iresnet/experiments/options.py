@@ -34,6 +34,7 @@ from nflows_iresnet.experiments.config import (
     TRAINING_PRECISIONS,
     RunConfig,
     UsageError,
+    flag,
     resolve_device,
     suggest,
 )
@@ -132,7 +133,7 @@ COMPARE = Preset(
     examples="""\
 examples:
   nflows-iresnet compare                                  three toy densities, five models
-  nflows-iresnet compare my.csv --steps 3000 --out here   your own rows (.csv or .npy)
+  nflows-iresnet compare my.csv --steps 3000 --out here   your own rows (or .tsv, .txt, .npy)
   nflows-iresnet compare moons --models residual-flow normflows-residual --repeats 3
   nflows-iresnet compare casp --data-dir data --models hybrid nsf-coupling maf --same-start
   nflows-iresnet compare digits --budget 60               one minute of training per model
@@ -480,7 +481,7 @@ def _check_used(options: CompareOptions, models: Sequence[str], device: str) -> 
         value = getattr(options, name)
         if value and value != preset.get(name):
             raise ValueError(
-                f"--{name.replace('_', '-')} {value} is for residual-flow, and it is not among "
+                f"{flag(name)} {value} is for residual-flow, and it is not among "
                 "--models: add it, or leave the option out"
             )
 
@@ -609,7 +610,7 @@ class BenchOptions(OnDevice):
         for name in ("seconds", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not measures_quality:
-                option = f"--{name.replace('_', '-')} {value:g}"
+                option = f"{flag(name)} {value:g}"
                 raise UsageError(f"{option} is for the item quality alone: leave it out")
         if self.repeats is not None and self.only is not None and set(self.only) == {"quality"}:
             raise UsageError(
@@ -649,7 +650,7 @@ def _densities(preset: Preset) -> Command:
         CompareOptions(preset=preset),
         closing,
         _all_data_and_models,
-        ("datasets", "name (see --list), or path of a .csv or .npy file with a row per sample"),
+        ("datasets", "name (see --list), or path of a .csv, .tsv, .txt or .npy file of rows"),
     )
 
 

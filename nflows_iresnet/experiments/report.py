@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from nflows_iresnet.datasets.tables import COMPARABLE
 from nflows_iresnet.experiments import published
+from nflows_iresnet.experiments.config import flag
 from nflows_iresnet.experiments.evaluation import MEMORY_MEASURE
 from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.record import DatasetSummary, Record
@@ -186,7 +187,7 @@ def command_of(command: str, words: Sequence[str], options: Mapping[str, Any]) -
         if name in unused or value is None or value is False or value == []:
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
-        line += [f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)]
+        line += [flag(name), *(shlex.quote(str(item)) for item in values)]
     return " ".join(line)
 
 

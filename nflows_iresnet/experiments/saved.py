@@ -17,7 +17,7 @@ from nflows_iresnet.experiments.adapters import (
     NflowsModel,
     StartedModel,
 )
-from nflows_iresnet.experiments.config import versions
+from nflows_iresnet.experiments.config import suggest, versions
 from nflows_iresnet.experiments.folder import Folder, Key
 from nflows_iresnet.experiments.models import Architecture, ImageArchitecture, find_model
 from nflows_iresnet.experiments.record import Record
@@ -118,6 +118,7 @@ def load_run(
     **Units.** `compare` standardises the rows of a table by its training rows, so the flow is a
     density of (rows - location) / scale. It has both as float64 tensors: in the units of the file
 
+        rows = torch.from_numpy(frame.to_numpy())  # of pandas; tensors, not arrays
         log_prob = flow.log_prob(((rows - flow.location) / flow.scale).float())
         log_prob = log_prob - flow.scale.log().sum()
         rows = flow.sample(1000) * flow.scale + flow.location
@@ -168,10 +169,14 @@ def _chosen(folder: Folder, dataset: str | None, model: str | None, repeat: int)
         return found[0]
     names = (f"dataset={dataset!r}", f"model={model!r}", f"repeat={repeat}")
     given = [name for name in names if not name.endswith("None")]
+    known = {str(key[0]) for key in keys}, {str(key[1]) for key in keys}
+    named = zip((dataset, model), known, strict=True)
+    hints = [suggest(name, names) for name, names in named if name and name not in names]
+    hint = "".join(f" ({each})" for each in hints if each.startswith("did you mean"))
     choices = [f"({dataset!r}, {model!r}, {repeat})" for dataset, model, repeat in found or keys]
     raise ValueError(
-        f"{str(folder.path)!r} has {len(found) or 'no'} trained runs with {', '.join(given)}: "
-        f"choose (dataset, model, repeat) from {', '.join(choices) or 'none'}"
+        f"{str(folder.path)!r} has {len(found) or 'no'} trained runs with {', '.join(given)}"
+        f"{hint}: choose (dataset, model, repeat) from {', '.join(choices) or 'none'}"
     )
 
 

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from nflows_iresnet.experiments.config import describe
 from nflows_iresnet.experiments.evaluation import CHUNK, NUM_VALIDATION_ROWS, Array, Metrics
 from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
@@ -160,6 +161,24 @@ def columns_for(record: Record, dataset: DatasetSummary) -> list[Column[Row]]:
         for column in (*COLUMNS, *(_published(record, name) for name in names))
         if kind in column.tables and column.when(record, dataset)
     ]
+
+
+def check_columns(record: Record) -> None:
+    """Look at every column of a model of which nothing is known, before any is trained.
+
+    Raises:
+        ValueError: one cannot be shown; the message names it, and where its number is to come from.
+    """
+    nothing = Row("", (), Metrics(), num_parameters=0, repeats=0)
+    for column in COLUMNS:
+        try:
+            if any(column.when(record, dataset) for dataset in record.datasets):
+                cells([column], [nothing])
+        except Exception as error:
+            raise ValueError(
+                f"column {column.name!r} of experiments/tables.py: {describe(error)}; a row has the"
+                " fields of Row, and of Metrics in experiments/evaluation.py: None if not measured"
+            ) from error
 
 
 def _published(record: Record, name: str) -> Column[Row]:

@@ -6,6 +6,41 @@ from tests.planted.fault import Fault
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
+        "columns that follow from others are not said",
+        "datasets/notes.py",
+        "eigenvalues < _ROUNDING",
+        "eigenvalues < -1",
+        "datasets::test_columns_that_follow_from_others_are_said",
+    ),
+    Fault(
+        "values far from all others are not said",
+        "datasets/notes.py",
+        "(levels[1:] > _FAR) &",
+        "(levels[1:] > np.inf) &",
+        "datasets::test_values_far_from_all_others_are_said",
+    ),
+    Fault(
+        "a heavy tail is far off",
+        "datasets/notes.py",
+        " & (gaps > wanted)]",
+        "]",
+        "datasets::test_heavy_tails_few_rows_and_toys_deserve_no_note",
+    ),
+    Fault(
+        "numbers with a decimal comma are names",
+        "datasets/files.py",
+        "_is_number(_pointed(cell)) for cell in rows[0]",
+        "_is_number(cell) for cell in rows[0]",
+        "datasets::test_bad_text_is_refused_with_the_place",
+    ),
+    Fault(
+        "columns are not tried before the training",
+        "experiments/compare.py",
+        "    check_columns(record)\n",
+        "",
+        "reports::test_a_column_that_cannot_be_shown_is_refused_before_anything_is_trained",
+    ),
+    Fault(
         "the context of samples is tiled, not interleaved",
         "flows/base.py",
         "context.repeat_interleave(num_samples, dim=0)",
@@ -2684,12 +2719,12 @@ FAULTS: tuple[Fault, ...] = (
         "a shuffled index is a feature",
         "datasets/tables.py",
         "if is_index and _are_distinct_whole(values[:, index]):",
-        "if is_index and _counts(values[:, index]):",
+        "if is_index and (np.diff(values[:, index]) == 1).all():",
         "datasets::test_the_index_of_a_data_frame_is_no_feature",
     ),
     Fault(
         "a value of many rows is not said",
-        "datasets/tables.py",
+        "datasets/notes.py",
         "if most > max(1, _COMMON * len(column)):",
         "if False:",
         "datasets::test_a_value_of_many_rows_is_said",
