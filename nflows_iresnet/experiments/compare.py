@@ -192,7 +192,7 @@ def _line(result: Result, data: DatasetSummary) -> str:
         parts.append(_end(result.training))
         if result.training.capture_reason is not None:
             parts.append(f"steps not captured: {result.training.capture_reason}")
-    return f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: {'; '.join(parts)}"
+    return f"{result.dataset} · {result.model} · repeat {result.repeat}: {'; '.join(parts)}"
 
 
 def _end(training: History) -> str:

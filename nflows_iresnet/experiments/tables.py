@@ -420,7 +420,7 @@ def early_stops(record: Record, dataset: str) -> list[str]:
     """Say of each training that stopped before the end of its schedule where it was best."""
     return [
         stopped_early(
-            f"{each.model}{f', repeat {each.repeat + 1},' if each.repeat else ''}",
+            f"{each.model}{f', repeat {each.repeat},' if each.repeat else ''}",
             each.training.steps,
             each.training.best_step,
         )

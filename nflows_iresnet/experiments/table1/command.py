@@ -139,7 +139,7 @@ class TableRecord(RunRecord):
     def early_stops(self) -> list[str]:
         """Say of each training that stopped before the end of its schedule where it was best."""
         return [
-            stopped_early(f"{each.model}, repeat {each.repeat + 1},", each.steps, each.best_step)
+            stopped_early(f"{each.model}, repeat {each.repeat},", each.steps, each.best_step)
             for each in self.outcomes
             if each.stopped == "patience"
         ]
