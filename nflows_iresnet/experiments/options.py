@@ -554,7 +554,8 @@ how times are taken:
   targets are held against: other programs that take the processor away lengthen the wall time of
   whom they happen to hit, not the processor time. With more threads, and on a GPU (idle before and
   done after), targets are held against the wall ratio. Columns "x" are how many times smaller a
-  number is than normflows'.
+  number is than normflows'; "x of normflows-value", than that of its estimate of the value: what
+  normflows trains by, the row normflows, is made for the gradient, and its value is biased.
 
 examples:
   nflows-iresnet bench --quick                          a subset, minutes
