@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_stops_before_anything_is_trained(
         (["mnist", "--images", "--data-dir", "/nowhere"], "no train-images-idx3-ubyte"),
         (["digits", "--images", "--num-train", "9999"], "1 to 1439 training images"),
         (["digits", "--images", "--num-scales", "4"], "cannot have 4 scales"),
-        (["digits", "--images", "--models", "normflows-residual"], "did you mean"),
+        (["digits", "--images", "--models", "normflows-residual"], "choose from ffjord, glow"),
         (["digits", "--images", "--checkpoint-minutes", "0"], "'0' is not a positive number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
