@@ -1,6 +1,7 @@
 """Ctrl-C: at once while the command starts, at the end of a step while a model is trained.
 
-It imports next to nothing, so that it is there as soon as the interpreter is.
+SIGTERM, by which `timeout`, Slurm and others end a process, is told as Ctrl-C is, once. This
+module imports next to nothing, so that it is there as soon as the interpreter is.
 """
 
 from __future__ import annotations
@@ -14,12 +15,50 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-STATUS = 130
-"""What shells report of a command that Ctrl-C ended."""
+ENDINGS = (signal.SIGINT, signal.SIGTERM)
+_was_terminated = False
 BEFORE_TRAINING = "nflows-iresnet: interrupted before training began"
 _POSTPONED = "finishing this step, then saving a checkpoint"
 SECONDS_OF_ONE_PRESS = 0.5
 """Launchers pass on to their processes what the terminal has told those already."""
+
+
+def exit_status() -> int:
+    """Return what shells report of a command that Ctrl-C ended, or SIGTERM."""
+    return 128 + (signal.SIGTERM if _was_terminated else signal.SIGINT)
+
+
+class TerminatedLikeInterrupted:
+    """A block in which SIGTERM does what Ctrl-C does, unless either is ignored or another's.
+
+    A second one does nothing: `timeout` tells the process and then its group, which is the process
+    again.
+    """
+
+    def __enter__(self) -> None:
+        """Take over from the default, which ends the process."""
+        global _was_terminated
+        _was_terminated = False
+        self._is_ours = (
+            signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._is_ours:
+            try:
+                signal.signal(signal.SIGTERM, self._handle)
+            except ValueError:  # not in the main thread
+                self._is_ours = False
+
+    def __exit__(self, *_: object) -> None:
+        """Give it back."""
+        if self._is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        global _was_terminated
+        _was_terminated = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.raise_signal(signal.SIGINT)
 
 
 class Handled:
@@ -53,7 +92,7 @@ class EndsTheProcess(Handled):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         _say(f"{BEFORE_TRAINING}\n")
-        os._exit(STATUS)
+        os._exit(exit_status())
 
 
 class Postponed(Handled):
@@ -106,19 +145,20 @@ class Noted(Handled):
 
 
 class Ignored:
-    """A block whose new processes leave Ctrl-C to this one, from their start on."""
+    """A block whose new processes leave Ctrl-C and SIGTERM to this one, from their start on."""
 
     def __enter__(self) -> None:
-        """Ignore it, which processes inherit."""
+        """Ignore both, which processes inherit."""
         try:
-            self._before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._before = {each: signal.signal(each, signal.SIG_IGN) for each in ENDINGS}
         except ValueError:  # not in the main thread
-            self._before = None
+            self._before = {}
 
     def __exit__(self, *_: object) -> None:
-        """Give it back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        """Give them back."""
+        for each, handler in self._before.items():
+            if handler is not None:
+                signal.signal(each, handler)
 
 
 def _say(line: str) -> None:

@@ -23,6 +23,7 @@ from nflows_iresnet.experiments.bench.measure import (
     check_targets,
     fits,
     measure_runs,
+    series,
     spread,
     time_in_rounds,
     time_once,
@@ -142,6 +143,20 @@ def test_planted_power_law_is_recovered() -> None:
     assert fit.standard_error is None
 
 
+def test_cases_that_differ_in_more_than_the_variable_are_not_joined() -> None:
+    """A model of two blocks is no point of the law of one of six."""
+
+    def measured(n: float, blocks: float, size: float) -> CaseResult:
+        found = (Measurement(OURS, numbers={"size": size}),)
+        return CaseResult("item", "c", {"n": n, "blocks": blocks}, found, True)
+
+    results = [measured(n, 6, n**2) for n in (1, 2, 4)] + [measured(8, 2, 3.0)]
+    (fit,) = fits(GROWING, results)
+    assert fit.exponent == pytest.approx(2.0)
+    assert fit.fixed == {"blocks": 6.0}
+    assert [len(each.points) for each in series(GROWING, results)] == [3, 1]
+
+
 @pytest.mark.parametrize(("x", "y"), [([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0, 0.0]), ([], [])])
 def test_no_power_law_of_what_has_none(x: list[float], y: list[float]) -> None:
     assert fits(GROWING, sizes(x, y)) == []
@@ -229,4 +244,5 @@ PUBLISHED = sorted((Path(__file__).parents[1] / "examples/results").glob("bench*
 def test_published_results_are_those_of_their_samples(path: Path) -> None:
     text = path.read_text()
     record = Benchmark.from_json(text)
-    assert json.loads(record.as_json())["table"] == json.loads(text)["table"]
+    for name in Benchmark.DERIVED:
+        assert json.loads(record.as_json())[name] == json.loads(text)[name]

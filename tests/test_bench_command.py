@@ -27,8 +27,9 @@ from nflows_iresnet.experiments.bench import (
     quality,
     steps,
 )
+from nflows_iresnet.experiments.bench.command import WIDTH, print_item
 from nflows_iresnet.experiments.bench.inverses import FrozenNet, SlowestMap, default_block
-from nflows_iresnet.experiments.bench.measure import Case
+from nflows_iresnet.experiments.bench.measure import Benchmark, Case
 from nflows_iresnet.experiments.bench.steps import (
     IMAGE_MODELS,
     TRIO,
@@ -41,6 +42,7 @@ from nflows_iresnet.experiments.bench.steps import (
 from nflows_iresnet.experiments.cli import main
 from nflows_iresnet.experiments.models import MODELS, Architecture, ModelSpec
 from nflows_iresnet.experiments.options import BenchOptions
+from nflows_iresnet.experiments.tables import make_console
 from nflows_iresnet.nn import LipschitzMLP
 from nflows_iresnet.solvers import FixedPointIteration
 
@@ -110,6 +112,15 @@ def test_scaling_is_fitted_and_drawn(tmp_path: Path) -> None:
     assert {fit["model"] for fit in content["fits"]} == set(TRIO)
     assert all(len(fit["points"]) == 2 for fit in content["fits"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_ratio_to_another_row_than_normflows_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[1] / "examples/results/bench-cpu-intel-xeon.json"
+    item, results = ITEMS["accuracy"], Benchmark.from_json(file.read_text()).of("accuracy")
+    print_item(make_console(WIDTH), "accuracy", item, results)
+    _, upper, lower, *_ = [s for s in capsys.readouterr().out.splitlines() if "value" in s]
+    assert upper.count("x of") == lower.count("normflows-value") == 1
+    assert lower.count(" x ") == 2
 
 
 @pytest.mark.usefixtures("tiny")

@@ -69,6 +69,13 @@ def test_unmatchable_parameters_name_the_model_and_the_counts() -> None:
         models.match_parameters("maf", Architecture(2, 1, 1, 1))
 
 
+def test_unmatchable_parameters_name_a_width_that_matches() -> None:
+    with pytest.raises(ValueError, match=r"give --hidden-features \d+ \(now 8\)") as caught:
+        models.match_parameters("maf", Architecture(2, 8, 2, 2))
+    width = int(str(caught.value).split("--hidden-features ")[1].split()[0])
+    models.match_parameters("maf", Architecture(2, width, 2, 2))
+
+
 def test_every_model_sees_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     log_prob = NflowsModel.log_prob
@@ -254,7 +261,7 @@ def test_table_and_verdict_are_printed(table: str, capsys: pytest.CaptureFixture
     printed = capsys.readouterr()
     assert "± over" in printed.out
     assert "on the same test rows" in printed.out
-    assert "repeat 2: test NLL" in printed.err
+    assert "repeat 1: test NLL" in printed.err
     assert (Path(out) / "table.png").exists()
 
 

@@ -252,11 +252,11 @@ def test_interrupt_while_preparing(
 # --- whole ----------------------------------------------------------------------------------------
 
 
-def test_module_is_the_command(table: str) -> None:
-    command = [sys.executable, "-m", "nflows_iresnet.experiments", table, "--steps", "0"]
+def test_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "nflows_iresnet.experiments", "banch", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "'0' is not a positive integer" in done.stderr
+    assert "unknown command 'banch': did you mean 'bench'?" in done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -360,6 +360,8 @@ def test_jobs_that_share_cores_are_warned_of(
     assert capsys.readouterr().err == ""
     check_places(CompareOptions(jobs=2, threads=2), "cpu")
     assert "2 jobs of 2 threads share 2 cores" in capsys.readouterr().err
+    check_places(CompareOptions(jobs=1, threads=4), "cpu")
+    assert "1 job of 4 threads shares 2 cores" in capsys.readouterr().err
 
 
 def test_lines_about_runs_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

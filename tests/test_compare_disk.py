@@ -8,8 +8,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,28 @@ def test_a_folder_that_is_gone_is_named(
     out = tmp_path / "out"
     monkeypatch.setattr(LiveProgress, "step", lambda *_: shutil.rmtree(out, ignore_errors=True))
     assert main([*COMMANDS["compare"], "--quiet", "--out", str(out)]) == 1
-    assert "No such file or directory" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No such file or directory" in line
+    assert line.endswith(f"; nothing is kept, for '{out}' is gone: start anew")
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", ["bench", "figures"])
+def test_of_a_folder_that_is_gone_nothing_is_promised(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from nflows_iresnet.experiments.session import CaseProgress
+
+    @contextmanager
+    def stage(*_: object) -> Iterator[None]:
+        yield
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+    monkeypatch.setattr(CaseProgress, "stage", stage)
+    assert main([*COMMANDS[name], "--quiet", "--out", str(tmp_path / "out")]) == 1
+    assert "nothing is kept, for" in capsys.readouterr().err
 
 
 def test_a_folder_that_became_read_only_is_named(

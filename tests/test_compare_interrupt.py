@@ -29,12 +29,13 @@ import signal, sys
 class Interrupting:
     def find_spec(self, name, *rest):
         if name == sys.argv[1]:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(int(sys.argv[2]))
 
 sys.meta_path.insert(0, Interrupting())
 from nflows_iresnet.experiments.cli import main
 sys.exit(main(["compare", "moons", "--steps", "1"]))
 """
+ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 SCRIPT = """
 import re, sys
 print("up", flush=True)
@@ -46,10 +47,11 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize("name", ["torch", "numpy", "nflows", "nflows_iresnet.experiments.compare"])
-def test_an_interrupted_import_is_one_line(name: str) -> None:
-    command = [sys.executable, "-c", IMPORTS, name]
+@pytest.mark.parametrize(("number", "status"), ENDINGS)
+def test_an_interrupted_import_is_one_line(name: str, number: int, status: int) -> None:
+    command = [sys.executable, "-c", IMPORTS, name, str(int(number))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 130
+    assert done.returncode == status
     assert done.stderr == "nflows-iresnet: interrupted before training began\n"
 
 
@@ -105,7 +107,9 @@ PRESSED_IN = 9
 class Steps:
     """Counts the optimiser steps, and presses Ctrl-C in the middle of one of them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, times: int = 1, number: int = signal.SIGINT
+    ) -> None:
         self.count, self.finished = 0, 0
         step: Callable[..., Any] = torch.optim.Adam.step
 
@@ -113,7 +117,7 @@ class Steps:
             self.count += 1
             if self.count == PRESSED_IN:
                 for _ in range(times):
-                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(number)
             value = step(optimizer, *rest)
             self.finished += 1
             return value
@@ -165,6 +169,20 @@ def test_a_second_ctrl_c_stops_at_once(
     assert not list((tmp_path / "out" / "runs").glob("*.pt"))
     assert "1 of 2 runs are kept" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_is_ctrl_c_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second one stops nothing: `timeout` tells a process, then the group that it is in."""
+    steps = Steps(monkeypatch, times=2, number=signal.SIGTERM)
+    assert main([*RUNS["compare"], "--quiet", "--out", str(tmp_path / "out")]) == 143
+    assert steps.finished == PRESSED_IN
+    assert list((tmp_path / "out" / "runs").glob("*.pt"))
+    assert "interrupted: 1 of 2 runs are kept" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.undo()
+    assert main([*RUNS["compare"], "--quiet", "--out", str(tmp_path / "out"), "--resume"]) == 0
 
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

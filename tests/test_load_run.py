@@ -312,6 +312,18 @@ def test_the_table_has_a_line_for_each_run(finished: Finished) -> None:
         assert "curve" not in line
 
 
+def test_the_table_has_what_turns_its_likelihoods_into_other_units(finished: Finished) -> None:
+    for folder, name in ((finished.rows, "table"), (finished.images, "digits")):
+        record = Folder(folder).load(Record.from_json)
+        data = record.datasets[0]
+        assert data.name == name
+        for line in csv.DictReader((folder / "results.csv").read_text().splitlines()):
+            assert float(line["log_scale"]) == data.log_scale
+            for key in ("features", "num_train", "num_validation", "num_test"):
+                assert int(line[key]) == getattr(data, key)
+            assert line["levels"] == ("" if data.levels is None else str(data.levels))
+
+
 def test_failures_are_in_the_table_and_a_table_without_runs_has_its_head(
     finished: Finished, tmp_path: Path
 ) -> None:

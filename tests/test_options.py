@@ -78,6 +78,11 @@ def test_names_are_those_of_the_registries() -> None:
         ("compare \u2013steps 3", "did you mean '--steps'?"),
         ("compare --learning 3", "did you mean '--learning-rate"),
         ("compare --rep 3", "did you mean '--repeats'?"),
+        ("compare --version", "unknown option '--version' (see nflows-iresnet compare --help)"),
+        ("compare --tensorboard", "unknown option '--tensorboard' (see"),
+        ("compare compar", "unknown data set 'compar'. Known: moons"),
+        ("compare tables", "unknown data set 'tables'. Known: moons"),
+        ("compare help", "unknown data set 'help'. Known: moons"),
         ("compare --xyzzy", "unknown option '--xyzzy' (see nflows-iresnet compare --help)"),
         ("compare -dash.csv", "unknown option '-dash.csv': a file of that name is './-dash.csv'"),
         ("compare --dash.npy moons", "a file of that name is './--dash.npy'"),
@@ -162,6 +167,29 @@ def test_the_help_says_what_holds_by_default(name: str, capsys: pytest.CaptureFi
     assert all(each in text for each in [*defaults[name], "--seed N reproduces", "(default: 0)"])
     assert "auto is cuda where there is a GPU (default: auto)" in text
     assert "contestant" not in text
+
+
+@pytest.mark.parametrize("name", options.COMMANDS)
+def test_the_help_names_the_files_that_are_written(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    (text,) = " ".join(capsys.readouterr().out.split()).split("--out DIR ")[1:]
+    text = text.split("(default: results/COMMAND-TIME)")[0]
+    assert {"bench": "bench.json", "figures": "figures.json"}.get(name, "results.json") in text
+    assert ("report.html" in text) == (name != "bench")
+    assert (".csv" in text) == (name in ("compare", "table2"))
+
+
+@pytest.mark.parametrize("name", ["compare", "table2"])
+def test_what_mnist_alone_gets_is_said_where_it_gets_it(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    is_tuned = "mnist" in options.COMMANDS[name].options.preset.tuned
+    assert ("residual-flow alone" in capsys.readouterr().out) == is_tuned
 
 
 def test_the_same_option_has_one_name_and_one_kind_everywhere() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,28 @@ def test_a_scheduler_that_does_not_answer_is_one_line(
     assert main(["compare", "moons", "--models", "nice", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--dask tcp://127.0.0.1:1: no scheduler answers there" in line
+    assert not (tmp_path / "out").exists()
+
+
+class Refusal(BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.recv(1)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+def test_what_answers_and_is_no_scheduler_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The first bytes of an answer in HTTP are a length of three EiB."""
+    pytest.importorskip("distributed")
+    with ThreadingTCPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"tcp://127.0.0.1:{server.server_address[1]}"
+        words = ["--dask", place, "--out", str(tmp_path / "out")]
+        assert main(["compare", "moons", "--models", "nice", *words]) == 2
+        server.shutdown()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: --dask {place}: no scheduler answers there" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -192,6 +215,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             text=True,
+            start_new_session=True,
         )
 
     return popen
@@ -238,7 +262,7 @@ def test_classifiers_side_by_side_are_the_same_as_one_after_the_other(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_end_in_the_middle_loses_nothing_that_was_finished(
     ending: signal.Signals,
     table: str,
@@ -250,10 +274,13 @@ def test_an_end_in_the_middle_loses_nothing_that_was_finished(
     words += ["--patience", "20", "--checkpoint-minutes", "0.001", "--out", str(out)]
     process = start(*words, "--jobs", "2")
     wait_for(lambda: len(list((out / "runs").glob("*.pt"))) == 2)
-    process.send_signal(ending)
+    if ending == signal.SIGTERM:
+        os.killpg(process.pid, ending)
+    else:
+        process.send_signal(ending)
     _, printed = process.communicate(timeout=600)
-    if ending == signal.SIGINT:
-        assert process.returncode == 130, printed
+    if ending != signal.SIGKILL:
+        assert process.returncode == 128 + ending, printed
         assert "Traceback" not in printed
         assert "interrupted: finishing the steps under way" in printed
         assert re.search("[12] under way up to their last checkpoints", printed)

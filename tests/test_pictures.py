@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nflows_iresnet import datasets
+from nflows_iresnet.experiments.cli import main
+from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Metrics
-from nflows_iresnet.experiments.pictures import draw_curves, draw_race
+from nflows_iresnet.experiments.pictures import CELL, draw_curves, draw_race
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
 from nflows_iresnet.training import CurvePoint, History
 
@@ -110,6 +116,82 @@ def test_more_models_than_colours_are_told_apart() -> None:
     axes, _ = drawn([run_of(f"model-{k}", FALLING) for k in range(13)])
     curves = [line for line in axes.lines if line.get_marker() != "o"]
     assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 13
+
+
+SMALL = ["--steps", "3", "--num-layers", "1", "--hidden-features", "8", "--models", "realnvp"]
+CLASSIFIERS = ["--steps", "3", "--repeats", "1", "--num-blocks", "1", "--hidden-channels", "4"]
+COMMANDS = {
+    "plane": ["compare", "moons", *SMALL],
+    "race": ["compare", "moons", "--race", "0.1", "--learning-rate", "1e-3", *SMALL[2:]],
+    "images": ["compare", "digits", "--images", "--num-train", "64", *SMALL],
+    "table2": ["table2", *SMALL],
+    "table1": ["table1", "--coeffs", "0.9", "--num-train", "64", *CLASSIFIERS],
+    "bench": ["bench", "--only", "likelihood", "inverse-scaling", "--quick", "--repeats", "1"],
+    "figures": ["figures", "--quick", "--steps", "2"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_tick_of_any_picture_is_raw_markup(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Markup is left alone, for a data set may be called a$b$, and logarithmic axes use it."""
+    labels: list[str] = []
+    genuine = Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **named: Any) -> None:
+        genuine(figure, *arguments, **named)
+        axes = (axis for each in figure.axes for axis in (each.xaxis, each.yaxis))
+        texts = (text for axis in axes for text in axis.get_ticklabels(which="both"))
+        labels.extend(text.get_text() for text in texts)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    assert main([*COMMANDS[name], "--quiet", "--out", str(tmp_path / "out")]) == 0
+    assert not [label for label in labels if "$" in label]
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_many_models_are_drawn_in_rows_with_ticks(
+    features: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.random.default_rng(0).standard_cauchy((400, features))
+    np.savetxt(tmp_path / "rows.csv", rows, delimiter=",")
+    seen: list[Figure] = []
+    genuine = Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **named: Any) -> None:
+        genuine(figure, *arguments, **named)
+        seen.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    names = ["nice", "realnvp", "maf", "made", "glow", "nice-scaled", "realnvp-scaled"]
+    words = [str(tmp_path / "rows.csv"), "--steps", "2", "--models", *names, "--quiet", "--out"]
+    assert main(["compare", *words, str(tmp_path / "out")]) == 0
+    (figure,) = seen
+    assert figure.get_figwidth() < 5 * CELL
+    titles = [axes.get_title().split("\n")[0] for axes in figure.axes]
+    assert [title for title in titles if title in names] == names
+    samples = next(axes for axes in figure.axes if axes.get_xlabel())
+    assert len(samples.get_xticks()) > 1
+    labels = [axes.get_xlabel() for axes in figure.axes if axes.axison]
+    assert labels.count("quantiles (std): data → samples") == (len(names) if features == 3 else 0)
+    if features == 2:
+        assert "of 320 outside" in samples.get_xlabel()
+        assert [axes.get_ylabel() for axes in figure.axes if "brightest: ≥" in axes.get_ylabel()]
+
+
+def test_a_window_is_of_most_rows_where_tails_are_heavy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(4000, 2, generator=generator)
+    assert 3.5 < Window.around(normal).half < 4.2
+    heavy = normal / torch.randn(4000, 2, generator=generator)
+    assert 10 < Window.around(heavy).half < 20
+    for name in ("moons", "8-gaussians", "checkerboard", "pinwheel", "two-spirals", "circles"):
+        train = datasets.load(name).train
+        assert bool(Window.around(train).contains(train.numpy()).all())
+    rare = torch.zeros(100, 2)
+    rare[0] = 1
+    assert Window.around(rare).half == pytest.approx(0.55)
 
 
 def test_a_race_without_a_finite_validation_is_drawn() -> None:

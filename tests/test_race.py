@@ -293,6 +293,8 @@ def test_early_stops_are_said_with_the_best_step() -> None:
     assert tables.early_stops(found, "a") == [
         "one stopped early, at step 3: its best validation was at step 2"
     ]
+    second = replace(found, results=(replace(found.results[0], repeat=1),))
+    assert tables.early_stops(second, "a")[0].startswith("one, repeat 1, stopped early")
 
 
 def test_the_console_says_when_a_training_stopped(

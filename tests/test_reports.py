@@ -31,6 +31,8 @@ from nflows_iresnet.experiments.tables import (
     Column,
     Row,
     columns_for,
+    in_bits,
+    number,
     print_table,
     rows_of,
 )
@@ -220,6 +222,71 @@ def test_one_test_row_says_nothing(tmp_path: Path) -> None:
     assert tables.verdict(record, folder, "a") == (
         "one is best on the one test row, which says nothing of others."
     )
+
+
+def saved(folder: Path, *leads: tuple[str, float]) -> Folder:
+    place = Folder(folder)
+    place.create()
+    for model, lead in leads:
+        rows = lead + np.linspace(-0.01, 0.01, 50)
+        place.save_arrays(("a", model, 0), {"test_log_prob": rows})
+    return place
+
+
+def test_the_verdict_is_in_the_unit_of_the_table(tmp_path: Path) -> None:
+    place = saved(tmp_path, ("one", 8 * math.log(2)), ("two", 0.0))
+    results = result_of("one", test_nll=1.0), result_of("two", test_nll=1 + 8 * math.log(2))
+    for kind, levels, expected in (
+        ("table2", 16, "ahead of two by 1.0000 ± 0.0000 bits per dimension on"),
+        ("table2", None, "ahead of two by 5.545 ± 0.000 nats on"),
+        ("compare", 16, "ahead of two by 5.545 ± 0.000 nats on"),
+    ):
+        record = record_of(kind, *results, levels=levels)
+        assert expected in tables.verdict(record, place, "a")
+        assert in_bits(record, record.datasets[0]) == ("bits" in expected)
+        names = [column.name for column in columns_for(record, record.datasets[0])]
+        assert ("test NLL (nats)" in names) == ("nats" in expected)
+
+
+def test_who_diverged_is_not_compared(tmp_path: Path) -> None:
+    place = saved(tmp_path, ("one", 0.0), ("two", -2e11))
+    sound, bad, worse = (result_of(*each) for each in (("one",), ("two",), ("three",)))
+    bad, worse = (replace(r, metrics=Metrics(test_nll=v)) for r, v in ((bad, 2e11), (worse, 3e12)))
+    said = tables.verdict(record_of("compare", sound, bad), place, "a")
+    assert said == "one is best: all others diverged, two at 2.000e+11 nats."
+    said = tables.verdict(record_of("compare", bad, worse), place, "a")
+    assert said == "No model is best, for all diverged: two has 2.000e+11 nats."
+
+
+def test_numbers_are_shown_as_far_as_they_say_something() -> None:
+    assert number(117914910180.166, error=582433601.238) == "1.179e+11 ± 5.824e+08"
+    assert number(-1234.5) == "-1234.500"
+    assert number(2e6, ".0f") == "2000000"
+    record = record_of(
+        "compare",
+        result_of("one", exact_gap=0.00022, exact_gap_se=0.00025, exact_rows=8),
+        result_of("two", exact_gap=0.5, exact_gap_se=0.1, exact_rows=8),
+        shape=(1, 2, 4),
+    )
+    data = record.datasets[0]
+    (gap,) = (each for each in columns_for(record, data) if each.name == "estimate - exact")
+    shown = {row.model: gap.text(row) for row in rows_of(record, "a")}
+    assert shown == {"one": "0.00022 ± 0.00025\nof 8", "two": "0.500 ± 0.100\nof 8"}
+
+
+def test_settings_that_were_not_used_are_not_on_the_page(tmp_path: Path) -> None:
+    record = record_of("race", result_of("one"))
+    for rates in ([], [0.25]):
+        arguments = {**record.arguments, "learning_rate": 0.125, "learning_rates": rates}
+        page = render(replace(record, arguments=arguments), Folder(tmp_path))
+        assert ("0.125" in page) == (not rates)
+        assert ("0.25" in page) == bool(rates)
+
+
+def test_a_round_trip_is_in_the_units_of_the_model() -> None:
+    record = record_of("compare", result_of("one"))
+    found = {each.name: each.help for each in columns_for(record, record.datasets[0])}
+    assert "of tables standard deviations" in found["round trip max (median)"]
 
 
 def test_a_bound_and_a_guarantee_hold_for_all_repeats() -> None:

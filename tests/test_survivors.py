@@ -148,7 +148,8 @@ def _verdict(log_probs: dict[tuple[str, int], np.ndarray[Any, Any]]) -> str:
     from nflows_iresnet.experiments.tables import verdict
 
     results = [_result(*key, -float(values.mean())) for key, values in log_probs.items()]
-    record: Any = SimpleNamespace(of=lambda dataset: results)
+    data = SimpleNamespace(name="d")
+    record: Any = SimpleNamespace(of=lambda _: results, datasets=[data], command="compare")
     folder: Any = _Arrays(log_probs)
     return verdict(record, folder, "d")
 

@@ -251,6 +251,6 @@ def _existing_file(name: str) -> Path:
 def _unknown(name: str, known: list[str]) -> str:
     if name in available_images():
         return f"{name!r} is a set of images: use load_images"
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f", did you mean {nearest[0]!r}?" if nearest else "."
     return f"unknown data set {name!r}{hint} Known: {', '.join(known)}"

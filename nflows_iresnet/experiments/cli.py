@@ -9,7 +9,13 @@ import os
 import signal
 import sys
 
-from nflows_iresnet.interruption import BEFORE_TRAINING, STATUS, EndsTheProcess
+from nflows_iresnet.interruption import (
+    BEFORE_TRAINING,
+    ENDINGS,
+    EndsTheProcess,
+    TerminatedLikeInterrupted,
+    exit_status,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,13 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if the command did its work, 1 if a file could not be written or read, 2 for arguments or
-        data that cannot work, 130 after Ctrl-C.
+        data that cannot work, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
-        status = _run(sys.argv[1:] if argv is None else argv)
+        with TerminatedLikeInterrupted():
+            status = _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print(BEFORE_TRAINING, file=sys.stderr)
-        status = STATUS
+        status = exit_status()
     except SystemExit:
         status = 0
         if argv is not None:
@@ -80,11 +87,12 @@ def _settle(status: int) -> None:
     An interpreter in which Ctrl-C hit the start of a compiled module would end by the signal
     itself, so that an interrupted process is left here.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if status == STATUS:
+    if status == exit_status():
         os._exit(status)

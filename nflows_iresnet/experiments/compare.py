@@ -181,21 +181,25 @@ class Comparison(Session[Record]):
 
 
 def _trial_line(trial: Trial) -> str:
-    found = trial.failure or f"validation NLL {trial.validation:.3f} nats"
+    from nflows_iresnet.experiments.tables import number
+
+    found = trial.failure or f"validation NLL {number(trial.validation)} nats"
     return f"{trial.dataset} · {trial.model} · learning rate {trial.learning_rate:g}: {found}"
 
 
 def _line(result: Result, data: DatasetSummary) -> str:
+    from nflows_iresnet.experiments.tables import number
+
     nll, bits = result.metrics.test_nll, result.metrics.bits_per_dim
     parts = [f"FAILED {failure}" for failure in result.failures]
     if nll is not None:
-        score = f"{nll:.3f} nats" if bits is None else f"{bits:.3f} bits/dim"
+        score = f"{number(nll)} nats" if bits is None else f"{number(bits)} bits/dim"
         parts.insert(0, f"test NLL {score}")
     if result.training is not None:
         parts.append(_end(result.training))
         if result.training.capture_reason is not None:
             parts.append(f"steps not captured: {result.training.capture_reason}")
-    return f"{result.dataset} · {result.model} · repeat {result.repeat + 1}: {'; '.join(parts)}"
+    return f"{result.dataset} · {result.model} · repeat {result.repeat}: {'; '.join(parts)}"
 
 
 def _end(training: History) -> str:

@@ -164,9 +164,11 @@ def absolute(path: str) -> str:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant, else list them all."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+    names = {each.lstrip("-"): each for each in sorted(known)}
+    close = difflib.get_close_matches(name.lstrip("-"), names, n=1)
+    if close:
+        return f"did you mean {names[close[0]]!r}?"
+    return f"choose from {', '.join(names.values())}"
 
 
 def slug(name: str) -> str:

@@ -55,7 +55,8 @@ class Metrics:
         above_optimum: mean of true minus model log-density over the same rows, nats.
         above_optimum_se: standard error of that paired difference.
         sample_seconds: time to draw 10,000 samples, or 256 images.
-        round_trip_max: largest coordinate of `|decode(encode(x)) - x|` over the test rows.
+        round_trip_max: largest coordinate of `|decode(encode(x)) - x|` over the test rows, as the
+            model sees them: those of tables are standardised.
         round_trip_median: median over the rows of their largest coordinate.
         peak_memory_mb: peak of tensor memory in forward and backward of one batch, MB.
         lipschitz: largest Lipschitz constant over the residual blocks.

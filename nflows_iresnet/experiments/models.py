@@ -187,9 +187,29 @@ def match_parameters(name: str, reference: Architecture) -> Architecture:
     Raises:
         ValueError: no width comes within 10% of the count, and the model is not coarse.
     """
-    target = _count(REFERENCE, reference)
-    if abs(_count(name, reference) - target) <= _SAME * target:
-        return reference
+    best, count, target = _nearest(name, reference)
+    if not (_is_near(count, target) or find_model(name, reference.models).is_coarse):
+        now = reference.hidden_features
+        wider = (replace(reference, hidden_features=factor * now) for factor in (2, 4, 8, 16, 32))
+        fits = (each for each in wider if _is_near(*_nearest(name, each)[1:]))
+        enough = next((f" {each.hidden_features}" for each in fits), "")
+        raise ValueError(
+            f"model {name!r} cannot match the {target} parameters of {REFERENCE}: the nearest is "
+            f"{count} with {best} hidden features; give --hidden-features{enough} (now {now}) or "
+            f"other --num-layers (now {reference.num_layers})"
+        )
+    return replace(reference, hidden_features=best)
+
+
+def _is_near(count: int, target: int) -> bool:
+    return abs(count - target) <= TOLERANCE * target
+
+
+def _nearest(name: str, reference: Architecture) -> tuple[int, int, int]:
+    """Return the width whose count comes nearest, that count, and the one to come near to."""
+    target, own = _count(REFERENCE, reference), _count(name, reference)
+    if abs(own - target) <= _SAME * target:
+        return reference.hidden_features, own, target
 
     def count_at(width: int) -> int:
         return _count(name, replace(reference, hidden_features=width))
@@ -200,15 +220,7 @@ def match_parameters(name: str, reference: Architecture) -> Architecture:
     between = range(high // 2 + 1, high)
     enough = between.start + bisect_left(between, target, key=count_at)
     best = min((enough - 1, enough), key=lambda width: abs(count_at(width) - target))
-    count = count_at(best)
-    is_coarse = find_model(name, reference.models).is_coarse
-    if abs(count - target) > TOLERANCE * target and not is_coarse:
-        raise ValueError(
-            f"model {name!r} cannot match the {target} parameters of {REFERENCE}: "
-            f"the nearest is {count} with {best} hidden features; change --hidden-features "
-            f"(now {reference.hidden_features}) or --num-layers (now {reference.num_layers})"
-        )
-    return replace(reference, hidden_features=best)
+    return best, count_at(best), target
 
 
 @lru_cache(maxsize=1024)

@@ -140,6 +140,9 @@ examples:
   nflows-iresnet compare my.csv --steps 3000 --out here --resume    go on after an interruption
   nflows-iresnet compare digits --images                  multi-scale flows, bits per dimension
   nflows-iresnet compare mnist --images --data-dir data --device cuda --minutes 10
+
+`mnist --images` is residual-flow alone unless other --models are named, with a size, a start and a
+time that suit the device: ten minutes of training on a GPU, two on a CPU.
 """,
     datasets=("moons", "8-gaussians", "checkerboard"),
     image_datasets=("digits",),
@@ -207,6 +210,10 @@ def data_sets(*, images: bool) -> dict[str, str]:
     return datasets.available_images() if images else datasets.available()
 
 
+def _out(files: str) -> Any:
+    return where(f"folder for {files} (default: results/COMMAND-TIME)", nonempty, "DIR")
+
+
 # --- what several can be told --------------------------------------------------------------------
 
 
@@ -217,9 +224,7 @@ class Options:
     list: bool = option("list what can be named, and stop")
     seed: int = option("reproduces data, weights, batches and samples", natural_int, default=0)
     quick: bool = how("few steps of small models, unless told otherwise: does it run?")
-    out: str | None = where(
-        "folder for numbers, pictures and report (default: results/COMMAND-TIME)", nonempty, "DIR"
-    )
+    out: str | None = _out("results.json and .csv, weights, pictures and report.html")
     quiet: bool = where("print only the path of the report")
 
     def default_of(self, name: str) -> object:
@@ -260,7 +265,9 @@ class TrainingOptions(OnDevice):
         nonempty,
         "DIR",
     )
-    repeats: int | None = option("train each model N times, with seeds S, S+1, ...", positive_int)
+    repeats: int | None = option(
+        "train each model N times, with seeds S, S+1, ...: repeats 0, 1, ...", positive_int
+    )
     num_train: int | None = of_images("training images to keep (default: all)", positive_int)
     num_scales: int | None = of_images("halvings of height and width of images", positive_int)
     steps: int | None = length("optimiser steps per model", positive_int)
@@ -319,13 +326,12 @@ Every model gets the same rows, the same batches and, within 10%, as many parame
 at --hidden-features and --num-layers. The validation rows, a thousand of them, choose all that is
 chosen: training stops after --patience validations without a new best, the best state of the
 averaged weights is kept, and of several --learning-rates the best one; the test rows choose
-nothing. `mnist --images` is residual-flow alone unless other --models are named, with a size, a
-start and a time that suit the device: ten minutes of training on a GPU, two on a CPU. On a GPU a
-training step is one CUDA graph where that can be, and it is said where it cannot. A training under
-way is saved every few minutes, and goes on from there with --resume. The exit status is 0 when the
-comparison is complete (a model that fails is a result), 1 when a file cannot be written, 2 for
-arguments or data that cannot work, 130 after Ctrl-C, which saves the training under way at the end
-of its step (again, it stops at once).
+nothing. On a GPU a training step is one CUDA graph where that can be, and it is said where it
+cannot. A training under way is saved every few minutes, and goes on from there with --resume.
+The exit status is 0 when the comparison is complete (a model that fails is a result), 1 when a file
+cannot be written, 2 for arguments or data that cannot work, 130 after Ctrl-C, which saves the
+training under way at the end of its step (again, it stops at once), 143 after SIGTERM, which does
+the same.
 """
 
 
@@ -374,7 +380,7 @@ class CompareOptions(TrainingOptions):
     dequantisations: int | None = of_images("draws of noise in tests", positive_int)
     race: float | None = length(
         "the same seconds of the CPU for every model and repeat, on a GPU of the clock, such as "
-        "150s or 2.5min: the schedule follows the time, validation and the start from rows do "
+        "150, 150s or 2.5min: the schedule follows the time, validation and the start from rows do "
         "not count, and the table has means over the seeds, steps and learning rates",
         duration,
         "TIME",
@@ -504,7 +510,7 @@ own: five minutes for all rows on a GPU, two, and the tests, on a CPU. On a GPU 
 one CUDA graph where that can be, and it is said where it cannot. The exit status is 0 when the
 table is complete (a row that fails is a result), 1 when a file cannot be written, 2 for arguments
 or data that cannot work, 130 after Ctrl-C, which saves the training under way at the end of its
-step; again, it stops at once.
+step (again, it stops at once), 143 after SIGTERM, which does the same.
 """
 
 
@@ -513,6 +519,7 @@ class Table1Options(TrainingOptions):
     """What `table1` can be told; `Settings` holds the defaults."""
 
     dataset: str = Settings.dataset
+    out: str | None = _out("results.json, table1.png and report.html")
     coeffs: tuple[float, ...] | None = option(
         "bounds of Lip(g), each below 1", positive_float, "C", many=True
     )
@@ -548,7 +555,8 @@ how times are taken:
   targets are held against: other programs that take the processor away lengthen the wall time of
   whom they happen to hit, not the processor time. With more threads, and on a GPU (idle before and
   done after), targets are held against the wall ratio. Columns "x" are how many times smaller a
-  number is than normflows'.
+  number is than normflows'; "x of normflows-value", than that of its estimate of the value: what
+  normflows trains by, the row normflows, is made for the gradient, and its value is biased.
 
 examples:
   nflows-iresnet bench --quick                          a subset, minutes
@@ -557,8 +565,8 @@ examples:
   nflows-iresnet bench --device cuda --out here         here/bench.json and here/bench.png
 
 The exit status is 0 when everything was measured (a missed target is a result), 1 when a file
-cannot be written, 2 for arguments that cannot work, 130 after Ctrl-C; what is measured by then is
-kept.
+cannot be written, 2 for arguments that cannot work, 130 after Ctrl-C and 143 after SIGTERM;
+what is measured by then is kept.
 """
 _FIGURES_CLOSING = """\
 examples:
@@ -568,7 +576,7 @@ examples:
 
 Writes a PNG per figure, figures.json with every number shown, and report.html with captions. The
 exit status is 0 when all was drawn, 1 when a training diverged or a file could not be written, 2
-for arguments that cannot work, 130 after Ctrl-C.
+for arguments that cannot work, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 
@@ -576,6 +584,7 @@ for arguments that cannot work, 130 after Ctrl-C.
 class BenchOptions(OnDevice):
     """What `bench` can be told."""
 
+    out: str | None = _out("bench.json and, of what grows, bench.png, of quality, quality.png")
     only: tuple[str, ...] | None = option(
         "items to measure (default: all but step-compiled and quality)",
         nonempty,
@@ -623,6 +632,7 @@ class BenchOptions(OnDevice):
 class FiguresOptions(OnDevice):
     """What `figures` can be told."""
 
+    out: str | None = _out("figures.json, a PNG per figure and report.html")
     only: tuple[str, ...] | None = option(
         "figures to draw (default: all)",
         nonempty,

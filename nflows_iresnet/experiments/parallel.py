@@ -26,7 +26,7 @@ import torch
 
 from nflows_iresnet.experiments.config import UsageError, describe, describe_environment
 from nflows_iresnet.experiments.folder import Key
-from nflows_iresnet.interruption import Ignored, Postponed
+from nflows_iresnet.interruption import ENDINGS, Ignored, Postponed
 from nflows_iresnet.training import History
 from nflows_iresnet.training.checkpoints import Keeper
 from nflows_iresnet.training.loop import Interruption, Training
@@ -304,7 +304,8 @@ class _ToldByParent(_Wish):
 
 @lru_cache(maxsize=1)
 def _settle_in(parent: int, folder: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_outlive_nobody, args=(parent, folder), daemon=True).start()
 
 
@@ -332,7 +333,7 @@ def connect(address: str) -> Any:
         raise ValueError("--dask needs Dask: pip install '.[dask]' in the clone") from error
     try:
         client = Client(address, timeout=_CONNECTING)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # who answers may be no scheduler, and say anything
         raise ValueError(
             f"--dask {address}: no scheduler answers there ({describe(error)}): give the address "
             "that `dask scheduler` prints, such as tcp://scheduler:8786"

@@ -14,18 +14,21 @@ mpl.use("Agg")
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from nflows_iresnet.experiments.data import Window
 from nflows_iresnet.experiments.evaluation import Array
 from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
-from nflows_iresnet.experiments.tables import Row, rows_of
+from nflows_iresnet.experiments.tables import Row, in_bits, number, rows_of
 
 INK = "#1b1b3a"
 DATA = "#7b8299"
 MODEL = "#c8385a"
 CELL = 2.35
+_PANELS_PER_ROW = 6
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -70,6 +73,15 @@ def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, facecolor="white")
     return buffer.getvalue()
+
+
+def label_plainly(axis: Axis) -> None:
+    """Label a logarithmic axis by numbers: the usual labels are markup, which `STYLE` leaves alone.
+
+    Between decades there are labels only where the axis spans less than one.
+    """
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 # --- learning curves ------------------------------------------------------------------------------
@@ -140,21 +152,40 @@ class _Panel:
         axes.set_title(self.title, color=INK, fontweight="bold" if self.is_best else "normal")
 
 
-def _panels(record: Record, folder: Folder, dataset: str) -> list[_Panel]:
+def _panels(record: Record, folder: Folder, dataset: DatasetSummary) -> list[_Panel]:
     """Return one panel per model, showing its first repeat, in the order of the run."""
-    rows = {row.model: row for row in rows_of(record, dataset)}
-    first = {each.model: each for each in sorted(record.of(dataset), key=lambda r: -r.repeat)}
-    best = next(iter(rows), None)
+    rows = {row.model: row for row in rows_of(record, dataset.name)}
+    results = sorted(record.of(dataset.name), key=lambda each: -each.repeat)
+    first, best = {each.model: each for each in results}, next(iter(rows), None)
+    bits = in_bits(record, dataset)
     return [
-        _Panel(_title(rows[m]), folder.load_arrays(first[m].key), is_best=m == best)
+        _Panel(_title(rows[m], bits), folder.load_arrays(first[m].key), is_best=m == best)
         for m in record.arguments["models"]
         if m in first
     ]
 
 
-def _title(row: Row) -> str:
-    nll = row.metrics.test_nll
-    return f"{row.model}\n" + ("failed" if nll is None else f"{nll:.3f} nats")
+def _title(row: Row, bits: bool) -> str:
+    score = row.metrics.bits_per_dim if bits else row.metrics.test_nll
+    unit = "bits/dim" if bits else "nats"
+    return f"{row.model}\n" + ("failed" if score is None else f"{number(score)} {unit}")
+
+
+def _pairs_of_axes(figure: FigureBase, count: int) -> list[tuple[Axes, Axes]]:
+    """Return one axes above another for each panel, in as many rows as keep them readable."""
+    rows, columns = _layout(count)
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    pairs = [pair for row in range(rows) for pair in axes[2 * row : 2 * row + 2].T.tolist()]
+    for unused in pairs[count:]:
+        for each in unused:
+            each.set_axis_off()
+    return [(above, below) for above, below in pairs[:count]]
+
+
+def _layout(count: int) -> tuple[int, int]:
+    """Return the rows and columns of so many panels."""
+    rows = -(-count // _PANELS_PER_ROW)
+    return rows, -(-count // rows)
 
 
 def _plane(
@@ -164,17 +195,28 @@ def _plane(
     nats = dataset.optimum
     about = "\ndata" if nats is None else f", true density\n{nats:.3f} nats"
     truth = _Panel(dataset.name + about, {"samples": data["train"], **data}, DATA)
-    columns = [truth, *_panels(record, folder, dataset.name)]
-    figure = Figure(figsize=(CELL * len(columns) + 0.2, 2 * CELL + 0.65), layout="constrained")
-    axes = figure.subplots(2, len(columns), squeeze=False)
-    brightest = find_brightest([panel.arrays for panel in columns])
-    for panel, (above, below) in zip(columns, axes.T, strict=True):
+    panels = [truth, *_panels(record, folder, dataset)]
+    rows, columns = _layout(len(panels))
+    figure = Figure(figsize=(CELL * columns + 0.2, rows * (2 * CELL + 0.65)), layout="constrained")
+    axes = _pairs_of_axes(figure, len(panels))
+    brightest = find_brightest([panel.arrays for panel in panels])
+    for panel, (above, below) in zip(panels, axes, strict=True):
         panel.put_title(above)
         draw_density(above, window, panel.arrays, brightest)
         draw_scatter(below, window, panel.arrays.get("samples"), panel.color)
-    axes[0, 0].set_ylabel("density", color=INK)
-    axes[1, 0].set_ylabel("samples", color=INK)
+    for above, below in axes[::columns]:
+        above.set_ylabel(f"density, brightest: ≥ {brightest:.2g}", color=INK)
+        below.set_ylabel("samples", color=INK)
+    outside = int((~window.contains(data["train"])).sum())
+    if outside:
+        axes[0][1].set_xlabel(f"{outside} of {len(data['train'])} outside", color=INK)
+    _put_ticks(axes[0][1])
     return figure
+
+
+def _put_ticks(axes: Axes) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
 
 
 def find_brightest(columns: list[dict[str, Array]]) -> float:
@@ -229,23 +271,30 @@ def _say(axes: Axes, text: str) -> None:
 def _high_dimensional(
     record: Record, folder: Folder, dataset: DatasetSummary, data: dict[str, Array]
 ) -> Figure:
-    truth = _Panel("data", {"samples": data["train"]})
-    panels = [truth, *_panels(record, folder, dataset.name)]
-    columns = max(len(panels), 3)
-    figure = Figure(figsize=(CELL * columns + 0.2, 3 * CELL + 0.9), layout="constrained")
-    grid = figure.add_gridspec(2, 1, height_ratios=[1, 2])
+    panels = [_Panel("data", {"samples": data["train"]}), *_panels(record, folder, dataset)]
+    rows, columns = _layout(len(panels))
+    size = (CELL * max(columns, 3) + 0.2, (1 + 2 * rows) * CELL + 0.5 * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=[1, 2 * rows])
     top, bottom = (figure.add_subfigure(grid[row]) for row in range(2))
-    draw_curves(top.subplots(1, 2), record.of(dataset.name))
-    axes = bottom.subplots(2, columns, squeeze=False)
+    draw_curves(top.subplots(1, 2), record.of(dataset.name), *_unit(record, dataset))
     is_square = math.isqrt(dataset.features) ** 2 == dataset.features
     draw_samples = _pixels if is_square and dataset.levels is not None else _components
-    for panel, (above, below) in zip(panels, axes.T, strict=False):
+    axes = _pairs_of_axes(bottom, len(panels))
+    for panel, (above, below) in zip(panels, axes, strict=True):
         panel.put_title(above)
         draw_samples(above, data, panel.arrays.get("samples"))
         _quantiles(below, data["train"], panel.arrays.get("samples"))
-    for unused in axes[:, len(panels) :].flat:
-        unused.set_axis_off()
+    axes[0][1].clear()
+    axes[0][1].set_axis_off()
     return figure
+
+
+def _unit(record: Record, dataset: DatasetSummary) -> tuple[Callable[[float], float], str]:
+    """Return what curves are shown in: a conversion from nats, and a label."""
+    if dataset.shape is not None or in_bits(record, dataset):
+        return lambda nats: dataset.bits_per_dim(nats) or math.nan, "validation, bits per dimension"
+    return float, "validation NLL (nats)"
 
 
 def _pixels(axes: Axes, data: dict[str, Array], samples: Array | None) -> None:
@@ -274,6 +323,7 @@ def _components(axes: Axes, data: dict[str, Array], samples: Array | None) -> No
     if samples is not train:
         projected = None if samples is None else (samples - centre) @ directions
         draw_scatter(axes, window, projected, MODEL)
+    _put_ticks(axes)
     axes.set_xlabel("principal components", color=INK)
 
 
@@ -290,8 +340,9 @@ def _quantiles(axes: Axes, train: Array, samples: Array | None) -> None:
     axes.plot([-limit, limit], [-limit, limit], color=DATA, lw=1.0)
     for quantiles in found:
         axes.plot(expected, quantiles, color=MODEL, lw=0.7, alpha=0.5)
-    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
-    axes.set_xlabel("quantiles: data → samples", color=INK)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    _put_ticks(axes)
+    axes.set_xlabel("quantiles (std): data → samples", color=INK)
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -313,12 +364,7 @@ def _draw_images(
 def _overview(record: Record, dataset: DatasetSummary, data: dict[str, Array]) -> Figure:
     figure = Figure(figsize=(11.5, 3.2), layout="constrained")
     *curves, grid = figure.subplots(1, 3, width_ratios=(2, 2, 1.4))
-    draw_curves(
-        curves,
-        record.of(dataset.name),
-        lambda nats: dataset.bits_per_dim(nats) or math.nan,
-        "validation, bits per dimension",
-    )
+    draw_curves(curves, record.of(dataset.name), *_unit(record, dataset))
     show_tiles(grid, tile(data["train"][: _IMAGE_SIDE**2], _IMAGE_SIDE), dataset)
     grid.set_title("data", color=INK)
     return figure
@@ -409,7 +455,11 @@ def _bars(axes: Axes, bars: dict[str, float], title: str, unit: str, color: str)
     axes.barh(list(bars), list(bars.values()), color=color, height=0.62)
     for place, value in enumerate(bars.values()):
         axes.annotate(
-            f"{value:.2f}", (value, place), xytext=(6, 0), textcoords="offset points", va="center"
+            number(value, ".2f"),
+            (value, place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
         )
     axes.set(title=title, xlabel=unit)
     axes.spines[["top", "right"]].set_visible(False)

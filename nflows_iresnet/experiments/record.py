@@ -301,9 +301,13 @@ class Record(RunRecord):
         return self.arguments.get("race") is not None
 
     def as_csv(self) -> str:
-        """Return one line for each run, with its size, measurements, training and failures."""
-        rows = [result.as_row() for result in self.results]
-        names = [*_COLUMNS, *dict.fromkeys(name for row in rows for name in row)]
+        """Return one line for each run: what it is about, its measurements, training and failures.
+
+        `test_nll` + `log_scale` is in nats of the units of the source.
+        """
+        about = {each.name: {k: getattr(each, k) for k in _OF_DATA} for each in self.datasets}
+        rows = [result.as_row() | about[result.dataset] for result in self.results]
+        names = [*_COLUMNS, *_OF_DATA, *dict.fromkeys(name for row in rows for name in row)]
         text = io.StringIO()
         # pandas would write the same in as many lines, and be half a second later
         table = csv.DictWriter(text, dict.fromkeys(names), lineterminator="\n")
@@ -312,5 +316,6 @@ class Record(RunRecord):
         return text.getvalue()
 
 
+_OF_DATA = ("features", "levels", "log_scale", "num_train", "num_validation", "num_test")
 _COLUMNS = tuple(Result("", "", 0, 0, {}, 0, (), None, Metrics()).as_row())
 """Those that every table has, whatever was trained."""

@@ -115,7 +115,9 @@ class Page:
             "base64": lambda png: base64.b64encode(png).decode(),
             "lines": lambda text: Markup("<br>").join(text.split("\n")),
         }
-        return templates.get_template("report.html.jinja").render(**vars(self), cells=cells)
+        return templates.get_template("report.html.jinja").render(
+            **vars(self), cells=cells, used=_used
+        )
 
 
 def render(record: Record, folder: Folder) -> str:
@@ -182,13 +184,18 @@ def command_line(record: Record) -> str:
 def command_of(command: str, words: Sequence[str], options: Mapping[str, Any]) -> str:
     """Return a command line; an option that is None, False, empty or not used is left out."""
     line = [f"nflows-iresnet {command}", *map(shlex.quote, words)]
-    unused = {"learning_rate"} if options.get("learning_rates") else set()
-    for name, value in options.items():
-        if name in unused or value is None or value is False or value == []:
+    for name, value in _used(options).items():
+        if value is None or value is False or value == []:
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         line += [flag(name), *(shlex.quote(str(item)) for item in values)]
     return " ".join(line)
+
+
+def _used(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the one learning rate where several were tried."""
+    is_tuned = bool(options.get("learning_rates"))
+    return {name: options[name] for name in options if not (is_tuned and name == "learning_rate")}
 
 
 def _length(record: Record) -> str:

@@ -101,7 +101,7 @@ class Job:
     def label(self) -> str:
         """Name it for people."""
         dataset, model, repeat = self.run.key
-        parts = [dataset, model, f"repeat {repeat + 1}" if repeat else ""]
+        parts = [dataset, model, f"repeat {repeat}" if repeat else ""]
         parts.append(f"learning rate {self.rate:g}" if self.is_trial else "")
         return " · ".join(filter(None, parts))
 

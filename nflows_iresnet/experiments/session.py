@@ -169,9 +169,12 @@ class Session(ABC, Generic[Kept]):
         return Keeper(path, settings, every, remedy)
 
     @property
-    def kept(self) -> str:
-        """What a later command need not do again."""
-        return self.folder.kept(*self.runs, (job.key for job in self.may_be_under_way))
+    def left(self) -> tuple[str, ...]:
+        """What a later command need not do again, and how it goes on."""
+        if not self.folder.results.exists():
+            return (f"nothing is kept, for {str(self.folder.path)!r} is gone: start anew",)
+        keys = (job.key for job in self.may_be_under_way)
+        return self.folder.kept(*self.runs, keys), self.resume
 
     @property
     def resume(self) -> str:
@@ -234,12 +237,12 @@ def run(open_session: Callable[[Any], Session[Any]], parsed: TrainingOptions) ->
         with _warnings_of_others_ignored(), session.cluster or nullcontext():
             session.work()
     except KeyboardInterrupt:
-        print(f"interrupted: {session.kept}\n{session.resume}", file=sys.stderr)
-        return interruption.STATUS
+        print("interrupted: " + "\n".join(session.left), file=sys.stderr)
+        return interruption.exit_status()
     except CheckpointError as error:
         raise UsageError(str(error)) from error
     except (WriteError, ChildProcessError, ConnectionError) as error:
-        raise type(error)(f"{error}; {session.kept}; {session.resume}") from error
+        raise type(error)("; ".join([str(error), *session.left])) from error
     return 0
 
 
@@ -276,10 +279,15 @@ def run_at_once(
         with _warnings_of_others_ignored():
             return work(options, folder)
     except KeyboardInterrupt:
-        print(f"interrupted: {kept} in {folder}", file=sys.stderr)
-        return interruption.STATUS
+        print(f"interrupted: {_left(kept, folder)}", file=sys.stderr)
+        return interruption.exit_status()
     except WriteError as error:
-        raise WriteError(f"{error}; {kept} in {folder}") from error
+        raise WriteError(f"{error}; {_left(kept, folder)}") from error
+
+
+def _left(kept: str, folder: Path) -> str:
+    gone = f"nothing is kept, for {str(folder)!r} is gone: start anew"
+    return f"{kept} in {folder}" if folder.exists() else gone
 
 
 def folder_of(parsed: Options, command: str) -> Folder:
@@ -307,10 +315,15 @@ def check_places(parsed: TrainingOptions, device: str) -> None:
     cores = os.cpu_count() or 1
     if parsed.jobs * parsed.threads > cores:
         print(
-            f"warning: {parsed.jobs} jobs of {parsed.threads} threads share {cores} cores: times, "
-            "and what is trained for seconds of the clock, depend on who runs beside whom",
+            f"warning: {_counted(parsed.jobs, 'job')} of {_counted(parsed.threads, 'thread')} "
+            f"share{'s' * (parsed.jobs == 1)} {_counted(cores, 'core')}: times, and what is "
+            "trained for seconds of the clock, depend on who runs beside whom",
             file=sys.stderr,
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @contextmanager

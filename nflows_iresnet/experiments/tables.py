@@ -23,6 +23,8 @@ from nflows_iresnet.experiments.folder import Folder
 from nflows_iresnet.experiments.record import DatasetSummary, Record, Result
 
 _WIDE = 124
+DIVERGED = 1e6
+"""Nats from which an NLL is not that of a model which learned something."""
 
 
 class Named(Protocol):
@@ -70,6 +72,8 @@ def number(value: float | None, style: str = ".3f", error: float | None = None) 
     """Return a number in a format, with its error if there is one, or a dash."""
     if value is None:
         return "-"
+    if abs(value) >= DIVERGED and style in (".2f", ".3f", ".4f"):
+        style = ".3e"
     return f"{value:{style}}" if error is None else f"{value:{style}} ± {error:{style}}"
 
 
@@ -218,7 +222,9 @@ def _round_trip(row: Row) -> str:
 
 def _gap(row: Row) -> str:
     gap, rows = row.metrics.exact_gap, number(row.metrics.exact_rows, ".0f")
-    return "-" if gap is None else f"{number(gap, error=row.metrics.exact_gap_se)}\nof {rows}"
+    error = row.metrics.exact_gap_se
+    digits = min(8, max(3, 1 - math.floor(math.log10(error)))) if error and error > 0 else 3
+    return "-" if gap is None else f"{number(gap, f'.{digits}f', error)}\nof {rows}"
 
 
 def _lipschitz(row: Row) -> str:
@@ -226,6 +232,11 @@ def _lipschitz(row: Row) -> str:
         return "-"
     certified, value = row.metrics.lipschitz_certified, row.metrics.lipschitz
     return bounded(value) if certified else f"≈ {value:.3f}\nnot guaranteed"
+
+
+def in_bits(record: Record, dataset: DatasetSummary) -> bool:
+    """Whether a table has bits per dimension, and no nats."""
+    return record.command == "table2" and not record.is_race and dataset.levels is not None
 
 
 def _is_repeated(record: Record, dataset: DatasetSummary) -> bool:
@@ -362,7 +373,8 @@ COLUMNS: tuple[Column[Row], ...] = (
     ),
     Column(
         "round trip\nmax (median)",
-        "How far data -> noise -> data misses the test rows, in the units of the data: the largest "
+        "How far data -> noise -> data misses the test rows, in the units that a model sees: of "
+        "tables standard deviations of the training rows, of images levels of a pixel. The largest "
         "coordinate, its maximum over the rows and repeats, and its median over the rows.",
         _round_trip,
         lambda row: row.metrics.round_trip_max,
@@ -423,7 +435,7 @@ def rates_tried(record: Record, dataset: str) -> list[str]:
     for model in dict.fromkeys(each.model for each in trials):
         tried = (
             f"{each.learning_rate:g}: "
-            + ("failed" if each.validation is None else f"{each.validation:.3f}")
+            + ("failed" if each.validation is None else number(each.validation))
             for each in record.trials_of(dataset, model)
         )
         lines.append(f"- {model}: {', '.join(tried)}")
@@ -439,7 +451,7 @@ def early_stops(record: Record, dataset: str) -> list[str]:
     """Say of each training that stopped before the end of its schedule where it was best."""
     return [
         stopped_early(
-            f"{each.model}{f', repeat {each.repeat + 1},' if each.repeat else ''}",
+            f"{each.model}{f', repeat {each.repeat},' if each.repeat else ''}",
             each.training.steps,
             each.training.best_step,
         )
@@ -471,10 +483,16 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
     if len(rows) == 1:
         return f"Only {rows[0].model} finished."
     first, second = rows[:2]
+    if (nll := first.metrics.test_nll or 0.0) >= DIVERGED:
+        return f"No model is best, for all diverged: {first.model} has {number(nll)} nats."
+    if (nll := second.metrics.test_nll or 0.0) >= DIVERGED:
+        return f"{first.model} is best: all others diverged, {second.model} at {number(nll)} nats."
     better, worse = (_mean_log_prob(record, folder, dataset, row.model) for row in (first, second))
     if better is None or worse is None:
         return f"{first.model} is best; by how much, its arrays would say, and they are gone."
-    ahead = pd.Series(better - worse)
+    summary = next(each for each in record.datasets if each.name == dataset)
+    bits = in_bits(record, summary)
+    ahead = pd.Series(better - worse) / (summary.features * math.log(2) if bits else 1.0)
     if len(ahead) == 1:
         return f"{first.model} is best on the one test row, which says nothing of others."
     lead, over_rows = ahead.mean(), ahead.sem()
@@ -482,7 +500,8 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
         chunks = ahead.groupby(ahead.index // CHUNK).mean()[: len(ahead) // CHUNK]
         over_rows = max(over_rows, chunks.sem() if len(chunks) > 1 else 0.0)
     error = math.hypot(over_rows, first.repeats_se or 0.0, second.repeats_se or 0.0)
-    gap = f"by {number(lead, error=error)} nats on the same test rows"
+    unit, style = ("bits per dimension", ".4f") if bits else ("nats", ".3f")
+    gap = f"by {number(lead, style, error)} {unit} on the same test rows"
     if lead < 2 * error:
         return f"{first.model} and {second.model} are level: they differ {gap}."
     return f"{first.model} is best: ahead of {second.model} {gap}."

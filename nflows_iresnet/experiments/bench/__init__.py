@@ -74,7 +74,7 @@ class Item:
     Args:
         cases: what is measured with given options.
         columns: of the table, beside the time.
-        variable: the parameter in which a power law is fitted, or None.
+        variable: the parameter in which a power law is fitted where no other changes, or None.
         fitted: key of the number that is fitted; the time if None.
         is_optional: runs only when asked for.
     """

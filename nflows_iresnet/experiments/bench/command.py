@@ -10,9 +10,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -36,10 +34,11 @@ from nflows_iresnet.experiments.bench.measure import (
     Spread,
     check_targets,
     fits,
+    series,
     trusts_cpu_time,
 )
 from nflows_iresnet.experiments.options import BenchOptions
-from nflows_iresnet.experiments.pictures import STYLE, as_png
+from nflows_iresnet.experiments.pictures import STYLE, as_png, label_plainly
 from nflows_iresnet.experiments.session import CaseProgress
 from nflows_iresnet.experiments.tables import make_console, number
 from nflows_iresnet.files import write_atomically
@@ -117,7 +116,8 @@ def _item_table(item: Item, results: Sequence[CaseResult]) -> Table:
     has_times = any(each.seconds for result in results for each in result.measurements)
     titles = [*TIME_COLUMNS] if has_times else []
     for column in item.columns:
-        titles += [column.title] if column.baseline is None else [column.title, "x"]
+        base = "x" if column.baseline == BASELINE else f"x of\n{column.baseline}"
+        titles += [column.title] if column.baseline is None else [column.title, base]
     table = _table(("case", "model"), titles)
     for result in results:
         names = [each.model for each in result.measurements]
@@ -157,7 +157,8 @@ def _number(result: CaseResult, model: str, column: Column) -> list[str]:
 def _in_words(fit: Fit) -> str:
     error = "" if fit.standard_error is None else f" ± {fit.standard_error:.2f}"
     power = f"{fit.quantity} ~ {fit.variable}^{fit.exponent:.2f}{error}"
-    return f"{fit.model}: {power} ({len(fit.points)} points)"
+    fixed = "".join(f", {name}={value:g}" for name, value in fit.fixed.items())
+    return f"{fit.model}: {power} ({len(fit.points)} points{fixed})"
 
 
 def _target_table(checked: Sequence[CheckedTarget]) -> Table:
@@ -182,42 +183,43 @@ _PANELS_PER_ROW = 3
 def draw(record: Benchmark) -> dict[str, bytes]:
     """Return the pictures that the results allow, as PNG files by name."""
     groups = record.by_item().items()
-    panels = [found for name, results in groups if (found := fits(ITEMS[name], results))]
+    panels = [group for name, group in groups if fits(ITEMS[name], group)]
     trained = [each for each in record.results if any("nll" in m.raw for m in each.measurements)]
     with mpl.rc_context(STYLE):
         pictures = {"bench.png": _scaling(panels), "quality.png": _quality(trained)}
         return {name: as_png(figure) for name, figure in pictures.items() if figure is not None}
 
 
-def _scaling(panels: Sequence[Sequence[Fit]]) -> Figure | None:
+def _scaling(panels: Sequence[Sequence[CaseResult]]) -> Figure | None:
     if not panels:
         return None
     columns = min(len(panels), _PANELS_PER_ROW)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for ax, found in zip(axes, panels, strict=False):
-        _panel(ax, found)
+    for ax, results in zip(axes, panels, strict=False):
+        _panel(ax, ITEMS[results[0].item], results)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     return figure
 
 
-def _panel(ax: Axes, found: Sequence[Fit]) -> None:
-    for fit in found:
-        x, y = zip(*fit.points, strict=True)
-        label = f"{fit.model}  ~ {fit.variable}^{fit.exponent:.2f}"
-        ax.plot(x, y, "o-", markersize=3, color=_colour(fit.model), label=label)
-    ax.set(title=found[0].item, xlabel=found[0].variable, ylabel=found[0].quantity)
+def _panel(ax: Axes, item: Item, results: Sequence[CaseResult]) -> None:
+    """Join what differs in the variable alone; points of other cases stand apart."""
+    found = fits(item, results)
+    labels = {fit.points: f"{fit.model}  ~ {fit.variable}^{fit.exponent:.2f}" for fit in found}
+    every = series(item, results)
+    for each in every:
+        x, y = zip(*each.points, strict=True)
+        label, colour = labels.get(each.points), _colour(each.model)
+        ax.plot(x, y, "o-", markersize=3, color=colour, label=label)
+    other = {k: None for each in every for k in each.fixed if each.fixed[k] != every[0].fixed[k]}
+    apart = f" (apart: other {', '.join(other)})" if other else ""
+    ax.set(title=found[0].item, xlabel=f"{item.variable}{apart}", ylabel=found[0].quantity)
     ax.set(xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
-        _label_decades(axis)
+        label_plainly(axis)
     ax.legend(fontsize=7, frameon=False)
-
-
-def _label_decades(axis: Axis) -> None:
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _colour(model: str) -> str:
@@ -244,5 +246,5 @@ def _curves(ax: Axes, name: str, results: Sequence[CaseResult]) -> None:
             label, colour = None if first else each.model, _colour(each.model)
             ax.semilogx(each.raw["seconds"], each.raw["nll"], color=colour, label=label)
     ax.set(title=name, xlabel="seconds of training", ylabel="exact test NLL (nats)")
-    _label_decades(ax.xaxis)
+    label_plainly(ax.xaxis)
     ax.legend(fontsize=7, frameon=False)

@@ -311,11 +311,50 @@ def check_targets(item: Item, results: Sequence[CaseResult]) -> list[CheckedTarg
 
 
 @dataclass(frozen=True)
+class Series:
+    """What was measured of a model in cases that differ in nothing but one parameter.
+
+    Args:
+        fixed: the other parameters.
+        points: pairs of the parameter and the quantity.
+    """
+
+    model: str
+    fixed: dict[str, float]
+    points: tuple[tuple[float, float], ...]
+
+
+def series(item: Item, results: Sequence[CaseResult]) -> list[Series]:
+    """Return what may be joined by a line, of each model; nothing of an item without a variable."""
+    if item.variable is None:
+        return []
+    groups: dict[tuple[tuple[str, float], ...], list[CaseResult]] = {}
+    for each in results:
+        fixed = tuple(pair for pair in each.parameters.items() if pair[0] != item.variable)
+        groups.setdefault(fixed, []).append(each)
+    names = dict.fromkeys(each.model for result in results for each in result.measurements)
+    found = (
+        Series(name, dict(fixed), _points(item, item.variable, group, name))
+        for name in names
+        for fixed, group in groups.items()
+    )
+    return [each for each in found if each.points]
+
+
+def _points(
+    item: Item, variable: str, results: Sequence[CaseResult], model: str
+) -> tuple[tuple[float, float], ...]:
+    measured = [(each.parameters[variable], _quantity(item, each, model)) for each in results]
+    return tuple((x, y) for x, y in measured if y is not None and y > 0)
+
+
+@dataclass(frozen=True)
 class Fit:
     """How the cost of a model grows: as factor * variable^exponent, by least squares of logarithms.
 
     Args:
         quantity: what grows: "ms" or the key of a number.
+        fixed: what else describes the cases, which differ in the variable alone.
         points: pairs of the variable and the quantity.
         standard_error: of the exponent, from the residuals; None for two points, which say nothing.
     """
@@ -324,6 +363,7 @@ class Fit:
     model: str
     variable: str
     quantity: str
+    fixed: dict[str, float]
     points: tuple[tuple[float, float], ...]
     exponent: float
     standard_error: float | None
@@ -331,24 +371,21 @@ class Fit:
 
 
 def fits(item: Item, results: Sequence[CaseResult]) -> list[Fit]:
-    """Fit a power law for each model that has at least two points."""
-    names = dict.fromkeys(each.model for result in results for each in result.measurements)
-    found = (_fit(item, item.variable, name, results) for name in names if item.variable)
+    """Fit a power law to each series that has at least two points."""
+    found = (_fit(results[0].item, item, each) for each in series(item, results))
     return [fit for fit in found if fit is not None]
 
 
-def _fit(item: Item, variable: str, model: str, results: Sequence[CaseResult]) -> Fit | None:
+def _fit(name: str, item: Item, found: Series) -> Fit | None:
     from scipy.stats import linregress
 
-    measured = [(each.parameters[variable], _quantity(item, each, model)) for each in results]
-    points = tuple((x, y) for x, y in measured if y is not None and y > 0)
-    if len({x for x, _ in points}) < 2:
+    if item.variable is None or len({x for x, _ in found.points}) < 2:
         return None
-    line = linregress(*np.log(points).T)
+    line = linregress(*np.log(found.points).T)
     return Fit(
-        *(results[0].item, model, variable, item.fitted or "ms", points),
+        *(name, found.model, item.variable, item.fitted or "ms", found.fixed, found.points),
         exponent=float(line.slope),
-        standard_error=float(line.stderr) if len(points) > 2 else None,
+        standard_error=float(line.stderr) if len(found.points) > 2 else None,
         factor=float(np.exp(line.intercept)),
     )
 

@@ -112,7 +112,8 @@ def _densities_caption(config: RunConfig, results: list[Result]) -> str:
         f"on the same batches of {config.batch_size} rows, with {min(counts):,} to "
         f"{max(counts):,} parameters. The number under a name is the mean negative log-likelihood "
         "of the test rows in nats, with exact log-determinants: the nearer to that of the true "
-        "density the better. All panels of a row share one scale of brightness."
+        "density the better. All panels of a row share one scale of brightness, up to the highest "
+        "true density: what is higher is as bright."
     )
 
 

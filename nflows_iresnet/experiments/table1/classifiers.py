@@ -236,7 +236,7 @@ class ClassifierJob:
     @property
     def label(self) -> str:
         """Name it for people."""
-        return f"{self.model} · repeat {self.repeat + 1}"
+        return f"{self.model} · repeat {self.repeat}"
 
     def without_data(self) -> ClassifierJob:
         """Return what another process is sent, which may run in another folder."""

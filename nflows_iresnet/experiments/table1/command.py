@@ -19,7 +19,7 @@ from nflows_iresnet.datasets import ImageDataset
 from nflows_iresnet.experiments import published, session
 from nflows_iresnet.experiments.config import resolve_device
 from nflows_iresnet.experiments.options import Table1Options
-from nflows_iresnet.experiments.pictures import DATA, INK, MODEL, STYLE, as_png
+from nflows_iresnet.experiments.pictures import DATA, INK, MODEL, STYLE, as_png, label_plainly
 from nflows_iresnet.experiments.record import RunRecord
 from nflows_iresnet.experiments.report import Page, Section, command_of
 from nflows_iresnet.experiments.session import Session
@@ -139,7 +139,7 @@ class TableRecord(RunRecord):
     def early_stops(self) -> list[str]:
         """Say of each training that stopped before the end of its schedule where it was best."""
         return [
-            stopped_early(f"{each.model}, repeat {each.repeat + 1},", each.steps, each.best_step)
+            stopped_early(f"{each.model}, repeat {each.repeat},", each.steps, each.best_step)
             for each in self.outcomes
             if each.stopped == "patience"
         ]
@@ -414,6 +414,7 @@ def _draw_reconstructions(axes: Axes, rows: list[Row]) -> None:
     axes.bar(range(len(rows)), errors, color=[_color(row) for row in rows], width=0.6)
     _name_rows(axes, rows)
     axes.set_yscale("log")
+    label_plainly(axes.yaxis)
     axes.set_ylabel("largest reconstruction error\n(levels of a pixel)")
     axes.axhline(0.5, color=INK, lw=0.8, ls=":")
     axes.annotate(
