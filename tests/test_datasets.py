@@ -773,7 +773,7 @@ def _dependent(kind: str) -> np.ndarray[Any, np.dtype[np.float64]]:
 def test_columns_that_follow_from_others_are_said(kind: str, found: str) -> None:
     rows = _dependent(kind)
     notes = notes_on(tuple("abcdef"[: rows.shape[1]]), rows)
-    assert notes[-1].startswith(f"{found} from the others up to rounding: their density is unbound")
+    assert notes[-1].startswith(f"{found} from the others, or nearly: their density has next to no")
     assert len(notes) == (2 if kind == "outlier" else 1)
 
 
@@ -812,6 +812,18 @@ def test_heavy_tails_few_rows_and_toys_deserve_no_note() -> None:
         *(toy.sample(2000).double().numpy() for toy in datasets.TOYS.values()),
     ):
         assert not notes_on(tuple(map(str, range(rows.shape[1]))), rows)
+
+
+def test_parts_of_the_data_are_not_far_from_themselves() -> None:
+    random = np.random.default_rng(0)
+    near = random.normal(size=5000)
+    second = random.uniform(size=5000) < 0.3
+    noise = random.normal(size=(5000, 2))
+    assert not notes_on(("a",), np.where(second, 100 + near, near)[:, None])
+    (few,) = notes_on(("a",), random.choice([0.0, 1.0, 20.0], (5000, 1)))
+    assert "only 3 distinct" in few
+    assert not notes_on(("a", "b"), np.stack([near, near + 1e-3 * noise[:, 0]], axis=1))
+    assert not notes_on(tuple(map(str, range(64))), random.normal(size=(65, 64)))
 
 
 @pytest.mark.parametrize("kept", ["all", "dropped", "shuffled"])

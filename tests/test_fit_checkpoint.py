@@ -318,6 +318,20 @@ def test_options_of_an_optimizer_may_be_numbers_of_numpy(tmp_path: Path) -> None
     assert once() == once(), "the second call finds the training finished"
 
 
+def test_the_state_of_an_optimizer_may_hold_numbers_of_numpy(tmp_path: Path) -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+            for group in self.param_groups:
+                for each in group["params"]:
+                    self.state[each]["count"] = np.float64(1)
+
+    path, flow = tmp_path / "fit.pt", ResidualFlow(2, 8, 2)
+    for _ in range(2):
+        optimizer = Counting(flow.parameters(), lr=1e-3)
+        fit(flow, ROWS, ROWS, optimizer=optimizer, max_steps=4, checkpoint=path)
+
+
 def test_what_no_checkpoint_can_hold_is_named_before_the_training(tmp_path: Path) -> None:
     class WithObjects(ResidualFlow):
         def get_extra_state(self) -> Any:

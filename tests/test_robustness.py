@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import nn as torch_nn
 
 from nflows_iresnet import ResidualFlow, flows, linearization, logdet, nn, transforms
+from nflows_iresnet.flows.lipschitz import lipschitz_constants
 from nflows_iresnet.linearization import OpaqueFunction, ResidualFunction
 from nflows_iresnet.solvers import (
     Accelerator,
@@ -454,6 +455,10 @@ def test_estimators_compute_in_full_precision_inside_autocast() -> None:
             found = estimator(net, inputs)[1]
         assert torch.equal(found, expected)
         found.sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            for each in (net, net.bind(), lambda values: 0.5 * values.sin()):
+                short = estimator(each, inputs.bfloat16())
+                assert short[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize("probe", [logdet.Rademacher(), logdet.Gaussian()])
@@ -502,6 +507,23 @@ def test_a_context_of_other_rows_is_named_by_compositions_too() -> None:
             ValueError, match=r"one row for each of the 1 rows .* got shape \(5, 1\)"
         ):
             call(torch.zeros(1, 2), torch.zeros(5, 1))
+
+
+def test_contexts_of_what_is_no_block_are_its_own() -> None:
+    class Tempered(transforms.LinearTransform):
+        def forward(self, inputs: Tensor, context: Any = None) -> Any:  # type: ignore[override]
+            return context.sum() * inputs, inputs.new_zeros(len(inputs))
+
+    composite = transforms.CompositeTransform([Tempered(2)])
+    for context in (torch.tensor(2.0), torch.ones(3), torch.ones(4, 3)):
+        outputs, _ = composite(torch.ones(5, 2), context)
+        assert torch.equal(outputs, context.sum() * torch.ones(5, 2))
+
+
+def test_a_forward_of_an_instance_keeps_the_constants_that_are_stated() -> None:
+    norm = transforms.ActNorm(2)
+    norm.forward = norm.forward  # type: ignore[method-assign]
+    assert lipschitz_constants(norm) == norm.lipschitz_constants()
 
 
 def test_settings_are_numbers_of_python() -> None:

@@ -733,6 +733,12 @@ def test_a_tolerance_without_a_relative_part_has_gradients(atol: float | None) -
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_finer_tolerance_than_the_default_counts_for_gradients_too() -> None:
+    solver = solvers.Anderson(atol=1e-14, rtol=0.0).without_units(torch.float64)
+    assert solver.atol == 1e-14
+    assert solver.rtol is None
+
+
 def test_rows_whose_loss_overflows_have_no_gradient_and_the_others_theirs() -> None:
     torch.manual_seed(0)
     block = transforms.ResidualTransform(nn.LipschitzMLP(2, [16])).double()

@@ -25,7 +25,7 @@ from nflows_iresnet.nn import PowerIteration
 from nflows_iresnet.training import History, TrainingDivergedError, fit
 from nflows_iresnet.training.loop import Stepper, Training, WeightAverage, adam, run
 from nflows_iresnet.training.progress import FirstOf, Seconds, Steps, TrainingPlan
-from nflows_iresnet.training.rows import Batches
+from nflows_iresnet.training.rows import Batches, Validator
 from nflows_iresnet.transforms.image import PixelwiseSpline
 
 
@@ -464,12 +464,16 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
         quick(model, optimizer=torch.optim.LBFGS(model.parameters()))
 
 
-def test_an_optimizer_with_a_scheduler_is_refused() -> None:
+def test_a_scheduler_that_is_overridden_is_said() -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
-    with pytest.raises(ValueError, match=r"SGD has a scheduler .* make an optimiser without one"):
+    torch.optim.lr_scheduler.LinearLR(optimizer, 0.1)
+    with pytest.warns(UserWarning, match="SGD has, or had, a scheduler .* overrides it") as caught:
         quick(model, optimizer=optimizer)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quick(Line())
 
 
 def test_an_optimizer_of_another_flow_is_refused() -> None:
@@ -854,6 +858,36 @@ def test_rows_of_a_loader_that_are_lost_to_the_precision_of_the_flow_are_refused
     with pytest.raises(ValueError, match=r"2 features of the validation rows"):
         fit(residual_flow(), ROWS, loader, max_steps=2, validations=1)
     fit(residual_flow().double(), loader, loader, max_steps=2, validations=1)
+
+
+def test_rows_of_a_loader_are_judged_together() -> None:
+    rows = torch.stack([1.7e9 + 60 * torch.arange(2000).double(), rows_of(2000)[:, 0]], dim=1)
+    for each in (rows, DataLoader(TensorDataset(rows), 16)):
+        assert fit(residual_flow(), each, each, max_steps=2, validations=1).steps == 2
+
+
+def test_batches_of_a_loader_may_have_different_shapes() -> None:
+    class Pooled(Line):
+        def log_prob(self, inputs: Tensor) -> Tensor:
+            return super().log_prob(inputs.mean((2, 3)))
+
+    for dtype in (torch.float32, torch.float64):
+        images = [torch.randn(8, 2, 4 + size, 4, dtype=dtype) for size in (0, 1, 2)]
+        assert fit(Pooled(), images, images, max_steps=6, validations=2).steps == 6
+
+
+def test_validation_by_a_loss_keeps_no_graph() -> None:
+    kept: list[Tensor] = []
+
+    def pack(value: Tensor) -> Tensor:
+        kept.append(value)
+        return value
+
+    flow = residual_flow()
+    validate = Validator(ROWS, ROWS, lambda flow, rows: -flow.log_prob(rows).mean())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        validate(flow.eval())
+    assert not kept
 
 
 def test_rows_with_a_graph_are_numbers() -> None:

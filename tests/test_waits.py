@@ -52,14 +52,12 @@ class Kind:
     def starts(self) -> Waits:
         """At the first batch: what was learned, whether the rows are finite, and how many."""
         return {
-            "transforms/normalization.py:_start": self.norms,
+            "transforms/normalization.py:_start": self.norms + self.whitenings + self.splines,
             "transforms/normalization.py:_largest_over_processes": self.norms,
-            "transforms/normalization.py:_initialize": self.norms,
-            "transforms/linear.py:_start": self.whitenings,
+            "transforms/normalization.py:_start_from": self.norms,
             "transforms/linear.py:<genexpr>": 2 * self.whitenings,
             "transforms/linear.py:_joined_moments": 3 * self.whitenings,
             "transforms/linear.py:_whitening": 3 * self.whitenings,
-            "transforms/splines.py:_start": 2 * self.splines,
             "transforms/splines.py:_require_finite": self.splines,
         }
 

@@ -160,7 +160,7 @@ def read_text(
         names, lines, rows = tuple(map(one_line, rows[0])), lines[1:], rows[1:]
     elif _are_pandas_numbers(rows):
         names, lines, rows = tuple(rows[0]), lines[1:], rows[1:]
-    elif _may_be_names(rows):
+    elif columns is None and _may_be_names(rows):
         raise ValueError(
             f"{path}, line {lines[0]}: {one_line(','.join(rows[0]))} may be the names of the "
             "columns, or a row: give names a letter, or numbers a decimal point"

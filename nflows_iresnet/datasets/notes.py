@@ -13,10 +13,14 @@ _FEW_VALUES = 0.05
 _COMMON = 0.05
 """Part of the rows that may have one value before it is said."""
 _SAME_STEP = 1e-3
-_ROUNDING = 1e-6
+_ROUNDING = 1e-7
 """An eigenvalue of the correlations below this is what rounding to four digits leaves of zero."""
+_ROWS_PER_COLUMN = 2
+"""With fewer rows, columns of noise are nearly dependent, too."""
 _INVOLVED = 1e-2
 _MOST_NAMES = 8
+_FEW = 0.01
+"""Part of the rows that may be far from all others, unless they have one value."""
 _FAR = 10.0
 _LONE, _REPEATED = 10.0, 3.0
 """How many times as far from the median as any other a value is that does not belong there."""
@@ -73,13 +77,21 @@ def _distances(column: FloatArray) -> FloatArray:
 
 
 def _is_far(column: FloatArray) -> npt.NDArray[np.bool_]:
-    """Whether values lie beyond a gap that no tail has: heavy tails are full up to their end."""
+    """Whether values lie beyond a gap that tails hardly have, which are full up to their end.
+
+    Many rows beyond are another part of the data, unless they have one value, as a code for what is
+    missing.
+    """
     distances = _distances(column)
     levels, counts = np.unique(distances, return_counts=True)
+    if len(levels) < _FEW_VALUES * len(column):
+        return np.zeros(len(column), dtype=np.bool_)
     gaps = levels[1:] / np.maximum(levels[:-1], 1)
     wanted = np.where(counts[1:] > 2, _REPEATED, _LONE)
     beyond = levels[1:][(levels[1:] > _FAR) & (gaps > wanted)]
-    return distances >= beyond.min(initial=np.inf)
+    is_far: npt.NDArray[np.bool_] = distances >= beyond.min(initial=np.inf)
+    is_code = is_far.any() and np.ptp(column[is_far]) == 0
+    return is_far & (is_code or is_far.mean() <= max(_FEW, 1 / len(column)))
 
 
 def _far_note(column: FloatArray, is_far: npt.NDArray[np.bool_]) -> str | None:
@@ -96,7 +108,7 @@ def _far_note(column: FloatArray, is_far: npt.NDArray[np.bool_]) -> str | None:
 
 def _dependence_notes(columns: Names, values: FloatArray) -> Iterator[str]:
     """Name the columns of which some follow from the others by a linear map."""
-    if len(values) <= len(columns):
+    if len(values) <= _ROWS_PER_COLUMN * len(columns):
         return
     varying = np.flatnonzero(np.ptp(values, axis=0))
     if len(varying) < 2:
@@ -111,6 +123,6 @@ def _dependence_notes(columns: Names, values: FloatArray) -> Iterator[str]:
         shown = ", ".join(involved[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
         follow = "1 follows" if count == 1 else f"{count} follow"
         yield (
-            f"of columns {shown}, {follow} from the others up to rounding: their density is "
-            f"unbounded, and models race up there; leave {count} of them out"
+            f"of columns {shown}, {follow} from the others, or nearly: their density has next "
+            f"to no bound, and models race up there; leave {count} of them out"
         )

@@ -173,7 +173,7 @@ def check_columns(record: Record) -> None:
     Raises:
         ValueError: one cannot be shown; the message names it, and where its number is to come from.
     """
-    nothing = Row("", (), Metrics(), num_parameters=0, repeats=0)
+    nothing = Row("", (), Metrics(), num_parameters=1, repeats=1)
     for column in COLUMNS:
         try:
             if any(column.when(record, dataset) for dataset in record.datasets):
@@ -499,7 +499,8 @@ def verdict(record: Record, folder: Folder, dataset: str) -> str:
     if False in (first.metrics.test_nll_exact, second.metrics.test_nll_exact):
         chunks = ahead.groupby(ahead.index // CHUNK).mean()[: len(ahead) // CHUNK]
         over_rows = max(over_rows, chunks.sem() if len(chunks) > 1 else 0.0)
-    error = math.hypot(over_rows, first.repeats_se or 0.0, second.repeats_se or 0.0)
+    spreads = [row.repeats_bits_se if bits else row.repeats_se for row in (first, second)]
+    error = math.hypot(over_rows, *(each or 0.0 for each in spreads))
     unit, style = ("bits per dimension", ".4f") if bits else ("nats", ".3f")
     gap = f"by {number(lead, style, error)} {unit} on the same test rows"
     if lead < 2 * error:

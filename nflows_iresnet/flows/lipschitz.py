@@ -76,9 +76,10 @@ def _own_constants(transform: nn.Module) -> Callable[[], Constants] | None:
     """Return the method by which a transform states the constants of the maps that it has."""
     own: Callable[[], Constants] | None = getattr(transform, "lipschitz_constants", None)
     maps = ("forward", "inverse", "lipschitz_constants")
-    nearest = (vars(each) for each in (transform, *type(transform).__mro__))
+    nearest = map(vars, type(transform).__mro__)
     present = next(names for names in nearest if any(name in names for name in maps))
-    return own if "lipschitz_constants" in present and callable(own) else None
+    is_its_own = "lipschitz_constants" in {*present, *vars(transform)}
+    return own if is_its_own and callable(own) else None
 
 
 def _residual(transform: ResidualTransform) -> Constants:

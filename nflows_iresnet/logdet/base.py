@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nflows_iresnet.constants import made_once
 from nflows_iresnet.linearization import Linearization, ResidualFunction, bind, is_traced
-from nflows_iresnet.precision import precision_of_here
+from nflows_iresnet.precision import (
+    at_least_single,
+    context_like_weights,
+    like_weights,
+    precision_of_here,
+)
 from nflows_iresnet.validation import validated_size
 
 
@@ -77,6 +82,7 @@ class LogDetEstimator(ABC):  # noqa: B024
         Raises:
             ValueError: if the values of the network have another shape than its inputs.
         """
+        inputs, context = _like(net, inputs, context)
         with precision_of_here(inputs.device):
             return self._estimate(bind(net, context), inputs, generator)
 
@@ -98,6 +104,20 @@ class LogDetEstimator(ABC):  # noqa: B024
         """Return (g(x), log|det(I + J)|), shapes (B, *) and (B,)."""
         estimate = self.estimate(net, inputs, context)
         return estimate.outputs, estimate.logabsdet
+
+
+def _like(
+    net: Callable[..., Tensor], inputs: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return inputs and context in the precision of a network, where autocast has shortened them.
+
+    A function that is no module has weights that nobody knows: it gets single precision.
+    """
+    if not torch.is_autocast_enabled(inputs.device.type):
+        return inputs, context
+    if isinstance(net, nn.Module):
+        return like_weights(inputs, net), context_like_weights(context, net)
+    return at_least_single(inputs), None if context is None else at_least_single(context)
 
 
 _DENSE_ELEMENTS = 2**24
@@ -140,6 +160,7 @@ class Exact(LogDetEstimator):
         generator: torch.Generator | None = None,
     ) -> LogDetEstimate:
         """Return the exact value with a standard error of zero; `generator` is not used."""
+        inputs, context = _like(net, inputs, context)
         with precision_of_here(inputs.device):
             function, chunks = bind(net, context), self._chunks(inputs)
             if len(chunks) == 1:

@@ -246,7 +246,8 @@ class Solver(ABC):
         if not is_loose and self.rtol != 0:
             return self
         steps = max(self.max_steps, Solver.max_steps)
-        return replace(self, atol=None, rtol=self.rtol or None, max_steps=steps)
+        atol = None if is_loose else self.atol
+        return replace(self, atol=atol, rtol=self.rtol or None, max_steps=steps)
 
     def _atol(self, kind: torch.finfo) -> float:
         return _default_atol(kind) if self.atol is None else self.atol

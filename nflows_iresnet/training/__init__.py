@@ -139,8 +139,9 @@ def fit(
         loss: callable of (flow, rows) or (flow, rows, context) that returns a scalar to be
             minimised: `lambda flow, rows: flow.forward_kld(rows)` for a flow of normflows.
         optimizer: of the flow's parameters and of no others (what a loss trains beside the flow
-            belongs into one module with it), without a scheduler; its own learning rates are then
-            what the schedule scales. By default Adam (capturable on CUDA) with `learning_rate`.
+            belongs into one module with it); its own learning rates are then what the schedule
+            scales, whatever a scheduler would make of them. By default Adam (capturable on CUDA)
+            with `learning_rate`.
         learning_rate: the largest one.
         batch_size: rows of a step, where `train` is no data loader.
         max_steps: length of the schedule in steps; 5,000 unless there is `max_seconds`.

@@ -38,6 +38,7 @@ class Keeper:
     every: float = 60.0
     remedy: str = "to train from the start, or give another path"
     _last: float = field(default_factory=time.monotonic, init=False)
+    _has_saved: bool = field(default=False, init=False)
 
     @property
     def due(self) -> bool:
@@ -46,8 +47,11 @@ class Keeper:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, whole or not at all."""
+        if not self._has_saved:
+            self.require_plain(state)
         content = io.BytesIO()
         torch.save({"settings": self._named, "state": state}, content)
+        self._has_saved = True
         write_atomically(self.path, content.getvalue())
         self._last = time.monotonic()
 

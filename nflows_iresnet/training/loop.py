@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -225,8 +226,7 @@ class Training:
         processes: that train the model together, each with batches of its own.
 
     Raises:
-        ValueError: the optimiser needs a closure, has a scheduler, or is another model's; nothing
-            is to be trained.
+        ValueError: the optimiser needs a closure, or is another model's; nothing is to be trained.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class Training:
         self.device = max(trainable(model.parameters()), key=Tensor.numel).device
         self.optimizer = optimizer or adam(model.parameters(), plan.learning_rate)
         _require_no_closure(self.optimizer)
-        _require_no_scheduler(self.optimizer)
+        _warn_of_a_scheduler(self.optimizer)
         _require_own(self.optimizer, model)
         if processes.count > 1:
             model, loss = DistributedDataParallel(_Loss(model, loss)), nn.Module.__call__
@@ -338,11 +338,9 @@ class Training:
 
     def trained_state(self) -> dict[str, Any]:
         """Return the part of the state that is users': that of the model and its optimiser."""
-        optimizer = self.optimizer.state_dict()
-        groups = list(map(_plain, optimizer["param_groups"]))
         return {
             "model": self.model.state_dict(),
-            "optimizer": {**optimizer, "param_groups": groups},
+            "optimizer": _plain(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -403,11 +401,13 @@ def _plain(value: Any) -> Any:
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
-def _require_no_scheduler(optimizer: torch.optim.Optimizer) -> None:
+def _warn_of_a_scheduler(optimizer: torch.optim.Optimizer) -> None:
+    """Warn where a scheduler of torch has, or had, the learning rates of an optimiser."""
     if any("initial_lr" in group for group in optimizer.param_groups):
-        raise ValueError(
-            f"{type(optimizer).__name__} has a scheduler of its learning rate, which the schedule "
-            "of this training would override: make an optimiser without one"
+        warnings.warn(
+            f"{type(optimizer).__name__} has, or had, a scheduler of its learning rate: the "
+            "schedule of this training overrides it, and starts from the rates of now",
+            stacklevel=4,
         )
 
 

@@ -122,7 +122,7 @@ class GivenRows:
     def __init__(self, rows: Any, like: Tensor, what: str, processes: Processes = ALONE) -> None:
         self.what, self.processes = what, processes
         self._like, self.loader = like, rows
-        self._seen: list[tuple[Tensor, ...]] | None = []
+        self._is_looked_at = False
         self._tensors: tuple[Tensor, ...] = ()
         if processes.count == 1:
             self._take(rows)
@@ -140,8 +140,10 @@ class GivenRows:
             present = [each for each in given if each is not None]
             self._tensors = tuple(map(self._moved, present))
             self._check()
-            for each in present:
-                _require_little_rounding(each, self._like.dtype, f"{self.what} rows")
+            for each in present if self._is_single else ():
+                rounding = _Rounding()
+                rounding.add(each)
+                rounding.require_little(f"{self.what} rows")
         elif not isinstance(rows, Iterable):
             raise ValueError(
                 f"the {self.what} rows must be a tensor, a tuple of rows and context, or a data "
@@ -211,21 +213,21 @@ class GivenRows:
         if self._tensors:
             yield from zip(*(each.split(_ROWS_AT_ONCE) for each in self._tensors), strict=True)
             return
+        looks = self._is_single and not self._is_looked_at and self.processes.count == 1
+        seen: dict[int, _Rounding] = {}
         for batch in self.loader:
             given = tuple(batch) if isinstance(batch, Sequence) else (batch,)
             moved = tuple(map(self._moved, given))
-            self._look_at_rounding(given)
+            for index, each in enumerate(given if looks else ()):
+                seen.setdefault(index, _Rounding()).add(each)
             yield moved
+        self._is_looked_at = True
+        for each in seen.values():
+            each.require_little(f"{self.what} rows")
 
-    def _look_at_rounding(self, given: tuple[Tensor, ...]) -> None:
-        """Check the first batches of a loader, as soon as they tell deviations."""
-        if self._seen is None:
-            return
-        self._seen.append(given)
-        if sum(len(batch[0]) for batch in self._seen) >= _ROWS_TO_JUDGE:
-            together, self._seen = self._seen, None
-            for each in zip(*together, strict=True):
-                _require_little_rounding(torch.cat(each), self._like.dtype, f"{self.what} rows")
+    @property
+    def _is_single(self) -> bool:
+        return self._like.dtype == torch.float32
 
     def some(self, count: int) -> tuple[Tensor, ...]:
         """Return rows from all over, the first of a loader; each process has its share."""
@@ -329,31 +331,49 @@ def _require_finite(values: Tensor, what: str, first: int = 0) -> None:
         )
 
 
-_ROWS_TO_JUDGE = 256
-"""So many rows of a loader tell whether its numbers are lost to the precision."""
 _ROUNDING = 1e-2
 """Part of a feature's standard deviation that may be lost to the precision of a flow."""
 _CONSTANT = 1e-12
 """A feature with a smaller deviation, relative to its mean, has that of rounding alone."""
 
 
-def _require_little_rounding(rows: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Check that float64 rows are not other data in single precision.
+class _Rounding:
+    """What single precision leaves of float64 rows, which are given in parts.
 
-    Where a feature is many thousands of deviations from zero, few values of it are left. Constants
-    have none to lose.
+    Where a feature is many thousands of deviations from zero, that is few values. Constants have
+    none to lose.
     """
-    if rows.dtype != torch.float64 or dtype != torch.float32 or rows.dim() < 2 or len(rows) < 2:
-        return
-    error = (rows - rows.float().double()).abs().amax(0)
-    mean, std = rows.mean(0), rows.std(0)
-    is_lost = (error > _ROUNDING * std) & (std > _CONSTANT * mean.abs())
-    for index in is_lost.flatten().nonzero().flatten().tolist()[:1]:
-        raise ValueError(
-            f"{int(is_lost.sum())} features of the {what} are lost to the precision of the flow, "
-            f"float32: feature {index} has mean {float(mean.flatten()[index]):.6g} and deviation "
-            f"{float(std.flatten()[index]):.3g}. Subtract its mean, or take flow.double()"
-        )
+
+    _count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Look at a part, unless it is of another precision, or shape than the first."""
+        if rows.dtype != torch.float64 or rows.dim() < 2 or len(rows) == 0:
+            return
+        rows = rows.detach()
+        count, mean = len(rows), rows.mean(0)
+        squares, error = (rows - mean).square().sum(0), (rows - rows.float()).abs().amax(0)
+        if self._count == 0:
+            self._count, self._mean, self._squares, self._error = count, mean, squares, error
+        elif mean.shape == self._mean.shape:
+            total, way = self._count + count, mean - self._mean
+            self._mean = self._mean + way * (count / total)
+            self._squares = self._squares + squares + way.square() * (self._count * count / total)
+            self._count, self._error = total, self._error.maximum(error)
+
+    def require_little(self, what: str) -> None:
+        """Raise if a feature has lost more than a part of its deviation."""
+        if self._count < 2:
+            return
+        mean, std = self._mean, (self._squares / (self._count - 1)).sqrt()
+        is_lost = (self._error > _ROUNDING * std) & (std > _CONSTANT * mean.abs())
+        for index in is_lost.flatten().nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                f"{int(is_lost.sum())} features of the {what} are lost to the precision of the "
+                f"flow, float32: feature {index} has mean {float(mean.flatten()[index]):.6g} and "
+                f"deviation {float(std.flatten()[index]):.3g}. Subtract its mean, or take "
+                "flow.double()"
+            )
 
 
 class Validator:
@@ -364,10 +384,20 @@ class Validator:
             raise ValueError(f"validation has no rows the second time{_if_it_ran_out(rows)}")
         self.rows = GivenRows(rows, like, "validation")
         self._loss, self._device = loss, like.device
+        self._differentiates = False
 
-    @torch.no_grad()
     def __call__(self, flow: Any) -> float:
-        """Return it, in nats."""
+        """Return it, in nats; a loss that differentiates in the rows is found out by trying."""
+        try:
+            with torch.set_grad_enabled(self._differentiates):
+                return self._mean(flow)
+        except RuntimeError as error:
+            if self._differentiates or "does not require grad" not in str(error):
+                raise
+        self._differentiates = True
+        return self(flow)
+
+    def _mean(self, flow: Any) -> float:
         total, count = 0.0, 0
         with seeded(_VALIDATION_SEED, self._device):
             for batch in self.rows.batches():
@@ -382,8 +412,7 @@ class Validator:
 
     def _value(self, flow: Any, batch: tuple[Tensor, ...]) -> float:
         if self._loss is not None:
-            with torch.enable_grad():  # a loss may differentiate in the rows
-                loss = self._loss(flow, *batch)
+            loss = self._loss(flow, *batch)
             return float(loss.detach() if isinstance(loss, Tensor) else loss)
         exact = batch[0].shape[1:].numel() <= _EXACT_FEATURES
         with _exactly(flow) if exact else nullcontext():

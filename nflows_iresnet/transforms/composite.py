@@ -66,7 +66,7 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
-        _require_rows(inputs, context)
+        self._require_rows(inputs, context)
         require_finite_in_training(self, inputs, context)
         with training_precision(self, inputs.device, self._work):
             bound, weights = self._bind(context), self._weights()
@@ -95,7 +95,7 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
-        _require_rows(inputs, context)
+        self._require_rows(inputs, context)
         with full_precision(inputs.device, self._work):
             bound = self._bind(context)
         outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
@@ -113,6 +113,18 @@ class CompositeTransform(_NflowsCompositeTransform):
         if _has_foreign_parameters(transform):
             return training_products(self, "anything")
         return nullcontext()
+
+    def _require_rows(self, inputs: Tensor, context: Tensor | None) -> None:
+        require_tensor("inputs", inputs)
+        if context is not None:
+            require_tensor("context", context)
+        if inputs.dim() == 0:
+            raise ValueError(
+                f"expected inputs of shape (batch, ...), got the number {inputs}: give a tensor "
+                "with one row for each sample"
+            )
+        if self._blocks:
+            require_row_for_each(inputs, context)
 
     @property
     def _blocks(self) -> list[Any]:
@@ -143,18 +155,6 @@ class CompositeTransform(_NflowsCompositeTransform):
     def extra_repr(self) -> str:
         """Show whether activations are kept."""
         return "recompute=True" if self.recompute else ""
-
-
-def _require_rows(inputs: Tensor, context: Tensor | None) -> None:
-    require_tensor("inputs", inputs)
-    if context is not None:
-        require_tensor("context", context)
-    if inputs.dim() == 0:
-        raise ValueError(
-            f"expected inputs of shape (batch, ...), got the number {inputs}: give a tensor with "
-            "one row for each sample"
-        )
-    require_row_for_each(inputs, context)
 
 
 def _total(logabsdets: list[Tensor]) -> Tensor:

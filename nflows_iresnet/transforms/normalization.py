@@ -22,7 +22,7 @@ from nflows_iresnet.validation import validated_bound, validated_size
 
 _ROUNDING_UNITS = 4.0
 """A feature whose standard deviation is less than so many units in the last place is constant."""
-_FAR = 100.0
+_FAR = 1000.0
 """Deviations from zero from which on the mean is kept apart from what is learned."""
 ENOUGH_ROWS = 8
 """The deviation of fewer can be any number: for 3 the mean of 1 / s^2 is infinite."""
@@ -73,9 +73,10 @@ class ActNorm(StartsFromData, _NflowsActNorm):
     r"""y = exp(s) (x - m) + t per feature or channel, started so that a batch has mean 0, std 1.
 
     Differs from `nflows.transforms.ActNorm` in m, a buffer, and in the start. m is zero but for
-    features that start over 100 deviations from zero, where it is their mean: without it t would
-    have to follow each change of s a hundredfold, and of features ten thousand deviations from zero
-    nothing is learned. The start is at the first forward pass in training mode:
+    features that start over 1,000 deviations from zero, where it is their mean: without it t would
+    have to follow each change of s a thousandfold, and of features ten thousand deviations away
+    nothing is learned. Who copies parameters from one model to another has to copy it, too, as the
+    statistics of batch normalisation. The start is at the first forward pass in training mode:
 
     * It starts only what is still as it was built: s = t = m = 0. What was learned through the
       inverse (variational inference), or was restored without the flag, is kept; sampling before
@@ -96,7 +97,8 @@ class ActNorm(StartsFromData, _NflowsActNorm):
       starts beyond it, or one of fewer. Splines act within it, and map to its edge what is beyond.
     * A batch with values that are not finite is refused, and nothing is stored.
     * Where several processes train one model, they start from the statistics of the joined batch
-      (three `all_reduce`, in which every process takes part, and all of them raise if one has to).
+      (three `all_reduce`, in which every process takes part, and all of them raise if one has to;
+      with a `bound` one more, and the rows of all by `all_gather`).
     * Tensors that `torch.func.functional_call` lends, if they are no `nn.Parameter`, are started
       where they are lent, with the mean in t alone, and the module waits on. Inside the transforms
       of `torch.func`, and where scale or shift are computed from other parameters (`parametrize`,
@@ -123,6 +125,7 @@ class ActNorm(StartsFromData, _NflowsActNorm):
     """
 
     center: Tensor
+    bound: float | None = None
 
     def __init__(self, features: int, *, bound: float | None = None) -> None:
         super().__init__(validated_size("features", features))
@@ -193,16 +196,17 @@ class ActNorm(StartsFromData, _NflowsActNorm):
         limits = torch.finfo(self.log_scale.dtype)
         is_constant = std <= _ROUNDING_UNITS * limits.eps
         std = torch.where(is_constant, 0.0, std * unit)
-        mean, std = likely_moments(mean * unit, std, int(count))
-        bound = getattr(self, "bound", None)
-        if bound is not None and count >= ENOUGH_ROWS:
+        num_rows = int(count)
+        mean, std = likely_moments(mean * unit, std, num_rows)
+        bound = getattr(self, "bound", None)  # nflows' own has none, and no center
+        if bound is not None and num_rows >= ENOUGH_ROWS:
             distances = (rows_of_all_processes(rows) * unit - mean).abs() / std
-            inside = min(_INSIDE, 1 - 1.5 / len(distances))
-            (reach,) = quantiles(distances, rows.new_tensor([inside]))
+            inside = min(_INSIDE, 1 - 1.5 / num_rows)
+            (reach,) = quantiles(distances, rows.new_full((1,), inside))
             std = torch.where(is_constant, std, std * (reach / bound).clamp_min(1.0))
         largest = -math.log(limits.tiny)
         self.log_scale.copy_(-std.log().clamp(-largest, largest))
-        if isinstance(self, ActNorm):  # nflows' own has no center
+        if isinstance(self, ActNorm):
             if owns_parameters(self):
                 is_far = (mean.abs() > _FAR * std) & (unit < limits.max / 4)
                 self.center.copy_(torch.where(is_far, mean, 0.0))
@@ -215,11 +219,19 @@ class ActNorm(StartsFromData, _NflowsActNorm):
     ) -> None:
         super()._load_from_state_dict(state, prefix, metadata, strict, *lists)
         missing_keys: list[str] = lists[0]
-        if f"{prefix}center" in missing_keys:  # of nflows, or of a version without it
-            missing_keys.remove(f"{prefix}center")
+        is_whole = f"{prefix}initialized" in state  # else of another part, or parameters alone
+        if is_whole and f"{prefix}center" not in state:  # of nflows, or of a version without it
+            if f"{prefix}center" in missing_keys:
+                missing_keys.remove(f"{prefix}center")
             if self.center.is_meta:
                 self.center = torch.zeros_like(self.shift.detach())
             self.center.zero_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickle, or that of a version without m."""
+        super().__setstate__(state)
+        if "center" not in self._buffers:
+            self.register_buffer("center", torch.zeros_like(self.shift.detach()))
 
 
 def rows_of_all_processes(rows: Tensor) -> Tensor:
