@@ -87,10 +87,15 @@ def is_foreign(thing: object) -> bool:
     return not type(thing).__module__.startswith("nflows_iresnet.")
 
 
+def is_inside_autocast(device: torch.device) -> bool:
+    """Whether autocast shortens what is computed on a device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def _without_autocast(
     device: torch.device, inner: AbstractContextManager[object]
 ) -> AbstractContextManager[object]:
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    if not is_inside_autocast(device):
         return inner
     return _Both(torch.autocast(device.type, enabled=False), inner)
 

@@ -15,6 +15,7 @@ from nflows_iresnet.linearization import Linearization, ResidualFunction, bind, 
 from nflows_iresnet.precision import (
     at_least_single,
     context_like_weights,
+    is_inside_autocast,
     like_weights,
     precision_of_here,
 )
@@ -113,7 +114,7 @@ def _like(
 
     A function that is no module has weights that nobody knows: it gets single precision.
     """
-    if not torch.is_autocast_enabled(inputs.device.type):
+    if not is_inside_autocast(inputs.device):
         return inputs, context
     if isinstance(net, nn.Module):
         return like_weights(inputs, net), context_like_weights(context, net)
