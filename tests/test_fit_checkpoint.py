@@ -340,9 +340,11 @@ def test_what_no_checkpoint_can_hold_is_named_before_the_training(tmp_path: Path
         def set_extra_state(self, state: Any) -> None:
             pass
 
-    path = tmp_path / "fit.pt"
+    path, steps = tmp_path / "fit.pt", list[int]()
+    flow, note = WithObjects(2, 8, 2), lambda: steps.append(1)
     with pytest.raises(ValueError, match=r"could not be read again: .* holds a pathlib.*without a"):
-        fit(WithObjects(2, 8, 2), ROWS, ROWS, max_steps=4, checkpoint=path, after_step=press)
+        fit(flow, ROWS, ROWS, max_steps=4, checkpoint=path, after_step=note)
+    assert not steps
     assert not path.exists()
 
 
