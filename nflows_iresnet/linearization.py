@@ -608,12 +608,20 @@ def _refuse_forward_that_is_passed_by(net: nn.Module) -> None:
 
 def _passes_by(kind: type[nn.Module]) -> bool:
     """Whether a class replaces the `forward` of the one that has its `bind`, and not `bind`."""
-    owner = next((each for each in kind.__mro__ if "bind" in vars(each)), None)
-    if owner is None:
+    depth = depth_of(kind, "bind")
+    if depth == len(kind.__mro__):
         return False
-    below = kind.__mro__[: kind.__mro__.index(owner)]
-    has_own = getattr(owner, "forward", None) is not nn.Module.forward
-    return has_own and any("forward" in vars(each) for each in below)
+    has_own = getattr(kind.__mro__[depth], "forward", None) is not nn.Module.forward
+    return has_own and depth_of(kind, "forward") < depth
+
+
+def depth_of(kind: type, name: str) -> int:
+    """Return how far up, among the classes that a class is made of, a method is defined.
+
+    Their number where it is in none.
+    """
+    depths = (index for index, each in enumerate(kind.__mro__) if name in vars(each))
+    return next(depths, len(kind.__mro__))
 
 
 def bind_all(

@@ -447,7 +447,8 @@ def test_a_network_may_state_its_constant() -> None:
 def test_estimators_compute_in_full_precision_inside_autocast() -> None:
     torch.manual_seed(0)
     net, inputs = nn.LipschitzMLP(3, [16]), torch.randn(5, 3)
-    for estimator in (logdet.Exact(), logdet.Exact(chunk_size=2), logdet.PowerSeries(num_terms=3)):
+    series = logdet.PowerSeries(num_terms=3)
+    for estimator in (logdet.Auto(), logdet.Exact(), logdet.Exact(chunk_size=2), series):
         torch.manual_seed(1)
         expected = estimator(net, inputs)[1]
         torch.manual_seed(1)

@@ -394,16 +394,19 @@ def test_gradients_are_clipped(limit: float | None) -> None:
     assert moved[0] == pytest.approx(1e6 * math.sqrt(2) if limit is None else limit, rel=1e-4)
 
 
+class Two(Line):
+    """A line with another parameter, that an optimiser may leave alone."""
+
+    def __init__(self, slope: float, slope_of_other: float) -> None:
+        super().__init__(slope)
+        self.other, self.slope_of_other = nn.Parameter(torch.zeros(1)), slope_of_other
+
+    def log_prob(self, inputs: Tensor) -> Tensor:
+        return super().log_prob(inputs) + self.slope_of_other * self.other
+
+
 def test_gradients_that_the_optimizer_does_not_take_do_not_pile_up_in_the_norm() -> None:
-    class Two(Line):
-        def __init__(self) -> None:
-            super().__init__(slope=0.5)
-            self.other = nn.Parameter(torch.zeros(1))
-
-        def log_prob(self, inputs: Tensor) -> Tensor:
-            return super().log_prob(inputs) + 0.5 * self.other
-
-    model, moved = Two(), [torch.zeros(2)]
+    model, moved = Two(slope=0.5, slope_of_other=0.5), [torch.zeros(2)]
     optimizer = torch.optim.SGD([model.weight], lr=1.0)
 
     def note() -> None:
@@ -416,15 +419,7 @@ def test_gradients_that_the_optimizer_does_not_take_do_not_pile_up_in_the_norm()
 
 
 def test_gradients_that_the_optimizer_does_not_take_are_not_clipped_with_the_others() -> None:
-    class Two(Line):
-        def __init__(self) -> None:
-            super().__init__(slope=0.25)
-            self.other = nn.Parameter(torch.zeros(1))
-
-        def log_prob(self, inputs: Tensor) -> Tensor:
-            return super().log_prob(inputs) + 1e3 * self.other
-
-    model = Two()
+    model = Two(slope=0.25, slope_of_other=1e3)
     optimizer = torch.optim.SGD([model.weight], lr=1.0)
     ends = []
     after_step = lambda: ends.append(float(model.weight.detach()[0]))  # noqa: E731

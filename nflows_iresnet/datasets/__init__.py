@@ -197,8 +197,8 @@ def load(
     """Load a data set by name, or the numbers of a file by path.
 
     Names win over files: write ``./moons`` for a file of that name. Rows are on the CPU, whatever
-    torch's default device. Everything random (samples,
-    noise, the permutation behind the splits) comes from ``seed``.
+    torch's default device. Everything random (samples, noise, the permutation behind the splits)
+    comes from ``seed``.
 
     Args:
         name_or_path: A key of `available`, or a ``.npy`` or delimited text file, compressed

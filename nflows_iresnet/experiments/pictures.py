@@ -284,9 +284,10 @@ def _high_dimensional(
     for panel, (above, below) in zip(panels, axes, strict=True):
         panel.put_title(above)
         draw_samples(above, data, panel.arrays.get("samples"))
-        _quantiles(below, data["train"], panel.arrays.get("samples"))
-    axes[0][1].clear()
-    axes[0][1].set_axis_off()
+        if panel is panels[0]:
+            below.set_axis_off()
+        else:
+            _quantiles(below, data["train"], panel.arrays.get("samples"))
     return figure
 
 

@@ -172,7 +172,7 @@ class Session(ABC, Generic[Kept]):
     def left(self) -> tuple[str, ...]:
         """What a later command need not do again, and how it goes on."""
         if not self.folder.results.exists():
-            return (f"nothing is kept, for {str(self.folder.path)!r} is gone: start anew",)
+            return (_gone(self.folder.path),)
         keys = (job.key for job in self.may_be_under_way)
         return self.folder.kept(*self.runs, keys), self.resume
 
@@ -286,8 +286,11 @@ def run_at_once(
 
 
 def _left(kept: str, folder: Path) -> str:
-    gone = f"nothing is kept, for {str(folder)!r} is gone: start anew"
-    return f"{kept} in {folder}" if folder.exists() else gone
+    return f"{kept} in {folder}" if folder.exists() else _gone(folder)
+
+
+def _gone(folder: Path) -> str:
+    return f"nothing is kept, for {str(folder)!r} is gone: start anew"
 
 
 def folder_of(parsed: Options, command: str) -> Folder:

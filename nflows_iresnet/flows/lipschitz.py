@@ -13,7 +13,7 @@ import torch
 from nflows import transforms as nflows_transforms
 from torch import nn
 
-from nflows_iresnet.linearization import run_weight_hooks
+from nflows_iresnet.linearization import depth_of, run_weight_hooks
 from nflows_iresnet.transforms import (
     ActNorm,
     CompositeTransform,
@@ -74,11 +74,10 @@ def lipschitz_constants(transform: nn.Module) -> Constants:
 
 def _own_constants(transform: nn.Module) -> Callable[[], Constants] | None:
     """Return the method by which a transform states the constants of the maps that it has."""
-    own: Callable[[], Constants] | None = getattr(transform, "lipschitz_constants", None)
-    maps = ("forward", "inverse", "lipschitz_constants")
-    nearest = map(vars, type(transform).__mro__)
-    present = next(names for names in nearest if any(name in names for name in maps))
-    is_its_own = "lipschitz_constants" in {*present, *vars(transform)}
+    name, kind = "lipschitz_constants", type(transform)
+    own: Callable[[], Constants] | None = getattr(transform, name, None)
+    of_maps = min(depth_of(kind, "forward"), depth_of(kind, "inverse"))
+    is_its_own = name in vars(transform) or depth_of(kind, name) <= of_maps
     return own if is_its_own and callable(own) else None
 
 

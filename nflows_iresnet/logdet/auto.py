@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import Linearization, bind
+from nflows_iresnet.linearization import Linearization, ResidualFunction
 from nflows_iresnet.logdet.base import Exact, LogDetEstimate, LogDetEstimator
 from nflows_iresnet.logdet.russian_roulette import RussianRoulette
 from nflows_iresnet.validation import validated_strategy
@@ -52,16 +51,10 @@ class Auto(LogDetEstimator):
         limit = self.max_exact_features if has_bound else self.max_exact_features_without_bound
         return self.exact if features <= limit else self.otherwise
 
-    def estimate(
-        self,
-        net: Callable[..., Tensor],
-        inputs: Tensor,
-        context: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
+    def _estimate(
+        self, function: ResidualFunction, inputs: Tensor, generator: torch.Generator | None
     ) -> LogDetEstimate:
         """Delegate to the estimator chosen for the inputs and the network."""
-        function = bind(net, context)
         features = inputs.shape[1:].numel()
         chosen = self.choose(features, has_bound=function.lipschitz is not None)
         return chosen.estimate(function, inputs, generator=generator)

@@ -90,6 +90,7 @@ class LogDetEstimator(ABC):  # noqa: B024
     def _estimate(
         self, function: ResidualFunction, inputs: Tensor, generator: torch.Generator | None
     ) -> LogDetEstimate:
+        """Return what `estimate` does, of g that is bound, and in the precision that holds here."""
         at_inputs = function.linearize(inputs)
         if at_inputs.shape != inputs.shape:
             raise ValueError(
@@ -152,21 +153,13 @@ class Exact(LogDetEstimator):
         if self.chunk_size is not None:
             validated_size("chunk_size", self.chunk_size)
 
-    def estimate(
-        self,
-        net: Callable[..., Tensor],
-        inputs: Tensor,
-        context: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
+    def _estimate(
+        self, function: ResidualFunction, inputs: Tensor, generator: torch.Generator | None
     ) -> LogDetEstimate:
-        """Return the exact value with a standard error of zero; `generator` is not used."""
-        inputs, context = _like(net, inputs, context)
-        with precision_of_here(inputs.device):
-            function, chunks = bind(net, context), self._chunks(inputs)
-            if len(chunks) == 1:
-                return self._estimate(function, inputs, generator)
-            parts = [self._estimate(function.select(c), inputs[c], generator) for c in chunks]
+        estimate, chunks = super()._estimate, self._chunks(inputs)
+        if len(chunks) == 1:
+            return estimate(function, inputs, generator)
+        parts = [estimate(function.select(chunk), inputs[chunk], generator) for chunk in chunks]
         outputs, logabsdet, errors = zip(*parts, strict=True)
         return LogDetEstimate(torch.cat(outputs), torch.cat(logabsdet), torch.cat(errors))
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_iresnet.linearization import is_hooked, is_traced
+from nflows_iresnet.linearization import depth_of, is_hooked, is_traced
 
 
 class Activation(nn.Module, ABC):
@@ -73,16 +73,16 @@ class Activation(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Forget what was inherited from a class with other values and slopes."""
         super().__init_subclass__(**kwargs)
-        of_values, of_curvature = _depth(cls, "value_and_slope"), _depth(cls, "curvature")
-        if _depth(cls, "forward") < of_values:
+        of_values, of_curvature = depth_of(cls, "value_and_slope"), depth_of(cls, "curvature")
+        if depth_of(cls, "forward") < of_values:
             raise TypeError(
                 f"{cls.__name__} replaces forward alone, so that its slopes are those of another "
                 "function: implement value_and_slope, from which forward follows"
             )
         for method in ("forward", "curvature", "write"):
-            if _depth(cls, method) > of_values:
+            if depth_of(cls, method) > of_values:
                 setattr(cls, method, getattr(Activation, method))
-        if _depth(cls, "write_curvature") > min(of_values, of_curvature):
+        if depth_of(cls, "write_curvature") > min(of_values, of_curvature):
             cls.write_curvature = Activation.write_curvature  # type: ignore[method-assign]
 
     @property
@@ -99,11 +99,6 @@ class Activation(nn.Module, ABC):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return a(x), shape (*, widening * units)."""
         return self.value_and_slope(inputs)[0]
-
-
-def _depth(kind: type, name: str) -> int:
-    """Return how far up, among the classes that a class is made of, a method is defined."""
-    return next(index for index, each in enumerate(kind.__mro__) if name in vars(each))
 
 
 def called(activation: nn.Module, inputs: Tensor) -> Tensor:

@@ -184,12 +184,8 @@ class Solver(ABC):
         can_select = accelerator.can_select and not is_traced()
         for step in range(1, self.max_steps + 1):
             image = fn(point.reshape(point.shape[0], *init.shape[1:])).flatten(start_dim=1)
-            if image.shape != point.shape:
-                raise ValueError(
-                    f"the map must keep the shape of its inputs, {tuple(init.shape)}, and returned "
-                    f"{tuple(image.shape)} for {tuple(point.shape)} values"
-                )
             if step == 1:
+                _require_same_shape(init, point, image)
                 self._begin(best, point, image, lipschitz)
             best.update(point, image)
             is_stall, is_last = step % _STALL_STEPS == 0, step == self.max_steps
@@ -528,6 +524,14 @@ def read(values: Tensor) -> NDArray[Any]:
         with torch._C._DisableFuncTorch():  # else torch 2.4 wraps it again
             return np.array(inner.tolist())
     return values.numpy() if values.device.type == "cpu" else values.cpu().numpy()
+
+
+def _require_same_shape(init: Tensor, point: Tensor, image: Tensor) -> None:
+    if image.shape != point.shape:
+        raise ValueError(
+            f"the map must keep the shape of its inputs, {tuple(init.shape)}, and returned "
+            f"{tuple(image.shape)} for {tuple(point.shape)} values"
+        )
 
 
 def _is_worth_it(best: Progress) -> bool:

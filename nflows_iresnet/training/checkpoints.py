@@ -47,10 +47,9 @@ class Keeper:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, whole or not at all."""
+        content = _written({"settings": self._named, "state": state})
         if not self._has_saved:
-            self.require_plain(state)
-        content = io.BytesIO()
-        torch.save({"settings": self._named, "state": state}, content)
+            self._require_readable(content)
         self._has_saved = True
         write_atomically(self.path, content.getvalue())
         self._last = time.monotonic()
@@ -61,8 +60,9 @@ class Keeper:
         Raises:
             CheckpointError: it holds what only running code could read.
         """
-        content = io.BytesIO()
-        torch.save(state, content)
+        self._require_readable(_written(state))
+
+    def _require_readable(self, content: io.BytesIO) -> None:
         content.seek(0)
         try:
             torch.load(content, weights_only=True)
@@ -128,3 +128,10 @@ class Keeper:
     @property
     def _named(self) -> dict[str, str]:
         return {name: repr(value) for name, value in self.settings.items()}
+
+
+def _written(value: dict[str, Any]) -> io.BytesIO:
+    """Return a file of `torch.save` in memory."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content

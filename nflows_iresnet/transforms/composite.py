@@ -66,10 +66,11 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
-        self._require_rows(inputs, context)
+        blocks = self._blocks()
+        _require_rows(inputs, context, blocks)
         require_finite_in_training(self, inputs, context)
-        with training_precision(self, inputs.device, self._work):
-            bound, weights = self._bind(context), self._weights()
+        with training_precision(self, inputs.device, _work_of(blocks)):
+            bound, weights = self._bind(blocks, context), self._weights()
         outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
         for transform in self._transforms:
             step: Step = partial(transform, context=context)
@@ -95,9 +96,10 @@ class CompositeTransform(_NflowsCompositeTransform):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (outputs, the sum of the log-determinants), shapes (B, *) and (B,)."""
-        self._require_rows(inputs, context)
-        with full_precision(inputs.device, self._work):
-            bound = self._bind(context)
+        blocks = self._blocks()
+        _require_rows(inputs, context, blocks)
+        with full_precision(inputs.device, _work_of(blocks)):
+            bound = self._bind(blocks, context)
         outputs, parts = inputs, [inputs.new_zeros(inputs.shape[0])]
         for transform in reversed(self._transforms):
             step: Step = partial(transform.inverse, context=context)
@@ -114,30 +116,13 @@ class CompositeTransform(_NflowsCompositeTransform):
             return training_products(self, "anything")
         return nullcontext()
 
-    def _require_rows(self, inputs: Tensor, context: Tensor | None) -> None:
-        require_tensor("inputs", inputs)
-        if context is not None:
-            require_tensor("context", context)
-        if inputs.dim() == 0:
-            raise ValueError(
-                f"expected inputs of shape (batch, ...), got the number {inputs}: give a tensor "
-                "with one row for each sample"
-            )
-        if self._blocks:
-            require_row_for_each(inputs, context)
-
-    @property
     def _blocks(self) -> list[Any]:
-        """The blocks that opt in to be bound together: they state that they take a function."""
+        """Return the blocks that are bound together: they state that they take a function."""
         return [each for each in self._transforms if getattr(each, "takes_function", False)]
 
-    @property
-    def _work(self) -> Work:
-        return "anything" if any(is_foreign(block.net) for block in self._blocks) else "matrices"
-
-    def _bind(self, context: Tensor | None) -> dict[torch.nn.Module, ResidualFunction]:
-        """Bind the nets of the blocks that opt in."""
-        blocks = self._blocks
+    def _bind(
+        self, blocks: list[Any], context: Tensor | None
+    ) -> dict[torch.nn.Module, ResidualFunction]:
         nets = [block.net for block in blocks]
         functions = bind_all(nets, context_like_weights(context, self))
         return dict(zip(blocks, functions, strict=True))
@@ -155,6 +140,23 @@ class CompositeTransform(_NflowsCompositeTransform):
     def extra_repr(self) -> str:
         """Show whether activations are kept."""
         return "recompute=True" if self.recompute else ""
+
+
+def _require_rows(inputs: Tensor, context: Tensor | None, blocks: list[Any]) -> None:
+    require_tensor("inputs", inputs)
+    if context is not None:
+        require_tensor("context", context)
+    if inputs.dim() == 0:
+        raise ValueError(
+            f"expected inputs of shape (batch, ...), got the number {inputs}: give a tensor with "
+            "one row for each sample"
+        )
+    if blocks:
+        require_row_for_each(inputs, context)
+
+
+def _work_of(blocks: list[Any]) -> Work:
+    return "anything" if any(is_foreign(block.net) for block in blocks) else "matrices"
 
 
 def _total(logabsdets: list[Tensor]) -> Tensor:

@@ -140,18 +140,10 @@ class LinearTransform(StartsFromData):
     ) -> None:
         super().__init__()
         features = validated_size("features", features)
-        if initialization not in get_args(Initialization):
-            known = " or ".join(map(repr, get_args(Initialization)))
-            raise ValueError(
-                f"initialization must be {known}, got {initialization!r}; "
-                "for a start from rows call initialize(rows)"
-            )
         self.factors = nn.Parameter(torch.zeros(features, features))
         """L below the diagonal, U above; on it what log d is computed from."""
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
-        self.starts_from_rows = initialization == "whitening"
-        self._has_started = not self.starts_from_rows
-        self.register_buffer("initialized", torch.tensor(self._has_started))
+        self._wait_for_rows(initialization, get_args(Initialization))
 
     def forward(
         self,

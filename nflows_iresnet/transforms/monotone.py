@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nflows_iresnet.linearization import Linearization, Rebuild, ResidualFunction, bind
+from nflows_iresnet.linearization import Linearization, Rebuild, ResidualFunction
 from nflows_iresnet.logdet import Auto, Exact, LogDetEstimate, LogDetEstimator
 from nflows_iresnet.logdet.base import log_abs_det
 from nflows_iresnet.logdet.power_series import SeriesEstimator
@@ -156,15 +156,9 @@ class _Difference(LogDetEstimator):
 
     estimator: LogDetEstimator
 
-    def estimate(
-        self,
-        net: Callable[..., Tensor],
-        inputs: Tensor,
-        context: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
+    def _estimate(
+        self, function: ResidualFunction, inputs: Tensor, generator: torch.Generator | None
     ) -> LogDetEstimate:
-        function = bind(net, context)
         plus = self.estimator.estimate(function, inputs, generator=generator)
         minus = self.estimator.estimate(_Negative(function), inputs, generator=generator)
         first, second = plus.standard_error, minus.standard_error

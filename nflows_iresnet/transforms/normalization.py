@@ -47,6 +47,17 @@ class StartsFromData(Transform):
     _has_started: bool
     """The flag as a number of the host, which no call has to wait for."""
 
+    def _wait_for_rows(self, initialization: str, known: tuple[str, ...]) -> None:
+        """Wait for a first batch, unless the start is the first that is known, the identity."""
+        if initialization not in known:
+            raise ValueError(
+                f"initialization must be {' or '.join(map(repr, known))}, got {initialization!r}; "
+                "for a start from rows call initialize(rows)"
+            )
+        self.starts_from_rows = initialization != known[0]
+        self._has_started = not self.starts_from_rows
+        self.register_buffer("initialized", torch.tensor(self._has_started))
+
     def has_learned(self) -> Tensor:
         """Return whether a parameter is not zero, as all are until it starts: shape ()."""
         raise NotImplementedError

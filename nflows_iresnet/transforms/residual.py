@@ -270,17 +270,16 @@ class ResidualTransform(Transform):
                 `lipschitz`.
         """
         certify = getattr(self.net, "lipschitz_bound", None)
-        if not callable(certify) and isinstance(
-            stated := getattr(self.net, "lipschitz", None), float
-        ):
+        if callable(certify):
+            return float(certify())
+        stated = getattr(self.net, "lipschitz", None)
+        if isinstance(stated, float):
             return stated
-        if not callable(certify):
-            raise ValueError(
-                f"{type(self.net).__name__} has no certified Lipschitz bound; use a network of "
-                "nflows_iresnet.nn, or give yours an attribute `lipschitz`, or a method "
-                "lipschitz_bound() -> float"
-            )
-        return float(certify())
+        raise ValueError(
+            f"{type(self.net).__name__} has no certified Lipschitz bound; use a network of "
+            "nflows_iresnet.nn, or give yours an attribute `lipschitz`, or a method "
+            "lipschitz_bound() -> float"
+        )
 
     def extra_repr(self) -> str:
         """Show the strategies in `print(flow)`."""

@@ -137,17 +137,9 @@ class ElementwiseRationalQuadraticSpline(SettingsInState, StartsFromData):
         features = validated_size("features", features)
         num_bins = validated_size("num_bins", num_bins)
         self.bound = validated_bound(bound, 4.0)
-        if initialization not in get_args(Initialization):
-            known = " or ".join(map(repr, get_args(Initialization)))
-            raise ValueError(
-                f"initialization must be {known}, got {initialization!r}; "
-                "for a start from rows call initialize(rows)"
-            )
         self.sizes = nn.Parameter(torch.zeros(2, features, num_bins))
         self.log_slopes = nn.Parameter(torch.zeros(features, num_bins - 1))
-        self.starts_from_rows = initialization == "quantiles"
-        self._has_started = not self.starts_from_rows
-        self.register_buffer("initialized", torch.tensor(self._has_started))
+        self._wait_for_rows(initialization, get_args(Initialization))
 
     def settings(self) -> Mapping[str, object]:
         """Return what the spline depends on beside its parameters."""

@@ -207,11 +207,14 @@ def _scaling(panels: Sequence[Sequence[CaseResult]]) -> Figure | None:
 def _panel(ax: Axes, item: Item, results: Sequence[CaseResult]) -> None:
     """Join what differs in the variable alone; points of other cases stand apart."""
     found = fits(item, results)
-    labels = {fit.points: f"{fit.model}  ~ {fit.variable}^{fit.exponent:.2f}" for fit in found}
+    labels = {
+        (fit.model, fit.points): f"{fit.model}  ~ {fit.variable}^{fit.exponent:.2f}"
+        for fit in found
+    }
     every = series(item, results)
     for each in every:
         x, y = zip(*each.points, strict=True)
-        label, colour = labels.get(each.points), _colour(each.model)
+        label, colour = labels.get((each.model, each.points)), _colour(each.model)
         ax.plot(x, y, "o-", markersize=3, color=colour, label=label)
     other = {k: None for each in every for k in each.fixed if each.fixed[k] != every[0].fixed[k]}
     apart = f" (apart: other {', '.join(other)})" if other else ""
